@@ -1,0 +1,110 @@
+"""Saving a checkpoint against a plain `torch.save` of the same state to the same file system.
+
+    python -m bench.checkpoint [--folder DIR] [--megabytes 240] [--rounds 9]
+
+Ours hashes, syncs and writes a manifest; the limit is 1.3 times plain. The rivals take turns, so
+that a slow moment of the machine meets all of them; reported are median and minimum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.manifest import verify
+from engine.run import RunDirectory
+from engine.state import TrainState
+
+
+def make_state(megabytes: int) -> dict[str, Any]:
+    """Weights and two AdamW moments in 30 tensors."""
+    numbers = megabytes * 1_000_000 // 4 // 30
+    names = [f"{kind}.{index}" for kind in ("weight", "mean", "square") for index in range(10)]
+    return {
+        "model": {name: torch.randn(numbers) for name in names[:10]},
+        "optimizer": {name: torch.randn(numbers) for name in names[10:]},
+        "train": asdict(TrainState()),
+        "data": {"fingerprint": ""},
+    }
+
+
+def plain(state: dict[str, Any], path: Path) -> None:
+    torch.save(state, path)
+
+
+def plain_synced(state: dict[str, Any], path: Path) -> None:
+    torch.save(state, path)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    os.sync()  # what the one before left for the disk is not billed to this one
+    start, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    state = make_state(megabytes)
+    config = replace(
+        Config(), training=replace(Config().training, checkpoint_dir=str(folder / "checkpoints"))
+    )
+    seconds: dict[str, list[tuple[float, float]]] = {}
+    with RunDirectory.start(config) as run:
+        run.prepare()
+        for step in range(1, rounds + 2):
+            state["train"]["step"] = step
+            rivals = {
+                "torch.save": lambda: plain(state, folder / "plain.pt"),
+                "torch.save + fsync": lambda: plain_synced(state, folder / "synced.pt"),
+                "hatchery": lambda: save_checkpoint(run, state, None),
+            }
+            times = {name: timed(work) for name, work in rivals.items()}
+            path = run.last_checkpoint
+            assert path is not None
+            times["verify"] = timed(lambda path=path: verify(path))  # type: ignore[misc]
+            times["verify and load"] = timed(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
+            for leftover in (folder / "plain.pt", folder / "synced.pt", path):
+                leftover.unlink()
+            if step > 1:  # the first round warms up
+                for name, value in times.items():
+                    seconds.setdefault(name, []).append(value)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--megabytes", type=int, default=240)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        seconds = measure(folder, options.megabytes, options.rounds)
+    finally:
+        shutil.rmtree(folder)
+    base = statistics.median(wall for wall, _ in seconds["torch.save"])
+    print(f"{options.megabytes} MB, {options.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    print(f"{'':20}  median s  minimum s     CPU s  x torch.save")
+    for name, values in seconds.items():
+        median, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        print(f"{name:20}  {median:8.3f}  {min(values)[0]:9.3f}  {cpu:8.3f}  {median / base:12.2f}")
+
+
+if __name__ == "__main__":
+    main()

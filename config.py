@@ -1,0 +1,386 @@
+"""Every option of a run: sections as frozen dataclasses, their defaults, limits and rules.
+
+YAML files and command-line overrides become one checked `Config`; nothing else in the project
+reads settings from anywhere. Run `python train.py --help` for all options; `config.yaml` holds them
+at their defaults. No torch here: a mistake in a config is answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from settings import dialects
+from settings.dump import dump
+from settings.errors import CheckpointError as CheckpointError
+from settings.errors import ConfigError as ConfigError
+from settings.errors import DataError as DataError
+from settings.errors import NonFiniteError as NonFiniteError
+from settings.errors import UserError as UserError
+from settings.errors import WriteError as WriteError
+from settings.help import help_text
+from settings.layers import Merged, from_mapping, merge
+from settings.overrides import Arguments, parse_arguments
+from settings.problems import Origin, Problem, raise_problems
+from settings.reader import read_file
+from settings.rules import Rule, check_rules, nearest_multiples, setting
+from settings.schema import Form, Schema, option, schema_of
+from settings.values import check_section
+
+DEFAULT_FILE = "config.yaml"
+DEFAULT_FILE_HEADER = (
+    "The reference run: every option at its default, with its meaning, type, range and unit.",
+    "Write only what differs into a file of your own: python train.py my.yaml",
+    "A test keeps this file equal to config.py. To write it anew: python config.py > config.yaml",
+)
+TOKENIZER_SIZES = {"bytes": 256}
+
+DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
+
+
+class _Section:
+    """A section checks its own values, however it is made; whole numbers become floats."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        name = next(name for name, made in SECTIONS.items() if made is type(self))
+        values, problems = check_section(name, self)
+        raise_problems(Problem(Origin(), text) for text in problems)
+        for option_name, value in values.items():
+            object.__setattr__(self, option_name, value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(_Section):
+    """The network."""
+
+    name: Literal["bdh"] = option("bdh", "architecture")
+    n_layer: int = option(6, "layers", ge=1)
+    n_embd: int = option(256, "width of the residual stream", ge=1)
+    n_head: int = option(4, "heads; divides n_embd", ge=1)
+    dropout: float = option(0.1, "share of activations dropped", ge=0, lt=1)
+    vocab_size: int = option(256, "rows of the embedding; >= the tokenizer's size", ge=1)
+    mlp_internal_dim_multiplier: int = option(128, "BDH: neurons per n_embd, all heads", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(_Section):
+    """The run: sizes, length, evaluation and checkpoints."""
+
+    block_size: int = option(512, "length of a training sequence", ge=1, unit="tokens")
+    batch_size: int = option(8, "sequences per process and micro-step", ge=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per step, each process", ge=1)
+    tokens_per_step: int | None = option(None, "size of a step, all processes", ge=1, unit="tokens")
+    max_iters: int = option(3000, "length of the run", ge=1, unit="optimizer steps")
+    epochs: int | None = option(None, "passes over the data, if that ends first", ge=1)
+    learning_rate: float = option(1e-3, "peak rate, after warm-up", gt=0)
+    weight_decay: float = option(0.1, "decay of matrices", ge=0)
+    log_freq: int = option(100, "logging interval", ge=1, unit="steps")
+    test_freq: int | None = option(500, "evaluation interval; null: never", ge=1, unit="steps")
+    eval_iters: int = option(50, "batches per evaluation and split", ge=1)
+    eval_only: bool = option(False, "evaluate once and leave")
+    checkpoint_freq: int | None = option(500, "save interval; null: at the end", ge=1, unit="steps")
+    save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
+    always_save_checkpoint: bool = option(True, "false: only where the held-out loss improves")
+    keep_last: int | None = option(3, "checkpoints to keep; null: all", ge=1)
+    checkpoint_dir: str = option("checkpoints", "folder that holds the run directories")
+    resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
+    seed: int = option(1337, "seed of weights, data order and dropout", ge=0)
+    debug: bool = option(False, "show tracebacks")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig(_Section):
+    """The optimizer; its learning rate and weight decay stand in training."""
+
+    name: Literal["adamw"] = option("adamw", "algorithm")
+    beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: float = option(1e-8, "added to the denominator", gt=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: off", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig(_Section):
+    """The learning rate over the run."""
+
+    decay_lr: bool = option(True, "false: constant after warm-up")
+    name: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "shape of the decay")
+    warmup_iters: int | None = option(None, "warm-up; null: 3 % of max_iters", ge=0, unit="steps")
+    lr_decay_iters: int | None = option(
+        None, "end of the decay; null: max_iters", ge=1, unit="steps"
+    )
+    min_lr: float | None = option(None, "final rate; null: learning_rate / 10", ge=0)
+    wsd_decay_fraction: float = option(0.2, "wsd: final share of the steps that decay", gt=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataLoaderConfig(_Section):
+    """How batches are prepared; none of it changes the batches, shuffle aside."""
+
+    num_workers: int = option(0, "processes that read ahead; 0: a thread", ge=0, le=1024)
+    pin_memory: bool = option(True, "page-locked batches on CUDA")
+    prefetch_factor: int = option(2, "batches ready ahead, per worker", ge=1)
+    shuffle: bool = option(True, "a new order of documents each epoch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetConfig(_Section):
+    """The text."""
+
+    parquet_dir: str = option("data/python-stdlib", "folder of parquet files, nested or not")
+    max_cached_files: int = option(5, "files open at a time", ge=1)
+    text_column: str = option("text", "column that holds the documents")
+    test_fraction: float = option(0.05, "share held out for evaluation", ge=0, lt=1)
+    on_bad_shard: Literal["error", "skip"] = option("error", "what to do with an unreadable file")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig(_Section):
+    """From text to tokens."""
+
+    name: Literal["bytes"] = option("bytes", "bytes: 256 tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowPrecisionConfig(_Section):
+    """The number format of the arithmetic; weights stay float32."""
+
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
+        "bfloat16", "format of matrix products"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SystemConfig(_Section):
+    """The machine."""
+
+    device: str = option("auto", "auto: the best there is", form=DEVICE)
+    compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: where it pays")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sections:
+    """The sections side by side, not yet checked against each other."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    low_precision: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+SECTIONS: dict[str, type] = get_type_hints(_Sections)
+
+# What must hold between options; {0}, {1}, ... stand for the keys with their values.
+RULES: tuple[Rule[_Sections], ...] = (
+    Rule(
+        ("model.n_embd", "model.n_head"),
+        lambda c: c.model.n_embd % c.model.n_head == 0,
+        "{0} is not divisible by {1}",
+        lambda c: nearest_multiples(c.model.n_embd, c.model.n_head),
+    ),
+    Rule(
+        ("model.mlp_internal_dim_multiplier", "model.n_embd", "model.n_head"),
+        lambda c: (
+            c.model.n_embd % c.model.n_head != 0  # said above
+            or c.model.mlp_internal_dim_multiplier * c.model.n_embd // c.model.n_head % 2 == 0
+        ),
+        "{0} * {1} / {2} is an odd number of neurons per head, and they rotate in pairs",
+        lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
+    ),
+    Rule(
+        ("model.vocab_size", "tokenizer.name"),
+        lambda c: c.model.vocab_size >= TOKENIZER_SIZES[c.tokenizer.name],
+        f"{{0}} is smaller than the tokenizer's {TOKENIZER_SIZES['bytes']} ({{1}})",
+    ),
+    Rule(
+        ("schedule.min_lr", "training.learning_rate"),
+        lambda c: (c.schedule.min_lr or 0) <= c.training.learning_rate,
+        "{0} is above {1}; null means a tenth of it",
+    ),
+    Rule(
+        ("schedule.warmup_iters", "training.max_iters"),
+        lambda c: (c.schedule.warmup_iters or 0) <= c.training.max_iters,
+        "{0} is above {1}; null means 3 % of it",
+    ),
+    Rule(
+        ("schedule.lr_decay_iters", "schedule.warmup_iters", "training.max_iters"),
+        lambda c: c.schedule.lr_decay_iters is None or c.schedule.lr_decay_iters >= warmup_steps(c),
+        "{0} is below {1} with {2}",
+        lambda c: f"warm-up takes {warmup_steps(c)} steps",
+    ),
+    Rule(
+        ("training.tokens_per_step", "training.gradient_accumulation_steps"),
+        lambda c: c.training.tokens_per_step is None or c.training.gradient_accumulation_steps == 1,
+        "{0} and {1} exclude each other; set one",
+    ),
+    Rule(
+        ("training.tokens_per_step", "training.block_size", "training.batch_size"),
+        lambda c: (c.training.tokens_per_step or 0) % _micro_step_tokens(c, 1) == 0,
+        "{0} is not a multiple of {1} * {2}",
+        lambda c: nearest_multiples(c.training.tokens_per_step or 0, _micro_step_tokens(c, 1)),
+    ),
+    Rule(
+        ("training.test_freq", "dataset.test_fraction"),
+        lambda c: c.training.test_freq is None or c.dataset.test_fraction > 0,
+        "{0} evaluates on held-out text and {1} holds none out; set training.test_freq to null",
+    ),
+    Rule(
+        ("training.eval_only", "dataset.test_fraction"),
+        lambda c: not c.training.eval_only or c.dataset.test_fraction > 0,
+        "{0} evaluates on held-out text and {1} holds none out",
+    ),
+)
+
+
+@cache
+def _schema() -> Schema:
+    return schema_of(SECTIONS, dialects.LATER)
+
+
+def warmup_steps(config: _Sections) -> int:
+    """Return the steps of warm-up, 3 % of the run where none are set."""
+    given = config.schedule.warmup_iters
+    return config.training.max_iters * 3 // 100 if given is None else given
+
+
+def _micro_step_tokens(config: _Sections, world_size: int) -> int:
+    return config.training.block_size * config.training.batch_size * world_size
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Return the micro-steps of each process per optimizer step; ConfigError if not whole."""
+    tokens, micro_step = config.training.tokens_per_step, _micro_step_tokens(config, world_size)
+    if tokens is None:
+        return config.training.gradient_accumulation_steps
+    if tokens % micro_step == 0:
+        return tokens // micro_step
+    raise ConfigError(
+        f"{setting(config, 'training.tokens_per_step')} is not a multiple of "
+        f"{setting(config, 'training.block_size')} * {setting(config, 'training.batch_size')} "
+        f"* {world_size} processes; {nearest_multiples(tokens, micro_step)}."
+    )
+
+
+def sequences_per_step(config: Config, world_size: int) -> int:
+    """Return the sequences of one optimizer step, over all processes."""
+    return accumulation_steps(config, world_size) * config.training.batch_size * world_size
+
+
+@dataclass(frozen=True)
+class BDHConfig:
+    """The shape of a BDH, under the names of the public reference implementation."""
+
+    n_layer: int
+    n_embd: int
+    dropout: float
+    n_head: int
+    mlp_internal_dim_multiplier: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(_Sections):
+    """A whole run, checked: every value in its range and every rule kept."""
+
+    def __post_init__(self) -> None:
+        raise_problems(check_rules(RULES, self))
+
+    @staticmethod
+    def from_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+        """Read a file, then overrides as on the command line; raises ConfigError.
+
+        Aliases and ignored names are said on standard error.
+        """
+        arguments = parse_arguments(overrides, _schema())
+        flags = {"--dry-run": arguments.dry_run, "--help": arguments.help}
+        others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
+        arguments.problems += [f"{word}: not an override" for word in others]
+        config, notes = _load([os.fspath(path)], arguments)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return config
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str = "") -> Config:
+        """Rebuild a config from `to_dict`; `source` names its file in a ConfigError."""
+        entries = from_mapping(values, Origin(1, source=source))
+        return _finish(merge(_schema(), [entries]))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return sections of plain values."""
+        return asdict(self)
+
+    def to_yaml(self, header: Sequence[str] = ()) -> str:
+        """Return every option with its comment, below `header` lines; reads back equal."""
+        return dump(_schema(), self.to_dict(), header)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write YAML that `Config.from_yaml` reads back to an equal Config."""
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(self.to_yaml())
+
+    def to_bdh_config(self) -> BDHConfig:
+        """Return the shape of the model."""
+        return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a command line asks for."""
+
+    config: Config
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
+    dry_run: bool
+    notes: tuple[str, ...]  # aliases used and names ignored, to be printed
+
+
+def command_line(argv: Sequence[str]) -> Request:
+    """Return what `argv` asks for; --help leaves with 0, mistakes with 2 and a message."""
+    arguments = parse_arguments(argv, _schema())
+    if arguments.help:
+        print(help_text(_schema()), end="")
+        raise SystemExit(0)
+    files = arguments.files or [DEFAULT_FILE]
+    try:
+        config, notes = _load(files, arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
+    return Request(config, tuple(files), overrides, arguments.dry_run, tuple(notes))
+
+
+def _load(files: Sequence[str], arguments: Arguments) -> tuple[Config, list[str]]:
+    """Read the files in order and the overrides last; return the config and the notes."""
+    read = [read_file(name, number) for number, name in enumerate(files, start=1)]
+    last = len(files) + 1
+    merged = merge(_schema(), [*(entries for entries, _ in read), arguments.entries(last)])
+    merged.problems += arguments.problems_at(last)
+    unread = [problem for _, problems in read for problem in problems]
+    return _finish(merged, unread), merged.notes
+
+
+def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
+    """Check the rules between options whose values are good; return the config or raise."""
+    sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
+    # Where part of a file could not be read, values are missing and rules would mislead.
+    rules = () if unread else RULES
+    broken = check_rules(rules, _Sections(**sections), merged.origins, merged.refused)
+    raise_problems([*unread, *merged.problems, *broken])
+    return Config(**sections)
+
+
+if __name__ == "__main__":
+    print(Config().to_yaml(DEFAULT_FILE_HEADER), end="")

@@ -1,0 +1,20 @@
+"""Text in, batches out: parquet files, tokens, order, rows; knows nothing of models.
+
+order (pure) <- index <- parquet <- dataset <- packing <- feed, loader; tokenizer and corpus apart.
+"""
+
+from __future__ import annotations
+
+from data.dataset import Dataset, Ledger, open_dataset
+from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+
+__all__ = [
+    "BatchSpec",
+    "Dataset",
+    "Ledger",
+    "StepBatch",
+    "TrainLoader",
+    "evaluation_rows",
+    "merge_cursors",
+    "open_dataset",
+]

@@ -1,0 +1,180 @@
+"""One thread that keeps chunks ready, with or without worker processes behind it.
+
+The thread, not the training loop, waits for torch's DataLoader, and the consumer watches the
+workers itself. So a worker that is killed is named within a second, one that hangs ends in an error
+after TIMEOUT_S, and no signal handler raises in the middle of a training step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import signal
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from config import DataError
+
+TIMEOUT_S = 300.0
+_POLL_S = 0.5
+
+T = TypeVar("T")
+
+
+class Feed(Generic[T]):
+    """A bounded queue of joined items: one from each worker (or one, without workers)."""
+
+    def __init__(
+        self,
+        source: IterableDataset[T],
+        join: Callable[[list[T]], T],
+        workers: int,
+        ahead: int,
+        pin: bool,
+    ) -> None:
+        self._line = _Line(source, join, workers, ahead, pin)
+        self._close = weakref.finalize(self, self._line.close)  # also runs at exit
+        self._line.start()
+
+    def get(self) -> T:
+        """The next item; raises what the thread raised, or DataError for a lost worker."""
+        return self._line.get()
+
+    def close(self) -> None:
+        """End the thread and the workers."""
+        self._close()
+
+
+class _Line(Generic[T]):
+    """What the thread holds; it has no reference to Feed, so that Feed can be collected."""
+
+    def __init__(
+        self,
+        source: IterableDataset[T],
+        join: Callable[[list[T]], T],
+        workers: int,
+        ahead: int,
+        pin: bool,
+    ) -> None:
+        self._source, self._join = source, join
+        self._workers, self._ahead, self._pin = workers, ahead, pin
+        # Workers keep `ahead` chunks each in DataLoader's own queue.
+        self._ready: queue.Queue[T | BaseException] = queue.Queue(1 if workers else ahead)
+        self._stop = threading.Event()
+        self._started = threading.Event()
+        self._processes: list[BaseProcess] = []
+        self._thread = threading.Thread(target=self._run, name="data feed", daemon=True)
+
+    def start(self) -> None:
+        """Start and wait until the workers are forked, while this thread holds no lock."""
+        self._thread.start()
+        self._started.wait()
+
+    def get(self) -> T:
+        """The next item."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                item = self._ready.get(timeout=_POLL_S)
+                if isinstance(item, BaseException):
+                    self.close()
+                    raise item
+                return item
+            lost = self._lost_worker()
+            if lost is not None:
+                self.close()
+                raise lost
+            if time.monotonic() > deadline:
+                self._stop.set()
+                raise DataError(
+                    f"no batch within {TIMEOUT_S:.0f} s: reading the data hangs. Check the disk or "
+                    "network folder that holds it, and resume from the last checkpoint."
+                )
+        raise DataError("the loader is closed")
+
+    def _lost_worker(self) -> DataError | None:
+        for process in self._processes:
+            if not process.is_alive() and process.exitcode != 0:
+                code = process.exitcode or 0
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                return DataError(
+                    f"data worker {process.pid} was lost ({how}; out of memory?). Resume from the "
+                    "last checkpoint; fewer dataloader.num_workers need less memory."
+                )
+        return None
+
+    def _run(self) -> None:
+        items: Iterator[T] | None = None
+        try:
+            items = self._open()
+            self._started.set()
+            while not self._stop.is_set():
+                self._put(self._join([next(items) for _ in range(max(1, self._workers))]))
+        except BaseException as error:  # whatever it is, the consumer raises it
+            self._put(self._lost_worker() or error)
+        finally:
+            del items  # ends the workers
+            self._started.set()
+
+    def _open(self) -> Iterator[T]:
+        """Start the DataLoader; its own generator leaves torch's global one alone."""
+        others = set(multiprocessing.active_children())
+        with warnings.catch_warnings():
+            # More workers than cores is the user's choice, and workers use no lock held at a fork.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            items = iter(
+                DataLoader(
+                    self._source,
+                    batch_size=None,
+                    num_workers=self._workers,
+                    pin_memory=self._pin and self._workers < 2,
+                    prefetch_factor=self._ahead if self._workers else None,
+                    generator=torch.Generator(),
+                    worker_init_fn=_ignore_signals,
+                    multiprocessing_context=_context() if self._workers else None,
+                )
+            )
+        self._processes = [p for p in multiprocessing.active_children() if p not in others]
+        return items
+
+    def _put(self, item: T | BaseException) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._ready.put(item, timeout=_POLL_S)
+        return None
+
+    def close(self) -> None:
+        """End the thread and the workers; safe to call twice."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # room for the item the thread may be waiting to put
+                self._ready.get_nowait()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        for process in self._processes:  # they ignore SIGTERM
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _context() -> str | None:
+    """Forked workers start in milliseconds; elsewhere the platform's default is safe."""
+    return "fork" if sys.platform == "linux" else None
+
+
+def _ignore_signals(worker: int) -> None:
+    """Signals to the process group are for the training loop, which saves and then ends workers."""
+    del worker
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,313 @@
+"""Which parquet files there are, and what their footers say.
+
+The one idea: the footers of all files are read once into a small table (rows and bytes of every row
+group, kept between runs in the user's cache folder), so everything about the data that does not
+need the text itself (units, split, order, size) follows without opening a file again.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import logging
+import os
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from config import DataError
+
+log = logging.getLogger(__name__)
+
+Integers = npt.NDArray[np.int64]
+REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
+GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls")  # nulls: -1 where not recorded
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The files of a directory and their row groups; the columns of `groups` are GROUP_FIELDS."""
+
+    root: str
+    column: str
+    paths: tuple[str, ...]
+    sizes: Integers
+    mtimes_ns: Integers
+    group_counts: Integers
+    groups: Integers
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def group_file(self) -> Integers:
+        """The file of each row group."""
+        return np.repeat(np.arange(len(self.paths)), self.group_counts)
+
+    @property
+    def group_number(self) -> Integers:
+        """The number of each row group inside its file."""
+        starts = np.cumsum(self.group_counts) - self.group_counts
+        return np.arange(len(self.groups)) - np.repeat(starts, self.group_counts)
+
+    def path(self, file: int) -> str:
+        """The path of a file as the user can open it."""
+        return os.path.join(self.root, self.paths[file])
+
+    def group_name(self, group: int) -> str:
+        """File and number of a row group, for messages."""
+        return f"{self.path(int(self.group_file[group]))} row group {self.group_number[group]}"
+
+    def check_file(self, file: int) -> None:
+        """Raises DataError where a file is gone or no longer the one that was indexed."""
+        path = self.path(file)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: there at the start of the run, now {error.strerror}. "
+                "Put it back and resume from the last checkpoint."
+            ) from None
+        then = int(self.sizes[file]), int(self.mtimes_ns[file])
+        if (stat.st_size, stat.st_mtime_ns) != then:
+            raise DataError(
+                f"{path}: changed during the run ({then[0]} bytes at the start, now "
+                f"{stat.st_size}). Restore it and resume from the last checkpoint."
+            )
+
+
+def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
+    """Read (or take from the cache) the footers of all parquet files below `root`.
+
+    Files are sorted by the bytes of their relative path; names that start with '.' or '_' are
+    passed over. Raises DataError for a missing or empty directory and for a file that is not a
+    readable parquet file with that text column, or skips such files with a warning.
+    """
+    found = _find_files(root)
+    names = [name for name, _, _ in found]
+    stats = np.array([(size, mtime) for _, size, mtime in found], dtype=np.int64)
+    cache = _cache_path(root, column)
+    cached = _load_cache(cache)
+    if cached is None or cached.names != names or not np.array_equal(cached.stats, stats):
+        known = {} if cached is None else cached.footers()
+        footers, skipped = _read_footers(root, column, found, known, skip_bad)
+        kept = [i for i, name in enumerate(names) if name in footers]
+        names = [names[i] for i in kept]
+        counts = np.array([len(footers[name]) for name in names], dtype=np.int64)
+        cached = _Cached(names, stats[kept], counts, np.concatenate([footers[n] for n in names]))
+        _save_cache(cache, cached)
+    else:
+        skipped = []
+    sizes, mtimes = cached.stats[:, 0], cached.stats[:, 1]
+    return Index(
+        root, column, tuple(names), sizes, mtimes, cached.counts, cached.groups, tuple(skipped)
+    )
+
+
+def _find_files(root: str) -> list[tuple[str, int, int]]:
+    """(relative path, size, mtime in ns) of every parquet file, in bytewise order."""
+    if not os.path.isdir(root):
+        if os.path.exists(root):
+            parent = os.path.dirname(root) or "."
+            raise DataError(f"dataset.parquet_dir '{root}' is a file; give its folder: {parent}")
+        raise DataError(
+            f"dataset.parquet_dir '{root}': not found (working directory: {os.getcwd()}). "
+            "Correct the path, or make it: python prepare.py SOURCE OUT"
+        )
+    found: list[tuple[str, int, int]] = []
+    others: collections.Counter[str] = collections.Counter()
+    try:
+        _walk(root, "", found, others, set())
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+    if not found:
+        listed = ", ".join(f"{count} *{ending}" for ending, count in others.most_common(5))
+        raise DataError(
+            f"dataset.parquet_dir '{root}' holds no *.parquet (found {listed or 'nothing'}). "
+            f"Convert text with: python prepare.py {root} OUT"
+        )
+    return sorted(found, key=lambda entry: os.fsencode(entry[0]))
+
+
+def _walk(
+    root: str,
+    prefix: str,
+    found: list[tuple[str, int, int]],
+    others: collections.Counter[str],
+    visited: set[str],
+) -> None:
+    """Collect below root/prefix; a linked folder is entered once, so loops end."""
+    real = os.path.realpath(os.path.join(root, prefix))
+    if real in visited:
+        return
+    visited.add(real)
+    with os.scandir(os.path.join(root, prefix)) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "_")):
+                continue
+            ending = os.path.splitext(entry.name)[1]
+            if entry.is_dir():
+                _walk(root, prefix + entry.name + "/", found, others, visited)
+            elif ending == ".parquet":
+                stat = entry.stat()
+                found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+            else:
+                others[ending] += 1
+
+
+def _read_footers(
+    root: str,
+    column: str,
+    found: list[tuple[str, int, int]],
+    known: dict[tuple[str, int, int], Integers],
+    skip_bad: bool,
+) -> tuple[dict[str, Integers], list[str]]:
+    """The row groups of each readable file, and a message for each other one."""
+    footers: dict[str, Integers] = {}
+    skipped: list[str] = []
+    for entry in found:
+        if entry in known:
+            footers[entry[0]] = known[entry]
+            continue
+        try:
+            footers[entry[0]] = read_footer(os.path.join(root, entry[0]), column)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            log.warning("skipped: %s", error)
+            skipped.append(str(error))
+    if not footers:
+        raise DataError(f"{root}: none of its {len(found)} parquet files can be read: {skipped[0]}")
+    return footers, skipped
+
+
+def read_footer(path: str, column: str) -> Integers:
+    """The row groups of one file, as rows of GROUP_FIELDS; raises DataError that says why not."""
+    try:
+        metadata = pq.read_metadata(path)
+        number = _column_number(metadata, column, path)
+        rows = []
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            chunk = row_group.column(number)
+            statistics = chunk.statistics
+            nulls = statistics.null_count if statistics and statistics.has_null_count else -1
+            sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
+            rows.append((row_group.num_rows, *sizes, nulls))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(_diagnose(path, error)) from None
+    return np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
+
+
+def _column_number(metadata: Any, column: str, path: str) -> int:
+    """Where the text column is; it must be a plain column of strings."""
+    schema = metadata.schema
+    for number in range(metadata.num_columns):
+        leaf = schema.column(number)
+        if leaf.path == column and leaf.physical_type == "BYTE_ARRAY":
+            if leaf.logical_type.type == "STRING" and leaf.max_repetition_level == 0:
+                return number
+            break
+    arrow = schema.to_arrow_schema()
+    if column not in arrow.names:
+        names = ", ".join(arrow.names[:20]) or "none"
+        raise DataError(f"{path}: no column '{column}'; columns: {names}. Set dataset.text_column.")
+    strings = ", ".join(field.name for field in arrow if _is_string(field.type)) or "none"
+    raise DataError(
+        f"{path}: column '{column}' is {arrow.field(column).type}, not string; string columns: "
+        f"{strings}. Set dataset.text_column, or convert it with: python prepare.py"
+    )
+
+
+def _is_string(kind: Any) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _diagnose(path: str, error: Exception) -> str:
+    """Why this is not a parquet file, from its first and last bytes."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4))
+            tail = file.read(4)
+    except OSError as unreadable:
+        return f"{path}: cannot be read: {unreadable.strerror}. Check the file and its permissions."
+    start = head.lstrip()[:40].splitlines()[:1]
+    shown = start[0].decode("utf-8", "replace") if start else ""
+    if size == 0:
+        return f"{path}: empty (interrupted download?). {REMEDY}"
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the data; run 'git lfs pull'."
+    if shown.startswith(("<", "{", "[")):
+        return f"{path} starts with '{shown}': a download error page. {REMEDY}"
+    if head.startswith(b"PAR1") and tail != b"PAR1":
+        return f"{path}: no footer; {size / 1e6:.1f} MB present (interrupted download?). {REMEDY}"
+    if head.startswith(b"PARE") or tail == b"PARE":
+        return f"{path}: encrypted parquet, which is not supported. Decrypt it."
+    reason = "its footer is damaged" if head.startswith(b"PAR1") else "not a parquet file"
+    return f"{path}: {reason} ({first_line(error)}). {REMEDY}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an Arrow message, without its full stop."""
+    return str(error).split("\n", 1)[0].rstrip(". ")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """What the cache file holds: the index before paths and sizes are checked."""
+
+    names: list[str]
+    stats: Integers  # (files, 2): size, mtime in ns
+    counts: Integers
+    groups: Integers
+
+    def footers(self) -> dict[tuple[str, int, int], Integers]:
+        """The row groups by (relative path, size, mtime)."""
+        parts = np.split(self.groups, np.cumsum(self.counts)[:-1])
+        rows = zip(self.names, self.stats.tolist(), parts, strict=True)
+        return {(name, size, mtime): part for name, (size, mtime), part in rows}
+
+
+def _cache_path(root: str, column: str) -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    what = f"{_CACHE_VERSION}\0{os.path.realpath(root)}\0{column}"
+    key = hashlib.blake2b(os.fsencode(what), digest_size=12).hexdigest()
+    return os.path.join(base, "hatchery", f"index-{key}.npz")
+
+
+def _load_cache(path: str) -> _Cached | None:
+    """The cache, or None where there is none or it is damaged (zip records carry a CRC)."""
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            names = os.fsdecode(file["names"].tobytes()).split("\0")
+            cached = _Cached(names, file["stats"], file["counts"], file["groups"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    fits = len(names) == len(cached.stats) == len(cached.counts)
+    return cached if fits and cached.counts.sum() == len(cached.groups) else None
+
+
+def _save_cache(path: str, cached: _Cached) -> None:
+    """Write it beside and rename; a cache that cannot be written is only slower."""
+    names = np.frombuffer(os.fsencode("\0".join(cached.names)), dtype=np.uint8)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(
+                file, names=names, stats=cached.stats, counts=cached.counts, groups=cached.groups
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        log.debug("no index cache: %s", error)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)

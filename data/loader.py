@@ -1,0 +1,419 @@
+"""Batches for training and rows for evaluation.
+
+The one idea: the global batch of a step is a fixed list of rows, lane after lane, and a process
+takes its share of that list. So neither the number of processes, workers and micro-batches nor an
+interruption changes a batch. Workers send chunks of about 1 MB that cover many steps of some lanes,
+because a message costs more than the bytes of a small batch.
+
+Memory: one unit (data.parquet.UNIT_BYTES) per lane of this process, the units being decoded, and
+the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks).
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from config import DataError, DataLoaderConfig
+from data.dataset import Dataset, Plan, training_blocks
+from data.feed import Feed
+from data.order import MAX_LANES, lane_count, rank_lanes, rank_rows
+from data.packing import Address, LaneStream, Trace, windows
+from data.parquet import UnitReader
+
+log = logging.getLogger(__name__)
+
+CURSOR_VERSION = 1
+CHUNK_BYTES = 1 << 20
+_EVALUATION_SEED = 0
+_EVALUATION_ROWS_PER_LANE = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSpec:
+    """The shape of a step and this process's place in it.
+
+    A step is `sequences_per_step` rows of `block_size` + 1 tokens over all processes; this one
+    gets 1 / `world_size` of them in `micro_batches` equal tensors. `pin` asks for page-locked
+    memory. `lanes` is the number of lanes, by default the most that fit.
+    """
+
+    block_size: int
+    sequences_per_step: int
+    micro_batches: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    lanes: int | None = None
+    pin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which rows of which lanes this process reads."""
+
+    block_size: int
+    rows: range
+    lanes: range
+    rows_per_lane: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one lane and step."""
+        return self.rows_per_lane * self.block_size
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps in one chunk."""
+        step_bytes = len(self.lanes) * self.rows_per_lane * (self.block_size + 1)
+        return max(1, CHUNK_BYTES // step_bytes)
+
+    def own_rows(self, lane: int) -> tuple[int, int]:
+        """The rows [first, last) of a lane's step that belong to this process."""
+        start = lane * self.rows_per_lane
+        return max(self.rows.start - start, 0), min(self.rows.stop - start, self.rows_per_lane)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Some steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1) uint8."""
+
+    rows: Tensor
+    traces: list[Trace] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+    def pin_memory(self) -> Chunk:
+        """The chunk in page-locked memory; called by DataLoader."""
+        self.rows = self.rows.pin_memory()
+        return self
+
+
+class _Source:
+    """The units of a plan, for `LaneStream`."""
+
+    def __init__(self, reader: UnitReader, plan: Plan) -> None:
+        self._reader, self._plan = reader, plan
+
+    def lane_units(self, epoch: int, lane: int) -> npt.NDArray[np.int64]:
+        """The units of a lane in one epoch."""
+        return self._plan.lane_units(epoch, lane)
+
+    def tokens(self, unit: int, epoch: int) -> npt.NDArray[np.uint8]:
+        """The tokens of a unit in one epoch."""
+        return self._reader.tokens(unit, self._plan.seed, epoch, self._plan.shuffle)
+
+
+class _ChunkSource(IterableDataset[Chunk]):
+    """Endless chunks; worker w of n reads every n-th lane from w on."""
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, layout: _Layout, addresses: list[Address]
+    ) -> None:
+        self._dataset, self._plan = dataset, plan
+        self._layout, self._addresses = layout, addresses
+
+    def __iter__(self) -> Iterator[Chunk]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = self._dataset.reader()
+        source = _Source(reader, self._plan)
+        starts = list(zip(self._layout.lanes, self._addresses, strict=True))[worker::workers]
+        try:
+            lanes = [LaneStream(source, lane, address) for lane, address in starts]
+            while True:
+                chunk = self._read(lanes)
+                chunk.counts = dict(reader.counts)
+                reader.counts.clear()
+                yield chunk
+        except DataError as error:  # as text, so that it arrives from a worker as it was raised
+            yield Chunk(torch.empty(0), error=str(error))
+        finally:
+            reader.close()
+
+    def _read(self, lanes: list[LaneStream]) -> Chunk:
+        layout = self._layout
+        steps, block_size = layout.chunk_steps, layout.block_size
+        shape = (steps, len(lanes), layout.rows_per_lane, block_size + 1)
+        rows = torch.empty(shape, dtype=torch.uint8)
+        flat = np.empty(steps * layout.step_tokens + 1, dtype=np.uint8)
+        traces = []
+        for i, lane in enumerate(lanes):
+            traces.append(lane.read(flat))
+            window = windows(flat, block_size).reshape(steps, layout.rows_per_lane, block_size + 1)
+            rows.numpy()[:, i] = window
+        return Chunk(rows, traces)
+
+
+def _join(parts: list[Chunk], pin: bool) -> Chunk:
+    """The chunks of all workers as one, lanes in order."""
+    for part in parts:
+        if part.error is not None:
+            raise DataError(part.error)
+    if len(parts) == 1:
+        return parts[0]
+    steps, _, rows_per_lane, width = parts[0].rows.shape
+    lanes = sum(part.rows.shape[1] for part in parts)
+    rows = torch.empty((steps, lanes, rows_per_lane, width), dtype=torch.uint8, pin_memory=pin)
+    traces = [Trace() for _ in range(lanes)]
+    counts: collections.Counter[str] = collections.Counter()
+    for worker, part in enumerate(parts):
+        rows[:, worker :: len(parts)] = part.rows
+        traces[worker :: len(parts)] = part.traces
+        counts.update(part.counts)
+    return Chunk(rows, traces, dict(counts))
+
+
+class StepBatch:
+    """The rows of one optimizer step on this process."""
+
+    def __init__(self, loader: TrainLoader, rows: Tensor, traces: list[Trace], step: int) -> None:
+        self._loader, self._traces, self._step = loader, traces, step
+        self.micro_batches: tuple[Tensor, ...] = rows.unbind(0)
+        """Tensors (B, T + 1) of uint8: inputs [:, :-1], targets [:, 1:]."""
+
+    def _addresses(self) -> list[Address]:
+        token = (self._step + 1) * self._loader.layout.step_tokens
+        return [trace.address(token) for trace in self._traces]
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs after this batch: of the lane that has the fewest."""
+        return min(epoch for epoch, _, _ in self._addresses())
+
+    def cursor(self) -> dict[str, Any]:
+        """Plain values; `TrainLoader(cursor=...)` continues with the batch after this one."""
+        return self._loader.cursor_at(self._addresses())
+
+    def describe(self) -> list[str]:
+        """File, row group and rows of the documents in this batch; reads them again."""
+        dataset, plan, layout = self._loader.dataset, self._loader.plan, self._loader.layout
+        found: dict[str, set[int]] = collections.defaultdict(set)
+        reader = dataset.reader()
+        for lane, trace in zip(layout.lanes, self._traces, strict=True):
+            begin = self._step * layout.step_tokens
+            first, last = (begin + row * layout.block_size for row in layout.own_rows(lane))
+            for (epoch, place, offset), length in trace.runs(first, last + 1):
+                unit = int(plan.lane_units(epoch, lane)[place])
+                documents, rows = reader.documents(unit, plan.seed, epoch, plan.shuffle)
+                ends = np.cumsum([len(text) + 1 for text in documents.cast("large_binary")])
+                cut = np.searchsorted(ends, (offset, offset + length - 1), side="right")
+                found[reader.name(unit)].update(rows[cut[0] : cut[1] + 1].tolist())
+        reader.close()
+        return [f"{name} rows {_ranges(sorted(rows))}" for name, rows in sorted(found.items())]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as '1-3, 7'."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1][1:] = [number]
+        else:
+            groups.append([number])
+    return ", ".join("-".join(map(str, group)) for group in groups)
+
+
+class TrainLoader:
+    """Endless training batches of one process; use as a context manager or call `close`.
+
+    Iterating touches no global random state. `cursor` continues where a `StepBatch.cursor` (of all
+    lanes this process reads, see `merge_cursors`) was taken. Raises DataError for a cursor that
+    does not fit, and from `next` for text that cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: BatchSpec,
+        dataloader: DataLoaderConfig,
+        cursor: dict[str, Any] | None = None,
+    ) -> None:
+        self.dataset, self.spec = dataset, spec
+        lanes = _lanes(dataset, spec, dataloader.shuffle, cursor)
+        total = spec.sequences_per_step
+        assert total % (spec.world_size * spec.micro_batches) == 0
+        rows = rank_rows(total, spec.world_size, spec.rank)
+        mine = rank_lanes(rows, total, lanes)
+        self.layout = _Layout(spec.block_size, rows, mine, total // lanes)
+        self.plan = Plan(dataset.units, dataset.train, lanes, spec.seed, dataloader.shuffle)
+        self.left_out: collections.Counter[str] = collections.Counter()
+        """Null and empty documents and NUL bytes met so far, counted by kind."""
+        self._start = _starts(mine, cursor)
+        self._batches: Iterator[StepBatch] = iter(())
+        workers = min(dataloader.num_workers, len(mine))
+        if workers < dataloader.num_workers:
+            log.warning(
+                "dataloader.num_workers: %d, but this process reads %d lanes; %d workers are used",
+                dataloader.num_workers,
+                len(mine),
+                workers,
+            )
+        pin = spec.pin and dataloader.pin_memory
+        ahead = -(-dataloader.prefetch_factor // self.layout.chunk_steps)
+        source = _ChunkSource(dataset, self.plan, self.layout, self._start)
+        self._feed: Feed[Chunk] = Feed(source, lambda parts: _join(parts, pin), workers, ahead, pin)
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = self._cut(self._feed.get())
+            batch = next(self._batches)
+        return batch
+
+    def _cut(self, chunk: Chunk) -> Iterator[StepBatch]:
+        """The steps of a chunk."""
+        self.left_out.update(chunk.counts)
+        first, _ = self.layout.own_rows(self.layout.lanes.start)
+        rows = chunk.rows.flatten(1, 2)[:, first : first + len(self.layout.rows)]
+        shape = len(rows), self.spec.micro_batches, -1, rows.shape[-1]
+        steps = rows.view(shape).unbind(0)
+        return (StepBatch(self, rows, chunk.traces, step) for step, rows in enumerate(steps))
+
+    def cursor(self) -> dict[str, Any]:
+        """The cursor before the first batch."""
+        return self.cursor_at(self._start)
+
+    def cursor_at(self, addresses: list[Address]) -> dict[str, Any]:
+        """The cursor of this process's lanes at these addresses."""
+        return {
+            "version": CURSOR_VERSION,
+            "lanes": self.plan.lanes,
+            "sequences_per_step": self.spec.sequences_per_step,
+            "block_size": self.spec.block_size,
+            "seed": self.spec.seed,
+            "shuffle": self.plan.shuffle,
+            "first_lane": self.layout.lanes.start,
+            "positions": [list(address) for address in addresses],
+        }
+
+    def close(self) -> None:
+        """End the thread and the workers; batches already handed out stay valid."""
+        self._feed.close()
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _lanes(dataset: Dataset, spec: BatchSpec, shuffle: bool, cursor: dict[str, Any] | None) -> int:
+    """The number of lanes: the cursor's, else the spec's, else the most that fit."""
+    blocks = training_blocks(dataset)
+    lanes = spec.lanes or lane_count(spec.sequences_per_step, blocks)
+    if cursor is not None:
+        if cursor["version"] != CURSOR_VERSION:
+            raise DataError(
+                f"data cursor: version {cursor['version']}, this program reads {CURSOR_VERSION}. "
+                "Resume with the program that wrote the checkpoint."
+            )
+        now = {
+            "sequences_per_step": spec.sequences_per_step,
+            "block_size": spec.block_size,
+            "seed": spec.seed,
+            "shuffle": shuffle,
+        }
+        for key, value in now.items():
+            if cursor[key] != value:
+                raise DataError(
+                    f"data cursor: the checkpoint has {key} {cursor[key]}, this run {value}; the "
+                    "text already seen could not be told from the rest. Set it back to resume."
+                )
+        lanes = cursor["lanes"]
+    if spec.sequences_per_step % lanes or lanes > blocks:
+        raise DataError(
+            f"{lanes} lanes do not fit {spec.sequences_per_step} sequences per step and {blocks} "
+            "blocks of text: lanes must divide the sequences and not exceed the blocks."
+        )
+    return lanes
+
+
+def _starts(lanes: range, cursor: dict[str, Any] | None) -> list[Address]:
+    """Where each lane begins."""
+    if cursor is None:
+        return [(0, 0, 0)] * len(lanes)
+    first = cursor["first_lane"]
+    known = range(first, first + len(cursor["positions"]))
+    if lanes.start < known.start or lanes.stop > known.stop:
+        raise DataError(
+            f"data cursor: holds lanes {known.start} to {known.stop - 1}, this process reads "
+            f"{lanes.start} to {lanes.stop - 1}. Merge the cursors of all processes."
+        )
+    positions = [cursor["positions"][lane - first] for lane in lanes]
+    return [(epoch, place, offset) for epoch, place, offset in positions]
+
+
+def merge_cursors(cursors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cursor of all lanes from those of all processes, for any other number of processes."""
+    positions: dict[int, list[int]] = {}
+    for cursor in cursors:
+        positions.update(enumerate(cursor["positions"], cursor["first_lane"]))
+    lanes = range(min(positions), max(positions) + 1)
+    assert len(positions) == len(lanes), "cursors of neighbouring lanes"
+    return {
+        **cursors[0],
+        "first_lane": lanes.start,
+        "positions": [positions[lane] for lane in lanes],
+    }
+
+
+def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) -> Tensor:
+    """The first `rows` rows of the "train" or "test" text, in an order that never changes.
+
+    (n, block_size + 1) uint8 with n <= `rows`: fewer where the text is short. The rows come in
+    turn from up to 16 places of the split. Raises DataError where there is not one row.
+    """
+    chosen = dataset.split(split)
+    size = int(dataset.units.bytes[chosen].sum())
+    fitting = size // (_EVALUATION_ROWS_PER_LANE * (block_size + 1))
+    lanes = max(1, min(MAX_LANES, rows, len(np.unique(dataset.units.block[chosen])), fitting))
+    plan = Plan(dataset.units, chosen, lanes, _EVALUATION_SEED, shuffle=True)
+    reader = dataset.reader()
+    source = _Source(reader, plan)
+    streams = [_lane_rows(source, lane, block_size) for lane in range(lanes)]
+    taken: list[npt.NDArray[np.uint8]] = []
+    while streams and len(taken) < rows:
+        for stream in list(streams):
+            row = next(stream, None)
+            if row is None:
+                streams.remove(stream)
+            else:
+                taken.append(row)
+    reader.close()
+    if not taken:
+        raise DataError(
+            f"the {split} text ({size} bytes, dataset.test_fraction {dataset.config.test_fraction})"
+            f" is shorter than one row of training.block_size + 1 = {block_size + 1} tokens. "
+            "Lower block_size, change test_fraction, or add text."
+        )
+    return torch.from_numpy(np.stack(taken[:rows]))
+
+
+def _lane_rows(source: _Source, lane: int, block_size: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The rows of one pass over a lane."""
+    rest = np.zeros(0, dtype=np.uint8)
+    for unit in source.lane_units(0, lane):
+        rest = np.concatenate((rest, source.tokens(int(unit), 0)))
+        if len(rest) > block_size:
+            complete = windows(rest, block_size)
+            yield from (row.copy() for row in complete)
+            rest = rest[len(complete) * block_size :]

@@ -1,0 +1,147 @@
+"""From units to rows of T + 1 tokens.
+
+The one idea: a lane is one endless stream of tokens, epoch after epoch, and a row is a window of
+T + 1 tokens that advances by T. Nothing is dropped and nothing is padded: what is left of a unit
+begins the next row. The state of a lane is therefore the address of its next token, three integers.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import NoReturn, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from config import DataError
+
+Address: TypeAlias = tuple[int, int, int]
+"""(epoch, place in the lane's plan, token of that unit)"""
+
+
+class TokenSource(Protocol):
+    """What a lane reads from."""
+
+    def lane_units(self, epoch: int, lane: int) -> npt.NDArray[np.int64]:
+        """The units of a lane in one epoch, in reading order."""
+
+    def tokens(self, unit: int, epoch: int) -> npt.NDArray[np.uint8]:
+        """The tokens of a unit in one epoch."""
+
+
+class Trace:
+    """Where the tokens of one `LaneStream.read` came from."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.addresses: list[Address] = []
+
+    def add(self, start: int, address: Address) -> None:
+        """From token `start` of the read on, tokens lie one after the other from `address`."""
+        self.starts.append(start)
+        self.addresses.append(address)
+
+    def address(self, token: int) -> Address:
+        """The address of a token of the read."""
+        i = bisect.bisect_right(self.starts, token) - 1
+        epoch, place, offset = self.addresses[i]
+        return epoch, place, offset + token - self.starts[i]
+
+    def runs(self, first: int, last: int) -> list[tuple[Address, int]]:
+        """(address, length) of the pieces that tokens [first, last) of the read consist of."""
+        inner = [start for start in self.starts if first < start < last]
+        edges = [first, *inner, last]
+        return [
+            (self.address(a), b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b
+        ]
+
+
+class LaneStream:
+    """The tokens of one lane from an address on, holding one unit at a time."""
+
+    def __init__(self, source: TokenSource, lane: int, address: Address = (0, 0, 0)) -> None:
+        self._source = source
+        self._lane = lane
+        self._epoch, self._place, self._offset = address
+        self._units = source.lane_units(self._epoch, lane)
+        self._tokens: npt.NDArray[np.uint8] | None = None
+        if self._place >= len(self._units) > 0:
+            self._refuse(f"unit {self._place} of {len(self._units)}")
+
+    def read(self, out: npt.NDArray[np.uint8]) -> Trace:
+        """Fill `out` with the next len(out) tokens; the last one will be read again.
+
+        So `out` is n tokens and the one that follows them. Raises DataError where the whole lane
+        holds no text for an epoch.
+        """
+        trace = Trace()
+        filled = 0
+        while filled < len(out):
+            tokens = self._load()
+            trace.add(filled, (self._epoch, self._place, self._offset))
+            part = tokens[self._offset : self._offset + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            self._offset += len(part)
+        self._offset -= 1
+        return trace
+
+    def _load(self) -> npt.NDArray[np.uint8]:
+        """The unit with the next token; passes over finished and empty ones."""
+        empty = 0
+        while self._tokens is None or self._offset >= len(self._tokens):
+            if self._tokens is not None:
+                empty += 1
+                self._place, self._offset = self._place + 1, 0
+                self._tokens = None
+            if self._place >= len(self._units):
+                if empty > len(self._units) or not len(self._units):
+                    raise DataError(
+                        f"no text in the {len(self._units)} units of lane {self._lane} "
+                        f"(epoch {self._epoch}): every document is null or empty, or was skipped."
+                    )
+                self._epoch, self._place = self._epoch + 1, 0
+                self._units = self._source.lane_units(self._epoch, self._lane)
+                continue
+            self._tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            if 0 < self._offset >= len(self._tokens):
+                self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
+        return self._tokens
+
+    def _refuse(self, address: str) -> NoReturn:
+        raise DataError(
+            f"lane {self._lane}, epoch {self._epoch}: the cursor asks for {address}: it belongs to "
+            "other data, or text that was there is now skipped. Restore the data."
+        )
+
+
+def windows(tokens: npt.NDArray[np.uint8], block_size: int) -> npt.NDArray[np.uint8]:
+    """View n * T + 1 tokens as n rows of T + 1; each begins with the last one of the row before."""
+    rows = (len(tokens) - 1) // block_size
+    step = tokens.strides[0]
+    return np.lib.stride_tricks.as_strided(
+        tokens, (rows, block_size + 1), (block_size * step, step), writeable=False
+    )
+
+
+def document_ids(rows: torch.Tensor, separator: int) -> torch.Tensor:
+    """The number of the document, counted from 0 in each row, that each token belongs to.
+
+    (B, T) of any integer type -> (B, T) int32, on the device of `rows`. A separator belongs to
+    the document that it ends.
+    """
+    ids = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device)
+    torch.cumsum(rows[..., :-1] == separator, dim=-1, dtype=torch.int32, out=ids[..., 1:])
+    return ids
+
+
+def positions(rows: torch.Tensor, separator: int) -> torch.Tensor:
+    """The place of each token in its document, or in its row where the document began before it.
+
+    (B, T) of any integer type -> (B, T) int32, on the device of `rows`.
+    """
+    place = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device).expand(rows.shape)
+    starts = torch.zeros_like(place)
+    starts[..., 1:] = torch.where(rows[..., :-1] == separator, place[..., 1:], 0)
+    return place - torch.cummax(starts, dim=-1).values

@@ -1,0 +1,1 @@
+"""Everything that is neither mathematics nor text: precision, optimizer, checkpoints, the run."""

@@ -1,0 +1,283 @@
+"""Saving and loading the whole state of a run.
+
+A checkpoint is one `torch.save` of nested dicts of tensors and plain values with a `format` field,
+and a manifest written after it (engine/manifest.py). It is loaded with `weights_only=True`, always:
+opening a stranger's file runs none of its code.
+
+    path = save_checkpoint(directory, state, keep_last=3)
+    model, config = load_model("checkpoints/run_20251108_143022")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from config import CheckpointError, Config, ConfigError
+from engine.content import check_finite, check_plain, tensor_bytes
+from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
+from engine.manifest import (
+    CONFIG,
+    FORMAT,
+    Facts,
+    Manifest,
+    Resume,
+    complete_checkpoints,
+    data_path,
+    found,
+    manifest_path,
+    newest_valid,
+    render,
+    steps_in,
+    verify,
+)
+
+__all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
+
+
+class Destination(Protocol):
+    """What saving needs of a run directory (engine/run.py)."""
+
+    last_checkpoint: Path | None
+    resumed_step: int | None
+
+    def prepare(self) -> Path:
+        """The folder, created if need be, with the metrics so far on the disk."""
+
+
+def save_checkpoint(directory: Destination, state: dict[str, Any], keep_last: int | None) -> Path:
+    """Saves `state`, then removes old checkpoints; the previous ones stay good if it fails.
+
+    `state` has `model`, `train` (TrainState as a dict), `data` (with `fingerprint`) and whatever
+    else resuming needs. A step that has a whole checkpoint already is not written again. Raises
+    NonFiniteError for NaN in the weights and WriteError.
+    """
+    check_plain(state)
+    facts = _facts(state)
+    check_finite(state["model"], facts.step)
+    folder = directory.prepare()
+    path = data_path(folder, facts.step)
+    kept = directory.last_checkpoint
+    if not _already_saved(path):
+        needed = tensor_bytes(state)
+        with explained(f"write {path}", folder, needed, kept.name if kept else ""):
+            check_space(folder, needed)
+            _write(path, {"format": FORMAT, **state}, facts)
+    directory.last_checkpoint = path
+    if keep_last is not None:
+        resumed = directory.resumed_step
+        retire(folder, keep_last, set() if resumed is None else {resumed})
+    return path
+
+
+def _facts(state: dict[str, Any]) -> Facts:
+    train = state["train"]
+    measured = train["evaluated_step"] == train["step"]
+    return Facts(
+        step=train["step"],
+        tokens=train["tokens"],
+        loss=train["train_loss"] if measured else None,
+        val_loss=train["val_loss"] if measured else None,
+        fingerprint=state["data"]["fingerprint"],
+    )
+
+
+def _already_saved(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _write(path: Path, content: dict[str, Any], facts: Facts) -> None:
+    remove(manifest_path(path))  # of a damaged checkpoint of this step; it must not name new data
+    try:
+        written = write_whole(path, lambda out: _dump(content, out))
+        time = datetime.now().astimezone().isoformat(timespec="seconds")
+        manifest = Manifest(**vars(facts), **vars(written), time=time)
+        write_text(manifest_path(path), render(manifest))
+    except BaseException:
+        if not manifest_path(path).exists():
+            with contextlib.suppress(OSError):
+                remove(path)
+        raise
+
+
+def _dump(content: dict[str, Any], out: HashedFile) -> None:
+    """`torch.save` without its CRC32s, which no torch.load checks and which cost as much time as
+    our sha256. `unzip` takes such a file for damaged; torch does not."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        # torch.save asks for no more of a file than write and flush.
+        torch.save(content, out)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def retire(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
+    """Removes whole checkpoints older than the newest `keep_last`; returns the steps removed.
+
+    The one with the lowest held-out loss and the steps in `keep` stay. Damaged checkpoints do not
+    count as kept ones. The manifest goes first, durably: data without manifest is no checkpoint,
+    and where a removal failed half-way before, it goes now.
+    """
+    complete = complete_checkpoints(folder)
+    measured = [(m.val_loss, step) for step, m in complete.items() if m.val_loss is not None]
+    best = {step for _, step in sorted(measured)[:1]}
+    old = set(list(complete)[:-keep_last]) - best - keep
+    halves = {*steps_in(folder, "pt")} - {*steps_in(folder)}
+    for step in sorted(old | halves):
+        path = data_path(folder, step)
+        with explained(f"remove old checkpoint {path}", folder):
+            remove(manifest_path(path))
+            remove(path)
+    return sorted(old | halves)
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The verified content of a checkpoint; raises CheckpointError with the reason."""
+    verify(path)
+    return _checked_format(path, _read(path, device))
+
+
+def _checked_format(path: Path, content: object) -> dict[str, Any]:
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path} has no format field: not a checkpoint of this trainer.")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {content['format']}; this version reads {FORMAT}.")
+    return content
+
+
+def _read(path: Path, device: str | torch.device, mmap: bool = False) -> object:
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        names = ", ".join(sorted(_refused_names(path))) or "of unknown type"
+        raise CheckpointError(
+            f"{path}: checkpoint holds a Python object ({names}); refused."
+        ) from None
+    except Exception as error:  # a hostile pickle can make the loader raise anything
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error}).") from error
+
+
+def _refused_names(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above; this only words the message
+        return []
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses what is no `torch.save` file before torch reads it, compressed bombs among them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is not a checkpoint: no complete zip archive."
+        ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is not a checkpoint: it is compressed.")
+
+
+def _find(path: Path) -> tuple[Resume, list[str]]:
+    """The checkpoint meant by a file, a run directory or a folder of runs (the newest one), and
+    why newer ones were not taken."""
+    if path.is_dir():
+        runs = sorted(run for run in path.glob("run_*") if steps_in(run))
+        if runs and not steps_in(path):
+            return _find(runs[-1])
+        best, rejects = newest_valid(path)
+        if best is None:
+            reasons = "".join(f"\n  {line}" for line in rejects)
+            raise CheckpointError(f"{path}: no valid checkpoint in it.{reasons}")
+        return best, rejects
+    try:
+        if path.is_file() and not manifest_path(path).exists():
+            _checked_format(path, _read(path, "cpu", mmap=True))
+        return found(path), []
+    except CheckpointError as error:
+        best, _ = newest_valid(path.parent)
+        if best is None:
+            raise
+        raise CheckpointError(f"{error} Newest valid: {best.path.name}.") from None
+
+
+def resolve_resume(
+    value: str, checkpoint_dir: Path, differing: Callable[[Config], list[str]]
+) -> tuple[Resume | None, list[str]]:
+    """The checkpoint meant by `training.resume_from_checkpoint`, and lines for the user.
+
+    A file: that one. A run directory: its newest valid one. A folder of runs: that of the newest
+    run. `auto`: that of the newest run whose
+    saved config has nothing `differing`, or None for a fresh start. Raises CheckpointError.
+    """
+    if value == "auto":
+        return _find_run(checkpoint_dir, differing)
+    resume, rejects = _find(Path(value))
+    if not (resume.run_dir / CONFIG).exists():
+        raise CheckpointError(
+            f"{resume.path}: no {CONFIG} beside it. Resuming continues in the run directory; "
+            "give the checkpoint inside it."
+        )
+    return resume, [f"not used: {line}" for line in rejects]
+
+
+def _find_run(
+    checkpoint_dir: Path, differing: Callable[[Config], list[str]]
+) -> tuple[Resume | None, list[str]]:
+    notes: list[str] = []
+    nearest: tuple[list[str], str] | None = None
+    runs = (path for path in checkpoint_dir.glob("run_*") if path.is_dir())
+    for run in sorted(runs, reverse=True):
+        try:
+            keys = differing(Config.from_yaml(run / CONFIG))
+            if not keys:
+                resume, rejects = _find(run)
+                return resume, [*notes, *(f"not used: {line}" for line in rejects)]
+        except (CheckpointError, ConfigError, OSError) as error:
+            notes.append(f"skipped {run.name}: {error}")
+            continue
+        if nearest is None or len(keys) < len(nearest[0]):
+            nearest = keys, run.name
+    if nearest is None:
+        notes.append(f"auto: no run to resume in {checkpoint_dir}; starting a new one")
+    else:
+        keys, name = nearest
+        first = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        notes.append(
+            f"auto: no run in {checkpoint_dir} has this config (nearest: {name}, which differs "
+            f"in {first}); starting a new one"
+        )
+    return None, notes
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config]:
+    """The model of a checkpoint, in eval mode, and its config.
+
+    `path` is a checkpoint, a run directory (its newest valid one) or a folder of runs. Raises
+    CheckpointError.
+    """
+    from model import build_model  # only here: the rest of the engine names no model
+
+    chosen = _find(Path(path))[0].path
+    content = load_checkpoint(chosen, device)
+    try:
+        config = Config.from_dict(content["config"], str(chosen))
+        model = build_model(config)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error
+    return model.to(device).eval(), config

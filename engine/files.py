@@ -1,0 +1,238 @@
+"""Files that are either whole or absent, also after a crash, a full disk or a power loss.
+
+The one idea: write a temporary file beside the target, fsync it, rename it over the target, fsync
+the folder. A reader sees the old file or the new one, never half of one. Every system call goes
+through `os`, so that a test can make each of them fail in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import WriteError
+
+TEMPORARY = ".tmp-"
+_CHUNK = 1 << 24
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_OTHER_DISK = "Free space there or point training.checkpoint_dir to another disk."
+_REMEDIES = {
+    errno.ENOSPC: _OTHER_DISK,
+    errno.EDQUOT: _OTHER_DISK,
+    errno.EFBIG: "Raise the file size limit (ulimit -f).",
+    errno.EACCES: "Check the owner and the permissions.",
+    errno.EPERM: "Check the owner and the permissions.",
+    errno.EROFS: "The file system is read-only: point training.checkpoint_dir to another one.",
+    errno.ENOTDIR: "Part of that path is a file: point training.checkpoint_dir elsewhere.",
+    errno.EIO: "The disk reports an error: point training.checkpoint_dir to another one.",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What reached the disk."""
+
+    size: int
+    sha256: str
+
+
+class HashedFile:
+    """The file object given to `torch.save`; its bytes are hashed by a thread while it grows.
+
+    The thread reads back through the page cache, because the memory torch hands over is only
+    valid during `write`. `error` keeps the first error: torch.save hides it in a RuntimeError.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.size = 0
+        self.error: BaseException | None = None
+        self._descriptor = descriptor
+        self._sha256 = hashlib.sha256()
+        self._hashed = 0
+        self._queued = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sha256")
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Writes all of `data`."""
+        view = memoryview(data).cast("B")
+        try:
+            for start in range(0, view.nbytes, _CHUNK):
+                self._write_chunk(view[start : start + _CHUNK])
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing is buffered; `torch.save` wants the method."""
+
+    def finish(self) -> Written:
+        """Waits for the thread and returns size and hash."""
+        self.close()
+        self._hash_up_to(self.size)
+        return Written(self.size, self._sha256.hexdigest())
+
+    def close(self) -> None:
+        """Stops the thread; must come before the descriptor is closed."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _write_chunk(self, chunk: memoryview) -> None:
+        write_all(self._descriptor, chunk)
+        self.size += chunk.nbytes
+        pending = self.size - self._queued
+        if pending >= _CHUNK:
+            if hasattr(
+                os, "posix_fadvise"
+            ):  # starts the disk early: the fsync has less to wait for
+                advice = os.POSIX_FADV_DONTNEED
+                os.posix_fadvise(self._descriptor, self._queued, pending, advice)
+            self._queued = self.size
+            self._thread.submit(self._hash_up_to, self.size)
+
+    def _hash_up_to(self, end: int) -> None:
+        # A read error leaves `_hashed` where it was: `finish` meets the error again and raises it.
+        while self._hashed < end:
+            data = os.pread(self._descriptor, min(1 << 20, end - self._hashed), self._hashed)
+            if not data:
+                raise OSError(errno.EIO, f"file ends at byte {self._hashed} of {end} written")
+            self._sha256.update(data)
+            self._hashed += len(data)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """`os.write` until everything is written: near a limit the system writes only a part."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_whole(path: Path, fill: Callable[[HashedFile], object]) -> Written:
+    """Creates or replaces `path` with what `fill` writes; on any error nothing has changed.
+
+    Raises the OSError, also where `fill` turned it into something else; see `explained`.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        written = _write_synced(temporary, fill)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+    return written
+
+
+def write_text(path: Path, text: str) -> Written:
+    """`write_whole` for a small text, as UTF-8."""
+    return write_whole(path, lambda out: out.write(text.encode()))
+
+
+def _write_synced(path: Path, fill: Callable[[HashedFile], object]) -> Written:
+    # The folder is locked, so a file of this name is a dead process's and may be overwritten.
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    out = HashedFile(descriptor)
+    try:
+        try:
+            fill(out)
+        except Exception:
+            if out.error is not None:
+                raise out.error from None
+            raise
+        os.fsync(descriptor)
+        return out.finish()
+    finally:
+        out.close()
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals inside `folder` durable, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, durably; it may be absent."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what interrupted writes left; the caller holds the folder's lock."""
+    for path in sorted(folder.glob(f"{TEMPORARY}*")):
+        remove(path)
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError (ENOSPC) unless `needed_bytes` and 5 % are free."""
+    if shutil.disk_usage(folder).free < needed_bytes * 1.05:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def check_writable(folder: Path) -> None:
+    """Raises WriteError unless `folder` is writable or can be created; creates nothing."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    with explained(f"write in {folder}", nearest):
+        if not nearest.is_dir():
+            raise OSError(errno.ENOTDIR, f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, f"no permission to write in {nearest}, or it is read-only")
+
+
+@contextlib.contextmanager
+def explained(
+    action: str, folder: Path, needed_bytes: int | None = None, kept: str = ""
+) -> Iterator[None]:
+    """Turns an OSError inside into a WriteError: what, where, numbers, remedy.
+
+    `action` completes "cannot ..."; `kept` names what is still good.
+    """
+    try:
+        yield
+    except OSError as error:
+        ending = f"; kept {kept}" if kept else ""
+        code = error.errno or 0
+        remedy = _REMEDIES.get(code, "")
+        reason = error.strerror or str(error)
+        if code in _NO_SPACE:
+            free = _free_text(folder)
+            if needed_bytes is not None:
+                text = f"checkpoint needs {size_text(needed_bytes)}, {free} free on {folder}"
+            else:
+                text = f"cannot {action}: {reason}, {free} free on {folder}"
+        else:
+            text = f"cannot {action}: {reason}"
+        raise WriteError(f"{text}{ending}. {remedy}".rstrip()) from error
+
+
+def _free_text(folder: Path) -> str:
+    try:
+        return size_text(shutil.disk_usage(folder).free)
+    except OSError:
+        return "unknown space"
+
+
+def size_text(size_bytes: int) -> str:
+    """`1.2 GB`, `34.0 MB` or `512 bytes`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes} bytes"

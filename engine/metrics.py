@@ -1,0 +1,77 @@
+"""One record per log line: the same values on the console and in `metrics.jsonl`.
+
+`say` and `warn` are the only places that print.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+RULE = "-" * 80
+
+
+def say(*lines: str) -> None:
+    """Prints plain lines at once, also when piped into a file."""
+    for line in lines:
+        print(line, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints to standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Clock:
+    """Time of the training steps since the last log line, without evaluation and saving."""
+
+    seconds: float = 0.0
+    steps: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.steps += 1
+
+    def take(self) -> float:
+        """Mean seconds per step; starts a new interval."""
+        mean = self.seconds / self.steps
+        self.seconds, self.steps = 0.0, 0
+        return mean
+
+
+def iteration_line(record: dict[str, Any], eta_s: float) -> str:
+    """The console form of a training record."""
+    return " | ".join(
+        (
+            f"Iter {record['step']:>6}",
+            f"Loss: {record['train/loss']:.4f}",
+            f"LR: {record['train/learning_rate']:.2e}",
+            f"Grad: {record['train/grad_norm']:.2f}",
+            f"Time: {record['train/iter_time_ms']:.1f}ms",
+            f"Tokens/sec: {record['train/tokens_per_sec']:.0f}",
+            f"Mem: {record['train/memory_bytes'] / 1e9:.1f}GB",
+            f"ETA: {duration(eta_s)}",
+        )
+    )
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `4m03s`, `2h05m`, `3d04h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def short(number: float) -> str:
+    """`950`, `12.3 k`, `25.3 M`, `1.24 B`: three digits and a unit."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,53 @@
+"""Optimizers: parameter groups and the step's bookkeeping around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import OptimizerConfig
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerConfig, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only: biases, gains and other vectors are left alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Gives every group the learning rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores the moments; hyperparameters stay those of the present config."""
+    options = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        group.update(values)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """The norm (a scalar) of all gradients before clipping to `limit`; 0 only measures."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit > 0.0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

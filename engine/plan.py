@@ -1,0 +1,35 @@
+"""What a run will do, said before it starts: parameters, FLOPs, tokens, epochs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from config import Config
+
+
+def parameter_lines(model: nn.Module) -> list[str]:
+    """Total and trainable parameters, and the part of each top-level weight or module."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    return [f"Total parameters: {total:,} ({listed})", f"Trainable parameters: {trainable:,}"]
+
+
+def tokens_line(config: Config, accumulation: int, world_size: int) -> str:
+    """Tokens per optimizer step, with the formula."""
+    training = config.training
+    count = training.batch_size * training.block_size * accumulation * world_size
+    plural = "process" if world_size == 1 else "processes"
+    return (
+        f"Tokens per step: {training.batch_size} sequences x {training.block_size} tokens x "
+        f"{accumulation} accumulation x {world_size} {plural} = {count:,}"
+    )
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Memory of weights, gradients and AdamW's two moments; activations come on top."""
+    return sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

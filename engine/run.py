@@ -1,0 +1,346 @@
+"""The directory of a run: created with the first checkpoint, locked, continued at resume.
+
+The one idea: the directory always shows one course of the run up to its newest checkpoint. So
+when a run goes on from step s, what lies after s (checkpoints, metrics) leaves first, newest
+first: finished checkpoints move to `abandoned_after_<s>`, itself a run directory; an `auto` can
+never pick them up again. A crash in between leaves the old course, only shorter, and the same
+resume can be repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from config import CheckpointError, Config, ConfigError, WriteError
+from engine.environment import describe_session
+from engine.files import (
+    check_writable,
+    explained,
+    remove,
+    remove_temporaries,
+    sync_folder,
+    write_all,
+    write_text,
+    write_whole,
+)
+from engine.manifest import CONFIG, Resume, data_path, manifest_path, steps_in
+from engine.metrics import say
+
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+
+
+class RunDirectory:
+    """One run on disk, for the process (rank 0) that writes it; a context manager.
+
+    `start` promises a new directory, made by the first `prepare`; `reopen` continues one.
+    """
+
+    def __init__(self, config: Config, origin: Sequence[str], device: str) -> None:
+        self.path: Path | None = None
+        self.last_checkpoint: Path | None = None
+        self.resumed_step: int | None = None
+        self.notes: list[str] = []
+        """Lines for the user: what was removed or set aside."""
+        training = replace(config.training, resume_from_checkpoint=None)
+        self._config = replace(config, training=training)
+        self._origin = origin
+        self._device = device
+        self._started = datetime.now()
+        self._held = ExitStack()
+        self._unwritten: list[str] = []
+        self._metrics_error: WriteError | None = None
+
+    @classmethod
+    def start(cls, config: Config, origin: Sequence[str] = (), device: str = "") -> RunDirectory:
+        """A run that has no directory yet; raises WriteError where none can be created.
+
+        `origin` are the comment lines of the saved config: the files and overrides it came from.
+        """
+        check_writable(Path(config.training.checkpoint_dir))
+        return cls(config, origin, device)
+
+    @classmethod
+    def reopen(
+        cls, resume: Resume, config: Config, origin: Sequence[str] = (), device: str = ""
+    ) -> RunDirectory:
+        """Continues in the directory of `resume`; raises CheckpointError while another process
+        does, and WriteError."""
+        run = cls(config, origin, device)
+        folder = run.path = resume.run_dir
+        run.last_checkpoint, run.resumed_step = resume.path, resume.step
+        with ExitStack() as undo, explained(f"continue in {folder}", folder):
+            undo.callback(run._held.close)
+            run._take_lock(folder)
+            if tuple(steps_in(folder)) != resume.seen_steps:
+                raise CheckpointError(
+                    f"{folder} changed while it was opened: another process saved or removed "
+                    "checkpoints. Run the command again."
+                )
+            remove_temporaries(folder)
+            run.notes += _remove_unfinished(folder)
+            run.notes += _set_aside(folder, resume.step)
+            _cut_metrics(folder / METRICS, resume.step)
+            run._renew_config(folder)
+            run._renew_environment(folder)
+            undo.pop_all()
+        return run
+
+    @property
+    def name(self) -> str:
+        """The folder's name; one that is not made yet gets a suffix if another run takes it."""
+        return self.path.name if self.path else f"run_{self._started:%Y%m%d_%H%M%S}"
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except WriteError as error:
+            if kind is None:
+                raise
+            say(str(error))  # the first error tells more
+
+    def prepare(self) -> Path:
+        """The directory, created now if it was not yet, with all metrics so far on the disk."""
+        if self.path is None:
+            self.path = self._create()
+        self._write_metrics(durable=True)
+        return self.path
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl, in memory until there is a directory.
+
+        NaN and infinity become null. A failure is told once and retried with the next record;
+        `close` raises it if it stays.
+        """
+        self._unwritten.append(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._write_metrics()
+
+    def close(self) -> None:
+        """Writes what is left, gives up the lock; raises WriteError if metrics were lost.
+
+        A directory without any finished checkpoint is removed.
+        """
+        with self._held:
+            if self.path is None:
+                return
+            if self.last_checkpoint is None and not steps_in(self.path):
+                shutil.rmtree(self.path, ignore_errors=True)
+                return
+            self._write_metrics(durable=True)
+            if self._metrics_error is not None:
+                raise self._metrics_error
+
+    def _create(self) -> Path:
+        parent = Path(self._config.training.checkpoint_dir)
+        with ExitStack() as undo, explained(f"create a run directory in {parent}", parent):
+            os.makedirs(parent, exist_ok=True)
+            folder = _make_folder(parent, self.name)
+            undo.callback(self._held.close)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._take_lock(folder)
+            write_text(folder / CONFIG, self._config.to_yaml(self._origin))
+            _write_json(folder / ENVIRONMENT, describe_session(self._device) | {"resumed": []})
+            sync_folder(parent)
+            undo.pop_all()
+        return folder
+
+    def _take_lock(self, folder: Path) -> None:
+        """Held until `close` or the death of this process.
+
+        A POSIX lock, because a forked data worker does not inherit it: one that outlives a killed
+        run for a moment would keep a flock held.
+        """
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._held.callback(os.close, descriptor)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self.notes.append(
+                    f"{folder} cannot be locked ({error.strerror}): make sure that no other "
+                    "process continues this run"
+                )
+                return
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            self._held.close()
+            raise CheckpointError(
+                f"{folder.name} is in use by {holder or 'another process'}. Stop that process, "
+                "or start a new run."
+            ) from None
+        os.ftruncate(descriptor, 0)
+        owner = f"host {socket.gethostname()} pid {os.getpid()} since {datetime.now():%H:%M}"
+        os.pwrite(descriptor, f"{owner} ({datetime.now():%Y-%m-%d})\n".encode(), 0)
+
+    def _renew_config(self, folder: Path) -> None:
+        """Saves the config of this session; one that differed is kept as config.before_<step>."""
+        place = folder / CONFIG
+        try:
+            if Config.from_yaml(place) == self._config:
+                return
+        except ConfigError:
+            pass  # of another version, or damaged: kept for the record all the same
+        if place.exists():
+            before = _free_name(folder, f"config.before_{self.resumed_step}", ".yaml")
+            _copy(place, before)
+            self.notes.append(f"the config differs from before; the old one is {before.name}")
+        write_text(place, self._config.to_yaml(self._origin))
+
+    def _renew_environment(self, folder: Path) -> None:
+        place = folder / ENVIRONMENT
+        try:
+            known = json.loads(place.read_bytes())
+            known["resumed"] = [*known["resumed"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = {"resumed": []}
+        known["resumed"].append({"step": self.resumed_step, **describe_session(self._device)})
+        _write_json(place, known)
+
+    def _write_metrics(self, durable: bool = False) -> None:
+        if self.path is None or not (self._unwritten or durable):
+            return
+        try:
+            with explained(f"append to {self.path / METRICS}", self.path):
+                _append(self.path / METRICS, "".join(self._unwritten).encode(), durable)
+        except WriteError as error:
+            if self._metrics_error is None:
+                say(f"{error} Metrics wait in memory; every log line tries again.")
+            self._metrics_error = error
+            return
+        self._unwritten.clear()
+        self._metrics_error = None
+
+
+def _make_folder(parent: Path, name: str) -> Path:
+    """A new folder; runs of the same second get _01, _02, ..."""
+    for number in range(10_000):
+        folder = parent / (f"{name}_{number:02d}" if number else name)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(errno.EEXIST, f"{parent / name} and 9999 others exist")
+
+
+def _free_name(folder: Path, stem: str, suffix: str = "") -> Path:
+    number, path = 0, folder / f"{stem}{suffix}"
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}_{number:02d}{suffix}"
+    return path
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_whole(target, lambda out: out.write(source.read_bytes()))
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+
+
+def _append(path: Path, data: bytes, durable: bool) -> None:
+    """Appends whole lines; on an error the file is as long as before."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unfinished(folder: Path) -> list[str]:
+    """Removes data without manifest: a crash left it while saving, or while removing it."""
+    unfinished = sorted({*steps_in(folder, "pt")} - {*steps_in(folder)})
+    for step in unfinished:
+        remove(data_path(folder, step))
+    return [f"removed checkpoint_{step}.pt, which was not completed" for step in unfinished]
+
+
+def _set_aside(folder: Path, step: int) -> list[str]:
+    """Moves finished checkpoints after `step` away, with a copy of config and metrics.
+
+    Newest first, and each manifest after its data, so that a crash in between never leaves data
+    alone in `folder`, where it would count as unfinished.
+    """
+    _complete_moves(folder)
+    later = [late for late in steps_in(folder) if late > step]
+    if not later:
+        return []
+    names = [data_path(folder, late).name for late in later]
+    place = _free_name(folder, f"abandoned_after_{step}")
+    os.mkdir(place)
+    for name in (CONFIG, METRICS):
+        if (folder / name).exists():
+            _copy(folder / name, place / name)
+    for late in reversed(later):
+        data = data_path(folder, late)
+        for path in (data, manifest_path(data)):
+            if path.exists():
+                os.replace(path, place / path.name)
+                sync_folder(place)
+                sync_folder(folder)
+    return [f"moved {', '.join(names)} to {place}: this run goes on from step {step}"]
+
+
+def _complete_moves(folder: Path) -> None:
+    """Sends a manifest after its data where a crash separated them."""
+    for step in steps_in(folder):
+        data = data_path(folder, step)
+        moved = [] if data.exists() else sorted(folder.glob(f"abandoned_after_*/{data.name}"))
+        for target in map(manifest_path, moved):
+            if not target.exists():
+                os.replace(manifest_path(data), target)
+                sync_folder(target.parent)
+                break
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drops the records after `step`, `final/` ones, and lines a crash or full disk left broken."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _belongs(line, step)]
+    if kept != lines:
+        write_whole(path, lambda out: out.write(b"".join(kept)))
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return (
+            line.endswith(b"\n")
+            and record["step"] <= step
+            and not any(key.startswith("final/") for key in record)
+        )
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,244 @@
+"""A run in memory, and what happens to it once in a while: log, evaluate, save, finish.
+
+`train.py` builds a `Session` and holds the loop; the verbs the loop speaks are here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from config import Config, NonFiniteError, WriteError, sequences_per_step
+from engine.checkpoint import save_checkpoint
+from engine.evaluate import bits_per_byte, mean_loss, next_token_loss
+from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
+from engine.precision import Precision
+from engine.run import RunDirectory
+from engine.signals import StopRequest
+from engine.state import TrainState, due, rng_state
+from engine.world import World, peak_flops, peak_memory_bytes
+
+SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
+
+
+class Batch(Protocol):
+    """The data of one optimizer step."""
+
+    @property
+    def micro_batches(self) -> tuple[Tensor, ...]:
+        """Rows (B, T+1) of each micro-step."""
+
+    @property
+    def epoch(self) -> int:
+        """Times the data has been seen whole after this batch."""
+
+    def cursor(self) -> dict[str, Any]:
+        """Where the data stands after this batch, as plain values."""
+
+    def describe(self) -> list[str]:
+        """The documents of this batch."""
+
+
+@dataclass
+class Session:
+    """Everything one run consists of."""
+
+    config: Config
+    world: World
+    precision: Precision
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[Batch]
+    evaluation: Callable[[str], tuple[Tensor, ...]]
+    """The fixed rows of a split, "train" or "test", in batches."""
+    data: dict[str, Any]
+    """What identifies the data, as plain values."""
+    directory: RunDirectory
+    state: TrainState
+    cursor: Callable[[], dict[str, Any]]
+    """Where the data stands after the last batch trained on."""
+    saved_step: int = 0
+    failed_saves: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.first_step = self.state.step
+        self.started = self.counted = self.saved_at = time.monotonic()
+        self.tokens_per_step = (
+            sequences_per_step(self.config, self.world.size) * self.config.training.block_size
+        )
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean loss of rows (B, T+1) in the run's precision."""
+        with self.precision.autocast():
+            return next_token_loss(self.model, rows, self.world.device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether `max_iters` steps or `epochs` passes over the data are done."""
+        training = self.config.training
+        seen = training.epochs is not None and self.state.epoch >= training.epochs
+        return seen or self.state.step >= training.max_iters
+
+    def check_finite(self, batch: Batch, loss: float, grad_norm: float) -> None:
+        """Stops before a loss or gradient that is not finite can reach the weights."""
+        finite = math.isfinite(grad_norm) or self.precision.tolerates_overflow
+        if math.isfinite(loss) and finite:
+            return
+        raise NonFiniteError(
+            f"Step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite. The "
+            f"step was not taken; last checkpoint: {self.directory.last_checkpoint or 'none'}. "
+            "Lower training.learning_rate, or try low_precision.compute_dtype: float32. "
+            "The batch held\n  " + "\n  ".join(batch.describe())
+        )
+
+    def advance(self, batch: Batch, loss: float, seconds: float) -> None:
+        """Counts a step that was taken."""
+        self.state.step += 1
+        self.state.tokens += self.tokens_per_step
+        self.state.epoch = batch.epoch
+        self.state.loss_sum += loss
+        self.state.loss_steps += 1
+        self.cursor = batch.cursor
+        self.clock.add(seconds)
+
+    def stamp(self) -> dict[str, Any]:
+        """What every record begins with; brings the elapsed time up to date."""
+        now = time.monotonic()
+        self.state.elapsed_s += now - self.counted
+        self.counted = now
+        return {"step": self.state.step, "time": self.state.elapsed_s, "tokens": self.state.tokens}
+
+    def log(self, learning_rate: float, grad_norm: float) -> None:
+        """One line, one record: the mean loss since the last one; speed without evaluation."""
+        state, world = self.state, self.world
+        seconds = self.clock.take()
+        speed = self.tokens_per_step / seconds
+        record = self.stamp() | {
+            "train/loss": state.loss_sum / state.loss_steps,
+            "train/learning_rate": learning_rate,
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_sec": speed,
+            "train/iter_time_ms": seconds * 1000,
+            "train/mfu": self._flops_utilization(speed),
+            "train/memory_bytes": peak_memory_bytes(world.device),
+        }
+        state.loss_sum, state.loss_steps = 0.0, 0
+        self.directory.append_metrics(record)
+        pace = (time.monotonic() - self.started) / (state.step - self.first_step)
+        say(iteration_line(record, pace * (self.config.training.max_iters - state.step)))
+
+    def _flops_utilization(self, tokens_per_second: float) -> float | None:
+        peak = peak_flops(self.world.device)
+        if peak is None:
+            return None
+        flops: int = self.model.flops_per_token(self.config.training.block_size)  # type: ignore[operator]  # LanguageModel
+        return tokens_per_second * flops / (peak * self.world.size)
+
+    def evaluate(self, stop: StopRequest) -> None:
+        """Loss on the fixed rows of both splits; a stop cuts it short, to be made up at resume."""
+        say(RULE, f"Evaluating at iteration {self.state.step}...")
+        losses = []
+        for split in ("train", "test"):
+            loss = mean_loss(self.model, self.evaluation(split), self.loss, stop.__bool__)
+            if loss is None:
+                return
+            losses.append(loss)
+        best = self.state.record_evaluation(*losses)
+        bits = bits_per_byte(losses[1], bytes_per_token=1.0)
+        names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
+        values = dict(zip(names, (*losses, bits), strict=True))
+        self.directory.append_metrics(self.stamp() | values)
+        mark = " | best so far" if best else ""
+        say(
+            f"Train loss: {losses[0]:.4f} | Val loss: {losses[1]:.4f} | Bits/byte: {bits:.3f}{mark}"
+        )
+        say(RULE)
+
+    @property
+    def evaluation_missing(self) -> bool:
+        """Whether this step's evaluation is due and has not been made."""
+        every = self.config.training.test_freq
+        return due(self.state.step, every) and self.state.evaluated_step < self.state.step
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """By steps or by seconds; without `always_save_checkpoint` only on improvement."""
+        training, state = self.config.training, self.state
+        waited = time.monotonic() - self.saved_at
+        by_time = training.save_every is not None and waited >= training.save_every
+        improved = state.best_step is not None and state.best_step > self.saved_step
+        wanted = training.always_save_checkpoint or improved
+        return wanted and (by_time or due(state.step, training.checkpoint_freq))
+
+    def save(self, last: bool = False) -> None:
+        """Saves a checkpoint unless this step has one.
+
+        A failure is retried when the next one is due; raises WriteError when it is the run's last
+        save or the third failure in a row.
+        """
+        if self.state.step == self.saved_step:
+            return
+        self.stamp()
+        try:
+            path = save_checkpoint(
+                self.directory, self.state_dict(), self.config.training.keep_last
+            )
+        except WriteError as error:
+            self.failed_saves += 1
+            if last or self.failed_saves == SAVE_ATTEMPTS:
+                raise
+            warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
+            return
+        self.failed_saves, self.saved_step, self.saved_at = 0, self.state.step, time.monotonic()
+        say(f"Saved checkpoint to {path}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs: tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "train": asdict(self.state),
+            "cursor": self.cursor(),
+            "rng": rng_state(self.world.device),
+            "config": self.config.to_dict(),
+            "data": self.data,
+        }
+
+    def finish(self, stop: StopRequest) -> None:
+        """The end of a whole run: last evaluation, last checkpoint, what to do next."""
+        state = self.state
+        if self.config.training.test_freq is not None and state.evaluated_step < state.step:
+            self.evaluate(stop)
+            if stop:
+                return self.leave(stop)
+        if state.evaluated_step == state.step:
+            losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
+            self.directory.append_metrics(self.stamp() | losses)
+        self.save(last=True)
+        best = ""
+        if state.best_step is not None:
+            best = f"; best held-out loss {state.best_val_loss:.4f} at step {state.best_step}"
+        tokens, took = short(state.tokens), duration(state.elapsed_s)
+        say(f"Finished: {state.step} steps, {tokens} tokens in {took}{best}")
+        say(f"To write text: python sample.py {self.directory.path}")
+        return None
+
+    def leave(self, stop: StopRequest) -> None:
+        """The end of an interrupted run: save and say how to go on."""
+        if self.state.step == 0:
+            say("Stopped before the first step; nothing to save.")
+            return
+        self.save(last=True)
+        path = self.directory.path
+        say(
+            f"Stopped by {stop.name} at step {self.state.step}. To go on:",
+            f"  python train.py --config {path}/config.yaml resume_from_checkpoint={path}",
+        )

@@ -1,0 +1,88 @@
+"""What a run carries from step to step, and must carry over to resume exactly."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; plain values only, saved in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on, over all processes."""
+    epoch: int = 0
+    """Times the training data was seen whole."""
+    elapsed_s: float = 0.0
+    """Wall time of the run over all its sessions."""
+    loss_sum: float = 0.0
+    """Losses since the last log line, which prints their mean."""
+    loss_steps: int = 0
+    evaluated_step: int = 0
+    train_loss: float | None = None
+    """Loss on the fixed training rows at `evaluated_step`."""
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+    def record_evaluation(self, train_loss: float, val_loss: float) -> bool:
+        """Keeps the losses of the present step; tells whether the held-out loss is the best."""
+        self.evaluated_step, self.train_loss, self.val_loss = self.step, train_loss, val_loss
+        improved = self.best_val_loss is None or val_loss < self.best_val_loss
+        if improved:
+            self.best_val_loss, self.best_step = val_loss, self.step
+        return improved
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens now; None is never."""
+    return every is not None and step > 0 and step % every == 0
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds every generator that `rng_state` saves."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Generators of torch (CPU and the run's device), Python and NumPy, as plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            str(kind),
+            [int(key) for key in keys],
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Puts back what `rng_state` gave; a device that had no state keeps its own."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

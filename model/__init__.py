@@ -1,0 +1,38 @@
+"""Models: tensors in, tensors out. They know nothing of data, devices, ranks or precision.
+
+A new model is one file here and one entry in `MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from config import Config
+from model.bdh import BDH
+
+
+class LanguageModel(Protocol):
+    """What the trainer asks of a model, besides being an `nn.Module`."""
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of the next token at each position, from token ids (B, T)."""
+
+    def init_weights(self) -> None:
+        """Draws every weight anew from torch's global generator."""
+
+    def flops_per_token(self, block_size: int) -> int:
+        """FLOPs of forward and backward per token at this context length, as the model counts."""
+
+
+MODELS: dict[str, Callable[[Config], nn.Module]] = {
+    "bdh": lambda config: BDH(config.to_bdh_config()),
+}
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model that `config.model` describes, with freshly drawn weights, on the CPU."""
+    return MODELS[config.model.name](config)

@@ -1,0 +1,62 @@
+"""Token-by-token generation: temperature, top-k, top-p. Pure functions of logits and a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 takes the most likely one."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,
+    sampling: Sampling,
+    context: int,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields one token (B,) after another, without end, continuing prompt (B, T >= 1).
+
+    The model sees the last `context` tokens. Equal generators give equal text.
+    """
+    tokens = prompt
+    while True:
+        tokens = tokens[:, -context:]
+        logits = model(tokens)[:, -1].float()  # (B, V)
+        following = draw(logits, sampling, generator)
+        yield following
+        tokens = torch.cat((tokens, following[:, None]), dim=1)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """One token id (B,) from logits (B, V)."""
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p is not None:
+        probabilities = _nucleus(probabilities, sampling.top_p)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zeroes all but the smallest set, of at least one token, whose probability reaches top_p."""
+    ordered, ids = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = ordered.masked_fill(before >= top_p, 0.0)
+    kept[:, 0] = ordered[:, 0]
+    return torch.zeros_like(probabilities).scatter(-1, ids, kept)

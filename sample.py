@@ -1,0 +1,93 @@
+"""Writes text with a trained model.
+
+    python sample.py checkpoints/run_20251108_143022 --prompt "def " --num-samples 3
+
+RUN_OR_CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint) or a folder of run
+directories (its newest run). Text streams to the terminal; equal seeds write equal text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from itertools import islice
+
+from config import SystemConfig, UserError
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; leaves with exit code 2 and one line when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Writes text with a trained model.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("path", metavar="RUN_OR_CHECKPOINT", help="checkpoint, run directory or folder of runs")
+    add("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a line break)")
+    add("--num-samples", type=_number(int, 1), default=1, metavar="N", help="default: 1")
+    add("--max-new-tokens", type=_number(int, 1), default=500, metavar="N", help="default: 500")
+    add("--temperature", type=_number(float, 0), default=0.8, metavar="T", help="0: greedy")
+    add("--top-k", type=_number(int, 1), metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=_number(float, 0, 1), metavar="P", help="draw from this much probability")
+    add("--seed", type=_number(int, 0), default=1337, metavar="S", help="default: 1337")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser.parse_args(arguments)
+
+
+def _number(
+    kind: type[int] | type[float], least: float, most: float = float("inf")
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most or value == float("inf"):
+            limit = f">= {least}" if most == float("inf") else f"in [{least}, {most}]"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it in errors
+    return parse
+
+
+def write_samples(arguments: argparse.Namespace) -> None:
+    """Loads the model and streams each sample, prompt first; raises UserError."""
+    import torch  # slow to import: a wrong command line is answered before
+
+    from data.tokenizer import build_tokenizer
+    from engine.checkpoint import load_model
+    from engine.world import resolve_device
+    from model.decode import Sampling, generate
+
+    device = resolve_device(SystemConfig(device=arguments.device).device)
+    model, config = load_model(arguments.path, device)
+    tokenizer = build_tokenizer(config.tokenizer)
+    prompt = torch.from_numpy(tokenizer.encode(arguments.prompt or "\n").copy()).long()[None]
+    sampling = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+    )
+    for number in range(arguments.num_samples):
+        if arguments.num_samples > 1:
+            print(f"--- sample {number + 1} of {arguments.num_samples}", flush=True)
+        generator = torch.Generator(device).manual_seed(arguments.seed + number)
+        tokens = generate(model, prompt.to(device), sampling, config.training.block_size, generator)
+        decoder = tokenizer.stream_decoder()
+        print(arguments.prompt, end="", flush=True)
+        for token in islice(tokens, arguments.max_new_tokens):
+            print(decoder.decode([token.item()]), end="", flush=True)
+        print(decoder.decode([], final=True), flush=True)
+
+
+def main() -> int:
+    arguments = read_arguments(sys.argv[1:])
+    try:
+        write_samples(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

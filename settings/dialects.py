@@ -1,0 +1,89 @@
+"""The other names by which options are known: one table, read by files and command line alike.
+
+The names come from nanoGPT-style flat files, from flag-driven scripts and from sectioned YAML of
+other trainers. A flat alias may stand at the top level, on the command line, and in the section of
+the option it stands for; a dotted one is exactly that key of that section.
+`mlp_internal_dim_multiplier`, `mlp_scale_factor` and `d_ff` are three different things: no aliases.
+"""
+
+from __future__ import annotations
+
+# option -> its other names
+ALIASES: dict[str, tuple[str, ...]] = {
+    "model.n_layer": ("num_layers",),
+    "model.n_embd": ("d_model",),
+    "model.n_head": ("num_heads",),
+    "model.dropout": ("dropout_p",),
+    "model.vocab_size": ("tokenizer.vocab_size",),
+    "training.block_size": ("context_length", "model.context_length", "model.block_size"),
+    "training.max_iters": ("train_steps",),
+    "training.learning_rate": ("lr", "optimizer.lr"),
+    "training.weight_decay": ("optimizer.weight_decay",),
+    "training.log_freq": ("log_interval",),
+    "training.test_freq": ("eval_interval",),
+    "training.checkpoint_freq": ("checkpoint_interval",),
+    "training.checkpoint_dir": ("out_dir", "artifacts_path"),
+    "training.resume_from_checkpoint": ("resume_from",),
+    "dataloader.shuffle": ("training.shuffle",),
+    "dataset.parquet_dir": ("dataset.path",),
+    "dataset.name": ("dataset",),
+    "low_precision.compute_dtype": ("dtype", "autocast_precision", "model.autocast_precision"),
+    "logging.wandb_log": ("use_wandb", "wandb_log"),
+    "logging.wandb_run_name": ("wandb_log.name",),
+}
+
+# a list in place of several options
+LISTS: dict[str, tuple[str, ...]] = {
+    "optimizer.betas": ("optimizer.beta1", "optimizer.beta2"),
+    "betas": ("optimizer.beta1", "optimizer.beta2"),
+}
+
+# section -> its name here
+SECTIONS: dict[str, str] = {"datasets": "dataset"}
+
+# accepted, without effect, and said so
+IGNORED: dict[str, str] = {"HydraConf": "there is no Hydra here"}
+
+TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alias in names}
+
+# options that come with later versions -> the values that ask for nothing, so that they may stand
+LATER: dict[str, tuple[str, ...]] = {
+    "model.bias": (),
+    "model.mlp_bias": (),
+    "model.attn_bias": (),
+    "model.proj_bias": (),
+    "model.ln_bias": (),
+    "model.cls_head_bias": (),
+    "model.activation": (),
+    "model.mlp_scale_factor": (),
+    "model.tie_embeddings": (),
+    "model.d_ff": (),
+    "model.rope_theta": (),
+    "model.n_kv_head": (),
+    "model.attention": (),
+    "model.mask": (),
+    "model.flash": ("false",),
+    "model.flex": ("false",),
+    "training.init_from": ("scratch",),
+    "training.save_model": ("true",),
+    "training.use_oracle": ("false",),
+    "optimizer.precision": ("float32",),
+    "dataset.name": ("null",),
+    "dataset.train_data_path": ("null",),
+    "dataset.val_data_path": ("null",),
+    "dataset.tokenizer_used": ("bytes", "null"),
+    "low_precision.use_fp8": ("false",),
+    "low_precision.use_4bit": ("false",),
+    "low_precision.use_4bit_optimizer": ("false",),
+    "low_precision.quantization_type": (),
+    "low_precision.use_double_quant": (),
+    "fp8.format": (),
+    "fp8.amax_history_len": (),
+    "fp8.amax_compute_algo": (),
+    "distributed.backend": ("auto",),
+    "distributed.strategy": ("auto",),
+    "logging.wandb_log": ("false",),
+    "logging.wandb_project": ("null",),
+    "logging.wandb_run_name": ("null",),
+    "logging.tensorboard": ("false",),
+}

@@ -1,0 +1,43 @@
+"""Errors a user can act on.
+
+Each carries the exit code of the process and a message that names the value, the limit, the place
+and the remedy. `train.py` prints the message without a traceback unless `training.debug` is true.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A message for the user; programmer mistakes are assertions instead."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The config or the command line is wrong; the text lists every problem, one per line."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Training data cannot be read or is not what it was."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory cannot be read or does not fit this run."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradients are not finite."""
+
+    exit_code = 4
+
+
+class WriteError(UserError):
+    """A file cannot be written: disk full, no permission, read-only."""
+
+    exit_code = 5

@@ -1,0 +1,45 @@
+"""The text of `--help`, from the same dataclasses as everything else."""
+
+from __future__ import annotations
+
+from settings.schema import Option, Schema, title
+from settings.values import to_text
+
+WIDTH = 100
+_NAME_WIDTH = 29
+_DEFAULT_WIDTH = 19
+
+_USAGE = """\
+usage: python train.py [FILE.yaml ...] [--config FILE] [key=value ...] [--dry-run] [--help]
+
+Train a small language model. Files are applied in order, then overrides; without a file,
+config.yaml of the current folder. Paths are relative to the current folder.
+
+  python train.py                                    train config.yaml
+  python train.py my.yaml max_iters=200 lr=3e-4      a file and overrides
+  python train.py --config my.yaml --batch-size 16   the same in another spelling
+  python train.py my.yaml --dry-run                  check everything, train nothing
+
+An override is key=value, section.key=value, --key=value or --key value; --key alone is true.
+null clears an optional value. Options, with their defaults:
+"""
+
+
+def help_text(schema: Schema) -> str:
+    """Return usage, examples and every option with default, type, range and meaning."""
+    lines = [_USAGE]
+    for section, section_class in schema.sections.items():
+        lines.append(f"{section}: {title(section_class)}")
+        for option in schema.in_section(section):
+            lines += _option_lines(option)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _option_lines(option: Option) -> list[str]:
+    """Return name, default and meaning, with the type below where it does not fit."""
+    head = f"  {option.name:<{_NAME_WIDTH}}{to_text(option.default):<{_DEFAULT_WIDTH}}"
+    kind = f"({option.describe()})"
+    if len(head) + len(option.doc) + 1 + len(kind) <= WIDTH:
+        return [f"{head}{option.doc} {kind}"]
+    return [head + option.doc, " " * len(head) + kind]

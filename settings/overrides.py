@@ -1,0 +1,135 @@
+"""The command line: files, --config, overrides in every spelling, --dry-run, --help.
+
+`key=value`, `section.key=value`, `--key=value`, `--key value` and `--section.key=value` mean the
+same; dashes in a key equal underscores; a boolean flag alone means true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from settings.names import guess, resolve
+from settings.problems import Origin, Problem
+from settings.reader import Entry
+from settings.schema import Schema
+from settings.values import RefusedError, Scalar, shown
+
+COMMAND_LINE = "command line"
+
+_ASSIGNMENT = re.compile(r"(--)?([A-Za-z][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
+_FLAG = re.compile(r"--([A-Za-z][A-Za-z0-9_.-]*)")
+_FILE_ENDINGS = (".yaml", ".yml")
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What a command line says, in order."""
+
+    files: list[str] = field(default_factory=list)
+    overrides: list[tuple[str, str]] = field(default_factory=list)  # key as written, text
+    dry_run: bool = False
+    help: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    def entries(self, layer: int) -> list[Entry]:
+        origin = Origin(layer, source=COMMAND_LINE)
+        return [Entry(key, _scalar(text), origin) for key, text in self.overrides]
+
+    def problems_at(self, layer: int) -> list[Problem]:
+        return [Problem(Origin(layer, source=COMMAND_LINE), text) for text in self.problems]
+
+
+def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
+    """Sort the words of a command line; what cannot be understood lands in `problems`."""
+    parser = _Parser(list(argv), schema)
+    while parser.words:
+        parser.take()
+    return parser.found
+
+
+class _Parser:
+    def __init__(self, words: list[str], schema: Schema) -> None:
+        self.words = words
+        self.found = Arguments()
+        self._schema = schema
+
+    def take(self) -> None:
+        """Take one word, and the next where it belongs to it."""
+        word = self.words.pop(0)
+        assignment, flag = _ASSIGNMENT.fullmatch(word), _FLAG.fullmatch(word)
+        if word in ("--help", "-h"):
+            self.found.help = True
+        elif word in ("--dry-run", "--dry_run"):
+            self.found.dry_run = True
+        elif assignment:
+            self._assign(assignment[2].replace("-", "_"), assignment[3])
+        elif flag:
+            self._take_flag(flag[1].replace("-", "_"))
+        elif word.endswith(_FILE_ENDINGS):
+            self.found.files.append(word)
+        else:
+            self._problem(_garbage(word, self._schema))
+
+    def _assign(self, key: str, text: str) -> None:
+        if key == "config":
+            self._add_file(text)
+        elif key == "dry_run":
+            self._problem("--dry-run takes no value")
+        elif not text:
+            self._problem(f"{key}=: empty value. Write {key}=null to clear an optional value")
+        else:
+            self.found.overrides.append((key, text))
+
+    def _take_flag(self, key: str) -> None:
+        if key == "config":
+            self._add_file(self._pop_value() or "")
+            return
+        try:
+            keys = resolve(self._schema, key).keys
+        except RefusedError as error:
+            self._pop_value(optional=True)
+            self._problem(f"--{error}")
+            return
+        option = self._schema.options.get(keys[0]) if keys else None
+        may_stand_alone = option is None or option.kind is bool
+        text = self._pop_value(optional=may_stand_alone)
+        if text is None and may_stand_alone:
+            text = "true"
+        if not text:
+            self._problem(f"--{key}: a value is missing. Write --{key}=VALUE")
+        else:
+            self.found.overrides.append((key, text))
+
+    def _add_file(self, name: str) -> None:
+        if name:
+            self.found.files.append(name)
+        else:
+            self._problem("--config: the name of a file is missing")
+
+    def _pop_value(self, optional: bool = False) -> str | None:
+        """Take the next word if it can be the value of the flag before it."""
+        if not self.words or self.words[0].startswith("--") or self.words[0] == "-h":
+            return None
+        if optional and ("=" in self.words[0] or self.words[0].endswith(_FILE_ENDINGS)):
+            return None
+        return self.words.pop(0)
+
+    def _problem(self, text: str) -> None:
+        self.found.problems.append(text)
+
+
+def _scalar(text: str) -> Scalar:
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
+        return Scalar(text[1:-1], quoted=True, shell=True)
+    return Scalar(text, shell=True)
+
+
+def _garbage(word: str, schema: Schema) -> str:
+    """Say what a word could have meant."""
+    if word.startswith("-") and len(word) > 1:
+        return f"{shown(word)}: unknown option. {guess(schema, word.strip('-'))}"
+    if word.endswith(".py"):
+        return f"{shown(word)}: Python presets cannot be read. Give a YAML file"
+    return f"{shown(word)}: neither a config file (*.yaml) nor key=value"

@@ -1,0 +1,67 @@
+"""Rules between options: what must hold, and the sentence that names every key when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from settings.problems import Origin, Problem
+from settings.values import to_text
+
+T = TypeVar("T")  # the sections side by side
+
+
+@dataclass(frozen=True, slots=True)
+class Rule(Generic[T]):
+    """`text` has {0}, {1}, ... for 'key=value' of each key; `remedy` is computed where it helps."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[T], bool]
+    text: str
+    remedy: Callable[[T], str] | None = None
+
+    def complaint(self, sections: T) -> str:
+        """Return what is wrong in words, or ''."""
+        if self.holds(sections):
+            return ""
+        text = self.text.format(*(setting(sections, key) for key in self.keys))
+        return f"{text}; {self.remedy(sections)}" if self.remedy else text
+
+
+def check_rules(
+    rules: Sequence[Rule[T]],
+    sections: T,
+    origins: Mapping[str, Origin] | None = None,
+    refused: Collection[str] = (),
+) -> list[Problem]:
+    """Return each broken rule, at the place of the last value it is about.
+
+    `origins` says where the keys that were given came from. Rules about a key in `refused` are left
+    out: its value is not what the user meant.
+    """
+    problems = []
+    for rule in rules:
+        text = "" if any(key in refused for key in rule.keys) else rule.complaint(sections)
+        if text:
+            places = {key: (origins or {}).get(key, Origin()) for key in rule.keys}
+            last = max(places.values())
+            others = [
+                f"{key}: {place if place.source else 'default'}"
+                for key, place in places.items()
+                if place != last
+            ]
+            problems.append(Problem(last, text + (f" [{', '.join(others)}]" if others else "")))
+    return problems
+
+
+def setting(sections: Any, key: str) -> str:
+    """Return 'section.option=value'."""
+    section, name = key.split(".")
+    return f"{key}={to_text(getattr(getattr(sections, section), name))}"
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """Return the multiples of `step` next to `value`, for a message: 'nearest: 248, 252'."""
+    low = value // step * step
+    return "nearest: " + ", ".join(str(number) for number in (low, low + step) if number > 0)

@@ -1,0 +1,140 @@
+"""What an option is: its type, default, limits and one line of meaning, read off the dataclasses.
+
+A section is a frozen dataclass whose fields are made by `option`; everything else in this package
+(reading, `--help`, the dump, the messages) follows from them, so an option is written down once.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+LARGEST_INT = 2**63 - 1  # what torch and the checkpoint can hold
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The range of a number; None is open."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def allow(self, value: float) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def describe(self) -> str:
+        """Return '>= 1', '> 0', 'in [0, 1)' or '' for no limit."""
+        low = self.ge if self.ge is not None else self.gt
+        high = self.le if self.le is not None else self.lt
+        if low is not None and high is not None:
+            left, right = "[" if self.ge is not None else "(", "]" if self.le is not None else ")"
+            return f"in {left}{low}, {high}{right}"
+        if low is not None:
+            return f"{'>=' if self.ge is not None else '>'} {low}"
+        if high is not None:
+            return f"{'<=' if self.le is not None else '<'} {high}"
+        return ""
+
+
+class Form(NamedTuple):
+    """The shape of a text that is more than a list of choices."""
+
+    text: str  # for people: 'auto, cpu, cuda or cuda:N'
+    pattern: str  # a regular expression that the whole value matches
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of one section."""
+
+    section: str
+    name: str
+    kind: type | None  # bool, int, float or str; None where only `choices` are allowed
+    choices: tuple[str, ...]
+    optional: bool  # null is allowed
+    default: Any
+    doc: str
+    unit: str
+    limits: Limits
+    form: Form | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    def describe(self) -> str:
+        """Return type, range and unit in a few words, as `--help` and the dump show them."""
+        words: dict[type | None, list[str]]
+        words = {None: [], bool: ["true", "false"], int: ["int"], float: ["float"], str: ["text"]}
+        kinds = [self.form.text] if self.form else words[self.kind]
+        text = " | ".join([*kinds, *self.choices])
+        text = f"{text} {self.limits.describe()}".rstrip() + (" or null" if self.optional else "")
+        return f"{text}, {self.unit}" if self.unit else text
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """All sections and options of a config class, in the order they are written down."""
+
+    sections: Mapping[str, type]
+    options: Mapping[str, Option]  # by 'section.name'
+    later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
+
+    def in_section(self, section: str) -> list[Option]:
+        return [option for option in self.options.values() if option.section == section]
+
+    def named(self, name: str) -> list[Option]:
+        """Return the options called `name`, whatever their section."""
+        return [option for option in self.options.values() if option.name == name]
+
+
+def option(
+    default: Any, doc: str, *, unit: str = "", form: Form | None = None, **limits: float
+) -> Any:
+    """Return a dataclass field with its meaning and limits (ge, gt, le, lt) attached."""
+    metadata = {"doc": doc, "unit": unit, "limits": Limits(**limits), "form": form}
+    return field(default=default, metadata=metadata)
+
+
+@cache
+def section_options(section: str, section_class: type[Any]) -> tuple[Option, ...]:
+    """Return the options of a section's dataclass."""
+    hints = get_type_hints(section_class)
+    return tuple(
+        Option(section, item.name, *_read_hint(hints[item.name]), item.default, **item.metadata)
+        for item in fields(section_class)
+    )
+
+
+def schema_of(sections: Mapping[str, type], later: Mapping[str, tuple[str, ...]]) -> Schema:
+    """Return the schema of `sections` (name -> dataclass)."""
+    options = {
+        option.key: option
+        for name, section_class in sections.items()
+        for option in section_options(name, section_class)
+    }
+    return Schema(sections, options, later)
+
+
+def title(section_class: type[Any]) -> str:
+    """Return the first line of a section's docstring."""
+    return (section_class.__doc__ or "").strip().splitlines()[0]
+
+
+def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = tuple(c for part in parts if get_origin(part) is Literal for c in get_args(part))
+    kinds = [part for part in parts if part in (bool, int, float, str)]
+    optional = type(None) in parts
+    assert len(kinds) + bool(choices) + optional == len(parts) and len(kinds) <= 1, hint
+    return (kinds[0] if kinds else None), choices, optional

@@ -1,0 +1,216 @@
+"""One value of one option: from text by the option's type, checked, and back to text.
+
+The raw text decides nothing by itself: `1e-3` is a number where a number is meant and `no` is never
+text by accident. `RefusedError` carries the reason; the caller knows the place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from settings.schema import LARGEST_INT, Option, section_options
+
+NULL_WORDS = {"", "~", "null", "none"}
+TRUE_WORDS = {"true", "yes", "on"}
+FALSE_WORDS = {"false", "no", "off"}
+_WORDS = NULL_WORDS | TRUE_WORDS | FALSE_WORDS
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_NOT_FINITE = re.compile(r"[+-]?\.?(nan|inf|infinity)", re.IGNORECASE)
+_PLAIN_TEXT = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
+_LONGEST_SHOWN = 60
+_LONGEST_NUMBER = 400
+
+
+class RefusedError(ValueError):
+    """A value that an option does not take; the message says what was expected and what came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A value as it was written: `quoted` in YAML, or typed in a `shell`."""
+
+    text: str
+    quoted: bool = False
+    shell: bool = False
+
+    @property
+    def is_null(self) -> bool:
+        return not self.quoted and self.text.lower() in NULL_WORDS
+
+
+def read_scalar(option: Option, scalar: Scalar) -> Any:
+    """Return the value that `scalar` means for `option`; raises RefusedError."""
+    text = scalar.text
+    if text.lower() in option.choices:
+        return text.lower()
+    if scalar.is_null:
+        return check_value(option, None)
+    if option.kind is str:
+        if not scalar.quoted and text.lower() in TRUE_WORDS | FALSE_WORDS:
+            remedy = f"'\"{text}\"'" if scalar.shell else f'"{text}"'
+            raise RefusedError(f"expected text, got the word {text}. Quote it: {remedy}")
+        return check_value(option, text)
+    value = _parse(option, text)
+    if value is not None and scalar.quoted:
+        raise RefusedError(f'expected {expected(option)}, got the text "{text}". Remove the quotes')
+    return check_value(option, text if value is None else value)
+
+
+def check_value(option: Option, value: Any) -> Any:
+    """Return `value` as the option's type (a whole number becomes a float); raises RefusedError."""
+    if value is None:
+        if option.optional:
+            return None
+        raise RefusedError(f"expected {expected(option)}, got null. {_default(option)}")
+    if isinstance(value, str) and value in option.choices:
+        return value
+    if option.kind is float and type(value) is int and abs(value) <= LARGEST_INT:
+        value = float(value)
+    if type(value) is not option.kind:
+        raise RefusedError(_wrong_type(option, value))
+    if isinstance(value, str):
+        _check_text(option, value)
+    elif isinstance(value, (int, float)):
+        _check_number(option, value)
+    return value
+
+
+def check_section(name: str, section: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the checked values of a section's dataclass, and what is wrong with the others."""
+    values, problems = {}, []
+    section_class: Any = type(section)
+    for option in section_options(name, section_class):
+        try:
+            values[option.name] = check_value(option, getattr(section, option.name))
+        except RefusedError as error:
+            problems.append(f"{option.key}: {error}")
+    return values, problems
+
+
+def expected(option: Option) -> str:
+    """Return what the option takes, for a message: 'a whole number', 'one of error, skip'."""
+    words = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
+    allowed = [*(words[option.kind] if option.kind else []), *option.choices]
+    if len(allowed) == 1:
+        return allowed[0]
+    if option.kind is None:
+        return "one of " + ", ".join(allowed)
+    return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: text in quotes, numbers and words as typed."""
+    if isinstance(value, str):
+        cut = _cut(value)
+        bare = value and (_NUMBER.fullmatch(cut) or cut.lower() in _WORDS)
+        return cut if bare else one_line(cut)
+    if isinstance(value, (bool, int, float)) or value is None:
+        return _cut(to_text(value))
+    return f"a {type(value).__name__}"
+
+
+def to_text(value: Any) -> str:
+    """Return YAML for a plain value, such that it reads back equal (here and elsewhere)."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return _float_text(value)
+    if isinstance(value, str):
+        plain = _PLAIN_TEXT.fullmatch(value) and value.lower() not in _WORDS | {"y", "n"}
+        return value if plain else '"' + "".join(map(_escaped, value)) + '"'
+    return str(value)
+
+
+def one_line(text: str) -> str:
+    """Return text in single quotes on one line, with control characters escaped."""
+    return "'" + "".join(_escaped(c) if _is_control(c) else c for c in text) + "'"
+
+
+def _parse(option: Option, text: str) -> bool | int | float | None:
+    """Return the boolean or number that `text` spells, or None."""
+    if option.kind is bool:
+        word = text.lower()
+        return True if word in TRUE_WORDS else False if word in FALSE_WORDS else None
+    if _NOT_FINITE.fullmatch(text):
+        raise RefusedError(f"must be finite, got {text}. {_default(option)}")
+    if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
+        return None
+    if option.kind is float:
+        return float(text)
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    number = Decimal(text)
+    whole = "e" in text.lower() and number == number.to_integral_value()
+    return int(number) if whole else None
+
+
+def _wrong_type(option: Option, value: Any) -> str:
+    message = f"expected {expected(option)}, got {shown(value)}. "
+    near = difflib.get_close_matches(str(value)[:100].lower(), option.choices, 1)
+    return message + (f"Did you mean {near[0]}?" if near else _default(option))
+
+
+def _check_number(option: Option, value: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RefusedError(f"must be finite, got {shown(value)}. {_default(option)}")
+    if not option.limits.allow(value):
+        limits = option.limits.describe()
+        raise RefusedError(f"must be {limits}, got {shown(value)}. {_default(option)}")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise RefusedError(f"must be at most 2**63 - 1, got {shown(value)}")
+
+
+def _check_text(option: Option, value: str) -> None:
+    if not value:
+        raise RefusedError(f"must not be empty. {_default(option)}")
+    bad = next((c for c in value if _is_control(c)), None)
+    if bad is not None:
+        raise RefusedError(f"holds the control character U+{ord(bad):04X}, got {shown(value)}")
+    if option.form is not None and not re.fullmatch(option.form.pattern, value):
+        raise RefusedError(f"expected {option.form.text}, got {shown(value)}. {_default(option)}")
+
+
+def _default(option: Option) -> str:
+    return f"The default is {to_text(option.default)}"
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in {"Cc", "Cs"}
+
+
+def _float_text(value: float) -> str:
+    """Return the shortest text that is the same float, with a point or an exponent."""
+    text = repr(value)
+    if value and not 1e-2 <= abs(value) < 1e6 and math.isfinite(value):
+        mantissa, exponent = next(
+            text.split("e")
+            for text in (f"{value:.{n}e}" for n in range(17))
+            if float(text) == value
+        )
+        text = f"{mantissa}e{int(exponent)}"
+    return text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    code = ord(character)
+    if 0x20 <= code < 0x7F or (character.isprintable() and code < 0xFFFE):
+        return character
+    if code <= 0xFF:
+        return f"\\x{code:02X}"
+    return f"\\u{code:04X}" if code <= 0xFFFF else f"\\U{code:08X}"

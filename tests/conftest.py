@@ -1,0 +1,63 @@
+"""What several test files share: a small text corpus and a run that takes a second."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WORDS = "the dragon egg hatches when warm and its wings grow with every neuron that fires".split()
+
+
+def write_corpus(folder: Path, documents: int = 240, seed: int = 0) -> Path:
+    """Three parquet files of short, learnable text."""
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(documents)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(3):
+        table = pa.table({"text": texts[part::3]})
+        pq.write_table(
+            table, folder / f"part_{part}.parquet", row_group_size=20, write_page_checksum=True
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(autouse=True)
+def cache_apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(folder))
+
+
+TINY = """
+model: {n_layer: 2, n_embd: 16, n_head: 2, mlp_internal_dim_multiplier: 4}
+training:
+  block_size: 32
+  batch_size: 4
+  max_iters: 30
+  learning_rate: 3e-3
+  log_freq: 5
+  test_freq: 10
+  eval_iters: 2
+  checkpoint_freq: 10
+system: {device: cpu}
+"""
+
+
+@pytest.fixture
+def tiny(corpus_dir: Path, tmp_path: Path) -> list[str]:
+    """The config file of a run of 30 steps that takes about a second; add `checkpoint_dir=...`."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"{TINY}dataset:\n  parquet_dir: {corpus_dir}\n")
+    return [os.fspath(config)]

@@ -1,0 +1,89 @@
+"""Running `train.py` in a test, and comparing two runs bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from config import command_line
+from engine.checkpoint import load_checkpoint
+from tests.conftest import ROOT
+
+TIMED = {"time", "train/tokens_per_sec", "train/iter_time_ms", "train/mfu", "train/memory_bytes"}
+
+
+def run_here(arguments: Iterable[str]) -> int:
+    """The exit code of `python train.py ARGUMENTS`, run in this process."""
+    return train.main(command_line(list(arguments)))
+
+
+def start(
+    arguments: Iterable[str], cwd: Path | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """`python train.py ARGUMENTS` as a child whose output can be read line by line."""
+    return subprocess.Popen(
+        [sys.executable, os.fspath(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        **options,
+    )
+
+
+def wait_for(child: subprocess.Popen[str], text: str) -> list[str]:
+    """Reads the child's lines up to the first that contains `text`."""
+    assert child.stdout is not None
+    lines = []
+    for line in child.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
+
+
+def only_run(folder: Path) -> Path:
+    """The one run directory in a folder."""
+    (run,) = folder.glob("run_*")
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """All records, without what depends on the clock."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Weights, optimizer, generators, cursor and metrics are equal, bit for bit."""
+    first, second = (load_checkpoint(run / f"checkpoint_{step}.pt") for run in (one, other))
+    for state in (first, second):
+        state["train"].pop("elapsed_s")
+        state["config"]["training"].pop("checkpoint_dir")
+        state["config"]["training"].pop("resume_from_checkpoint")
+    assert_equal(first, second, "checkpoint")
+    assert metrics(one) == metrics(other)
+
+
+def assert_equal(one: Any, other: Any, place: str) -> None:
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_equal(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{place}[{number}]")
+    else:
+        assert one == other, place

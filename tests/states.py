@@ -1,0 +1,62 @@
+"""Small states, configs and run directories for the tests of checkpoints and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from engine.checkpoint import resolve_resume, save_checkpoint
+from engine.run import RunDirectory
+from engine.state import TrainState
+
+
+def make_config(folder: Path, **training: Any) -> Config:
+    """The defaults, with checkpoints under `folder`."""
+    options = {"checkpoint_dir": str(folder / "checkpoints"), **training}
+    return replace(Config(), training=replace(Config().training, **options))
+
+
+def make_state(step: int, val_loss: float | None = None, numbers: int = 600) -> dict[str, Any]:
+    """The state of a run at `step`; its weights tell the step."""
+    train = TrainState(step=step, tokens=step * 8, evaluated_step=step, val_loss=val_loss)
+    return {
+        "model": {"w": torch.full((numbers,), float(step)), "steps": torch.tensor([step])},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]},
+        "train": asdict(train),
+        "config": Config().to_dict(),
+        "data": {"fingerprint": "f00d"},
+    }
+
+
+@contextmanager
+def new_run(folder: Path, *steps: int, keep_last: int | None = None) -> Iterator[RunDirectory]:
+    """An open run with metrics and checkpoints at `steps`."""
+    with RunDirectory.start(make_config(folder)) as run:
+        save_steps(run, *steps, keep_last=keep_last)
+        yield run
+
+
+def save_steps(run: RunDirectory, *steps: int, keep_last: int | None = None) -> None:
+    for step in steps:
+        run.append_metrics({"step": step, "train/loss": 1.0 / step})
+        save_checkpoint(run, make_state(step), keep_last)
+
+
+def finished_run(folder: Path, *steps: int) -> Path:
+    """A run directory that no process has open."""
+    with new_run(folder, *steps) as run:
+        return run.prepare()
+
+
+def reopen(value: Path | str, folder: Path, **training: Any) -> RunDirectory:
+    """Resumes as train.py does."""
+    config = make_config(folder, **training)
+    resume, _ = resolve_resume(str(value), folder / "checkpoints", lambda _: [])
+    assert resume is not None
+    return RunDirectory.reopen(resume, config)

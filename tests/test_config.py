@@ -1,0 +1,271 @@
+"""The config as Python sees it: defaults, rules, round trips, the reference file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config as module
+from config import (
+    SECTIONS,
+    Config,
+    ConfigError,
+    DatasetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    accumulation_steps,
+    sequences_per_step,
+)
+from settings.schema import Option, section_options
+from settings.values import check_value
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = [option for name, made in SECTIONS.items() for option in section_options(name, made)]
+
+
+def test_the_reference_file_is_the_defaults_word_for_word() -> None:
+    text = (ROOT / "config.yaml").read_text(encoding="utf-8")
+    assert text == Config().to_yaml(module.DEFAULT_FILE_HEADER), "python config.py > config.yaml"
+    assert max(map(len, text.splitlines())) <= 100
+    assert Config.from_yaml(ROOT / "config.yaml") == Config()
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.key)
+def test_every_option_has_a_meaning_and_a_default_in_range(option: Option) -> None:
+    assert option.doc and option.doc.isascii()
+    assert check_value(option, option.default) == option.default
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.seed = 3  # type: ignore[misc]
+
+
+RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
+    (
+        {"model": {"n_embd": 250}},
+        "model.n_embd=250 is not divisible by model.n_head=4; nearest: 248, 252.",
+    ),
+    ({"model": {"n_embd": 3}}, "model.n_embd=3 is not divisible by model.n_head=4; nearest: 4."),
+    (
+        {"model": {"n_embd": 252, "mlp_internal_dim_multiplier": 3}},
+        "model.mlp_internal_dim_multiplier=3 * model.n_embd=252 / model.n_head=4 is an odd number "
+        "of neurons per head, and they rotate in pairs; n_embd nearest: 248, 256.",
+    ),
+    (
+        {"model": {"vocab_size": 200}},
+        "model.vocab_size=200 is smaller than the tokenizer's 256 (tokenizer.name=bytes).",
+    ),
+    (
+        {"schedule": {"min_lr": 0.1}},
+        "schedule.min_lr=0.1 is above training.learning_rate=1e-3; null means a tenth of it.",
+    ),
+    (
+        {"schedule": {"warmup_iters": 3001}},
+        "schedule.warmup_iters=3001 is above training.max_iters=3000; null means 3 % of it.",
+    ),
+    (
+        {"schedule": {"warmup_iters": 100, "lr_decay_iters": 99}},
+        "schedule.lr_decay_iters=99 is below schedule.warmup_iters=100 with "
+        "training.max_iters=3000; warm-up takes 100 steps.",
+    ),
+    (
+        {"schedule": {"lr_decay_iters": 89}},
+        "schedule.lr_decay_iters=89 is below schedule.warmup_iters=null with "
+        "training.max_iters=3000; warm-up takes 90 steps.",
+    ),
+    (
+        {"training": {"tokens_per_step": 4096, "gradient_accumulation_steps": 2}},
+        "training.tokens_per_step=4096 and training.gradient_accumulation_steps=2 exclude each "
+        "other; set one.",
+    ),
+    (
+        {"training": {"tokens_per_step": 5000}},
+        "training.tokens_per_step=5000 is not a multiple of training.block_size=512 * "
+        "training.batch_size=8; nearest: 4096, 8192.",
+    ),
+    (
+        {"dataset": {"test_fraction": 0}},
+        "training.test_freq=500 evaluates on held-out text and dataset.test_fraction=0.0 holds "
+        "none out; set training.test_freq to null.",
+    ),
+    (
+        {"dataset": {"test_fraction": 0}, "training": {"test_freq": None, "eval_only": True}},
+        "training.eval_only=true evaluates on held-out text and dataset.test_fraction=0.0 holds "
+        "none out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), RULES)
+def test_a_broken_rule_names_its_keys_and_values(
+    values: dict[str, dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ConfigError) as direct:
+        Config(**{name: SECTIONS[name](**options) for name, options in values.items()})
+    assert str(direct.value) == message
+    with pytest.raises(ConfigError) as from_dict:
+        Config.from_dict(values, source="checkpoint_5.json")
+    assert str(from_dict.value).startswith(f"checkpoint_5.json: {message.rstrip('.')}")
+
+
+def test_every_rule_is_tested() -> None:
+    for rule in module.RULES:
+        assert any(all(key in message for key in rule.keys) for _, message in RULES)
+
+
+def test_a_broken_rule_says_where_each_value_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("model:\n  n_embd: 250\n")
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml("my.yaml")
+    assert str(caught.value) == (
+        "my.yaml:2: model.n_embd=250 is not divisible by model.n_head=4; nearest: 248, 252 "
+        "[model.n_head: default]"
+    )
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml("my.yaml", ["n_head=3"])
+    assert str(caught.value).startswith("command line: model.n_embd=250 is not divisible by")
+    assert str(caught.value).endswith("[model.n_embd: my.yaml:2]")
+    assert Config.from_yaml("my.yaml", ["n_head=2"]).model.n_embd == 250
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        (
+            TrainingConfig,
+            {"batch_size": "8"},
+            "training.batch_size: expected a whole number, got 8",
+        ),
+        (TrainingConfig, {"batch_size": True}, "expected a whole number, got true"),
+        (TrainingConfig, {"batch_size": 8.0}, "expected a whole number, got 8.0"),
+        (TrainingConfig, {"learning_rate": math.nan}, "must be finite, got nan"),
+        (TrainingConfig, {"learning_rate": 10**400}, "expected a number, got 1000"),
+        (TrainingConfig, {"seed": 2**63}, "must be at most 2**63 - 1, got 9223372036854775808"),
+        (DatasetConfig, {"parquet_dir": Path("x")}, "dataset.parquet_dir: expected text, got a Po"),
+        (DatasetConfig, {"parquet_dir": None}, "expected text, got null"),
+        (OptimizerConfig, {"beta1": 1}, "optimizer.beta1: must be in [0, 1), got 1.0"),
+        (ScheduleConfig, {"name": "Cosine"}, "got 'Cosine'. Did you mean cosine?"),
+        (ModelConfig, {"name": None}, "expected bdh, got null"),
+        (ModelConfig, {"n_layer": 0, "n_head": 0}, "model.n_head: must be >= 1, got 0"),
+    ],
+)
+def test_values_given_in_python_are_checked_like_those_of_a_file(
+    section: type, value: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**value)
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant() -> None:
+    training = TrainingConfig(learning_rate=1, save_every=60)
+    assert repr((training.learning_rate, training.save_every)) == "(1.0, 60.0)"
+
+
+def test_unknown_names_in_a_checkpoint_are_refused() -> None:
+    with pytest.raises(ConfigError, match="x.json: training.sede: unknown option. Did you mean se"):
+        Config.from_dict({"training": {"sede": 3}}, source="x.json")
+    with pytest.raises(ConfigError, match="expected a section"):
+        Config.from_dict({"training": 3})
+    with pytest.raises(ConfigError, match="model.bias: not available in this version"):
+        Config.from_dict({"model": {"bias": True}})
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3)])
+def test_tokens_per_step_fix_the_accumulation(world_size: int, steps: int) -> None:
+    config = Config(training=TrainingConfig(tokens_per_step=12 * 8 * 512))
+    assert accumulation_steps(config, world_size) == steps
+    assert sequences_per_step(config, world_size) == 96
+
+
+def test_tokens_per_step_that_no_accumulation_reaches_are_refused() -> None:
+    config = Config(training=TrainingConfig(tokens_per_step=9 * 512, batch_size=1))
+    with pytest.raises(ConfigError) as caught:
+        accumulation_steps(config, 4)
+    assert str(caught.value) == (
+        "training.tokens_per_step=4608 is not a multiple of training.block_size=512 * "
+        "training.batch_size=1 * 4 processes; nearest: 4096, 6144."
+    )
+
+
+def test_accumulation_without_tokens_per_step_counts_per_process() -> None:
+    config = Config(training=TrainingConfig(gradient_accumulation_steps=5))
+    assert accumulation_steps(config, 4) == 5
+    assert sequences_per_step(config, 4) == 5 * 8 * 4
+
+
+def test_to_bdh_config_gives_the_shape_of_the_model() -> None:
+    shape = Config(model=ModelConfig(n_layer=2, n_embd=64)).to_bdh_config()
+    assert dataclasses.asdict(shape) == {
+        "n_layer": 2,
+        "n_embd": 64,
+        "dropout": 0.1,
+        "n_head": 4,
+        "mlp_internal_dim_multiplier": 128,
+        "vocab_size": 256,
+    }
+
+
+def value_of(option: Option) -> st.SearchStrategy[Any]:
+    """Draw any value that the option takes on its own."""
+    limits = option.limits
+    kinds: list[st.SearchStrategy[Any]] = []
+    if option.kind is int:
+        low = int(limits.ge or 0)
+        high = int(limits.le) if limits.le is not None else 2**63 - 1
+        kinds.append(st.integers(low, high))
+    elif option.kind is float:
+        largest = limits.le if limits.le is not None else limits.lt
+        numbers = st.floats(0, largest, allow_nan=False, allow_infinity=False)
+        kinds.append(numbers.filter(limits.allow))
+    elif option.kind is bool:
+        kinds.append(st.booleans())
+    elif option.form is not None:
+        kinds.append(st.from_regex(option.form.pattern, fullmatch=True))
+    elif option.kind is str:
+        words = st.sampled_from(["no", "null", "1e-3", "2026-01-01", "a: b # c", "~", "- x", '"'])
+        kinds += [
+            st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20),
+            words,
+        ]
+    kinds += [st.sampled_from(option.choices)] if option.choices else []
+    kinds += [st.none()] if option.optional else []
+    return st.one_of(kinds)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Draw configs whose values are extreme on their own and agree with each other."""
+    values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for option in OPTIONS:
+        values[option.section][option.name] = draw(value_of(option))
+    model, training = values["model"], values["training"]
+    model.update(n_embd=model["n_head"] % 2**31 * 2 + 2, n_head=model["n_head"] % 2**31 + 1)
+    model["vocab_size"] = max(256, model["vocab_size"])
+    training.update(tokens_per_step=None, test_freq=None, eval_only=False)
+    values["schedule"].update(warmup_iters=0, lr_decay_iters=None, min_lr=0.0)
+    return Config.from_dict(values)
+
+
+@given(configs())
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_reads_back_equal(tmp_path_factory: Any, config: Config) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    config.save(path)
+    assert Config.from_yaml(path) == config
+    path.write_text(config.to_yaml(["a header\nin two lines", "", "model: {seed: 1}"]), "utf-8")
+    assert Config.from_yaml(path) == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,193 @@
+"""The small parts of the engine: precision, optimizer, signals, metrics, state, device."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from config import ConfigError, LowPrecisionConfig, OptimizerConfig
+from engine.evaluate import bits_per_byte, mean_loss
+from engine.metrics import Clock, duration, iteration_line, short
+from engine.optimizer import build_optimizer, clip_gradients, load_optimizer
+from engine.precision import Precision
+from engine.signals import StopRequest
+from engine.state import TrainState, due, restore_rng, rng_state
+from engine.world import peak_flops, peak_memory_bytes, resolve_device
+
+CPU = torch.device("cpu")
+
+
+def test_only_matrices_are_decayed() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    groups = build_optimizer(model, OptimizerConfig(), weight_decay=0.1).param_groups
+    decayed = {id(p) for p in groups[0]["params"]}
+    assert decayed == {id(model[0].weight)}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_loading_an_optimizer_keeps_the_present_hyperparameters() -> None:
+    model = nn.Linear(4, 3)
+    first = build_optimizer(model, OptimizerConfig(), weight_decay=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    first.step()
+    second = build_optimizer(model, OptimizerConfig(beta1=0.5), weight_decay=0.3)
+    load_optimizer(second, first.state_dict())
+    assert second.param_groups[0]["betas"] == (0.5, 0.95)
+    assert second.param_groups[0]["weight_decay"] == 0.3
+    assert torch.equal(second.state[model.weight]["exp_avg"], first.state[model.weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("limit, expected", [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_clipping_returns_the_norm_before_and_zero_only_measures(
+    limit: float, expected: float
+) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(model, limit).item() == pytest.approx(5.0)
+    assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_forward_runs_in_the_compute_dtype_and_weights_stay_float32(name: str) -> None:
+    precision = Precision(LowPrecisionConfig(compute_dtype=name), CPU)  # type: ignore[arg-type]
+    layer = nn.Linear(4, 4)
+    with precision.autocast():
+        assert layer(torch.ones(1, 4)).dtype is precision.dtype
+    assert layer.weight.dtype is torch.float32
+    assert precision.name == name or precision.note
+
+
+def test_bfloat16_falls_back_aloud_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.precision.supports_fast_bfloat16", lambda device: False)
+    precision = Precision(LowPrecisionConfig(compute_dtype="bfloat16"), CPU)
+    assert precision.name == "float32"
+    assert precision.note == "bfloat16 is not supported by cpu; float32 is used instead"
+
+
+def test_float16_skips_an_overflowed_step_and_lowers_the_scale() -> None:
+    precision = Precision(LowPrecisionConfig(compute_dtype="float16"), CPU)
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(model, OptimizerConfig(), weight_decay=0.0)
+    precision.backward((model(torch.ones(1, 2)) * torch.inf).sum())
+    precision.unscale(optimizer)
+    precision.step(optimizer)
+    assert torch.equal(model.weight, before)
+    assert precision.state_dict()["scale"] == 32768.0
+    other = Precision(LowPrecisionConfig(compute_dtype="float16"), CPU)
+    other.load_state_dict(precision.state_dict())
+    assert other.state_dict() == precision.state_dict()
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
+)
+def test_signals_become_a_flag_and_handlers_come_back(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop and stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop and stop.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_second_ctrl_c_ends_the_process_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_random_state_of_every_generator_comes_back() -> None:
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(()).item(), random.random(), float(np.random.rand())
+
+    np.random.standard_normal()  # leaves a cached gaussian behind
+    state = rng_state(CPU)
+    first = drawn()
+    drawn()
+    restore_rng(state, CPU)
+    assert drawn() == first
+
+
+def test_the_best_evaluation_is_remembered() -> None:
+    state = TrainState(step=10)
+    assert state.record_evaluation(2.0, 2.1)
+    state.step = 20
+    assert not state.record_evaluation(1.9, 2.2)
+    assert (state.best_step, state.best_val_loss, state.val_loss) == (10, 2.1, 2.2)
+
+
+def test_due_counts_from_step_one_and_null_is_never() -> None:
+    assert [s for s in range(7) if due(s, 3)] == [3, 6]
+    assert not any(due(s, None) for s in range(7))
+
+
+def test_mean_loss_weighs_rows_not_batches_and_draws_no_random_number() -> None:
+    model = nn.Dropout(0.5)
+    rows = torch.tensor([[1.0], [2.0], [6.0]])
+    before = torch.get_rng_state()
+    mean = mean_loss(model, rows.split(2), lambda batch: model(batch).mean(), lambda: False)
+    assert mean == 3.0 and model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mean_loss_ends_early_when_stopped() -> None:
+    model = nn.Identity()
+    assert mean_loss(model, (torch.ones(1),), lambda batch: batch.mean(), lambda: True) is None
+
+
+def test_bits_per_byte_of_one_bit_is_one() -> None:
+    assert bits_per_byte(0.6931471805599453, 1.0) == pytest.approx(1.0)
+
+
+def test_iteration_line_has_the_form_of_the_contract() -> None:
+    record = {
+        "step": 100,
+        "train/loss": 6.2341,
+        "train/learning_rate": 3e-5,
+        "train/grad_norm": 1.21,
+        "train/iter_time_ms": 145.3,
+        "train/tokens_per_sec": 113024.0,
+        "train/memory_bytes": 1.9e9,
+    }
+    assert iteration_line(record, eta_s=243) == (
+        "Iter    100 | Loss: 6.2341 | LR: 3.00e-05 | Grad: 1.21 | Time: 145.3ms | "
+        "Tokens/sec: 113024 | Mem: 1.9GB | ETA: 4m03s"
+    )
+
+
+def test_clock_gives_the_mean_and_starts_anew() -> None:
+    clock = Clock()
+    clock.add(1.0)
+    clock.add(3.0)
+    assert clock.take() == 2.0
+    clock.add(5.0)
+    assert clock.take() == 5.0
+
+
+def test_durations_and_counts_are_short() -> None:
+    assert [duration(s) for s in (7, 243, 7500, 273600)] == ["7s", "4m03s", "2h05m", "3d04h"]
+    assert [short(n) for n in (950, 25_296_896, 1.24e9)] == ["950", "25.3 M", "1.24 B"]
+
+
+def test_unknown_devices_are_refused_with_a_remedy() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=r"system.device: cuda was asked for.* Use auto or cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type in ("cpu", "mps")
+
+
+def test_unknown_peaks_are_none_never_a_guess() -> None:
+    assert peak_flops(CPU) is None
+    assert peak_memory_bytes(CPU) > 10_000_000

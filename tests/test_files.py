@@ -1,0 +1,133 @@
+"""Durable writes: whole or absent, and every OSError becomes a message with a remedy."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from config import WriteError
+from engine.files import (
+    HashedFile,
+    check_space,
+    check_writable,
+    explained,
+    remove_temporaries,
+    size_text,
+    write_text,
+    write_whole,
+)
+from tests.faults import failing, raise_error
+
+
+def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
+    data = os.urandom((1 << 24) * 2 + 12345)  # more than two chunks, so that the thread hashes
+    written = write_whole(tmp_path / "a", lambda out: [out.write(data), out.write(b"end")])
+    assert (tmp_path / "a").read_bytes() == data + b"end"
+    assert written.size == len(data) + 3
+    assert written.sha256 == hashlib.sha256(data + b"end").hexdigest()
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:7])))
+    written = write_text(tmp_path / "a", "x" * 100)
+    assert (tmp_path / "a").read_text() == "x" * 100
+    assert written.size == 100
+
+
+def test_a_failure_at_any_call_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    for at in range(1, 100):
+        write_text(tmp_path / "a", "old")
+        with failing(at) as faults:
+            try:
+                write_text(tmp_path / "a", "new")
+            except OSError as error:
+                assert error.errno == errno.EIO
+        assert os.listdir(tmp_path) == ["a"]
+        assert (tmp_path / "a").read_text() in ("old", "new")
+        if not faults.reached:
+            assert at > 5
+            return
+    pytest.fail("the sweep did not end")
+
+
+def test_an_error_hidden_by_the_caller_of_write_comes_out(tmp_path: Path) -> None:
+    def fill(out: HashedFile) -> None:
+        with failing(1, raise_error(errno.ENOSPC)):
+            try:
+                out.write(b"data")
+            except OSError:
+                raise RuntimeError("unexpected pos 64 vs 0") from None
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", fill)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.EACCES, "cannot write x: Permission denied; kept y. Check the owner"),
+        (errno.EROFS, "Read-only file system; kept y. The file system is read-only: point"),
+        (errno.EFBIG, "File too large; kept y. Raise the file size limit"),
+        (errno.EIO, "Input/output error; kept y. The disk reports"),
+        (errno.ENAMETOOLONG, "cannot write x: File name too long; kept y."),
+    ],
+)
+def test_errors_are_explained(tmp_path: Path, code: int, text: str) -> None:
+    with pytest.raises(WriteError) as caught, explained("write x", tmp_path, 10, "y"):
+        raise_error(code)()
+    assert text in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_numbers(tmp_path: Path, code: int) -> None:
+    with (
+        pytest.raises(WriteError, match=r"^checkpoint needs 1\.2 GB, .* free on .*; kept y\. Free"),
+        explained("write x", tmp_path, 1_200_000_000, "y"),
+    ):
+        raise_error(code)()
+    with pytest.raises(WriteError, match=r"^cannot write x: .*, .* free on "):  # noqa: SIM117
+        with explained("write x", tmp_path):
+            raise_error(code)()
+
+
+def test_space_is_checked_with_five_percent_to_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1050}))
+    check_space(tmp_path, 1000)
+    with pytest.raises(OSError, match="No space"):
+        check_space(tmp_path, 1001)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="is a file.*Part of that path"):
+        check_writable(tmp_path / "file" / "checkpoints")
+    check_writable(tmp_path / "new" / "checkpoints")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(WriteError, match="no permission"):
+        check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_temporaries_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-123-checkpoint_5.pt").write_text("half")
+    (tmp_path / "kept").write_text("")
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(512, "512 bytes"), (34_000_000, "34.0 MB"), (1_234_567_890, "1.2 GB")]
+)
+def test_sizes_read_well(size: int, text: str) -> None:
+    assert size_text(size) == text

@@ -1,0 +1,419 @@
+"""The same batches for any processes, workers and accumulation, stopped and resumed anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from config import DataError, DataLoaderConfig
+from data import feed, loader, order
+from data.dataset import Plan
+from tests.parquet_folder import marked, opened, write
+
+T, G = 16, 8
+STEPS = 80  # about two epochs of the corpus below
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("marked")
+    marked(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps to a chunk, so that chunks end often."""
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 3 * G * (T + 1))
+
+
+def spec(**options: Any) -> data.BatchSpec:
+    options = {"micro_batches": 1, "seed": 1337, **options}
+    return data.BatchSpec(block_size=T, sequences_per_step=G, **options)
+
+
+def read(
+    dataset: data.Dataset,
+    steps: int,
+    spec: data.BatchSpec,
+    cursor: dict[str, Any] | None = None,
+    workers: int = 0,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Rows (steps, rows of this process, T + 1) and the cursor after them."""
+    config = DataLoaderConfig(num_workers=workers)
+    with data.TrainLoader(dataset, spec, config, cursor) as batches:
+        taken = list(itertools.islice(batches, steps))
+        rows = [torch.cat(batch.micro_batches) for batch in taken]
+        return torch.stack(rows), json.loads(json.dumps(taken[-1].cursor()))
+
+
+def reference(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[bytes]:
+    """Slow and separate: the documents of a lane, epoch by epoch, each epoch as one string."""
+    units = dataset.units
+    keys = units.block[dataset.train]
+    result = []
+    for epoch in range(epochs):
+        plan = order.epoch_order(keys, 1337, epoch)
+        text = b""
+        for unit in dataset.train[plan[order.lane_of(keys[plan], lanes) == lane]]:
+            file = int(dataset.index.group_file[units.group[unit]])
+            table = pq.read_table(dataset.index.path(file))
+            group = int(dataset.index.group_number[units.group[unit]])
+            first = 10 * group + int(units.first[unit])
+            texts = table.column("text").to_pylist()[first : first + int(units.rows[unit])]
+            for i in order.document_order(int(units.key[unit]), 1337, epoch, len(texts)):
+                text += texts[i].encode() + b"\0"
+        result.append(text)
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The global rows of every step, from the slow reference."""
+    dataset = opened(corpus)
+    rows = np.empty((STEPS, G, T + 1), dtype=np.uint8)
+    for lane in range(G):  # as many lanes as rows, so one row of a lane in each step
+        stream = np.frombuffer(b"".join(reference(dataset, lane, G, 6)), dtype=np.uint8)
+        for step in range(STEPS):
+            rows[step, lane] = stream[step * T : step * T + T + 1]
+    return torch.from_numpy(rows)
+
+
+def test_each_document_comes_exactly_once_per_epoch(corpus: Path, expected: torch.Tensor) -> None:
+    dataset = opened(corpus)
+    rows, _ = read(dataset, STEPS, spec())
+    assert torch.equal(rows, expected)
+    lanes = [reference(dataset, lane, G, 2) for lane in range(G)]
+    texts = Counter(pq.read_table(corpus).column("text").to_pylist())
+    for epoch in range(2):
+        seen = Counter[str]()
+        for lane in range(G):
+            before, now = sum(map(len, lanes[lane][:epoch])), lanes[lane][epoch]
+            stream = rows[:, lane, :-1].flatten().numpy().tobytes()[before : before + len(now)]
+            assert len(stream) == len(now)  # the run is long enough to hold the epoch
+            seen.update(stream.decode().split("\0")[:-1])
+        assert seen == texts
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_global_batches_are_the_same_for_every_layout(
+    corpus: Path, expected: torch.Tensor, world: int, workers: int, micro_batches: int
+) -> None:
+    dataset = opened(corpus)
+    parts = [
+        read(dataset, STEPS, spec(rank=r, world_size=world, micro_batches=micro_batches), None, n)
+        for r, n in zip(range(world), itertools.repeat(workers), strict=False)
+    ]
+    assert torch.equal(torch.cat([rows for rows, _ in parts], dim=1), expected)
+    merged = data.merge_cursors([cursor for _, cursor in parts])
+    assert merged == read(dataset, STEPS, spec())[1]
+
+
+def test_accumulation_cuts_the_rows_in_order(corpus: Path, expected: torch.Tensor) -> None:
+    for micro_batches in (1, 2, 4, 8):
+        with data.TrainLoader(
+            opened(corpus), spec(micro_batches=micro_batches), DataLoaderConfig()
+        ) as batches:
+            batch = next(batches)
+        assert [len(rows) for rows in batch.micro_batches] == [G // micro_batches] * micro_batches
+        assert torch.equal(torch.cat(batch.micro_batches), expected[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([1, 2, 4])), min_size=2, max_size=4))
+def test_stopping_anywhere_and_resuming_with_other_processes_changes_nothing(
+    corpus: Path, expected: torch.Tensor, legs: list[tuple[int, int]]
+) -> None:
+    dataset, cursor, done = opened(corpus), None, 0
+    for steps, world in legs:
+        steps = min(steps, STEPS - done)
+        if not steps:
+            break
+        parts = [read(dataset, steps, spec(rank=r, world_size=world), cursor) for r in range(world)]
+        rows = torch.cat([rows for rows, _ in parts], dim=1)
+        assert torch.equal(rows, expected[done : done + steps])
+        cursor = data.merge_cursors([cursor for _, cursor in parts])
+        done += steps
+
+
+def test_resuming_with_other_worker_counts_changes_nothing(
+    corpus: Path, expected: torch.Tensor
+) -> None:
+    dataset, cursor = opened(corpus), None
+    for leg, workers in enumerate([0, 2, 3, 0, 1, 1, 0, 2]):  # ten steps each, often resumed
+        rows, cursor = read(dataset, 10, spec(), cursor, workers)
+        assert torch.equal(rows, expected[10 * leg : 10 * leg + 10])
+
+
+def test_every_cursor_continues_exactly_over_the_epoch_boundary(
+    corpus: Path, expected: torch.Tensor
+) -> None:
+    dataset = opened(corpus)
+    with data.TrainLoader(dataset, spec(), DataLoaderConfig()) as batches:
+        start = batches.cursor()
+        cursors = [batch.cursor() for batch in itertools.islice(batches, STEPS - 1)]
+    epochs = {tuple(e for e, _, _ in cursor["positions"]) for cursor in cursors}
+    assert len(epochs) > 4
+    for step, cursor in enumerate([start, *cursors]):
+        rows, _ = read(dataset, 1, spec(), cursor)
+        assert torch.equal(rows[0], expected[step])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_fewer_lanes_than_processes(corpus: Path, lanes: int) -> None:
+    dataset = opened(corpus)
+    alone, cursor = read(dataset, 9, spec(lanes=lanes))
+    parts = [read(dataset, 9, spec(rank=r, world_size=4, lanes=lanes)) for r in range(4)]
+    assert torch.equal(torch.cat([rows for rows, _ in parts], dim=1), alone)
+    merged = data.merge_cursors([cursor for _, cursor in parts])
+    assert merged == cursor
+    again, _ = read(dataset, 3, spec(rank=1, world_size=2), merged)  # lanes come from the cursor
+    assert torch.equal(again, read(dataset, 3, spec(), cursor)[0][:, G // 2 :])
+
+
+def test_without_shuffling_the_text_comes_in_file_order(tmp_path: Path) -> None:
+    texts = marked(tmp_path, files=2, rows=10)
+    config = DataLoaderConfig(shuffle=False)
+    with data.TrainLoader(opened(tmp_path), spec(lanes=1), config) as batches:
+        rows = torch.cat(next(batches).micro_batches)
+    stream = rows[:, :-1].flatten().numpy().tobytes()
+    assert "".join(text + "\0" for text in texts).encode().startswith(stream)
+
+
+def test_epochs_are_counted_by_the_slowest_lane(corpus: Path) -> None:
+    with data.TrainLoader(opened(corpus), spec(), DataLoaderConfig()) as batches:
+        taken = list(itertools.islice(batches, STEPS))
+    epochs = [batch.epoch for batch in taken]
+    assert epochs == sorted(epochs)
+    assert (epochs[0], epochs[-1]) == (0, 2)
+    for batch in taken:
+        assert batch.epoch == min(epoch for epoch, _, _ in batch.cursor()["positions"])
+
+
+def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["abc"])
+    rows, cursor = read(opened(tmp_path), 2, spec())
+    assert cursor["lanes"] == 1
+    assert set(rows.numpy().tobytes().split(b"\0")) >= {b"abc"}
+    write(tmp_path / "a.parquet", ["", "", None, ""])
+    with pytest.raises(DataError, match="no text in the .* units of lane 0"):
+        read(opened(tmp_path), 1, spec())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 32}, "block_size 32, this run 16"),
+        ({"sequences_per_step": 4}, "sequences_per_step 4, this run 8"),
+        ({"seed": 7}, "seed 7, this run 1337"),
+        ({"shuffle": False}, "shuffle False, this run True"),
+        ({"version": 9}, "version 9, this program reads 1"),
+        ({"lanes": 3}, "3 lanes do not fit 8 sequences"),
+        ({"first_lane": 4}, "holds lanes 4 to 11, this process reads 0 to 7"),
+    ],
+)
+def test_a_cursor_of_another_run_is_refused(
+    corpus: Path, change: dict[str, Any], message: str
+) -> None:
+    dataset = opened(corpus)
+    _, cursor = read(dataset, 1, spec())
+    with pytest.raises(DataError, match=message):
+        data.TrainLoader(dataset, spec(), DataLoaderConfig(), {**cursor, **change})
+
+
+def test_a_batch_tells_which_documents_it_holds(corpus: Path) -> None:
+    dataset = opened(corpus)
+    texts = pq.read_table(corpus).column("text").to_pylist()
+    with data.TrainLoader(dataset, spec(), DataLoaderConfig()) as batches:
+        for batch in itertools.islice(batches, 30):
+            named = set()
+            for line in batch.describe():
+                found = re.fullmatch(r".*part_(\d)\.parquet row group (\d) rows (.*)", line)
+                assert found
+                file, group = int(found[1]), int(found[2])
+                for piece in found[3].split(", "):
+                    first, _, last = piece.partition("-")
+                    for row in range(int(first), int(last or first) + 1):
+                        named.add(texts[40 * file + 10 * group + row])
+            held = set(
+                re.findall(r"<\d+>", torch.cat(batch.micro_batches).numpy().tobytes().decode())
+            )
+            assert held <= {re.match(r"<\d+>", text)[0] for text in named}  # type: ignore[index]
+            assert len(named) <= 2 * len(held) + 2 * G
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["text " * 30, None, "", "a\0b"] * 4)
+    dataset = opened(tmp_path)
+    for workers in (0, 2):
+        config = DataLoaderConfig(num_workers=workers)
+        with data.TrainLoader(dataset, spec(), config) as batches:
+            for _ in range(60):
+                next(batches)
+            assert batches.left_out["null documents"] >= 4
+            assert batches.left_out["NUL bytes replaced"] >= 4
+
+
+# Evaluation.
+
+
+def test_evaluation_rows_never_change(corpus: Path) -> None:
+    dataset = opened(corpus, test_fraction=0.3)
+    state = torch.get_rng_state()
+    for split in ("train", "test"):
+        rows = data.evaluation_rows(dataset, split, T, 10)
+        assert rows.shape == (10, T + 1)
+        assert rows.dtype == torch.uint8
+        again = data.evaluation_rows(opened(corpus, test_fraction=0.3), split, T, 10)
+        assert torch.equal(rows, again)
+        assert torch.equal(data.evaluation_rows(dataset, split, T, 4), rows[:4])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_uses_only_its_split_and_each_token_once(corpus: Path) -> None:
+    dataset = opened(corpus, test_fraction=0.3)
+    rows = data.evaluation_rows(dataset, "test", T, 10_000)
+    tokens = dataset.ledger.test_tokens
+    assert 0.8 * tokens < rows.shape[0] * T <= 1.2 * tokens
+    starts = set(re.findall(r"<\d+>", rows[:, :-1].numpy().tobytes().decode()))
+    training, _ = read(dataset, STEPS, spec())
+    seen = set(re.findall(r"<\d+>", training[..., :-1].transpose(0, 1).numpy().tobytes().decode()))
+    whole = {match for match in starts if int(match[1:-1]) >= 100}  # not cut out of a longer mark
+    assert not whole & seen
+
+
+def test_a_split_shorter_than_a_row_is_explained(tmp_path: Path) -> None:
+    marked(tmp_path, files=1, rows=4)
+    dataset = opened(tmp_path, test_fraction=0.1)
+    with pytest.raises(DataError, match=r"the test text .* shorter than one row .* 513 tokens"):
+        data.evaluation_rows(dataset, "test", 512, 8)
+    with pytest.raises(DataError, match=r"test_fraction 0\.0"):
+        data.evaluation_rows(opened(tmp_path), "test", T, 8)
+
+
+# Threads, workers, errors.
+
+
+def feeds() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "data feed"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_leaves_no_thread_process_or_file(corpus: Path, workers: int) -> None:
+    dataset = opened(corpus)
+    files = len(os.listdir("/proc/self/fd"))
+    batches = data.TrainLoader(dataset, spec(), DataLoaderConfig(num_workers=workers))
+    kept = next(batches)
+    assert feeds()
+    assert len(multiprocessing.active_children()) == workers
+    start = time.monotonic()
+    batches.close()
+    batches.close()
+    assert time.monotonic() - start < 5
+    assert not feeds()
+    assert not multiprocessing.active_children()
+    assert len(os.listdir("/proc/self/fd")) <= files + 1 + workers  # the kept chunk's memory
+    assert kept.cursor()["positions"]
+    with pytest.raises(DataError, match="closed"):
+        for _ in range(10):
+            next(batches)
+
+
+def test_a_forgotten_loader_ends_its_thread(corpus: Path) -> None:
+    batches = data.TrainLoader(opened(corpus), spec(), DataLoaderConfig())
+    next(batches)
+    del batches
+    assert not feeds()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_iterating_touches_no_global_random_state(corpus: Path, workers: int) -> None:
+    dataset = opened(corpus)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    read(dataset, 20, spec(), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_while_reading_arrives_as_it_was_raised(tmp_path: Path, workers: int) -> None:
+    path = write(tmp_path / "a.parquet", ["x" * 40] * 50)
+    dataset = opened(tmp_path)
+    os.utime(path, (1, 1))
+    with pytest.raises(DataError, match=r"^.*a\.parquet: changed during the run [^\n]*$"):
+        read(dataset, 5, spec(), workers=workers)
+    assert not feeds()
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_named(corpus: Path) -> None:
+    config = DataLoaderConfig(num_workers=2)
+    with data.TrainLoader(opened(corpus), spec(), config) as batches:
+        next(batches)
+        victim = multiprocessing.active_children()[0]
+        assert victim.pid
+        os.kill(victim.pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(DataError, match=rf"worker {victim.pid} was lost \(killed by SIGKILL"):
+            while True:
+                next(batches)
+        assert time.monotonic() - start < 10
+
+
+def test_workers_ignore_the_signals_of_the_group(corpus: Path, expected: torch.Tensor) -> None:
+    config = DataLoaderConfig(num_workers=2)
+    with data.TrainLoader(opened(corpus), spec(), config) as batches:
+        next(batches)
+        for process in multiprocessing.active_children():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                assert process.pid
+                os.kill(process.pid, number)
+        for step in range(1, STEPS):
+            assert torch.equal(next(batches).micro_batches[0], expected[step])
+
+
+def test_a_source_that_hangs_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "TIMEOUT_S", 1.0)
+    hung = threading.Event()
+    monkeypatch.setattr(Plan, "lane_units", lambda *_: hung.wait(30))
+    batches = data.TrainLoader(opened(corpus), spec(), DataLoaderConfig())
+    with pytest.raises(DataError, match="no batch within 1 s"):
+        next(batches)
+    hung.set()
+    batches.close()
+
+
+def test_more_workers_than_lanes_is_said(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows, _ = read(opened(corpus), 3, spec(lanes=2), workers=3)
+    assert len(rows) == 3
+    assert "num_workers: 3, but this process reads 2 lanes; 2 workers are used" in caplog.text
+
+
+def test_neighbours_in_a_batch_come_from_different_places(tmp_path: Path) -> None:
+    marked(tmp_path, files=8, rows=200)
+    dataset = opened(tmp_path)
+    plan = Plan(dataset.units, dataset.train, G, 1337, True)
+    files = [dataset.index.group_file[dataset.units.group[plan.lane_units(0, v)]] for v in range(G)]
+    length = min(map(len, files))
+    table = np.stack([row[:length] for row in files])
+    same = (table[1:] == table[:-1]).mean()
+    assert 0.0 < same < 0.35  # 1 / 8 expected

@@ -1,0 +1,348 @@
+"""Every way to store text is read, every bad file is named, and memory and files stay bounded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data
+from config import DataError, DatasetConfig, TokenizerConfig
+from data import index as index_module
+from data import parquet
+from tests.parquet_folder import marked, opened, write
+
+
+def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
+    """All documents, unit by unit."""
+    reader = dataset.reader()
+    tokens = [reader.tokens(unit, 1, 0, shuffle) for unit in range(len(dataset.units))]
+    reader.close()
+    return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_all_string_types_and_codecs(tmp_path: Path, compression: str, kind: pa.DataType) -> None:
+    texts = ["one", "two", "zw\u00f6lf", "two"] * 5
+    write(tmp_path / "a.parquet", list(texts), kind=kind, compression=compression)
+    assert texts_of(opened(tmp_path)) == texts
+
+
+def test_string_view_columns_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["a", "bc"], kind=pa.string_view())
+    assert texts_of(opened(tmp_path)) == ["a", "bc"]
+
+
+def test_folders_are_searched_in_bytewise_order_and_hidden_names_passed_over(
+    tmp_path: Path,
+) -> None:
+    for name in ("b", "B", "a/z", "a.b", "_x", ".y", "_d/c", "a/.h"):
+        write(tmp_path / f"{name}.parquet", [name])
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert texts_of(opened(tmp_path)) == ["B", "a.b", "a/z", "b"]
+
+
+def test_nulls_empty_documents_empty_files_and_nul_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.parquet", ["x", None, "", "y\0z", "w", "\0"])
+    write(tmp_path / "b.parquet", [])
+    dataset = opened(tmp_path)
+    assert texts_of(dataset) == ["x", "y z", "w", " "]
+    reader = dataset.reader()
+    for unit in range(len(dataset.units)):
+        reader.tokens(unit, 1, 0, True)
+    expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
+    assert reader.counts == expected
+    assert "1 of 6 rows are null" in caplog.text
+    assert (dataset.ledger.files, dataset.ledger.rows, dataset.ledger.null_rows) == (2, 6, 1)
+
+
+def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
+    texts = marked(tmp_path)
+    shuffled = texts_of(opened(tmp_path), shuffle=True)
+    assert sorted(shuffled) == sorted(texts)
+
+
+def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = marked(tmp_path, files=2, rows=30)
+    dataset = opened(tmp_path)
+    assert len(dataset.units) == 60  # small data is cut finely
+    monkeypatch.setattr(parquet, "MIN_UNITS", 2)
+    monkeypatch.setattr(parquet, "UNIT_ROWS", 4)
+    dataset = opened(tmp_path)
+    assert dataset.units.rows.tolist() == [4, 4, 2] * 6
+    assert texts_of(dataset) == texts
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 20])
+def test_large_row_groups_are_read_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    monkeypatch.setattr(parquet, "WHOLE_GROUP_BYTES", whole)
+    texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
+    write(tmp_path / "a.parquet", list(texts), row_group_size=250)
+    dataset = opened(tmp_path)
+    assert len(dataset.units) > 100
+    assert texts_of(dataset) == texts
+    reader = dataset.reader()
+    backwards = [reader.tokens(u, 1, 0, False) for u in reversed(range(len(dataset.units)))]
+    joined = np.concatenate(backwards[::-1]).tobytes().decode()
+    assert joined == "".join(text + "\0" for text in texts)
+
+
+def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
+    marked(tmp_path, files=12, rows=5)
+    dataset = opened(tmp_path, max_cached_files=3)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = dataset.reader()
+    for unit in random.Random(0).sample(range(len(dataset.units)), 40):
+        reader.tokens(unit, 1, 0, True)
+        assert reader.open_files <= 3
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["x" * 50_000] * 100, row_group_size=20, use_dictionary=False)
+    dataset = opened(tmp_path)
+    reader = dataset.reader()
+    before = pa.total_allocated_bytes()
+    for _ in range(3):
+        for unit in range(len(dataset.units)):
+            tokens = reader.tokens(unit, 1, 0, True)
+        held = pa.total_allocated_bytes() - before
+        assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
+
+
+# Errors: what, where, found value, remedy.
+
+PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def content(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: content(p, b""), r"b\.parquet: empty \(interrupted download\?\)"),
+        (lambda p: content(p, PAGE), r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
+        (lambda p: content(p, b'{"error": 404}'), r"starts with '\{\"error\": 404\}'"),
+        (lambda p: content(p, POINTER), r"b\.parquet is a Git LFS pointer.*git lfs pull"),
+        (lambda p: content(p, p.read_bytes()[:-9]), r"b\.parquet: no footer; 0\.0 MB present"),
+        (lambda p: content(p, b"some text"), r"b\.parquet: not a parquet file"),
+        (lambda p: content(p, b"PAR1" + b"\xff" * 99 + b"PAR1"), r"its footer is damaged"),
+    ],
+)
+def test_a_file_that_is_not_parquet_is_named_or_skipped(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    write(tmp_path / "a.parquet", ["good"])
+    spoil(write(tmp_path / "b.parquet", ["bad"]))
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+    dataset = opened(tmp_path, on_bad_shard="skip")
+    assert texts_of(dataset) == ["good"]
+    assert re.search(message, caplog.text)
+    assert len(dataset.ledger.skipped_files) == 1
+
+
+def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="none of its 1 parquet files can be read: .*empty"):
+        opened(tmp_path, on_bad_shard="skip")
+
+
+def test_a_missing_or_wrong_folder_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'nowhere': not found \(working directory: .*prepare"):
+        opened(Path("nowhere"))
+    for name in ("a.jsonl", "b.jsonl", "c.tmp"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"holds no \*\.parquet \(found 2 \*\.jsonl, 1 \*\.tmp\)"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match="is a file; give its folder"):
+        opened(tmp_path / "c.tmp")
+
+
+def test_the_text_column_must_be_there_and_hold_strings(tmp_path: Path) -> None:
+    table = pa.table({"content": ["x"], "id": [1], "tags": [["y"]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text'; columns: content, id, tags"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match="'id' is int64, not string; string columns: content"):
+        opened(tmp_path, text_column="id")
+    with pytest.raises(DataError, match="'tags' is list<.*>, not string"):
+        opened(tmp_path, text_column="tags")
+    assert texts_of(opened(tmp_path, text_column="content")) == ["x"]
+
+
+def test_only_the_text_column_has_to_agree_between_files(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "id": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["s"], "text": ["y"]}), tmp_path / "b.parquet")
+    assert texts_of(opened(tmp_path)) == ["x", "y"]
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: column 'text' is int64"):
+        opened(tmp_path)
+
+
+def test_mostly_null_or_no_rows_or_one_row(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "a.parquet", ["x", None, None])
+    with pytest.raises(DataError, match="'text' is null in 2 of 3 rows"):
+        opened(tmp_path / "a")
+    write(tmp_path / "b" / "a.parquet", [])
+    with pytest.raises(DataError, match="1 parquet files hold no rows"):
+        opened(tmp_path / "b")
+    write(tmp_path / "c" / "a.parquet", ["x"])
+    with pytest.raises(DataError, match="1 row cannot be split.*test_fraction: 0"):
+        opened(tmp_path / "c", test_fraction=0.1)
+
+
+def test_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
+    bad = pa.array([b"ok"] * 12 + [b"\xff\xfe"] + [b"ok"] * 7, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet", row_group_size=10)
+    with pytest.raises(DataError, match=r"a\.parquet row group 1: the text of row 2 is not UTF-8"):
+        texts_of(opened(tmp_path))
+    assert len(texts_of(opened(tmp_path, on_bad_shard="skip"))) == 19
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+def test_every_flipped_bit_in_a_page_is_found(tmp_path: Path, compression: str) -> None:
+    texts = [f"document {i} " * 9 for i in range(40)]
+    path = write(tmp_path / "a.parquet", list(texts), row_group_size=40, compression=compression)
+    clean = path.read_bytes()
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    draw = random.Random(1)
+    for _ in range(60):
+        place = draw.randrange(start, start + chunk.total_compressed_size)
+        flipped = bytearray(clean)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert texts_of(opened(tmp_path)) == texts  # a header bit that says nothing
+        except DataError as error:
+            assert "a.parquet row group 0: " in str(error)  # noqa: PT017
+
+
+def test_a_damaged_page_is_skipped_aloud_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(
+        tmp_path / "a.parquet",
+        ["first " * 40, "second " * 40],
+        row_group_size=1,
+        use_dictionary=False,
+    )
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    raw = bytearray(path.read_bytes())
+    raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(raw)
+    dataset = opened(tmp_path, on_bad_shard="skip")
+    reader = dataset.reader()
+    for epoch in range(2):
+        sizes = [len(reader.tokens(unit, 1, epoch, True)) for unit in (0, 1)]
+        assert sizes == [0, 281]
+    lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(lines) == 1
+    assert "row group 0" in lines[0]
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, policy: str) -> None:
+    path = write(tmp_path / "a.parquet", ["x"])
+    dataset = opened(tmp_path, on_bad_shard=policy)
+    write(path, ["xyz" * 50])
+    with pytest.raises(DataError, match=r"a\.parquet: changed during the run"):
+        dataset.reader().tokens(0, 1, 0, True)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.parquet: there at the start of the run, now No such"):
+        dataset.reader().tokens(0, 1, 0, True)
+
+
+# The cache and the fingerprint.
+
+
+def test_the_index_is_cached_and_a_changed_file_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened(tmp_path / "data")
+    read: list[str] = []
+    real = index_module.read_footer
+    monkeypatch.setattr(
+        index_module, "read_footer", lambda path, column: read.append(path) or real(path, column)
+    )
+    opened(tmp_path / "data")
+    assert read == []
+    changed = write(tmp_path / "data" / "part_1.parquet", ["new"])
+    assert opened(tmp_path / "data").ledger.rows == 81
+    assert read == [str(changed)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 junk"])
+def test_a_damaged_or_unwritable_cache_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    texts = marked(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened(tmp_path / "data")
+    (cache,) = (tmp_path / "cache" / "hatchery").iterdir()
+    cache.write_bytes(damage)
+    assert texts_of(opened(tmp_path / "data")) == texts
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "part_0.parquet"))
+    assert texts_of(opened(tmp_path / "data")) == texts
+
+
+def test_the_fingerprint_names_the_first_difference(tmp_path: Path) -> None:
+    marked(tmp_path)
+    saved = opened(tmp_path).summary()
+    opened(tmp_path).check_unchanged(saved)
+    with pytest.raises(DataError, match=r"test_fraction was 0\.0, is 0\.1"):
+        opened(tmp_path, test_fraction=0.1).check_unchanged(saved)
+    write(tmp_path / "z.parquet", ["new"])
+    with pytest.raises(DataError, match=r"z\.parquet is new"):
+        opened(tmp_path).check_unchanged(saved)
+    (tmp_path / "z.parquet").unlink()
+    write(tmp_path / "part_1.parquet", ["other"])
+    with pytest.raises(DataError, match=r"part_1\.parquet had \d+ bytes, has \d+"):
+        opened(tmp_path).check_unchanged(saved)
+    (tmp_path / "part_1.parquet").unlink()
+    with pytest.raises(DataError, match=r"part_1\.parquet is gone"):
+        opened(tmp_path).check_unchanged(saved)
+
+
+def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path) -> None:
+    marked(tmp_path / "a")
+    marked(tmp_path / "b")
+    first, second = (opened(tmp_path / name, test_fraction=0.1) for name in "ab")
+    assert not set(first.train) & set(first.test)
+    assert sorted([*first.train, *first.test]) == list(range(len(first.units)))
+    assert np.array_equal(first.test, second.test)
+    assert first.fingerprint == second.fingerprint
+    share = first.ledger.test_tokens / first.ledger.tokens
+    assert 0.05 < share < 0.15
+
+
+def test_the_default_config_opens(tmp_path: Path) -> None:
+    marked(tmp_path)
+    dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
+    assert dataset.ledger.test_units > 0

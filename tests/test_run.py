@@ -1,0 +1,417 @@
+"""Run directories: created late and exclusively, locked, continued without mixing two courses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import CheckpointError, Config, WriteError
+from engine.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
+from engine.environment import describe_session
+from engine.manifest import data_path, newest_valid, steps_in, verify
+from engine.run import RunDirectory
+from tests.faults import die, failing
+from tests.forks import in_child
+from tests.states import finished_run, make_config, make_state, new_run, reopen, save_steps
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- creation
+
+
+def test_nothing_exists_before_the_first_checkpoint(tmp_path: Path) -> None:
+    with RunDirectory.start(make_config(tmp_path)) as run:
+        run.append_metrics({"step": 1, "train/loss": 2.0})
+        assert os.listdir(tmp_path) == []
+        folder = run.prepare()
+        assert records(folder) == [{"step": 1, "train/loss": 2.0}]
+        save_steps(run, 10)
+    assert sorted(os.listdir(folder)) == [
+        ".lock",
+        "checkpoint_10.json",
+        "checkpoint_10.pt",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_without_any_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    with RunDirectory.start(make_config(tmp_path)) as run:
+        run.prepare()
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_failed_creation_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    with RunDirectory.start(make_config(tmp_path)) as run:
+        for at in range(1, 100):
+            with failing(at):
+                try:
+                    run.prepare()
+                except WriteError:
+                    assert not list(tmp_path.glob("checkpoints/*"))
+            if run.path is not None:
+                assert at > 10
+                return
+    pytest.fail("the sweep did not end")
+
+
+def test_the_saved_config_starts_the_same_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path, resume_from_checkpoint="auto", seed=7)
+    with RunDirectory.start(config, ["configs/tiny.yaml", "seed=7"]) as run:
+        folder = run.prepare()
+        assert Config.from_yaml(folder / "config.yaml") == make_config(tmp_path, seed=7)
+        text = (folder / "config.yaml").read_text()
+        assert text.startswith("# configs/tiny.yaml\n# seed=7\n")
+
+
+def test_the_environment_is_told_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with RunDirectory.start(make_config(tmp_path), device="cpu") as run:
+        text = (run.prepare() / "environment.json").read_text()
+    told = json.loads(text)
+    assert told["torch"] == torch.__version__
+    assert (told["device"], told["resumed"], told["command"]) == ("cpu", [], sys.argv)
+    assert "hf_secret" not in text
+
+
+def test_the_revision_is_null_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*_: object, **__: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert describe_session("cpu")["git"] is None
+
+
+def test_eight_processes_of_one_second_get_eight_directories(tmp_path: Path) -> None:
+    run = RunDirectory.start(make_config(tmp_path))  # the children inherit its start time
+    children = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            run.prepare()
+            os._exit(0)
+        children.append(child)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    names = sorted(os.listdir(tmp_path / "checkpoints"))
+    stem = names[0]
+    assert names == [stem, *(f"{stem}_{number:02d}" for number in range(1, 8))]
+    for name in names:
+        Config.from_yaml(tmp_path / "checkpoints" / name / "config.yaml")
+
+
+def test_a_checkpoint_dir_that_is_a_file_is_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(WriteError, match="is a file") as caught:
+        RunDirectory.start(make_config(tmp_path))
+    assert caught.value.exit_code == 5
+
+
+# ---- the lock
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run = reopen(folder, tmp_path)
+        if os.fork() == 0:  # a data worker that outlives its killed parent
+            os.close(writing)
+            time.sleep(2)
+            os._exit(0)
+        os.write(writing, b"locked")
+        time.sleep(60)
+        run.close()
+    assert os.read(reading, 6) == b"locked"
+    with pytest.raises(CheckpointError) as caught:
+        reopen(folder, tmp_path)
+    assert f"{folder.name} is in use by host " in str(caught.value)
+    assert f" pid {child} since " in str(caught.value)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    reopen(folder, tmp_path).close()
+
+
+def test_a_new_run_is_locked_too(tmp_path: Path) -> None:
+    with new_run(tmp_path, 10) as run:
+        status, text = in_child(lambda: reopen(run.prepare(), tmp_path))
+        assert status == 0
+        assert "is in use by host" in text
+    reopen(run.prepare(), tmp_path).close()
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    folder = finished_run(tmp_path, 10)
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with reopen(folder, tmp_path) as run:
+        assert "cannot be locked (No locks available): make sure" in run.notes[0]
+
+
+def test_a_checkpoint_saved_between_finding_and_locking_is_noticed(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10)
+    resume, _ = newest_valid(folder)
+    assert resume is not None
+    with reopen(folder, tmp_path) as run:
+        save_steps(run, 20)
+    with pytest.raises(CheckpointError, match=r"changed while it was opened.*Run the command"):
+        RunDirectory.reopen(resume, make_config(tmp_path))
+    reopen(folder, tmp_path).close()  # the refused attempt left no lock
+
+
+# ---- metrics
+
+
+def test_metrics_are_lines_of_valid_json(tmp_path: Path) -> None:
+    with new_run(tmp_path, 10) as run:
+        run.append_metrics({"step": 11, "a": float("nan"), "b": float("-inf"), "c": None})
+        assert records(run.prepare())[-1] == {"step": 11, "a": None, "b": None, "c": None}
+
+
+def test_metrics_after_the_checkpoint_and_broken_lines_go_at_resume(tmp_path: Path) -> None:
+    with new_run(tmp_path, 10, 20) as run:
+        folder = run.prepare()
+        kept = (folder / "metrics.jsonl").read_bytes()
+        run.append_metrics({"step": 20, "final/val_loss": 1.0})
+        run.append_metrics({"step": 25, "train/loss": 1.0})
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"no": "step"}\n{"step": 15, "train/lo')
+    with reopen(folder, tmp_path):
+        assert (folder / "metrics.jsonl").read_bytes() == kept
+
+
+def test_a_full_disk_delays_metrics_and_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with new_run(tmp_path, 10) as run:
+        before = records(run.prepare())
+        for step in (11, 12):
+            with failing(2):  # the write; the open succeeds
+                run.append_metrics({"step": step})
+        assert records(run.prepare())[len(before) :] == [{"step": 11}, {"step": 12}]
+    assert capsys.readouterr().out.count("cannot append to ") == 1
+
+
+def test_a_partly_written_line_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_run(tmp_path, 10) as run:
+        folder, write = run.prepare(), os.write
+        whole = (folder / "metrics.jsonl").read_bytes()
+        sizes = iter([4, -1])
+
+        def partial(descriptor: int, data: memoryview) -> int:
+            size = next(sizes)
+            if size < 0:
+                raise OSError(28, "No space left on device")
+            return write(descriptor, data[:size])
+
+        monkeypatch.setattr(os, "write", partial)
+        run.append_metrics({"step": 11})
+        monkeypatch.undo()
+        assert (folder / "metrics.jsonl").read_bytes() == whole
+
+
+def block_metrics(run: RunDirectory) -> None:
+    metrics = run.prepare() / "metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()
+    run.append_metrics({"step": 11})
+
+
+def test_metrics_that_cannot_be_written_at_the_end_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match="cannot append to "), new_run(tmp_path, 10) as run:
+        block_metrics(run)
+
+
+def test_an_earlier_error_is_not_hidden_by_lost_metrics(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first"), new_run(tmp_path, 10) as run:
+        block_metrics(run)
+        raise ValueError("first")
+
+
+# ---- continuing
+
+
+def test_a_run_goes_on_in_its_directory(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20)
+    (folder / ".tmp-1-checkpoint_30.pt").write_text("half")
+    data_path(folder, 30).write_text("renamed, but its manifest was never written")
+    with reopen("auto", tmp_path) as run:
+        assert run.notes == ["removed checkpoint_30.pt, which was not completed"]
+        assert (run.path, run.resumed_step) == (folder, 20)
+        assert run.last_checkpoint == data_path(folder, 20)
+        save_steps(run, 30, 40, 50, keep_last=1)
+    assert steps_in(folder) == steps_in(folder, "pt") == [20, 50]
+    assert not list(folder.glob(".tmp-*"))
+    (entry,) = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert (entry["step"], entry["command"]) == (20, sys.argv)
+    assert [record["step"] for record in records(folder)] == [10, 20, 30, 40, 50]
+
+
+def test_an_unreadable_environment_file_does_not_stop_a_run(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10)
+    (folder / "environment.json").write_text("[")
+    reopen(folder, tmp_path).close()
+    assert len(json.loads((folder / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_the_config_of_before_is_kept_when_it_differs(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10)
+    first = (folder / "config.yaml").read_text()
+    reopen(folder, tmp_path).close()
+    assert (folder / "config.yaml").read_text() == first
+    with reopen(folder, tmp_path, max_iters=9999) as run:
+        assert run.notes == ["the config differs from before; the old one is config.before_10.yaml"]
+    assert (folder / "config.before_10.yaml").read_text() == first
+    assert Config.from_yaml(folder / "config.yaml") == make_config(tmp_path, max_iters=9999)
+    reopen(folder, tmp_path, max_iters=8888).close()
+    assert (folder / "config.before_10.yaml").read_text() == first
+    assert (folder / "config.before_10_01.yaml").exists()
+
+
+def test_later_checkpoints_are_set_aside_when_an_older_one_is_continued(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20, 30)
+    with reopen(data_path(folder, 10), tmp_path) as run:
+        aside = folder / "abandoned_after_10"
+        assert run.notes == [
+            f"moved checkpoint_20.pt, checkpoint_30.pt to {aside}: this run goes on from step 10"
+        ]
+        assert steps_in(folder) == steps_in(folder, "pt") == [10]
+        assert [record["step"] for record in records(folder)] == [10]
+        save_steps(run, 20)
+    # What was set aside is a run directory of its own.
+    resume, _ = resolve_resume(str(aside), tmp_path, lambda _: [])
+    assert resume is not None
+    assert resume.step == 30
+    assert [record["step"] for record in records(aside)] == [10, 20, 30]
+    reopen(data_path(folder, 10), tmp_path).close()
+    assert steps_in(folder / "abandoned_after_10_01") == [20]
+
+
+def test_a_damaged_newest_checkpoint_is_not_in_the_way(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20)
+    data_path(folder, 20).write_text("damaged")
+    with reopen("auto", tmp_path) as run:
+        assert run.resumed_step == 10
+        save_steps(run, 20)
+        verify(data_path(folder, 20))
+
+
+def whole_copies(folder: Path, step: int) -> int:
+    """How many valid checkpoints of `step` lie in the run or in what was set aside."""
+    count = 0
+    for place in (folder, *folder.glob("abandoned_after_*")):
+        try:
+            verify(data_path(place, step))
+            count += 1
+        except CheckpointError:
+            pass
+    return count
+
+
+@pytest.mark.parametrize("deadly", [False, True])
+def test_a_fault_at_any_call_of_a_resume_loses_nothing(tmp_path: Path, deadly: bool) -> None:
+    for at in range(1, 200):
+        base = tmp_path / str(at)
+        folder = finished_run(base, 10, 20, 30)
+        older = data_path(folder, 10)
+
+        def attempt(base: Path = base, older: Path = older, at: int = at) -> str:
+            with failing(at, die if deadly else None) as faults:
+                try:
+                    reopen(older, base, max_iters=9).close()
+                except WriteError:
+                    return "refused"
+            return "refused" if faults.reached else "done"
+
+        _, outcome = in_child(attempt) if deadly else (0, attempt())
+        resume, _ = newest_valid(folder)
+        assert resume is not None
+        load_checkpoint(resume.path)
+        with reopen(older, base, max_iters=9) as run:
+            assert steps_in(folder) == steps_in(folder, "pt") == [10]
+            assert [record["step"] for record in records(folder)] == [10]
+            save_steps(run, 20)
+        assert whole_copies(folder, 10) == 1
+        assert (whole_copies(folder, 20), whole_copies(folder, 30)) == (2, 1)
+        assert not list(folder.glob(".tmp-*"))
+        if outcome == "done":
+            assert at > 20
+            return
+    pytest.fail("the sweep did not end")
+
+
+def test_a_manifest_follows_its_data_after_a_crash_between_them(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20)
+    aside = folder / "abandoned_after_10"
+    aside.mkdir()
+    data_path(folder, 20).rename(data_path(aside, 20))
+    with reopen("auto", tmp_path):
+        assert steps_in(folder) == [10]
+        verify(data_path(aside, 20))
+
+
+def train(directory: RunDirectory, weights: torch.Tensor, first: int, stop: int) -> None:
+    """A stand-in for the loop: each step changes the weights; a checkpoint every fifth."""
+    for step in range(first, stop + 1):
+        weights.mul_(0.9).add_(step)
+        directory.append_metrics({"step": step, "train/loss": float(weights[0])})
+        if step % 5 == 0:
+            state = make_state(step)
+            state["model"]["w"] = weights
+            save_checkpoint(directory, state, 2)
+
+
+def test_a_run_killed_anywhere_ends_like_one_never_killed(tmp_path: Path) -> None:
+    with RunDirectory.start(make_config(tmp_path / "whole")) as run:
+        train(run, torch.ones(8), 1, 20)
+        whole = run.prepare()
+
+    def session(at: int) -> Callable[[], str]:
+        def work() -> str:
+            config = make_config(tmp_path / "killed")
+            resume, _ = resolve_resume("auto", tmp_path / "killed" / "checkpoints", lambda _: [])
+            with failing(at, die):
+                if resume is None:
+                    run, weights, first = RunDirectory.start(config), torch.ones(8), 1
+                else:
+                    run = RunDirectory.reopen(resume, config)
+                    weights = load_checkpoint(resume.path)["model"]["w"]
+                    first = resume.step + 1
+                train(run, weights, first, 20)
+                run.close()
+            return "done"
+
+        return work
+
+    sessions = 0
+    while in_child(session(150 + 37 * sessions))[1] != "done":
+        sessions += 1
+        assert sessions < 50
+    assert sessions > 1
+    killed, notes = newest_valid(max((tmp_path / "killed" / "checkpoints").iterdir()))
+    assert killed is not None
+    assert notes == []
+    assert (killed.run_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    expected = load_checkpoint(data_path(whole, 20))["model"]["w"]
+    assert torch.equal(load_checkpoint(killed.path)["model"]["w"], expected)

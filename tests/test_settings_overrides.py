@@ -1,0 +1,315 @@
+"""The command line: every spelling, aliases, names still to come, and each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from config import Config, ConfigError, Request, command_line
+from settings import dialects
+
+ROOT = Path(__file__).resolve().parent.parent
+Ask = Callable[..., Request]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Return command_line in a folder that holds an empty config.yaml."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").touch()
+    return lambda *argv: command_line(argv)
+
+
+def complaint(ask: Ask, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        ask(*argv)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err.strip()
+
+
+SPELLINGS = [
+    ["learning_rate=3e-4"],
+    ["training.learning_rate=3e-4"],
+    ["--learning_rate=3e-4"],
+    ["--learning-rate=3e-4"],
+    ["--learning_rate", "3e-4"],
+    ["--training.learning_rate=3e-4"],
+    ["--training.learning-rate", "3e-4"],
+    ["lr=3e-4"],
+    ["--lr", "3e-4"],
+    ["optimizer.lr=3e-4"],
+    ["lr=3e-4", "--lr", "0.0003"],
+]
+
+
+@pytest.mark.parametrize("argv", SPELLINGS, ids=" ".join)
+def test_every_spelling_of_an_override_means_the_same(ask: Ask, argv: list[str]) -> None:
+    request = ask(*argv)
+    assert request.config.training.learning_rate == 3e-4
+    assert Config.from_yaml("config.yaml", argv) == request.config
+    assert Config.from_yaml("config.yaml", request.overrides) == request.config
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--debug"], ["--debug", "--seed=3"], ["--debug", "seed=3"], ["--debug", "config.yaml"]]
+    + [["--debug", "on"], ["debug=True"], ["--training.debug"]],
+    ids=" ".join,
+)
+def test_a_flag_alone_is_true(ask: Ask, argv: list[str]) -> None:
+    assert ask(*argv).config.training.debug is True
+
+
+def test_negative_numbers_are_values_of_the_flag_before_them(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "must be >= 0, got -1" in complaint(ask, capsys, "--weight_decay", "-1")
+
+
+@pytest.mark.parametrize("word", ["null", "none", "None", "~"])
+def test_null_clears_an_optional_value(ask: Ask, word: str) -> None:
+    assert ask(f"test_freq={word}").config.training.test_freq is None
+
+
+def test_quotes_inside_the_shell_make_text(ask: Ask) -> None:
+    assert ask("text_column='no'").config.dataset.text_column == "no"
+
+
+@pytest.mark.parametrize(
+    "text", ["betas=[0.8,0.99]", "betas=[0.8, 0.99]", "optimizer.betas=.8,.99"]
+)
+def test_betas_are_a_list(ask: Ask, text: str) -> None:
+    optimizer = ask(text).config.optimizer
+    assert (optimizer.beta1, optimizer.beta2) == (0.8, 0.99)
+
+
+def test_files_are_applied_in_order_wherever_they_stand(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("seed: 1\nmax_iters: 10")
+    (tmp_path / "lr=2.yml").write_text("seed: 2")
+    request = ask("--config=one.yaml", "log_freq=7", "./lr=2.yml", "--dry-run")
+    training = request.config.training
+    assert (training.seed, training.max_iters, training.log_freq) == (2, 10, 7)
+    assert request.files == ("one.yaml", "./lr=2.yml")
+    assert request.overrides == ("log_freq=7",)
+    assert request.dry_run and not ask().dry_run
+    assert ask().files == ("config.yaml",)
+
+
+MISTAKES = [
+    (["--lrr", "3"], "--lrr: unknown option. Did you mean training.learning_rate?"),
+    (["--learing-rate=3"], "learing_rate: unknown option. Did you mean training.learning_rate?"),
+    (["training.learing_rate=3"], "training.learing_rate: unknown option. Did you mean learning_"),
+    (["trainin.seed=3"], "trainin: unknown section. Did you mean training?"),
+    (["model.seed=3"], "model.seed: unknown option. It belongs in section training."),
+    (["--xyzzy"], "--xyzzy: unknown option. See python train.py --help."),
+    (["-lr", "lr=3"], "'-lr': unknown option. Did you mean training.learning_rate?"),
+    (["batch_size="], "batch_size=: empty value. Write batch_size=null to clear"),
+    (["--batch_size"], "--batch_size: a value is missing. Write --batch_size=VALUE."),
+    (["--batch_size", "--debug"], "--batch_size: a value is missing."),
+    (["batch_size=8", "--batch-size", "16"], "training.batch_size: given twice: 8 and 16. Keep"),
+    (
+        ["lr=1", "learning_rate=2"],
+        "training.learning_rate: given twice as lr and as learning_rate: 1.0 and 2.0. Keep one",
+    ),
+    (["name=bdh"], "name: names several options. Write one of model.name, optimizer.name, sch"),
+    (["model=bdh"], "model: is a section. Write model.OPTION=value."),
+    (["model=null"], "model: is a section. Write model.OPTION=value."),
+    (["junk"], "'junk': neither a config file (*.yaml) nor key=value."),
+    (["a b"], "'a b': neither a config file (*.yaml) nor key=value."),
+    ([""], "'': neither a config file (*.yaml) nor key=value."),
+    (["\udcff=1"], "'\\uDCFF=1': neither a config file (*.yaml) nor key=value."),
+    (
+        ["config/train_gpt2.py"],
+        "'config/train_gpt2.py': Python presets cannot be read. Give a YAML",
+    ),
+    (["--config="], "--config: the name of a file is missing."),
+    (["--dry-run=1"], "--dry-run takes no value."),
+    (
+        ["checkpoint_dir=no"],
+        "training.checkpoint_dir: expected text, got the word no. Quote it: '\"no",
+    ),
+    (["betas=0.9"], "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), got "),
+    (
+        ["max_iters=ten"],
+        "training.max_iters: expected a whole number, got 'ten'. The default is 3000.",
+    ),
+    (["lr=fast"], "training.learning_rate (given as lr): expected a number, got 'fast'."),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=lambda value: str(value)[:30])
+def test_each_mistake_on_the_command_line_has_its_message(
+    ask: Ask, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    found = complaint(ask, capsys, *argv)
+    assert found.startswith(f"command line: {message}")
+    assert len(found.splitlines()) == 1
+
+
+def test_without_config_yaml_the_message_says_how_to_name_a_file(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").unlink()
+    assert complaint(ask, capsys) == "config.yaml: not found. Pass --config FILE."
+    assert "file is missing" in complaint(ask, capsys, "--config")
+
+
+def test_from_yaml_takes_overrides_only(ask: Ask) -> None:
+    for word in ("other.yaml", "--dry-run", "--help"):
+        with pytest.raises(ConfigError, match=f"command line: {word}: not an override"):
+            Config.from_yaml("config.yaml", [word])
+
+
+def test_help_lists_every_option_within_100_columns(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ask("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert max(map(len, text.splitlines())) <= 100
+    for section, options in Config().to_dict().items():
+        assert f"\n{section}: " in text
+        assert all(f"\n  {name} " in text for name in options)
+
+
+ALIASES = [(alias, key) for key, names in dialects.ALIASES.items() for alias in names]
+
+
+def other_value(key: str) -> str:
+    return {
+        "model.n_head": "8",
+        "model.dropout": "0.25",
+        "dataloader.shuffle": "false",
+        "low_precision.compute_dtype": "float32",
+        "training.resume_from_checkpoint": "a/b.pt",
+        "training.checkpoint_dir": "out",
+        "dataset.parquet_dir": "elsewhere",
+    }.get(key, "64" if key.startswith("training.") else "512")
+
+
+@pytest.mark.parametrize(("alias", "key"), ALIASES)
+def test_an_alias_sets_the_option_it_stands_for_and_says_so(
+    ask: Ask, capsys: pytest.CaptureFixture[str], alias: str, key: str
+) -> None:
+    if key in dialects.LATER:
+        text = complaint(ask, capsys, f"{alias}=something")
+        assert text.startswith(f"command line: {key}")
+        assert text.endswith(": not available in this version. Remove it.")
+        return
+    value = other_value(key)
+    from_line = ask(f"{alias}={value}")
+    assert from_line.notes == (f"{alias} is read as {key}",)
+    assert from_line.config == ask(f"{key}={value}").config != Config()
+    section, _, name = alias.rpartition(".")
+    Path("config.yaml").write_text(
+        f"{section}:\n  {name}: {value}" if section else f"{name}: {value}"
+    )
+    assert ask().config == from_line.config
+    assert ask().notes == from_line.notes
+
+
+def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
+    Path("config.yaml").write_text("model: {d_model: 128, num_heads: 2}\ntraining: {lr: 0.5}")
+    config = ask().config
+    assert (config.model.n_embd, config.model.n_head) == (128, 2)
+    assert config.training.learning_rate == 0.5
+
+
+def test_every_alias_stands_for_an_option_that_exists_or_is_announced() -> None:
+    options = {f"{s}.{name}" for s, names in Config().to_dict().items() for name in names}
+    assert not options & set(dialects.LATER)
+    assert set(dialects.ALIASES) <= options | set(dialects.LATER)
+    assert not set(dialects.TARGETS) & (options | set(dialects.LATER))
+    assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(dialects.TARGETS)
+
+
+@pytest.mark.parametrize("key", dialects.LATER)
+def test_an_option_still_to_come_is_refused_unless_it_asks_for_nothing(
+    ask: Ask, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    section, name = key.split(".")
+    Path("config.yaml").write_text(f"{section}:\n  {name}: something\n")
+    message = f"config.yaml:2: {key}: not available in this version. Remove it."
+    assert complaint(ask, capsys) == message
+    for value in dialects.LATER[key]:
+        Path("config.yaml").write_text(f"{section}:\n  {name}: {value}\n")
+        request = ask()
+        assert request.notes == (f"{key}={value} changes nothing in this version",)
+        assert request.config == Config()
+
+
+def test_flags_of_other_trainers_that_are_off_may_stand(ask: Ask) -> None:
+    request = ask("--use_wandb=False", "init_from=scratch", "low_precision.use_4bit=no")
+    assert request.config == Config()
+    assert len(request.notes) == 4
+
+
+def test_hydra_is_ignored_aloud(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text('HydraConf:\n  version_base: "1.1"\n')
+    assert ask().notes == ("HydraConf is ignored: there is no Hydra here",)
+    Config.from_yaml("config.yaml")
+    assert capsys.readouterr().err == "note: HydraConf is ignored: there is no Hydra here\n"
+
+
+def test_a_flat_file_in_the_style_of_nanogpt_is_read(ask: Ask) -> None:
+    Path("config.yaml").write_text(
+        "out_dir: out\nlog_interval: 1\neval_interval: 2000\neval_iters: 200\neval_only: False\n"
+        "always_save_checkpoint: True\ninit_from: scratch\nwandb_log: False\nbatch_size: 12\n"
+        "block_size: 1024\ngradient_accumulation_steps: 40\nn_layer: 12\nn_head: 12\nn_embd: 768\n"
+        "dropout: 0.0\nlearning_rate: 6e-4\nmax_iters: 600000\nweight_decay: 1e-1\nbeta1: 0.9\n"
+        "beta2: 0.95\ngrad_clip: 1.0\ndecay_lr: True\nwarmup_iters: 2000\nlr_decay_iters: 600000\n"
+        "min_lr: 6e-5\ndevice: 'cuda'\ndtype: 'bfloat16'\ncompile: True\n"
+    )
+    config = ask().config
+    assert config.training.checkpoint_dir == "out" and config.training.log_freq == 1
+    assert config.training.test_freq == 2000 and config.schedule.min_lr == 6e-5
+    assert config.system.compile is True and config.system.device == "cuda"
+
+
+def test_a_sectioned_file_in_the_style_of_tmrc_is_read(ask: Ask) -> None:
+    Path("config.yaml").write_text(
+        "model: {n_head: 4, d_model: 512, n_layer: 8, dropout_p: 0.0, context_length: 512,\n"
+        "  autocast_precision: bfloat16, flash: False, flex: False}\n"
+        "datasets: {path: /path/to/data}\n"
+        "optimizer: {name: AdamW, lr: 0.0001, weight_decay: 0.01, betas: [0.9, 0.999],\n"
+        "  eps: 1e-8, precision: float32}\n"
+        "tokenizer: {vocab_size: 32128}\n"
+        "training: {epochs: 1, train_steps: 100000, batch_size: 256, log_interval: 20,\n"
+        "  shuffle: True, save_model: True, save_every: 3600, artifacts_path: /path,\n"
+        "  use_oracle: False}\n"
+    )
+    config = ask().config
+    assert (config.model.n_embd, config.model.vocab_size) == (512, 32128)
+    assert (config.training.max_iters, config.training.save_every) == (100000, 3600.0)
+    assert (config.optimizer.beta2, config.training.learning_rate) == (0.999, 1e-4)
+    assert config.dataset.parquet_dir == "/path/to/data"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--help"], 0, ""),
+        (["no.yaml"], 2, "no.yaml: not found. Pass --config FILE.\n"),
+        (["n_embd=250"], 2, "command line: model.n_embd=250 is not divisible by model.n_head=4; "),
+    ],
+)
+def test_a_process_answers_without_traceback_or_torch(
+    argv: list[str], code: int, message: str
+) -> None:
+    program = (
+        "import sys\nfrom config import command_line\n"
+        "try: command_line(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == bool(message)

@@ -1,0 +1,309 @@
+"""`train.py` as a user meets it: what it prints, what it leaves on disk, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import Config
+from engine.checkpoint import load_model
+from tests.conftest import ROOT
+from tests.runs import metrics, only_run, run_here, start
+
+
+def into(folder: Path) -> str:
+    return f"checkpoint_dir={folder}"
+
+
+def test_a_run_leaves_config_checkpoints_metrics_and_environment(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs")]) == 0
+    run = only_run(tmp_path / "runs")
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        *(f"checkpoint_{step}.{suffix}" for step in (10, 20, 30) for suffix in ("pt", "json")),
+    }
+    output = capsys.readouterr().out
+    for line in (
+        f"Run directory: {run} (made with the first checkpoint)",
+        "Trainable parameters: 11,264",
+        "Tokens per step: 4 sequences x 32 tokens x 1 accumulation x 1 process = 128",
+        "Iter      1 | Loss: ",
+        "Iter     30 | Loss: ",
+        "Evaluating at iteration 10...",
+        "Train loss: ",
+        f"Saved checkpoint to {run / 'checkpoint_10.pt'}",
+        "Finished: 30 steps, 3.84 k tokens in ",
+        f"python sample.py {run}",
+    ):
+        assert line in output, line
+
+
+def test_metrics_have_the_names_of_the_contract(tiny: list[str], tmp_path: Path) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs")]) == 0
+    lines = (only_run(tmp_path / "runs") / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    common = {"step", "time", "tokens"}
+    training = {"loss", "learning_rate", "grad_norm", "tokens_per_sec", "iter_time_ms"}
+    training |= {"mfu", "memory_bytes"}
+    kinds = {frozenset(record) for record in records}
+    assert kinds == {
+        frozenset(common | {f"train/{name}" for name in training}),
+        frozenset(common | {"eval/train_loss", "eval/val_loss", "eval/bits_per_byte"}),
+        frozenset(common | {"final/train_loss", "final/val_loss"}),
+    }
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 5, 10, 15, 20, 25, 30]
+    assert [r["time"] for r in records] == sorted(r["time"] for r in records)
+
+
+def test_training_learns(tiny: list[str], tmp_path: Path) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), "max_iters=150", "test_freq=50"]) == 0
+    losses = [
+        r["eval/val_loss"] for r in metrics(only_run(tmp_path / "runs")) if "eval/val_loss" in r
+    ]
+    assert losses[-1] < losses[0] - 0.3 and losses[-1] < 2.9
+
+
+def test_an_aborted_run_leaves_nothing(tiny: list[str], tmp_path: Path) -> None:
+    child = start([*tiny, into(tmp_path / "runs"), "checkpoint_freq=1000", "max_iters=100000"])
+    assert child.stdout is not None
+    next(line for line in child.stdout if line.startswith("Iter     10"))
+    child.kill()
+    child.communicate()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gradient_accumulation_gives_the_same_losses(tiny: list[str], tmp_path: Path) -> None:
+    variants = (
+        ["batch_size=4"],
+        ["batch_size=2", "gradient_accumulation_steps=2"],
+        ["batch_size=1", "tokens_per_step=128"],
+    )
+    curves = []
+    for number, variant in enumerate(variants):
+        common = [
+            into(tmp_path / str(number)),
+            "compute_dtype=float32",
+            "dropout=0",
+            "test_freq=null",
+        ]
+        assert run_here([*tiny, *common, *variant]) == 0
+        records = metrics(only_run(tmp_path / str(number)))
+        curves.append([r["train/loss"] for r in records if "train/loss" in r])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_compute_dtype_trains(
+    tiny: list[str], tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), f"compute_dtype={dtype}"]) == 0
+    output = capsys.readouterr().out
+    assert f"| {dtype} |" in output or "is used instead" in output
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so(
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.compile.compiler_for", lambda device: None)
+    assert run_here([*tiny, into(tmp_path / "runs"), "compile=true"]) == 0
+    assert "not compiled: no compiler for cpu on this machine" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["learning_rate=1e30", "grad_clip=0", "warmup_iters=0", "checkpoint_freq=1"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *wild]) == 4
+    error = capsys.readouterr().err
+    assert "not finite. The step was not taken; last checkpoint: " in error
+    assert "row group" in error and "part_" in error and "Traceback" not in error
+    last = max((tmp_path / "runs").glob("run_*/checkpoint_*.pt"), default=None)
+    if last is not None:
+        model, _ = load_model(last)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_eval_only_evaluates_once_and_creates_nothing(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs")]) == 0
+    run = only_run(tmp_path / "runs")
+    trained = metrics(run)[-1]["final/val_loss"]
+    before = sorted(path.name for path in run.iterdir())
+    capsys.readouterr()
+    assert run_here([*tiny, into(tmp_path / "runs"), "eval_only=true"]) == 0
+    assert "Val loss: 5." in capsys.readouterr().out  # fresh weights
+    arguments = ["eval_only=true", f"resume_from_checkpoint={run}"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *arguments]) == 0
+    assert f"Val loss: {trained:.4f}" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir() if "config.before" not in path.name) == before
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_epochs_end_the_run_when_all_documents_were_seen(tiny: list[str], tmp_path: Path) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), "epochs=1", "max_iters=100000"]) == 0
+    last = metrics(only_run(tmp_path / "runs"))[-1]
+    text = sum(len(t.encode()) + 1 for t in _texts(tiny))
+    assert 0.8 * text < last["tokens"] < 1.3 * text
+
+
+def _texts(tiny: list[str]) -> list[str]:
+    import pyarrow.parquet as pq
+
+    folder = Config.from_yaml(tiny[0]).dataset.parquet_dir
+    return [t for t in pq.read_table(folder)["text"].to_pylist() if t]
+
+
+def test_without_always_save_only_improvements_are_kept(tiny: list[str], tmp_path: Path) -> None:
+    frozen = ["always_save_checkpoint=false", "learning_rate=1e-30", "max_iters=40"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *frozen, "checkpoint_freq=10"]) == 0
+    steps = {int(p.stem.split("_")[1]) for p in only_run(tmp_path / "runs").glob("*.pt")}
+    assert 40 in steps and len(steps) < 4
+
+
+def test_save_every_saves_by_the_clock(tiny: list[str], tmp_path: Path) -> None:
+    clock = ["checkpoint_freq=null", "save_every=0.000001", "max_iters=5", "keep_last=null"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *clock]) == 0
+    run = only_run(tmp_path / "runs")
+    assert {p.name for p in run.glob("*.pt")} == {f"checkpoint_{s}.pt" for s in range(1, 6)}
+
+
+def test_old_checkpoints_are_removed_but_the_best_and_the_newest(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), "checkpoint_freq=2", "keep_last=2"]) == 0
+    steps = {int(p.stem.split("_")[1]) for p in only_run(tmp_path / "runs").glob("*.pt")}
+    assert {28, 30} <= steps and len(steps) <= 3
+
+
+def test_a_dry_run_prints_the_plan_and_creates_nothing(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "n_layer: 2" in output
+    assert "Total parameters: 11,264" in output
+    assert "Tokens per step: 4 sequences x 32 tokens" in output
+    assert "FLOP per token" in output and "Data: " in output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["n_layer=six"], 2, "model.n_layer: expected a whole number, got 'six'"),
+        (["device=cuda:7"], 2, "system.device: cuda:7 was asked for"),
+        (["parquet_dir=nowhere"], 3, "dataset.parquet_dir 'nowhere': not found"),
+        (["resume_from_checkpoint=nowhere"], 3, "nowhere"),
+    ],
+)
+def test_mistakes_get_one_message_their_exit_code_and_no_traceback(
+    tiny: list[str], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    child = start([*tiny, into(tmp_path / "runs"), *arguments], cwd=tmp_path)
+    output, _ = child.communicate()
+    assert child.returncode == code, output
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_impossible_checkpoint_dir_is_told_before_training(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_here([*tiny, into(tmp_path / "file" / "runs")]) == 5
+    captured = capsys.readouterr()
+    assert str(tmp_path / "file") in captured.err and "Iter" not in captured.out
+
+
+def test_debug_shows_the_traceback(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs"), "parquet_dir=nowhere", "debug=true"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_and_config_errors_import_no_torch() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['train.py', sys.argv[1]]\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    slow = {'torch', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "    print(end.code, sorted(slow))\n"
+    )
+    for argument, expected in (("--help", "0 []"), ("n_layer=six", "2 []")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, argument], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.stdout.splitlines()[-1] == expected, result.stderr
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_exits_5(tiny: list[str], tmp_path: Path) -> None:
+    def limit() -> None:  # no file may grow beyond 100 kB, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    runs = tmp_path / "runs"
+    assert run_here([*tiny, into(runs), "max_iters=10"]) == 0
+    run = only_run(runs)
+    arguments = [*tiny, into(runs), f"resume_from_checkpoint={run}", "lr_decay_iters=10"]
+    child = start([*arguments, "max_iters=90"], preexec_fn=limit)
+    output, _ = child.communicate()
+    assert child.returncode == 5, output
+    assert output.count("Training goes on; the next checkpoint will try again.") == 2
+    assert "Traceback" not in output
+    assert {p.name for p in run.glob("checkpoint_*")} == {"checkpoint_10.pt", "checkpoint_10.json"}
+    assert list(run.glob(".tmp-*")) == []
+    assert load_model(run)[1].training.max_iters in (10, 90)
+
+
+def test_sampling_is_reproducible_and_takes_run_and_checkpoint(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs")]) == 0
+    run = only_run(tmp_path / "runs")
+
+    def sample(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, os.fspath(ROOT / "sample.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    options = ["--prompt", "the ", "--max-new-tokens", "20", "--num-samples", "2", "--seed", "3"]
+    first = sample(str(run), *options)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("--- sample 1 of 2\nthe ")
+    assert sample(str(run / "checkpoint_30.pt"), *options).stdout == first.stdout
+    for arguments, code, message in (
+        ([str(run), "--temperature", "-1"], 2, "must be >= 0, got -1"),
+        ([str(run), "--top-p", "2"], 2, "must be in [0, 1], got 2"),
+        ([str(tmp_path / "nowhere")], 3, "nowhere"),
+    ):
+        result = sample(*arguments)
+        assert result.returncode == code and message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_no_thread_or_process_outlives_a_run(tiny: list[str], tmp_path: Path) -> None:
+    import multiprocessing
+    import threading
+
+    before = threading.active_count()
+    assert run_here([*tiny, into(tmp_path / "runs"), "num_workers=2"]) == 0
+    assert multiprocessing.active_children() == []
+    assert threading.active_count() <= before
+    assert torch.is_grad_enabled()

@@ -1,0 +1,267 @@
+"""Trains a language model from one YAML file.
+
+    python train.py                                             # config.yaml
+    python train.py --config my_experiment.yaml max_iters=1000
+    python train.py --help
+
+Reads the config, builds the run in one written order (`build`), then runs `train`, the loop. The
+run directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import (
+    Config,
+    Request,
+    UserError,
+    accumulation_steps,
+    command_line,
+    sequences_per_step,
+)
+
+if __name__ == "__main__":  # --help and config errors are answered before torch is imported
+    REQUEST = command_line(sys.argv[1:])
+
+import time
+import traceback
+from contextlib import ExitStack
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import BatchSpec, Dataset, TrainLoader, corpus, evaluation_rows, open_dataset
+from engine.checkpoint import Resume, load_checkpoint, resolve_resume
+from engine.compile import compile_model
+from engine.metrics import RULE, say, short, warn
+from engine.optimizer import build_optimizer, clip_gradients, load_optimizer, set_learning_rate
+from engine.plan import parameter_lines, tokens_line
+from engine.precision import Precision
+from engine.resume import check_resumable, experiment_differences
+from engine.run import RunDirectory
+from engine.schedule import learning_rate
+from engine.session import Session
+from engine.signals import StopRequest
+from engine.state import TrainState, due, restore_rng, seed_generators
+from engine.world import World, enter_world
+from model import build_model
+
+
+def train(run: Session, stop: StopRequest) -> None:
+    """The loop: batch, forward and backward, checks, step; then log, evaluate, save when due."""
+    config, state = run.config, run.state
+    if run.evaluation_missing:
+        run.evaluate(stop)  # a stop had cut it short
+    while not stop and not run.finished:
+        began = time.monotonic()
+        batch = next(run.batches)
+        loss = torch.zeros((), device=run.world.device)
+        for rows in batch.micro_batches:  # equal in size, so each weighs the same
+            share = run.loss(rows) / len(batch.micro_batches)
+            run.precision.backward(share)
+            loss += share.detach()
+        run.precision.unscale(run.optimizer)
+        norm = clip_gradients(run.model, config.optimizer.grad_clip)
+        loss_value, grad_norm = torch.stack((loss, norm)).tolist()
+        run.check_finite(batch, loss_value, grad_norm)
+        rate = learning_rate(state.step + 1, config)
+        set_learning_rate(run.optimizer, rate)
+        run.precision.step(run.optimizer)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.advance(batch, loss_value, time.monotonic() - began)
+
+        if state.step == 1 or due(state.step, config.training.log_freq):
+            run.log(rate, grad_norm)
+        if run.evaluation_missing:
+            run.evaluate(stop)
+        if run.checkpoint_due and not stop:
+            run.save()
+
+
+def build(request: Request, stack: ExitStack) -> Session:
+    """Builds a run. The order matters: weights are drawn right after seeding; the optimizer sees
+    them on their device; saved state goes into both before anything is compiled; and the run
+    directory is opened last, so that an error before it leaves nothing behind.
+    """
+    config = request.config
+    world = enter_world(config.system)
+    resume = find_resume(config)
+    data = open_data(config)
+    seed_generators(config.training.seed)
+    model = build_model(config).to(world.device)
+    precision = Precision(config.low_precision, world.device)
+    optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
+    state, cursor, changes = TrainState(), None, list[str]()
+    if resume is not None:
+        saved = load_checkpoint(resume.path, world.device)
+        changes = check_resumable(Config.from_dict(saved["config"]), config, str(resume.path))
+        data.check_unchanged(saved["data"])
+        model.load_state_dict(saved["model"])
+        load_optimizer(optimizer, saved["optimizer"])
+        precision.load_state_dict(saved["scaler"])
+        state, cursor = TrainState(**saved["train"]), saved["cursor"]
+        restore_rng(saved["rng"], world.device)
+    compiled = compile_model(model, config.system, world.device)
+    spec = batch_spec(config, world)
+    loader = stack.enter_context(TrainLoader(data, spec, config.dataloader, cursor))
+    directory = stack.enter_context(open_directory(request, world, resume))
+    say(*origin_lines(request), *directory_lines(directory, config, resume), *changes)
+    say(f"Device: {world.device_name} | {precision.name} | {compiled}")
+    say(*filter(None, [precision.note]), *plan_lines(data, config, world))
+    say(*parameter_lines(model), f"Seed: {config.training.seed}", RULE)
+    return Session(
+        config=config,
+        world=world,
+        precision=precision,
+        model=model,
+        optimizer=optimizer,
+        batches=loader,
+        evaluation=cache(partial(evaluation_batches, data, config)),
+        data=data.summary(),
+        directory=directory,
+        state=state,
+        cursor=lambda: cursor or {},
+        saved_step=state.step,
+    )
+
+
+def find_resume(config: Config) -> Resume | None:
+    """The checkpoint that `resume_from_checkpoint` means; says which were rejected and why."""
+    wanted = config.training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    folder = Path(config.training.checkpoint_dir)
+    resume, notes = resolve_resume(wanted, folder, partial(experiment_differences, present=config))
+    say(*notes)
+    return resume
+
+
+def open_data(config: Config) -> Dataset:
+    """The indexed text; the embedded corpus is built where it is missing."""
+    folder = Path(config.dataset.parquet_dir)
+    if corpus.is_embedded(folder) and not folder.exists():
+        say(f"{folder} is missing: building it from the Python standard library...")
+        built = corpus.build(folder)
+        say(f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s")
+    return open_dataset(config.dataset, config.tokenizer)
+
+
+def evaluation_batches(data: Dataset, config: Config, split: str) -> tuple[Tensor, ...]:
+    """The fixed rows (n, T+1) of a split, in batches."""
+    training = config.training
+    count = training.eval_iters * training.batch_size
+    rows = evaluation_rows(data, split, training.block_size, count)
+    return rows.split(training.batch_size)
+
+
+def batch_spec(config: Config, world: World) -> BatchSpec:
+    """What the loader delivers for each optimizer step."""
+    return BatchSpec(
+        block_size=config.training.block_size,
+        sequences_per_step=sequences_per_step(config, world.size),
+        micro_batches=accumulation_steps(config, world.size),
+        seed=config.training.seed,
+        rank=world.rank,
+        world_size=world.size,
+        pin=config.dataloader.pin_memory and world.device.type == "cuda",
+    )
+
+
+def open_directory(request: Request, world: World, resume: Resume | None) -> RunDirectory:
+    """The run directory: continued at resume, else promised and made at the first save."""
+    origin = origin_lines(request)
+    if resume is None:
+        return RunDirectory.start(request.config, origin, world.device_name)
+    return RunDirectory.reopen(resume, request.config, origin, world.device_name)
+
+
+def origin_lines(request: Request) -> list[str]:
+    """The files and overrides this config came from."""
+    files = f"Config: {', '.join(request.files)}"
+    return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
+
+
+def directory_lines(directory: RunDirectory, config: Config, resume: Resume | None) -> list[str]:
+    """Where the run is kept, and where it goes on from."""
+    if resume is None:
+        folder = Path(config.training.checkpoint_dir) / directory.name
+        return [f"Run directory: {folder} (made with the first checkpoint)"]
+    lines = [f"Run directory: {directory.path}", *directory.notes]
+    return [*lines, f"Resumed from {resume.path.name}: {resume.step} steps done"]
+
+
+def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
+    """What the data amounts to, what a step takes of it and how often the run will see it."""
+    ledger, training = data.ledger, config.training
+    steps = training.max_iters
+    planned = steps * sequences_per_step(config, world.size) * training.block_size
+    passes = planned / max(1, ledger.train_tokens)
+    if training.epochs is not None:
+        passes = min(passes, training.epochs)
+    return [
+        f"Data: {config.dataset.parquet_dir}: {ledger.files:,} files, {ledger.rows:,} rows, about "
+        f"{short(ledger.tokens)} tokens: {short(ledger.train_tokens)} to train on, "
+        f"{short(ledger.test_tokens)} held out",
+        tokens_line(config, accumulation_steps(config, world.size), world.size),
+        f"Max iterations: {steps:,} = {short(planned)} tokens, about {passes:.2f} epochs",
+    ]
+
+
+def dry_run(request: Request) -> None:
+    """Prints the resolved config and the plan; trains nothing, creates nothing."""
+    config = request.config
+    world = enter_world(config.system)
+    find_resume(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    say(*origin_lines(request), "", config.to_yaml(), *parameter_lines(model))
+    per_token = model.flops_per_token(config.training.block_size)
+    tokens = sequences_per_step(config, world.size) * config.training.block_size
+    say(f"Work: {short(per_token)} FLOP per token, {short(per_token * tokens)} per step")
+    folder = Path(config.dataset.parquet_dir)
+    if corpus.is_embedded(folder) and not folder.exists():
+        say(f"Data: {folder} is missing; the run will build it from the Python standard library")
+        say(tokens_line(config, accumulation_steps(config, world.size), world.size))
+    else:
+        say(*plan_lines(open_dataset(config.dataset, config.tokenizer), config, world))
+    say("Dry run: nothing was trained or created.")
+
+
+def run_to_the_end(request: Request) -> int:
+    """Builds, trains, finishes; the exit code."""
+    with ExitStack() as stack:
+        run = build(request, stack)
+        with StopRequest() as stop:
+            if request.config.training.eval_only:
+                run.evaluate(stop)
+                return stop.exit_code
+            if run.finished:
+                say(f"Already at step {run.state.step}: nothing to do. Raise training.max_iters.")
+                return 0
+            train(run, stop)
+            run.leave(stop) if stop else run.finish(stop)
+            return stop.exit_code
+
+
+def main(request: Request) -> int:
+    """The exit code; an error a user can act on becomes one message without a traceback."""
+    try:
+        if request.dry_run:
+            dry_run(request)
+            return 0
+        return run_to_the_end(request)
+    except UserError as error:
+        if request.config.training.debug:
+            traceback.print_exc()
+        warn(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        warn("Stopped before training began; nothing was saved.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(REQUEST))
