@@ -24,9 +24,9 @@ check: $(VENV)/dev
 	$(BIN)/mypy .
 
 bench: $(VENV)/run
-	$(BIN)/python bench/loader.py
-	$(BIN)/python bench/checkpoint.py
-	$(BIN)/python bench/loop.py
+	$(BIN)/python -m bench.loader
+	$(BIN)/python -m bench.checkpoint
+	$(BIN)/python -m bench.loop
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

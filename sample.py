@@ -72,7 +72,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
         decoder = tokenizer.stream_decoder()
         print(arguments.prompt, end="", flush=True)
         for token in islice(tokens, arguments.max_new_tokens):
-            print(decoder.decode([token.item()]), end="", flush=True)
+            print(decoder.decode(token.tolist()), end="", flush=True)
         print(decoder.decode([], final=True), flush=True)
 
 

@@ -29,9 +29,10 @@ import traceback
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import BatchSpec, Dataset, TrainLoader, corpus, evaluation_rows, open_dataset
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
@@ -47,7 +48,7 @@ from engine.session import Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_generators
 from engine.world import World, enter_world
-from model import build_model
+from model import LanguageModel, build_model
 
 
 def train(run: Session, stop: StopRequest) -> None:
@@ -117,6 +118,7 @@ def build(request: Request, stack: ExitStack) -> Session:
         world=world,
         precision=precision,
         model=model,
+        flops_per_token=training_flops(model, config),
         optimizer=optimizer,
         batches=loader,
         evaluation=cache(partial(evaluation_batches, data, config)),
@@ -126,6 +128,11 @@ def build(request: Request, stack: ExitStack) -> Session:
         cursor=lambda: cursor or {},
         saved_step=state.step,
     )
+
+
+def training_flops(model: nn.Module, config: Config) -> int:
+    """FLOPs per token of a training step, by the model's own count."""
+    return cast(LanguageModel, model).flops_per_token(config.training.block_size)
 
 
 def find_resume(config: Config) -> Resume | None:
@@ -154,7 +161,7 @@ def evaluation_batches(data: Dataset, config: Config, split: str) -> tuple[Tenso
     training = config.training
     count = training.eval_iters * training.batch_size
     rows = evaluation_rows(data, split, training.block_size, count)
-    return rows.split(training.batch_size)
+    return torch.split(rows, training.batch_size)
 
 
 def batch_spec(config: Config, world: World) -> BatchSpec:
@@ -218,7 +225,7 @@ def dry_run(request: Request) -> None:
     with torch.device("meta"):
         model = build_model(config)
     say(*origin_lines(request), "", config.to_yaml(), *parameter_lines(model))
-    per_token = model.flops_per_token(config.training.block_size)
+    per_token = training_flops(model, config)
     tokens = sequences_per_step(config, world.size) * config.training.block_size
     say(f"Work: {short(per_token)} FLOP per token, {short(per_token * tokens)} per step")
     folder = Path(config.dataset.parquet_dir)

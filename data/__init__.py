@@ -1,6 +1,6 @@
 """Text in, batches out: parquet files, tokens, order, rows; knows nothing of models.
 
-order (pure) <- index <- parquet <- dataset <- packing <- feed, loader; tokenizer and corpus apart.
+order (pure) <- index <- parquet, dataset, packing, feed <- loader; tokenizer and corpus apart.
 """
 
 from __future__ import annotations

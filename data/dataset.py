@@ -16,9 +16,17 @@ from typing import Any
 import numpy as np
 
 from config import DataError, DatasetConfig, TokenizerConfig
-from data.index import Index, Integers, build_index
+from data.index import (
+    MIN_UNITS,
+    UNIT_BYTES,
+    UNIT_ROWS,
+    Index,
+    Integers,
+    Units,
+    build_index,
+    cut_units,
+)
 from data.order import count_blocks, epoch_order, lane_of, split_units
-from data.parquet import MIN_UNITS, UNIT_BYTES, UNIT_ROWS, UnitReader, Units, cut_units
 from data.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -59,11 +67,6 @@ class Dataset:
     config: DatasetConfig
     tokenizer: str
     fingerprint: str
-
-    def reader(self) -> UnitReader:
-        """A reader of units, for one thread."""
-        skip_bad = self.config.on_bad_shard == "skip"
-        return UnitReader(self.index, self.units, self.config.max_cached_files, skip_bad)
 
     def split(self, name: str) -> Integers:
         """The units of "train" or "test"."""

@@ -17,6 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
@@ -121,6 +122,9 @@ class _Line(Generic[T]):
             while not self._stop.is_set():
                 self._put(self._join([next(items) for _ in range(max(1, self._workers))]))
         except BaseException as error:  # whatever it is, the consumer raises it
+            if self._processes and not isinstance(error, DataError):
+                # A dying worker breaks its connection a moment before it is seen to be dead.
+                wait([process.sentinel for process in self._processes], timeout=1)
             self._put(self._lost_worker() or error)
         finally:
             del items  # ends the workers
@@ -166,6 +170,7 @@ class _Line(Generic[T]):
             if process.is_alive():
                 process.kill()
             process.join()
+        self._processes.clear()
 
 
 def _context() -> str | None:

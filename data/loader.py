@@ -5,8 +5,9 @@ takes its share of that list. So neither the number of processes, workers and mi
 interruption changes a batch. Workers send chunks of about 1 MB that cover many steps of some lanes,
 because a message costs more than the bytes of a small batch.
 
-Memory: one unit (data.parquet.UNIT_BYTES) per lane of this process, the units being decoded, and
-the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks).
+Memory: one unit (data.parquet.UNIT_BYTES) per lane of this process, the chunks that are ready
+(`prefetch_factor` batches, rounded up to whole chunks), and about 80 MB for decoding one unit, most
+of which Arrow's allocator keeps for the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from data.dataset import Dataset, Plan, training_blocks
 from data.feed import Feed
 from data.order import MAX_LANES, lane_count, rank_lanes, rank_rows
 from data.packing import Address, LaneStream, Trace, windows
-from data.parquet import UnitReader
+from data.parquet import UnitReader, offsets
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,10 @@ class Chunk:
         return self
 
 
+def _reader(dataset: Dataset) -> UnitReader:
+    return UnitReader(dataset.index, dataset.units, dataset.config)
+
+
 class _Source:
     """The units of a plan, for `LaneStream`."""
 
@@ -126,7 +131,7 @@ class _ChunkSource(IterableDataset[Chunk]):
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = self._dataset.reader()
+        reader = _reader(self._dataset)
         source = _Source(reader, self._plan)
         starts = list(zip(self._layout.lanes, self._addresses, strict=True))[worker::workers]
         try:
@@ -199,14 +204,14 @@ class StepBatch:
         """File, row group and rows of the documents in this batch; reads them again."""
         dataset, plan, layout = self._loader.dataset, self._loader.plan, self._loader.layout
         found: dict[str, set[int]] = collections.defaultdict(set)
-        reader = dataset.reader()
+        reader = _reader(dataset)
         for lane, trace in zip(layout.lanes, self._traces, strict=True):
             begin = self._step * layout.step_tokens
             first, last = (begin + row * layout.block_size for row in layout.own_rows(lane))
             for (epoch, place, offset), length in trace.runs(first, last + 1):
                 unit = int(plan.lane_units(epoch, lane)[place])
                 documents, rows = reader.documents(unit, plan.seed, epoch, plan.shuffle)
-                ends = np.cumsum([len(text) + 1 for text in documents.cast("large_binary")])
+                ends = np.cumsum(np.diff(offsets(documents)) + 1)
                 cut = np.searchsorted(ends, (offset, offset + length - 1), side="right")
                 found[reader.name(unit)].update(rows[cut[0] : cut[1] + 1].tolist())
         reader.close()
@@ -387,7 +392,7 @@ def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) ->
     fitting = size // (_EVALUATION_ROWS_PER_LANE * (block_size + 1))
     lanes = max(1, min(MAX_LANES, rows, len(np.unique(dataset.units.block[chosen])), fitting))
     plan = Plan(dataset.units, chosen, lanes, _EVALUATION_SEED, shuffle=True)
-    reader = dataset.reader()
+    reader = _reader(dataset)
     source = _Source(reader, plan)
     streams = [_lane_rows(source, lane, block_size) for lane in range(lanes)]
     taken: list[npt.NDArray[np.uint8]] = []

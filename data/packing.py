@@ -20,6 +20,9 @@ Address: TypeAlias = tuple[int, int, int]
 """(epoch, place in the lane's plan, token of that unit)"""
 
 
+_EMPTY_UNITS = 1000  # so many in a row, and a whole epoch of them, mean that there is no text
+
+
 class TokenSource(Protocol):
     """What a lane reads from."""
 
@@ -96,7 +99,7 @@ class LaneStream:
                 self._place, self._offset = self._place + 1, 0
                 self._tokens = None
             if self._place >= len(self._units):
-                if empty > len(self._units) or not len(self._units):
+                if empty > max(len(self._units), _EMPTY_UNITS) or not len(self._units):
                     raise DataError(
                         f"no text in the {len(self._units)} units of lane {self._lane} "
                         f"(epoch {self._epoch}): every document is null or empty, or was skipped."

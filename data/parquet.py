@@ -12,7 +12,6 @@ import collections
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from config import DataError
-from data.index import REMEDY, Index, Integers, first_line
-from data.order import Indices, Keys, combine, document_order, path_keys
+from config import DataError, DatasetConfig
+from data.index import REMEDY, Index, Units, first_line
+from data.order import Indices, document_order
 
 log = logging.getLogger(__name__)
 
-UNIT_BYTES = 4 << 20
-UNIT_ROWS = 16_384
-# Small data is cut into at least about this many units, so that it can be split and mixed.
-MIN_UNITS = 128
 # Row groups up to this size are decoded whole and kept while slices of them are in demand; larger
 # ones are decoded from the front, slice by slice.
 WHOLE_GROUP_BYTES = 8 << 20
@@ -41,57 +36,6 @@ _OFFSET_LIMIT_BYTES = 1 << 30
 SEPARATOR, SPACE = 0, 32
 
 Tokens = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """Runs of rows, as arrays of one entry per unit.
-
-    `group` counts row groups over all files; `key` names a unit and `block` names a run of units
-    of one row group that is read in turn, for the hashes of `data.order`.
-    """
-
-    group: Integers
-    first: Integers
-    rows: Integers
-    bytes: Integers
-    key: Keys
-    block: Keys
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-
-def cut_units(index: Index) -> Units:
-    """Cut every row group into units of about equal size.
-
-    A block is one unit where row groups are small. A row group above 1 / MIN_UNITS of the data
-    becomes several blocks of that size, as its front has to be decoded to reach its end.
-    """
-    rows, sizes = index.groups[:, 0], index.groups[:, 2]
-    share = max(1, int(sizes.sum()) // MIN_UNITS)
-    slices = _parts(rows, np.maximum(-(-sizes // min(share, UNIT_BYTES)), -(-rows // UNIT_ROWS)))
-    height = -(-rows // np.maximum(slices, 1))
-    slices = np.where(rows > 0, -(-rows // np.maximum(height, 1)), 0)
-    blocks = _parts(slices, -(-sizes // max(share, 1)))
-    group = np.repeat(np.arange(len(rows)), slices)
-    number = np.arange(len(group)) - np.repeat(np.cumsum(slices) - slices, slices)
-    first = number * height[group]
-    count = np.minimum(height[group], rows[group] - first)
-    group_keys = combine(path_keys(index.paths)[index.group_file], index.group_number)[group]
-    return Units(
-        group=group,
-        first=first,
-        rows=count,
-        bytes=sizes[group] * count // rows[group],
-        key=combine(group_keys, number + (1 << 32)),
-        block=combine(group_keys, number * blocks[group] // slices[group]),
-    )
-
-
-def _parts(most: Integers, wanted: Integers) -> Integers:
-    """At least one part and at most `most`; none of nothing."""
-    return np.minimum(np.maximum(wanted, 1), most)
 
 
 class GroupReader:
@@ -222,11 +166,11 @@ def _one_array(parts: list[Any]) -> Any:
 class UnitReader:
     """Turns units into tokens; counts what it leaves out."""
 
-    def __init__(self, index: Index, units: Units, max_files: int, skip_bad: bool) -> None:
+    def __init__(self, index: Index, units: Units, config: DatasetConfig) -> None:
         self._index = index
         self._units = units
-        self._skip_bad = skip_bad
-        self._groups = GroupReader(index, max_files)
+        self._skip_bad = config.on_bad_shard == "skip"
+        self._groups = GroupReader(index, config.max_cached_files)
         self._reported: set[int] = set()
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -263,7 +207,7 @@ class UnitReader:
 
     def _used_rows(self, array: Any) -> Indices:
         """The rows that hold text."""
-        used: npt.NDArray[np.bool_] = np.diff(_offsets(array)) > 0
+        used: npt.NDArray[np.bool_] = np.diff(offsets(array)) > 0
         if array.null_count:
             used &= array.is_valid().to_numpy(zero_copy_only=False)
         rows = np.flatnonzero(used)
@@ -293,7 +237,7 @@ class UnitReader:
         zeros = tokens == SEPARATOR
         self.counts["NUL bytes replaced"] += int(zeros.sum()) - len(joined)
         tokens[zeros] = SPACE
-        tokens[_offsets(joined)[1:] - 1] = SEPARATOR
+        tokens[offsets(joined)[1:] - 1] = SEPARATOR
         return tokens
 
     def name(self, unit: int) -> str:
@@ -305,17 +249,17 @@ class UnitReader:
         self._groups.close()
 
 
-def _offsets(array: Any) -> npt.NDArray[Any]:
-    """Where each value of a string or binary array begins, and the end of the last."""
+def offsets(array: Any) -> npt.NDArray[Any]:
+    """Where each value of a string or binary array begins in its buffer; then the last end."""
     large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
-    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64 if large else np.int32)
-    return offsets[array.offset : array.offset + len(array) + 1]
+    everything = np.frombuffer(array.buffers()[1], dtype=np.int64 if large else np.int32)
+    return everything[array.offset : array.offset + len(array) + 1]
 
 
 def _bytes(array: Any) -> Tokens:
     """The bytes of all values of a string or binary array, as a view of its buffer."""
-    offsets = _offsets(array)
-    return np.frombuffer(array.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+    bounds = offsets(array)
+    return np.frombuffer(array.buffers()[2], dtype=np.uint8)[bounds[0] : bounds[-1]]
 
 
 def _reason(error: Exception, first: int) -> str:

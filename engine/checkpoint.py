@@ -264,7 +264,7 @@ def _find_run(
     return None, notes
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config]:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and its config.
 
     `path` is a checkpoint, a run directory (its newest valid one) or a folder of runs. Raises

@@ -20,7 +20,8 @@ from pathlib import Path
 from config import WriteError
 
 TEMPORARY = ".tmp-"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 23
+_SYNC_EVERY = 1 << 25
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OTHER_DISK = "Free space there or point training.checkpoint_dir to another disk."
 _REMEDIES = {
@@ -44,10 +45,11 @@ class Written:
 
 
 class HashedFile:
-    """The file object given to `torch.save`; its bytes are hashed by a thread while it grows.
+    """The file object given to `torch.save`; its bytes are hashed while they are written.
 
-    The thread reads back through the page cache, because the memory torch hands over is only
-    valid during `write`. `error` keeps the first error: torch.save hides it in a RuntimeError.
+    Two threads help: one hashes each chunk while it is copied to the page cache (torch's memory is
+    valid only during `write`), one sends what has piled up to the disk, so that the final fsync
+    finds little left. `error` keeps the first error: torch.save hides it in a RuntimeError.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -55,9 +57,9 @@ class HashedFile:
         self.error: BaseException | None = None
         self._descriptor = descriptor
         self._sha256 = hashlib.sha256()
-        self._hashed = 0
-        self._queued = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sha256")
+        self._unsynced = 0
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sha256")
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sync")
 
     def write(self, data: bytes | memoryview) -> int:
         """Writes all of `data`."""
@@ -74,36 +76,27 @@ class HashedFile:
         """Nothing is buffered; `torch.save` wants the method."""
 
     def finish(self) -> Written:
-        """Waits for the thread and returns size and hash."""
+        """Size and hash, once everything is on the disk."""
         self.close()
-        self._hash_up_to(self.size)
+        os.fsync(self._descriptor)
         return Written(self.size, self._sha256.hexdigest())
 
     def close(self) -> None:
-        """Stops the thread; must come before the descriptor is closed."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Stops the threads; must come before the descriptor is closed."""
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+        self._syncer.shutdown(wait=True, cancel_futures=True)
 
     def _write_chunk(self, chunk: memoryview) -> None:
-        write_all(self._descriptor, chunk)
+        hashed = self._hasher.submit(self._sha256.update, chunk)
+        try:
+            write_all(self._descriptor, chunk)
+        finally:
+            hashed.result()  # the chunk's memory is only ours until we return
         self.size += chunk.nbytes
-        pending = self.size - self._queued
-        if pending >= _CHUNK:
-            if hasattr(
-                os, "posix_fadvise"
-            ):  # starts the disk early: the fsync has less to wait for
-                advice = os.POSIX_FADV_DONTNEED
-                os.posix_fadvise(self._descriptor, self._queued, pending, advice)
-            self._queued = self.size
-            self._thread.submit(self._hash_up_to, self.size)
-
-    def _hash_up_to(self, end: int) -> None:
-        # A read error leaves `_hashed` where it was: `finish` meets the error again and raises it.
-        while self._hashed < end:
-            data = os.pread(self._descriptor, min(1 << 20, end - self._hashed), self._hashed)
-            if not data:
-                raise OSError(errno.EIO, f"file ends at byte {self._hashed} of {end} written")
-            self._sha256.update(data)
-            self._hashed += len(data)
+        self._unsynced += chunk.nbytes
+        if self._unsynced >= _SYNC_EVERY:
+            self._unsynced = 0
+            self._syncer.submit(os.fdatasync, self._descriptor)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -147,7 +140,6 @@ def _write_synced(path: Path, fill: Callable[[HashedFile], object]) -> Written:
             if out.error is not None:
                 raise out.error from None
             raise
-        os.fsync(descriptor)
         return out.finish()
     finally:
         out.close()

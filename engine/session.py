@@ -53,6 +53,8 @@ class Session:
     world: World
     precision: Precision
     model: nn.Module
+    flops_per_token: int
+    """FLOPs of one training step per token, by the model's own count."""
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
     evaluation: Callable[[str], tuple[Tensor, ...]]
@@ -138,8 +140,7 @@ class Session:
         peak = peak_flops(self.world.device)
         if peak is None:
             return None
-        flops: int = self.model.flops_per_token(self.config.training.block_size)  # type: ignore[operator]  # LanguageModel
-        return tokens_per_second * flops / (peak * self.world.size)
+        return tokens_per_second * self.flops_per_token / (peak * self.world.size)
 
     def evaluate(self, stop: StopRequest) -> None:
         """Loss on the fixed rows of both splits; a stop cuts it short, to be made up at resume."""

@@ -1,4 +1,4 @@
-"""Token-by-token generation: temperature, top-k, top-p. Pure functions of logits and a generator."""
+"""Token-by-token generation: temperature, top-k, top-p; pure functions of logits and generator."""
 
 from __future__ import annotations
 

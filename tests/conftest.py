@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WORDS = "the dragon egg hatches when warm and its wings grow with every neuron that fires".split()
+TEXT = "the dragon egg hatches when warm and its wings grow with every neuron that fires"
 
 
 def write_corpus(folder: Path, documents: int = 240, seed: int = 0) -> Path:
     """Three parquet files of short, learnable text."""
     draw = random.Random(seed)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(documents)]
+    texts = [" ".join(draw.choices(TEXT.split(), k=draw.randint(5, 60))) for _ in range(documents)]
     folder.mkdir(parents=True, exist_ok=True)
     for part in range(3):
         table = pa.table({"text": texts[part::3]})

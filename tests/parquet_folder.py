@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 import data
 from config import DatasetConfig, TokenizerConfig
+from data.parquet import UnitReader
 
 
 def write(path: Path, texts: list[str | None], **options: Any) -> Path:
@@ -35,3 +36,8 @@ def opened(folder: Path, **options: Any) -> data.Dataset:
     options = {"test_fraction": 0.0, **options}
     config = DatasetConfig(parquet_dir=str(folder), **options)
     return data.open_dataset(config, TokenizerConfig())
+
+
+def reader(dataset: data.Dataset) -> UnitReader:
+    """Reads the units of a dataset."""
+    return UnitReader(dataset.index, dataset.units, dataset.config)

@@ -136,7 +136,7 @@ def test_mean_loss_weighs_rows_not_batches_and_draws_no_random_number() -> None:
     model = nn.Dropout(0.5)
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     before = torch.get_rng_state()
-    mean = mean_loss(model, rows.split(2), lambda batch: model(batch).mean(), lambda: False)
+    mean = mean_loss(model, torch.split(rows, 2), lambda batch: model(batch).mean(), lambda: False)
     assert mean == 3.0 and model.training
     assert torch.equal(torch.get_rng_state(), before)
 

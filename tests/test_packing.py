@@ -86,7 +86,7 @@ def test_document_ids_and_positions_match_a_slow_count(B: int, T: int, seed: int
     for b in range(B):
         document = place = 0
         for t in range(T):
-            assert (ids[b, t], places[b, t]) == (document, place)
+            assert (int(ids[b, t]), int(places[b, t])) == (document, place)
             place += 1
             if rows[b, t] == 0:
                 document, place = document + 1, 0

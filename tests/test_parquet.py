@@ -18,14 +18,14 @@ import data
 from config import DataError, DatasetConfig, TokenizerConfig
 from data import index as index_module
 from data import parquet
-from tests.parquet_folder import marked, opened, write
+from tests.parquet_folder import marked, opened, reader, write
 
 
 def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
     """All documents, unit by unit."""
-    reader = dataset.reader()
-    tokens = [reader.tokens(unit, 1, 0, shuffle) for unit in range(len(dataset.units))]
-    reader.close()
+    source = reader(dataset)
+    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(len(dataset.units))]
+    source.close()
     return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
 
 
@@ -60,11 +60,11 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     write(tmp_path / "b.parquet", [])
     dataset = opened(tmp_path)
     assert texts_of(dataset) == ["x", "y z", "w", " "]
-    reader = dataset.reader()
+    source = reader(dataset)
     for unit in range(len(dataset.units)):
-        reader.tokens(unit, 1, 0, True)
+        source.tokens(unit, 1, 0, True)
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
-    assert reader.counts == expected
+    assert source.counts == expected
     assert "1 of 6 rows are null" in caplog.text
     assert (dataset.ledger.files, dataset.ledger.rows, dataset.ledger.null_rows) == (2, 6, 1)
 
@@ -79,8 +79,8 @@ def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     texts = marked(tmp_path, files=2, rows=30)
     dataset = opened(tmp_path)
     assert len(dataset.units) == 60  # small data is cut finely
-    monkeypatch.setattr(parquet, "MIN_UNITS", 2)
-    monkeypatch.setattr(parquet, "UNIT_ROWS", 4)
+    monkeypatch.setattr(index_module, "MIN_UNITS", 2)
+    monkeypatch.setattr(index_module, "UNIT_ROWS", 4)
     dataset = opened(tmp_path)
     assert dataset.units.rows.tolist() == [4, 4, 2] * 6
     assert texts_of(dataset) == texts
@@ -96,8 +96,8 @@ def test_large_row_groups_are_read_in_slices(
     dataset = opened(tmp_path)
     assert len(dataset.units) > 100
     assert texts_of(dataset) == texts
-    reader = dataset.reader()
-    backwards = [reader.tokens(u, 1, 0, False) for u in reversed(range(len(dataset.units)))]
+    source = reader(dataset)
+    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(len(dataset.units)))]
     joined = np.concatenate(backwards[::-1]).tobytes().decode()
     assert joined == "".join(text + "\0" for text in texts)
 
@@ -106,23 +106,23 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     marked(tmp_path, files=12, rows=5)
     dataset = opened(tmp_path, max_cached_files=3)
     before = len(os.listdir("/proc/self/fd"))
-    reader = dataset.reader()
+    source = reader(dataset)
     for unit in random.Random(0).sample(range(len(dataset.units)), 40):
-        reader.tokens(unit, 1, 0, True)
-        assert reader.open_files <= 3
+        source.tokens(unit, 1, 0, True)
+        assert source.open_files <= 3
         assert len(os.listdir("/proc/self/fd")) <= before + 3
-    reader.close()
+    source.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ["x" * 50_000] * 100, row_group_size=20, use_dictionary=False)
     dataset = opened(tmp_path)
-    reader = dataset.reader()
+    source = reader(dataset)
     before = pa.total_allocated_bytes()
     for _ in range(3):
         for unit in range(len(dataset.units)):
-            tokens = reader.tokens(unit, 1, 0, True)
+            tokens = source.tokens(unit, 1, 0, True)
         held = pa.total_allocated_bytes() - before
         assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
 
@@ -250,15 +250,16 @@ def test_a_damaged_page_is_skipped_aloud_and_once(
         ["first " * 40, "second " * 40],
         row_group_size=1,
         use_dictionary=False,
+        write_statistics=False,  # the page header would hold the text once more
     )
     chunk = pq.read_metadata(path).row_group(0).column(0)
     raw = bytearray(path.read_bytes())
     raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(raw)
     dataset = opened(tmp_path, on_bad_shard="skip")
-    reader = dataset.reader()
+    source = reader(dataset)
     for epoch in range(2):
-        sizes = [len(reader.tokens(unit, 1, epoch, True)) for unit in (0, 1)]
+        sizes = [len(source.tokens(unit, 1, epoch, True)) for unit in (0, 1)]
         assert sizes == [0, 281]
     lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert len(lines) == 1
@@ -271,10 +272,10 @@ def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, policy: s
     dataset = opened(tmp_path, on_bad_shard=policy)
     write(path, ["xyz" * 50])
     with pytest.raises(DataError, match=r"a\.parquet: changed during the run"):
-        dataset.reader().tokens(0, 1, 0, True)
+        reader(dataset).tokens(0, 1, 0, True)
     path.unlink()
     with pytest.raises(DataError, match=r"a\.parquet: there at the start of the run, now No such"):
-        dataset.reader().tokens(0, 1, 0, True)
+        reader(dataset).tokens(0, 1, 0, True)
 
 
 # The cache and the fingerprint.
@@ -288,9 +289,12 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     opened(tmp_path / "data")
     read: list[str] = []
     real = index_module.read_footer
-    monkeypatch.setattr(
-        index_module, "read_footer", lambda path, column: read.append(path) or real(path, column)
-    )
+
+    def noted(path: str, column: str) -> index_module.Integers:
+        read.append(path)
+        return real(path, column)
+
+    monkeypatch.setattr(index_module, "read_footer", noted)
     opened(tmp_path / "data")
     assert read == []
     changed = write(tmp_path / "data" / "part_1.parquet", ["new"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +12,9 @@ from config import Config, ScheduleConfig, TrainingConfig
 from engine.schedule import learning_rate
 
 
-def config_with(max_iters: int = 1000, peak: float = 1e-3, **schedule: object) -> Config:
+def config_with(max_iters: int = 1000, peak: float = 1e-3, **schedule: Any) -> Config:
     training = TrainingConfig(max_iters=max_iters, learning_rate=peak)
-    return Config(training=training, schedule=ScheduleConfig(**schedule))  # type: ignore[arg-type]
+    return Config(training=training, schedule=ScheduleConfig(**schedule))
 
 
 def test_warm_up_is_the_peak_times_step_over_warmup() -> None:
@@ -45,7 +47,7 @@ def test_wsd_holds_the_peak_until_its_last_fraction() -> None:
 
 
 @pytest.mark.parametrize("schedule", [{"decay_lr": False}, {"name": "constant"}])
-def test_without_decay_the_peak_stays(schedule: dict[str, object]) -> None:
+def test_without_decay_the_peak_stays(schedule: dict[str, Any]) -> None:
     config = config_with(warmup_iters=10, **schedule)
     assert learning_rate(5, config) == pytest.approx(5e-4)
     assert learning_rate(10_000, config) == 1e-3
