@@ -2,11 +2,11 @@
 
 The one idea: the global batch of a step is a fixed list of rows, lane after lane, and a process
 takes its share of that list. So neither the number of processes, workers and micro-batches nor an
-interruption changes a batch. Workers send chunks of about 1 MB that cover many steps of some lanes,
-because a message costs more than the bytes of a small batch.
+interruption changes a batch. Workers send chunks of about 256 KB that cover many steps of some
+lanes, because a message costs more than the bytes of a small batch.
 
 Memory: one unit (data.parquet.UNIT_BYTES) per lane of this process, the chunks that are ready
-(`prefetch_factor` batches, rounded up to whole chunks), and about 80 MB for decoding one unit, most
+(`prefetch_factor` batches, rounded up to whole chunks), and about 40 MB for decoding one unit, most
 of which Arrow's allocator keeps for the next one.
 """
 
@@ -28,16 +28,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from config import DataError, DataLoaderConfig
 from data.dataset import Dataset, Plan, training_blocks
 from data.feed import Feed
-from data.order import MAX_LANES, lane_count, rank_lanes, rank_rows
+from data.order import lane_count, rank_lanes, rank_rows
 from data.packing import Address, LaneStream, Trace, windows
 from data.parquet import UnitReader, offsets
 
 log = logging.getLogger(__name__)
 
 CURSOR_VERSION = 1
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 _EVALUATION_SEED = 0
-_EVALUATION_ROWS_PER_LANE = 64
+_EVALUATION_UNITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,43 +382,42 @@ def merge_cursors(cursors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) -> Tensor:
-    """The first `rows` rows of the "train" or "test" text, in an order that never changes.
+    """Rows spread evenly over the "train" or "test" text, the same on every machine and for any
+    seed.
 
-    (n, block_size + 1) uint8 with n <= `rows`: fewer where the text is short. The rows come in
-    turn from up to 16 places of the split. Raises DataError where there is not one row.
+    (n, block_size + 1) uint8 with n <= `rows`: fewer where the text is short. Of a long text only
+    the first units of a fixed order are read: as many as the rows need, and at least 16. Raises
+    DataError where there is not one row.
     """
-    chosen = dataset.split(split)
-    size = int(dataset.units.bytes[chosen].sum())
-    fitting = size // (_EVALUATION_ROWS_PER_LANE * (block_size + 1))
-    lanes = max(1, min(MAX_LANES, rows, len(np.unique(dataset.units.block[chosen])), fitting))
-    plan = Plan(dataset.units, chosen, lanes, _EVALUATION_SEED, shuffle=True)
+    plan = Plan(dataset.units, dataset.split(split), 1, _EVALUATION_SEED, shuffle=True)
+    units = plan.lane_units(0, 0)
+    size = np.cumsum(dataset.units.bytes[units])
+    enough = 1 + int(np.searchsorted(size, 2 * rows * block_size))
+    units = units[: max(_EVALUATION_UNITS, enough)]
     reader = _reader(dataset)
     source = _Source(reader, plan)
-    streams = [_lane_rows(source, lane, block_size) for lane in range(lanes)]
-    taken: list[npt.NDArray[np.uint8]] = []
-    while streams and len(taken) < rows:
-        for stream in list(streams):
-            row = next(stream, None)
-            if row is None:
-                streams.remove(stream)
-            else:
-                taken.append(row)
+    total = sum(1 for _ in _rows_of(source, units, block_size))  # read twice rather than kept
+    places = set((np.arange(min(rows, total)) * total // max(1, min(rows, total))).tolist())
+    every = enumerate(_rows_of(source, units, block_size))
+    taken = [row.copy() for place, row in every if place in places]
     reader.close()
     if not taken:
         raise DataError(
-            f"the {split} text ({size} bytes, dataset.test_fraction {dataset.config.test_fraction})"
-            f" is shorter than one row of training.block_size + 1 = {block_size + 1} tokens. "
-            "Lower block_size, change test_fraction, or add text."
+            f"the {split} text ({size[-1] if len(size) else 0} bytes, dataset.test_fraction "
+            f"{dataset.config.test_fraction}) is shorter than one row of training.block_size + 1 = "
+            f"{block_size + 1} tokens. Lower block_size, change test_fraction, or add text."
         )
-    return torch.from_numpy(np.stack(taken[:rows]))
+    return torch.from_numpy(np.stack(taken))
 
 
-def _lane_rows(source: _Source, lane: int, block_size: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The rows of one pass over a lane."""
+def _rows_of(
+    source: _Source, units: npt.NDArray[np.int64], block_size: int
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The rows of some units, read as one text."""
     rest = np.zeros(0, dtype=np.uint8)
-    for unit in source.lane_units(0, lane):
+    for unit in units:
         rest = np.concatenate((rest, source.tokens(int(unit), 0)))
         if len(rest) > block_size:
             complete = windows(rest, block_size)
-            yield from (row.copy() for row in complete)
+            yield from complete
             rest = rest[len(complete) * block_size :]

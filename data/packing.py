@@ -81,12 +81,12 @@ class LaneStream:
         trace = Trace()
         filled = 0
         while filled < len(out):
-            tokens = self._load()
+            part = self._load()[self._offset :][: len(out) - filled]
             trace.add(filled, (self._epoch, self._place, self._offset))
-            part = tokens[self._offset : self._offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             self._offset += len(part)
+            del part  # the memory of a finished unit goes before the next one is read
         self._offset -= 1
         return trace
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import mmap
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -170,6 +171,7 @@ class UnitReader:
         self._index = index
         self._units = units
         self._skip_bad = config.on_bad_shard == "skip"
+        _use_compact_memory()
         self._groups = GroupReader(index, config.max_cached_files)
         self._reported: set[int] = set()
         self.counts: collections.Counter[str] = collections.Counter()
@@ -230,7 +232,7 @@ class UnitReader:
         empty, end = (pa.scalar(value, kind) for value in (b"", b"\0"))
         joined = pc.binary_join_element_wise(documents.cast(kind), empty, end)
         tokens = _bytes(joined)
-        return self._replace_nul(tokens, joined) if has_nul else tokens
+        return _own_memory(self._replace_nul(tokens, joined) if has_nul else tokens)
 
     def _replace_nul(self, tokens: Tokens, joined: Any) -> Tokens:
         tokens = tokens.copy()
@@ -260,6 +262,23 @@ def _bytes(array: Any) -> Tokens:
     """The bytes of all values of a string or binary array, as a view of its buffer."""
     bounds = offsets(array)
     return np.frombuffer(array.buffers()[2], dtype=np.uint8)[bounds[0] : bounds[-1]]
+
+
+def _own_memory(tokens: Tokens) -> Tokens:
+    """A copy that goes back to the system when it is dropped.
+
+    Each lane holds a unit for long; in Arrow's or malloc's memory the units would keep whole pools
+    from shrinking (130 MB for 16 lanes instead of 98).
+    """
+    copy = np.frombuffer(mmap.mmap(-1, len(tokens)), dtype=np.uint8)
+    copy[:] = tokens
+    return copy
+
+
+def _use_compact_memory() -> None:
+    """Arrow's pool that keeps least of what it has freed, where this build has it."""
+    if "jemalloc" in pa.supported_memory_backends():
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
 
 
 def _reason(error: Exception, first: int) -> str:

@@ -287,8 +287,15 @@ def test_evaluation_rows_never_change(corpus: Path) -> None:
         assert rows.dtype == torch.uint8
         again = data.evaluation_rows(opened(corpus, test_fraction=0.3), split, T, 10)
         assert torch.equal(rows, again)
-        assert torch.equal(data.evaluation_rows(dataset, split, T, 4), rows[:4])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_rows_are_spread_over_the_whole_split(corpus: Path) -> None:
+    dataset = opened(corpus, test_fraction=0.05)
+    assert len(dataset.test) <= 16  # of more units, only some are read
+    every = data.evaluation_rows(dataset, "test", T, 10_000)
+    few = data.evaluation_rows(dataset, "test", T, 8)
+    assert torch.equal(few, every[torch.arange(8) * len(every) // 8])
 
 
 def test_evaluation_uses_only_its_split_and_each_token_once(corpus: Path) -> None:
