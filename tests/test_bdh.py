@@ -67,7 +67,8 @@ def naive_logits(state: dict[str, Tensor], tokens: Tensor, config: BDHConfig) ->
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+    error = (found.detach().double() - expected.detach()).norm() / expected.detach().norm()
+    return float(error)
 
 
 @pytest.mark.parametrize("heads, length", [(1, 1), (1, 7), (2, 12), (4, 9)])

@@ -26,7 +26,7 @@ DOORS = {
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
-    "data": "order, tokenizer, index, parquet, dataset, packing, feed, loader, corpus",
+    "data": "order, tokenizer, index, parquet, dataset, packing, feed, loader, __init__, corpus",
     "engine": "world, files, metrics, state, content, manifest, environment, resume, schedule, "
     "optimizer, precision, compile, signals, evaluate, plan, run, checkpoint, session",
 }
@@ -108,7 +108,7 @@ def test_modules_of_a_room_build_in_one_order() -> None:
     for room, names in ORDERS.items():
         order = names.split(", ")
         for path in sorted((ROOT / room).glob("*.py")):
-            own = order.index(path.stem) if path.stem != "__init__" else -1
+            own = order.index(path.stem) if path.stem in order else 0
             for name, line, _ in imports(path):
                 if name.startswith(f"{room}.") and order.index(name.split(".")[1]) >= own:
                     faults.append(broken(path, line, f"imports {name}, which comes later"))
