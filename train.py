@@ -245,11 +245,11 @@ def run_to_the_end(request: Request) -> int:
             if request.config.training.eval_only:
                 run.evaluate(stop)
                 return stop.exit_code
-            if run.finished:
+            if run.finished and not run.evaluation_missing:
                 say(f"Already at step {run.state.step}: nothing to do. Raise training.max_iters.")
                 return 0
             train(run, stop)
-            run.leave(stop) if stop else run.finish(stop)
+            run.leave(stop) if stop else run.finish()
             return stop.exit_code
 
 

@@ -143,14 +143,21 @@ class Session:
         return tokens_per_second * self.flops_per_token / (peak * self.world.size)
 
     def evaluate(self, stop: StopRequest) -> None:
-        """Loss on the fixed rows of both splits; a stop cuts it short, to be made up at resume."""
+        """Loss on the fixed rows of both splits; a stop cuts it short, to be made up at resume.
+
+        An error here (memory runs out, say) must not cost the steps done: they are saved first.
+        """
         say(RULE, f"Evaluating at iteration {self.state.step}...")
         losses = []
-        for split in ("train", "test"):
-            loss = mean_loss(self.model, self.evaluation(split), self.loss, stop.__bool__)
-            if loss is None:
-                return
-            losses.append(loss)
+        try:
+            for split in ("train", "test"):
+                loss = mean_loss(self.model, self.evaluation(split), self.loss, stop.__bool__)
+                if loss is None:
+                    return
+                losses.append(loss)
+        except Exception:
+            self.save(last=True)
+            raise
         best = self.state.record_evaluation(*losses)
         bits = bits_per_byte(losses[1], bytes_per_token=1.0)
         names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
@@ -164,9 +171,10 @@ class Session:
 
     @property
     def evaluation_missing(self) -> bool:
-        """Whether this step's evaluation is due and has not been made."""
-        every = self.config.training.test_freq
-        return due(self.state.step, every) and self.state.evaluated_step < self.state.step
+        """Whether this step's evaluation is due, as at the end, and has not been made."""
+        every, state = self.config.training.test_freq, self.state
+        wanted = every is not None and (due(state.step, every) or self.finished)
+        return wanted and state.evaluated_step < state.step
 
     @property
     def checkpoint_due(self) -> bool:
@@ -213,13 +221,9 @@ class Session:
             "data": self.data,
         }
 
-    def finish(self, stop: StopRequest) -> None:
-        """The end of a whole run: last evaluation, last checkpoint, what to do next."""
+    def finish(self) -> None:
+        """The end of a whole run: last record, last checkpoint, what to do next."""
         state = self.state
-        if self.config.training.test_freq is not None and state.evaluated_step < state.step:
-            self.evaluate(stop)
-            if stop:
-                return self.leave(stop)
         if state.evaluated_step == state.step:
             losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
             self.directory.append_metrics(self.stamp() | losses)
@@ -230,7 +234,6 @@ class Session:
         tokens, took = short(state.tokens), duration(state.elapsed_s)
         say(f"Finished: {state.step} steps, {tokens} tokens in {took}{best}")
         say(f"To write text: python sample.py {self.directory.path}")
-        return None
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""
