@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -56,9 +56,11 @@ def build(out: str | os.PathLike[str], overwrite: bool = False) -> Written:
     finish wins. Raises DataError where there are no sources, WriteError where `out` cannot be
     written.
     """
+    began = time.perf_counter()
     documents = list(_library_sources())
     size = sum(len(text.encode()) for text, _ in documents)
-    return write_folder(documents, Path(out), -(-size // _FILES), overwrite)
+    written = write_folder(documents, Path(out), -(-size // _FILES), overwrite)
+    return replace(written, seconds=time.perf_counter() - began)
 
 
 def _library_sources() -> Iterator[Document]:
