@@ -2,6 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+# The default torch for Linux brings gigabytes of CUDA. On a machine without a GPU, name the index of
+# PyTorch's CPU wheels (pytorch.org, Get Started): make TORCH_INDEX=https://... demo
+TORCH_INDEX ?=
 
 .PHONY: help demo test check bench clean
 
@@ -31,13 +36,25 @@ bench: $(VENV)/run
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
+# A venv that was made in part (Debian without python3-venv) would pass for a whole one.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or \
+	newer, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or \
+	newer is needed, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another one: \
+	make PYTHON=python3.12 ..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/run: requirements.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/torch: requirements.txt | $(VENV)/bin/python
+	@index="$(strip $(TORCH_INDEX))"; torch="$$(grep '^torch' requirements.txt)"; \
+	[ -z "$$index" ] \
+	|| $(PIP) --no-deps --index-url "$$index" "$$torch"
 	@touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/run: requirements.txt $(VENV)/torch
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements.txt requirements-dev.txt $(VENV)/torch
+	$(PIP) -r requirements-dev.txt
 	@touch $@ $(VENV)/run

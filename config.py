@@ -86,7 +86,7 @@ class TrainingConfig(_Section):
     eval_only: bool = option(False, "evaluate once and leave")
     checkpoint_freq: int | None = option(500, "save interval; null: at the end", ge=1, unit="steps")
     save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
-    always_save_checkpoint: bool = option(True, "false: only where the held-out loss improves")
+    always_save_checkpoint: bool = option(True, "false: at a best held-out loss and at the end")
     keep_last: int | None = option(3, "checkpoints to keep; null: all", ge=1)
     checkpoint_dir: str = option("checkpoints", "folder that holds the run directories")
     resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
@@ -111,9 +111,9 @@ class ScheduleConfig(_Section):
 
     decay_lr: bool = option(True, "false: constant after warm-up")
     name: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "shape of the decay")
-    warmup_iters: int | None = option(None, "warm-up; null: 3 % of max_iters", ge=0, unit="steps")
+    warmup_iters: int | None = option(None, "warm-up; null: 3 % of the run", ge=0, unit="steps")
     lr_decay_iters: int | None = option(
-        None, "end of the decay; null: max_iters", ge=1, unit="steps"
+        None, "end of decay; null: end of the run", ge=1, unit="steps"
     )
     min_lr: float | None = option(None, "final rate; null: learning_rate / 10", ge=0)
     wsd_decay_fraction: float = option(0.2, "wsd: final share of the steps that decay", gt=0, le=1)
@@ -125,7 +125,7 @@ class DataLoaderConfig(_Section):
 
     num_workers: int = option(0, "processes that read ahead; 0: a thread", ge=0, le=1024)
     pin_memory: bool = option(True, "page-locked batches on CUDA")
-    prefetch_factor: int = option(2, "batches ready ahead, per worker", ge=1)
+    prefetch_factor: int = option(2, "batches ahead per worker, rounded up to 256 KB", ge=1)
     shuffle: bool = option(True, "a new order of documents each epoch")
 
 
@@ -134,7 +134,7 @@ class DatasetConfig(_Section):
     """The text."""
 
     parquet_dir: str = option("data/python-stdlib", "folder of parquet files, nested or not")
-    max_cached_files: int = option(5, "files open at a time", ge=1)
+    max_cached_files: int = option(5, "files open at a time, per worker", ge=1)
     text_column: str = option("text", "column that holds the documents")
     test_fraction: float = option(0.05, "share held out for evaluation", ge=0, lt=1)
     on_bad_shard: Literal["error", "skip"] = option("error", "what to do with an unreadable file")
@@ -245,13 +245,17 @@ RULES: tuple[Rule[_Sections], ...] = (
 
 @cache
 def _schema() -> Schema:
-    return schema_of(SECTIONS, dialects.LATER)
+    return schema_of(SECTIONS, dialects.LATER, dialects.INERT)
 
 
-def warmup_steps(config: _Sections) -> int:
-    """Return the steps of warm-up, 3 % of the run where none are set."""
+def warmup_steps(config: _Sections, total: int | None = None) -> int:
+    """Return the steps of warm-up, 3 % of the run where none are set.
+
+    `total` is the length of a run that `epochs` ends before max_iters.
+    """
     given = config.schedule.warmup_iters
-    return config.training.max_iters * 3 // 100 if given is None else given
+    planned = config.training.max_iters if total is None else total
+    return planned * 3 // 100 if given is None else given
 
 
 def _micro_step_tokens(config: _Sections, world_size: int) -> int:

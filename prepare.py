@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,8 +89,11 @@ def _refuse_out(out: Path, overwrite: bool) -> str | None:
 def _prepare(source: str, out: Path, column: str, overwrite: bool) -> corpus.Written:
     if source == corpus.NAME and not os.path.exists(source):
         return corpus.build(out, overwrite)
-    files = _source_files(Path(source))
-    size = sum(path.stat().st_size for path in files)
+    try:
+        files = _source_files(Path(source))
+        size = sum(path.stat().st_size for path in files)
+    except OSError as error:
+        raise _unreadable(error.filename, error) from None
     file_bytes = min(max(size // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
     return corpus.write_folder(_documents(files, column), out, file_bytes, overwrite)
 
@@ -115,7 +120,8 @@ def _documents(files: list[Path], column: str) -> Iterator[corpus.Document]:
             texts = _json_lines(path, column)
         else:
             texts = _parquet_rows(path, column)
-        yield from ((text, str(path)) for text in texts if text)
+        name = os.fsencode(path).decode("utf-8", "replace")
+        yield from ((text, name) for text in texts if text)
 
 
 def _read_text(path: Path) -> str:
@@ -124,7 +130,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}). Convert it first.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -140,22 +146,39 @@ def _pieces(text: str) -> Iterator[str]:
     yield "".join(lines)
 
 
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror or error}")
+
+
 def _json_lines(path: Path, key: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
-            text = record.get(key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(
-                    f"{path}:{number}: no string '{key}'; found: {keys}. Use --text-column NAME"
-                )
-            yield text
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _json_text(line, key, f"{path}:{number}")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _json_text(line: bytes, key: str, place: str) -> str:
+    """The text of one record; `place` is where it stands."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{place}: no string '{key}'; found: {keys}. Use --text-column NAME")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"{place}: '{key}' holds {half} (character {error.start}), half of a surrogate pair, "
+            "which is not text. Correct or delete the line."
+        ) from None
+    return text
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
@@ -168,5 +191,15 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
         raise DataError(f"{path}: cannot be decoded, the file is damaged ({error})") from None
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leaves through the blocks that delete what is half done."""
+    del frame
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGPIPE"):  # ends quietly where `| head` has read enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -9,11 +9,27 @@ directories (its newest run). Text streams to the terminal; equal seeds write eq
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from itertools import islice
+from types import FrameType
 
-from config import SystemConfig, UserError
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    os.write(2, b"\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":  # there is nothing to save: Ctrl-C works in the middle of an import too
+    signal.signal(signal.SIGINT, _leave)
+
+from config import SystemConfig, UserError, WriteError
+
+_LARGEST = 2**63 - 1  # what a random generator takes
+_GREEDY = 1e-6  # a lower temperature draws the likeliest token anyway, or overflows
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -35,12 +51,13 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _number(
-    kind: type[int] | type[float], least: float, most: float = float("inf")
+    kind: type[int] | type[float], least: float, most: float = _LARGEST
 ) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
-        if not least <= value <= most or value == float("inf"):
-            limit = f">= {least}" if most == float("inf") else f"in [{least}, {most}]"
+        if not least <= value <= most:
+            one_sided = most == _LARGEST and not value > most
+            limit = f">= {least}" if one_sided else f"in [{least}, {most}]"
             raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
         return value
 
@@ -61,31 +78,42 @@ def write_samples(arguments: argparse.Namespace) -> None:
     model, config = load_model(arguments.path, device)
     tokenizer = build_tokenizer(config.tokenizer)
     prompt = torch.from_numpy(tokenizer.encode(arguments.prompt or "\n").copy()).long()[None]
-    sampling = Sampling(
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
-    )
+    temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
+    sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     for number in range(arguments.num_samples):
         if arguments.num_samples > 1:
-            print(f"--- sample {number + 1} of {arguments.num_samples}", flush=True)
-        generator = torch.Generator(device).manual_seed(arguments.seed + number)
+            _write(f"--- sample {number + 1} of {arguments.num_samples}\n")
+        seed = (arguments.seed + number) % (_LARGEST + 1)
+        generator = torch.Generator(device).manual_seed(seed)
         tokens = generate(model, prompt.to(device), sampling, config.training.block_size, generator)
         decoder = tokenizer.stream_decoder()
-        print(arguments.prompt, end="", flush=True)
+        _write(arguments.prompt)
         for token in islice(tokens, arguments.max_new_tokens):
-            print(decoder.decode(token.tolist()), end="", flush=True)
-        print(decoder.decode([], final=True), flush=True)
+            _write(decoder.decode(token.tolist()))
+        _write(decoder.decode([], final=True) + "\n")
+
+
+def _write(text: str) -> None:
+    """Writes at once. Where the reader has left (`| head`), so does this program."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # What is left in the buffer would raise again as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from None
+        raise WriteError(f"standard output: cannot be written: {error.strerror}") from None
 
 
 def main() -> int:
     arguments = read_arguments(sys.argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows '?'
+        sys.stdout.reconfigure(errors="replace")
     try:
         write_samples(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print()
-        return 130
     return 0
 
 

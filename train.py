@@ -10,10 +10,12 @@ run directory appears with the first checkpoint; `resume_from_checkpoint` contin
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from config import (
     Config,
+    DataError,
     Request,
     UserError,
     accumulation_steps,
@@ -23,28 +25,41 @@ from config import (
 
 if __name__ == "__main__":  # --help and config errors are answered before torch is imported
     REQUEST = command_line(sys.argv[1:])
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports below
 
+import math
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from data import BatchSpec, Dataset, TrainLoader, corpus, evaluation_rows, open_dataset
+from data import (
+    BatchSpec,
+    Dataset,
+    StepBatch,
+    TrainLoader,
+    corpus,
+    evaluation_rows,
+    open_dataset,
+)
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
 from engine.compile import compile_model
+from engine.evaluate import next_token_loss
 from engine.metrics import RULE, say, short, warn
 from engine.optimizer import build_optimizer, clip_gradients, load_optimizer, set_learning_rate
-from engine.plan import parameter_lines, tokens_line
+from engine.plan import cost_line, parameter_lines, tokens_line
 from engine.precision import Precision
 from engine.resume import check_resumable, experiment_differences
 from engine.run import RunDirectory
 from engine.schedule import learning_rate
-from engine.session import Session
+from engine.session import Batch, Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_generators
 from engine.world import World, enter_world
@@ -68,7 +83,7 @@ def train(run: Session, stop: StopRequest) -> None:
         norm = clip_gradients(run.model, config.optimizer.grad_clip)
         loss_value, grad_norm = torch.stack((loss, norm)).tolist()
         run.check_finite(batch, loss_value, grad_norm)
-        rate = learning_rate(state.step + 1, config)
+        rate = learning_rate(state.step + 1, config, run.planned_steps)
         set_learning_rate(run.optimizer, rate)
         run.precision.step(run.optimizer)
         run.optimizer.zero_grad(set_to_none=True)
@@ -91,28 +106,37 @@ def build(request: Request, stack: ExitStack) -> Session:
     world = enter_world(config.system)
     resume = find_resume(config)
     data = open_data(config)
+    steps = planned_steps(data, config, world)
     seed_generators(config.training.seed)
     model = build_model(config).to(world.device)
     precision = Precision(config.low_precision, world.device)
     optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
     state, cursor, changes = TrainState(), None, list[str]()
     if resume is not None:
-        saved = load_checkpoint(resume.path, world.device)
-        changes = check_resumable(Config.from_dict(saved["config"]), config, str(resume.path))
-        data.check_unchanged(saved["data"])
+        saved = load_checkpoint(resume.path)
+        changes = check_fits(saved, resume, data, config)
         model.load_state_dict(saved["model"])
         load_optimizer(optimizer, saved["optimizer"])
         precision.load_state_dict(saved["scaler"])
         state, cursor = TrainState(**saved["train"]), saved["cursor"]
         restore_rng(saved["rng"], world.device)
-    compiled = compile_model(model, config.system, world.device)
-    spec = batch_spec(config, world)
-    loader = stack.enter_context(TrainLoader(data, spec, config.dataloader, cursor))
-    directory = stack.enter_context(open_directory(request, world, resume))
+        del saved
+    evaluation = evaluation_batches(data, config)
+    compiled = compile_model(
+        model, config.system, world.device, partial(try_model, model, precision, config)
+    )
+    training = not config.training.eval_only and (
+        not state.finished(config.training) or state.evaluation_missing(config.training)
+    )
+    batches: Iterator[StepBatch] = iter(())
+    if training:
+        spec = batch_spec(config, world)
+        batches = stack.enter_context(TrainLoader(data, spec, config.dataloader, cursor))
+    directory = stack.enter_context(open_directory(request, world, resume if training else None))
     say(*origin_lines(request), *directory_lines(directory, config, resume), *changes)
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *plan_lines(data, config, world))
-    say(*parameter_lines(model), f"Seed: {config.training.seed}", RULE)
+    say(*model_lines(model, config, world), f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,
         world=world,
@@ -120,14 +144,36 @@ def build(request: Request, stack: ExitStack) -> Session:
         model=model,
         flops_per_token=training_flops(model, config),
         optimizer=optimizer,
-        batches=loader,
-        evaluation=cache(partial(evaluation_batches, data, config)),
+        batches=batches,
+        evaluation=evaluation,
         data=data.summary(),
         directory=directory,
         state=state,
         cursor=lambda: cursor or {},
+        planned_steps=steps,
         saved_step=state.step,
     )
+
+
+def check_fits(saved: dict[str, Any], resume: Resume, data: Dataset, config: Config) -> list[str]:
+    """Lines that tell what differs from the checkpoint; raises CheckpointError and DataError."""
+    then = Config.from_dict(saved["config"])
+    lines = check_resumable(then, config, str(resume.path))
+    data.check_unchanged(saved["data"])
+    steps = [planned_steps(data, each, World(0, 1, torch.device("cpu"))) for each in (then, config)]
+    before = learning_rate(resume.step, then, steps[0])
+    after = learning_rate(resume.step + 1, config, steps[1])
+    return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
+
+
+def try_model(model: nn.Module, precision: Precision, config: Config) -> None:
+    """One forward and backward pass over a batch of zeros; leaves no gradients."""
+    shape = (config.training.batch_size, config.training.block_size + 1)
+    with precision.autocast():
+        rows = torch.zeros(shape, dtype=torch.uint8)
+        loss = next_token_loss(model, rows, precision.device)
+    precision.backward(loss)
+    model.zero_grad(set_to_none=True)
 
 
 def training_flops(model: nn.Module, config: Config) -> int:
@@ -156,12 +202,17 @@ def open_data(config: Config) -> Dataset:
     return open_dataset(config.dataset, config.tokenizer)
 
 
-def evaluation_batches(data: Dataset, config: Config, split: str) -> tuple[Tensor, ...]:
-    """The fixed rows (n, T+1) of a split, in batches."""
+def evaluation_batches(data: Dataset, config: Config) -> tuple[tuple[Tensor, ...], ...]:
+    """The fixed rows (n, T+1) of the training and the held-out text, in batches.
+
+    They are read before training, so that text too short for them is not found out in the middle.
+    """
     training = config.training
+    if training.test_freq is None and not training.eval_only:
+        return ()
     count = training.eval_iters * training.batch_size
-    rows = evaluation_rows(data, split, training.block_size, count)
-    return torch.split(rows, training.batch_size)
+    rows = (evaluation_rows(data, split, training.block_size, count) for split in ("train", "test"))
+    return tuple(torch.split(each, training.batch_size) for each in rows)
 
 
 def batch_spec(config: Config, world: World) -> BatchSpec:
@@ -173,7 +224,7 @@ def batch_spec(config: Config, world: World) -> BatchSpec:
         seed=config.training.seed,
         rank=world.rank,
         world_size=world.size,
-        pin=config.dataloader.pin_memory and world.device.type == "cuda",
+        pin=world.device.type == "cuda",
     )
 
 
@@ -196,78 +247,123 @@ def directory_lines(directory: RunDirectory, config: Config, resume: Resume | No
     if resume is None:
         folder = Path(config.training.checkpoint_dir) / directory.name
         return [f"Run directory: {folder} (made with the first checkpoint)"]
-    lines = [f"Run directory: {directory.path}", *directory.notes]
+    lines = [f"Run directory: {resume.run_dir}", *directory.notes]
     return [*lines, f"Resumed from {resume.path.name}: {resume.step} steps done"]
+
+
+def tokens_per_step(config: Config, world: World) -> int:
+    """Tokens of one optimizer step over all processes."""
+    return sequences_per_step(config, world.size) * config.training.block_size
+
+
+def planned_steps(data: Dataset, config: Config, world: World) -> int:
+    """Optimizer steps until `max_iters` or, by the data's estimated size, the end of `epochs`."""
+    training = config.training
+    if training.epochs is None:
+        return training.max_iters
+    steps = training.epochs * data.ledger.train_tokens / tokens_per_step(config, world)
+    return min(training.max_iters, max(1, math.ceil(steps)))
 
 
 def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
     """What the data amounts to, what a step takes of it and how often the run will see it."""
-    ledger, training = data.ledger, config.training
-    steps = training.max_iters
-    planned = steps * sequences_per_step(config, world.size) * training.block_size
-    passes = planned / max(1, ledger.train_tokens)
-    if training.epochs is not None:
-        passes = min(passes, training.epochs)
+    ledger, steps = data.ledger, planned_steps(data, config, world)
+    planned = steps * tokens_per_step(config, world)
+    about = "about " if steps < config.training.max_iters else ""
     return [
         f"Data: {config.dataset.parquet_dir}: {ledger.files:,} files, {ledger.rows:,} rows, about "
         f"{short(ledger.tokens)} tokens: {short(ledger.train_tokens)} to train on, "
         f"{short(ledger.test_tokens)} held out",
         tokens_line(config, accumulation_steps(config, world.size), world.size),
-        f"Max iterations: {steps:,} = {short(planned)} tokens, about {passes:.2f} epochs",
+        f"Max iterations: {about}{steps:,} = {short(planned)} tokens, "
+        f"about {planned / max(1, ledger.train_tokens):.2f} epochs",
     ]
+
+
+def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
+    """Parameters, memory and work."""
+    cost = cost_line(model, training_flops(model, config), tokens_per_step(config, world))
+    return [*parameter_lines(model), cost]
 
 
 def dry_run(request: Request) -> None:
     """Prints the resolved config and the plan; trains nothing, creates nothing."""
     config = request.config
     world = enter_world(config.system)
-    find_resume(config)
+    resume = find_resume(config)
+    directory = open_directory(request, world, None)
     with torch.device("meta"):
         model = build_model(config)
-    say(*origin_lines(request), "", config.to_yaml(), *parameter_lines(model))
-    per_token = training_flops(model, config)
-    tokens = sequences_per_step(config, world.size) * config.training.block_size
-    say(f"Work: {short(per_token)} FLOP per token, {short(per_token * tokens)} per step")
+    say(*origin_lines(request), "", config.to_yaml(), *model_lines(model, config, world))
     folder = Path(config.dataset.parquet_dir)
     if corpus.is_embedded(folder) and not folder.exists():
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
         say(tokens_line(config, accumulation_steps(config, world.size), world.size))
     else:
-        say(*plan_lines(open_dataset(config.dataset, config.tokenizer), config, world))
+        data = open_dataset(config.dataset, config.tokenizer)
+        evaluation_batches(data, config)
+        say(*plan_lines(data, config, world))
+        if resume is not None:
+            say(*check_fits(load_checkpoint(resume.path), resume, data, config))
+    say(*directory_lines(directory, config, resume))
     say("Dry run: nothing was trained or created.")
 
 
-def run_to_the_end(request: Request) -> int:
+def run_to_the_end(request: Request, stop: StopRequest) -> int:
     """Builds, trains, finishes; the exit code."""
     with ExitStack() as stack:
         run = build(request, stack)
-        with StopRequest() as stop:
-            if request.config.training.eval_only:
-                run.evaluate(stop)
-                return stop.exit_code
-            if run.finished and not run.evaluation_missing:
-                say(f"Already at step {run.state.step}: nothing to do. Raise training.max_iters.")
-                return 0
-            train(run, stop)
-            run.leave(stop) if stop else run.finish()
+        stop.armed = True
+        if request.config.training.eval_only:
+            run.evaluate(stop)
             return stop.exit_code
+        if run.finished and not run.evaluation_missing:
+            say(
+                f"Already finished at step {run.state.step}: nothing to do. "
+                "Raise training.max_iters or training.epochs to go on."
+            )
+            return 0
+        try:
+            train(run, stop)
+        except (DataError, OSError, MemoryError, torch.OutOfMemoryError):
+            run.rescue()
+            raise
+        say(*left_out_lines(run.batches))
+        if run.finished and not run.evaluation_missing:
+            run.finish()
+            return 0
+        run.leave(stop)
+        return stop.exit_code
+
+
+def left_out_lines(batches: Iterator[Batch]) -> list[str]:
+    """What the loader met in the text and left out or replaced."""
+    counts = batches.left_out if isinstance(batches, TrainLoader) else {}
+    return [f"In the text: {count:,} {what}" for what, count in counts.items() if count]
 
 
 def main(request: Request) -> int:
     """The exit code; an error a user can act on becomes one message without a traceback."""
     try:
-        if request.dry_run:
+        with StopRequest() as stop:
+            if not request.dry_run:
+                return run_to_the_end(request, stop)
             dry_run(request)
             return 0
-        return run_to_the_end(request)
     except UserError as error:
         if request.config.training.debug:
             traceback.print_exc()
         warn(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        warn("Stopped before training began; nothing was saved.")
-        return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        warn(
+            f"Out of memory: {error}\nLower training.batch_size; gradient_accumulation_steps can "
+            "make up for it without more memory."
+        )
+        return 1
+    except BrokenPipeError:
+        warn("Standard output was closed; stopped after saving what was done.")
+        return 1
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _FORMAT_VERSION = 1
 _LISTED_FILES = 1000
 _NULL_LIMIT = 0.5
+_LARGE_GROUP_BYTES = 32 << 20
 _LENGTH_PREFIX_BYTES = 4  # parquet stores each string with its length; a document ends with 1 token
 
 
@@ -149,6 +150,7 @@ def open_dataset(dataset: DatasetConfig, tokenizer: TokenizerConfig) -> Dataset:
     """
     index = build_index(dataset.parquet_dir, dataset.text_column, dataset.on_bad_shard == "skip")
     _check_rows(index)
+    _check_row_groups(index)
     units = cut_units(index)
     held_out = split_units(units.block, units.bytes, dataset.test_fraction)
     if dataset.test_fraction > 0 and not held_out.any():
@@ -185,6 +187,28 @@ def _check_rows(index: Index) -> None:
         )
     if nulls:
         log.warning("%d of %d rows are null and left out", nulls, rows)
+
+
+def _check_row_groups(index: Index) -> None:
+    """A warning where reaching a part of a row group means decoding much of the rest again."""
+    rows, sizes = index.groups[:, 0], index.groups[:, 2]
+    sizes = np.where(rows > 1, sizes, 0)  # one row is read whole
+    large = int((sizes > _LARGE_GROUP_BYTES).sum())
+    if large:
+        largest = int(sizes.argmax())
+        option = "" if index.column == "text" else f" --text-column {index.column}"
+        log.warning(
+            "%d of %d row groups hold more than %d MB, the largest %.0f MB (%s): reading is slow, "
+            "as parts of them are decoded again and again. Rewrite the data in small row groups: "
+            "python prepare.py %s OUT%s",
+            large,
+            len(sizes),
+            _LARGE_GROUP_BYTES >> 20,
+            sizes[largest] / (1 << 20),
+            index.group_name(largest),
+            index.root,
+            option,
+        )
 
 
 def _count(index: Index, units: Units, train: Integers, test: Integers) -> Ledger:

@@ -339,7 +339,10 @@ class Units:
 
 
 def cut_units(index: Index) -> Units:
-    """Cut every row group into units of about equal size.
+    """Cut every row group into units of equally many rows, of about UNIT_BYTES on average.
+
+    The footer does not tell how long each document is, so a unit with a long one is that much
+    larger.
 
     A block is one unit where row groups are small. A row group above 1 / MIN_UNITS of the data
     becomes several blocks of that size, as its front has to be decoded to reach its end.

@@ -5,9 +5,9 @@ takes its share of that list. So neither the number of processes, workers and mi
 interruption changes a batch. Workers send chunks of about 256 KB that cover many steps of some
 lanes, because a message costs more than the bytes of a small batch.
 
-Memory: one unit (data.parquet.UNIT_BYTES) per lane of this process, the chunks that are ready
-(`prefetch_factor` batches, rounded up to whole chunks), and about 40 MB for decoding one unit, most
-of which Arrow's allocator keeps for the next one.
+Memory: one unit (about data.index.UNIT_BYTES, more where documents are long) per lane of this
+process, the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks), and
+about 40 MB for decoding one unit, most of which Arrow's allocator keeps for the next one.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class BatchSpec:
     """The shape of a step and this process's place in it.
 
     A step is `sequences_per_step` rows of `block_size` + 1 tokens over all processes; this one
-    gets 1 / `world_size` of them in `micro_batches` equal tensors. `pin` asks for page-locked
-    memory. `lanes` is the number of lanes, by default the most that fit.
+    gets 1 / `world_size` of them in `micro_batches` equal tensors. `pin` says that they go to
+    a GPU, so that `dataloader.pin_memory` applies. `lanes` is the number of lanes, by default the
+    most that fit.
     """
 
     block_size: int
@@ -254,7 +255,6 @@ class TrainLoader:
         self.plan = Plan(dataset.units, dataset.train, lanes, spec.seed, dataloader.shuffle)
         self.left_out: collections.Counter[str] = collections.Counter()
         """Null and empty documents and NUL bytes met so far, counted by kind."""
-        self._start = _starts(mine, cursor)
         self._batches: Iterator[StepBatch] = iter(())
         workers = min(dataloader.num_workers, len(mine))
         if workers < dataloader.num_workers:
@@ -266,7 +266,7 @@ class TrainLoader:
             )
         pin = spec.pin and dataloader.pin_memory
         ahead = -(-dataloader.prefetch_factor // self.layout.chunk_steps)
-        source = _ChunkSource(dataset, self.plan, self.layout, self._start)
+        source = _ChunkSource(dataset, self.plan, self.layout, _starts(mine, cursor))
         self._feed: Feed[Chunk] = Feed(source, lambda parts: _join(parts, pin), workers, ahead, pin)
 
     def __iter__(self) -> TrainLoader:
@@ -287,10 +287,6 @@ class TrainLoader:
         shape = len(rows), self.spec.micro_batches, -1, rows.shape[-1]
         steps = rows.view(shape).unbind(0)
         return (StepBatch(self, rows, chunk.traces, step) for step, rows in enumerate(steps))
-
-    def cursor(self) -> dict[str, Any]:
-        """The cursor before the first batch."""
-        return self.cursor_at(self._start)
 
     def cursor_at(self, addresses: list[Address]) -> dict[str, Any]:
         """The cursor of this process's lanes at these addresses."""
@@ -389,6 +385,7 @@ def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) ->
     the first units of a fixed order are read: as many as the rows need, and at least 16. Raises
     DataError where there is not one row.
     """
+    assert rows > 0
     plan = Plan(dataset.units, dataset.split(split), 1, _EVALUATION_SEED, shuffle=True)
     units = plan.lane_units(0, 0)
     size = np.cumsum(dataset.units.bytes[units])
@@ -396,28 +393,37 @@ def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) ->
     units = units[: max(_EVALUATION_UNITS, enough)]
     reader = _reader(dataset)
     source = _Source(reader, plan)
-    total = sum(1 for _ in _rows_of(source, units, block_size))  # read twice rather than kept
-    places = set((np.arange(min(rows, total)) * total // max(1, min(rows, total))).tolist())
-    every = enumerate(_rows_of(source, units, block_size))
-    taken = [row.copy() for place, row in every if place in places]
+    sample = _spread_rows((source.tokens(int(unit), 0) for unit in units), block_size, rows)
     reader.close()
-    if not taken:
+    if not len(sample):
         raise DataError(
             f"the {split} text ({size[-1] if len(size) else 0} bytes, dataset.test_fraction "
             f"{dataset.config.test_fraction}) is shorter than one row of training.block_size + 1 = "
             f"{block_size + 1} tokens. Lower block_size, change test_fraction, or add text."
         )
-    return torch.from_numpy(np.stack(taken))
+    return torch.from_numpy(sample)
 
 
-def _rows_of(
-    source: _Source, units: npt.NDArray[np.int64], block_size: int
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """The rows of some units, read as one text."""
+def _spread_rows(
+    pieces: Iterator[npt.NDArray[np.uint8]], block_size: int, rows: int
+) -> npt.NDArray[np.uint8]:
+    """At most `rows` rows, evenly spread over those of a text that comes in pieces.
+
+    How many there are is known only at the end, so every `stride`-th row is kept, and every other
+    one of them dropped, and the stride doubled, whenever there are more than needed.
+    """
+    kept = np.zeros((0, block_size + 1), dtype=np.uint8)
     rest = np.zeros(0, dtype=np.uint8)
-    for unit in units:
-        rest = np.concatenate((rest, source.tokens(int(unit), 0)))
-        if len(rest) > block_size:
-            complete = windows(rest, block_size)
-            yield from complete
-            rest = rest[len(complete) * block_size :]
+    seen, stride = 0, 1
+    for piece in pieces:
+        rest = np.concatenate((rest, piece))
+        if len(rest) <= block_size:
+            continue
+        complete = windows(rest, block_size)
+        kept = np.concatenate((kept, complete[-seen % stride :: stride]))
+        while len(kept) >= 2 * rows:
+            kept, stride = kept[::2], 2 * stride
+        seen += len(complete)
+        rest = rest[len(complete) * block_size :].copy()  # lets the piece go
+    count = min(rows, len(kept))
+    return kept[np.arange(count) * len(kept) // max(1, count)]

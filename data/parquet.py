@@ -1,9 +1,10 @@
 """From row groups to tokens, one unit at a time.
 
-The one idea: a unit, a run of rows of one row group of at most UNIT_BYTES, is the smallest piece
-that is read, shuffled and held. Its documents are permuted and joined by Arrow kernels, so the
-tokens are a view of one Arrow buffer and no Python object per document exists. Page checksums are
-verified where a file has them; without them a flipped bit in a page mostly reads as other text.
+The one idea: a unit, a run of rows of one row group, is the smallest piece that is read, shuffled
+and held: about UNIT_BYTES, more only where one document or a few long ones are. Its documents are
+permuted and joined by Arrow kernels, so the tokens are a view of one Arrow buffer and no Python
+object per document exists. Page checksums are verified where a file has them; without them a
+flipped bit in a page mostly reads as other text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from config import DataError, DatasetConfig
 from data.index import REMEDY, Index, Units, first_line
 from data.order import Indices, document_order
+from data.tokenizer import SEPARATOR, SPACE
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,6 @@ WHOLE_GROUP_ROWS = 1 << 16
 KEPT_BYTES = 16 << 20
 _READ_BUFFER_BYTES = 1 << 16
 _OFFSET_LIMIT_BYTES = 1 << 30
-SEPARATOR, SPACE = 0, 32
 
 Tokens = npt.NDArray[np.uint8]
 
@@ -54,11 +55,6 @@ class GroupReader:
         self._files: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._slices: dict[int, _Slices] = {}
-
-    @property
-    def open_files(self) -> int:
-        """How many files are open now."""
-        return len(self._files)
 
     def read(self, group: int, first: int, count: int) -> Any:
         """Rows [first, first + count) of the text of a row group, as one Arrow array of strings.
@@ -176,11 +172,6 @@ class UnitReader:
         self._reported: set[int] = set()
         self.counts: collections.Counter[str] = collections.Counter()
 
-    @property
-    def open_files(self) -> int:
-        """How many files are open now."""
-        return self._groups.open_files
-
     def documents(self, unit: int, seed: int, epoch: int, shuffle: bool) -> tuple[Any, Indices]:
         """The documents of a unit in reading order, and the row of each in its row group.
 
@@ -229,7 +220,7 @@ class UnitReader:
         has_nul = not _bytes(documents).all()
         large = documents.nbytes > _OFFSET_LIMIT_BYTES or pa.types.is_large_string(documents.type)
         kind = pa.large_binary() if large else pa.binary()
-        empty, end = (pa.scalar(value, kind) for value in (b"", b"\0"))
+        empty, end = (pa.scalar(value, kind) for value in (b"", bytes([SEPARATOR])))
         joined = pc.binary_join_element_wise(documents.cast(kind), empty, end)
         tokens = _bytes(joined)
         return _own_memory(self._replace_nul(tokens, joined) if has_nul else tokens)

@@ -14,17 +14,19 @@ import numpy.typing as npt
 
 from config import TokenizerConfig
 
+SEPARATOR, SPACE = 0, 32
+
 
 class ByteTokenizer:
     """UTF-8 bytes as tokens."""
 
     vocab_size = 256
-    separator = 0
+    separator = SEPARATOR
     fingerprint = "bytes-1"
 
     def encode(self, text: str) -> npt.NDArray[np.uint8]:
         """The bytes of the text; NUL becomes a space and lone surrogates become '?'."""
-        data = text.encode("utf-8", "replace").replace(b"\0", b" ")
+        data = text.encode("utf-8", "replace").replace(bytes([SEPARATOR]), bytes([SPACE]))
         return np.frombuffer(data, dtype=np.uint8)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from config import CheckpointError, Config, ConfigError
+from config import CheckpointError, Config, ConfigError, WriteError
 from engine.content import check_finite, check_plain, tensor_bytes
 from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
 from engine.manifest import (
@@ -39,6 +39,7 @@ from engine.manifest import (
     steps_in,
     verify,
 )
+from engine.metrics import warn
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
 
@@ -58,7 +59,8 @@ def save_checkpoint(directory: Destination, state: dict[str, Any], keep_last: in
 
     `state` has `model`, `train` (TrainState as a dict), `data` (with `fingerprint`) and whatever
     else resuming needs. A step that has a whole checkpoint already is not written again. Raises
-    NonFiniteError for NaN in the weights and WriteError.
+    NonFiniteError for NaN in the weights and WriteError; an old checkpoint that cannot be removed
+    is only told.
     """
     check_plain(state)
     facts = _facts(state)
@@ -74,7 +76,10 @@ def save_checkpoint(directory: Destination, state: dict[str, Any], keep_last: in
     directory.last_checkpoint = path
     if keep_last is not None:
         resumed = directory.resumed_step
-        retire(folder, keep_last, set() if resumed is None else {resumed})
+        try:
+            retire(folder, keep_last, set() if resumed is None else {resumed})
+        except WriteError as error:
+            warn(f"{error} The next checkpoint will try again.")
     return path
 
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class HashedFile:
         self._descriptor = descriptor
         self._sha256 = hashlib.sha256()
         self._unsynced = 0
+        self._syncs: list[Future[None]] = []
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sha256")
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sync")
 
@@ -78,13 +79,15 @@ class HashedFile:
     def finish(self) -> Written:
         """Size and hash, once everything is on the disk."""
         self.close()
+        for sync in self._syncs:
+            sync.result()  # the system reports a write error once: the last fsync may not see it
         os.fsync(self._descriptor)
         return Written(self.size, self._sha256.hexdigest())
 
     def close(self) -> None:
         """Stops the threads; must come before the descriptor is closed."""
-        self._hasher.shutdown(wait=True, cancel_futures=True)
-        self._syncer.shutdown(wait=True, cancel_futures=True)
+        self._hasher.shutdown(wait=True)
+        self._syncer.shutdown(wait=True)
 
     def _write_chunk(self, chunk: memoryview) -> None:
         hashed = self._hasher.submit(self._sha256.update, chunk)
@@ -96,7 +99,7 @@ class HashedFile:
         self._unsynced += chunk.nbytes
         if self._unsynced >= _SYNC_EVERY:
             self._unsynced = 0
-            self._syncer.submit(os.fdatasync, self._descriptor)
+            self._syncs.append(self._syncer.submit(os.fsync, self._descriptor))
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

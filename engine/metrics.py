@@ -1,10 +1,11 @@
 """One record per log line: the same values on the console and in `metrics.jsonl`.
 
-`say` and `warn` are the only places that print.
+Training prints through `say` and `warn` alone.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,16 @@ RULE = "-" * 80
 
 
 def say(*lines: str) -> None:
-    """Prints plain lines at once, also when piped into a file."""
-    for line in lines:
-        print(line, flush=True)
+    """Prints plain lines at once, also when piped.
+
+    Raises BrokenPipeError, once, when the reader has gone; after that it prints to nowhere.
+    """
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def warn(text: str) -> None:

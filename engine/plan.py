@@ -1,10 +1,11 @@
-"""What a run will do, said before it starts: parameters, FLOPs, tokens, epochs."""
+"""What a run is made of, said before it starts: parameters, memory, work, tokens per step."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from config import Config
+from engine.metrics import short
 
 
 def parameter_lines(model: nn.Module) -> list[str]:
@@ -30,6 +31,12 @@ def tokens_line(config: Config, accumulation: int, world_size: int) -> str:
     )
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Memory of weights, gradients and AdamW's two moments; activations come on top."""
-    return sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+def cost_line(model: nn.Module, flops_per_token: int, tokens_per_step: int) -> str:
+    """What a step takes: memory that does not depend on the batch, and work."""
+    moments = 4  # weights, gradients and AdamW's two moments
+    held = sum(moments * p.numel() * p.element_size() for p in model.parameters())
+    return (
+        f"Memory: {short(held)}B for weights, gradients and optimizer, and activations | "
+        f"Work: {short(flops_per_token)} FLOP per token, "
+        f"{short(flops_per_token * tokens_per_step)} per step"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from config import CheckpointError, Config
+from config import CheckpointError, Config, sequences_per_step
 
 FIXED = {
     "model.name",
@@ -46,7 +46,8 @@ FREE = {
     "system.device",
     "system.compile",
 }
-# How a step's sequences are split over micro-batches and processes; only their product counts.
+# How a step's sequences are split over micro-batches; only their number, STEP, counts.
+STEP = "sequences per step"
 SPLIT = {
     "training.batch_size",
     "training.gradient_accumulation_steps",
@@ -55,14 +56,16 @@ SPLIT = {
 
 
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.option` -> (then, now) of every option that differs."""
+    """`section.option` -> (then, now) of every option that differs, and of STEP."""
     now = present.to_dict()
-    return {
+    changed: dict[str, tuple[Any, Any]] = {
         f"{section}.{option}": (then, now[section][option])
         for section, options in saved.to_dict().items()
         for option, then in options.items()
         if then != now[section][option]
     }
+    steps = sequences_per_step(saved, 1), sequences_per_step(present, 1)
+    return changed | ({STEP: steps} if steps[0] != steps[1] else {})
 
 
 def experiment_differences(saved: Config, present: Config) -> list[str]:
@@ -74,7 +77,7 @@ def check_resumable(saved: Config, present: Config, checkpoint: str) -> list[str
     """Lines that tell what differs from the checkpoint's config; raises CheckpointError."""
     changed = differences(saved, present)
     changed.pop("training.resume_from_checkpoint", None)
-    refused = sorted(set(changed) & FIXED)
+    refused = sorted(set(changed) & (FIXED | {STEP}))
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(

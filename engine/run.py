@@ -35,7 +35,7 @@ from engine.files import (
     write_text,
     write_whole,
 )
-from engine.manifest import CONFIG, Resume, data_path, manifest_path, steps_in
+from engine.manifest import CONFIG, Manifest, Resume, data_path, manifest_path, steps_in
 from engine.metrics import say
 
 METRICS = "metrics.jsonl"
@@ -93,7 +93,7 @@ class RunDirectory:
             remove_temporaries(folder)
             run.notes += _remove_unfinished(folder)
             run.notes += _set_aside(folder, resume.step)
-            _cut_metrics(folder / METRICS, resume.step)
+            _cut_metrics(folder / METRICS, resume.manifest)
             run._renew_config(folder)
             run._renew_environment(folder)
             undo.pop_all()
@@ -324,23 +324,24 @@ def _complete_moves(folder: Path) -> None:
                 break
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drops the records after `step`, `final/` ones, and lines a crash or full disk left broken."""
+def _cut_metrics(path: Path, manifest: Manifest) -> None:
+    """Drops what the checkpoint does not know: later records, an evaluation made after it, the
+    `final/` ones, and lines that a crash or a full disk left broken.
+    """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, step)]
+    kept = [line for line in lines if _belongs(line, manifest)]
     if kept != lines:
         write_whole(path, lambda out: out.write(b"".join(kept)))
 
 
-def _belongs(line: bytes, step: int) -> bool:
+def _belongs(line: bytes, manifest: Manifest) -> bool:
     try:
         record = json.loads(line)
-        return (
-            line.endswith(b"\n")
-            and record["step"] <= step
-            and not any(key.startswith("final/") for key in record)
-        )
-    except (ValueError, KeyError, TypeError):
+        kinds = {key.split("/")[0] for key in record}
+        unknown = record["step"] == manifest.step and manifest.val_loss is None and "eval" in kinds
+        known = record["step"] <= manifest.step and not unknown and "final" not in kinds
+        return line.endswith(b"\n") and known
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -7,20 +7,20 @@ import math
 from config import Config, warmup_steps
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of optimizer step `step`, counted from 1.
+def learning_rate(step: int, config: Config, total: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 1, in a run of `total` steps.
 
     Warm-up is `learning_rate * step / warmup_iters`. From there to `lr_decay_iters` it follows
     `schedule.name`, then it stays at the floor.
     """
     schedule, peak = config.schedule, config.training.learning_rate
-    warmup = warmup_steps(config)
+    warmup = warmup_steps(config, total)
     if step < warmup:
         return peak * step / warmup
     if not schedule.decay_lr or schedule.name == "constant":
         return peak
     floor = peak / 10 if schedule.min_lr is None else schedule.min_lr
-    end = schedule.lr_decay_iters or config.training.max_iters
+    end = schedule.lr_decay_iters or total
     start = warmup
     if schedule.name == "wsd":
         start = max(warmup, end - round(end * schedule.wsd_decay_fraction))

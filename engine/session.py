@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from config import Config, NonFiniteError, WriteError, sequences_per_step
+from config import Config, NonFiniteError, UserError, WriteError, sequences_per_step
 from engine.checkpoint import save_checkpoint
 from engine.evaluate import bits_per_byte, mean_loss, next_token_loss
 from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
@@ -25,6 +28,7 @@ from engine.state import TrainState, due, rng_state
 from engine.world import World, peak_flops, peak_memory_bytes
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
+OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
 
 
 class Batch(Protocol):
@@ -57,16 +61,19 @@ class Session:
     """FLOPs of one training step per token, by the model's own count."""
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
-    evaluation: Callable[[str], tuple[Tensor, ...]]
-    """The fixed rows of a split, "train" or "test", in batches."""
+    evaluation: tuple[tuple[Tensor, ...], ...]
+    """The fixed rows of the training and of the held-out text, in batches."""
     data: dict[str, Any]
     """What identifies the data, as plain values."""
     directory: RunDirectory
     state: TrainState
     cursor: Callable[[], dict[str, Any]]
     """Where the data stands after the last batch trained on."""
+    planned_steps: int
+    """Steps this run will make in all: `max_iters`, or fewer where `epochs` ends it."""
     saved_step: int = 0
     failed_saves: int = 0
+    overflows: int = 0
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -84,14 +91,24 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether `max_iters` steps or `epochs` passes over the data are done."""
-        training = self.config.training
-        seen = training.epochs is not None and self.state.epoch >= training.epochs
-        return seen or self.state.step >= training.max_iters
+        return self.state.finished(self.config.training)
+
+    @property
+    def evaluation_missing(self) -> bool:
+        """Whether this step's evaluation is due, as at the end, and has not been made."""
+        return self.state.evaluation_missing(self.config.training)
 
     def check_finite(self, batch: Batch, loss: float, grad_norm: float) -> None:
-        """Stops before a loss or gradient that is not finite can reach the weights."""
-        finite = math.isfinite(grad_norm) or self.precision.tolerates_overflow
-        if math.isfinite(loss) and finite:
+        """Stops before a loss or gradient that is not finite can reach the weights.
+
+        With float16, gradients that overflow are routine, but not many times in a row.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.overflows = 0
+            return
+        self.overflows += 1
+        routine = self.precision.tolerates_overflow and self.overflows < OVERFLOWS_IN_A_ROW
+        if math.isfinite(loss) and routine:
             return
         raise NonFiniteError(
             f"Step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite. The "
@@ -134,7 +151,7 @@ class Session:
         state.loss_sum, state.loss_steps = 0.0, 0
         self.directory.append_metrics(record)
         pace = (time.monotonic() - self.started) / (state.step - self.first_step)
-        say(iteration_line(record, pace * (self.config.training.max_iters - state.step)))
+        say(iteration_line(record, pace * max(0, self.planned_steps - state.step)))
 
     def _flops_utilization(self, tokens_per_second: float) -> float | None:
         peak = peak_flops(self.world.device)
@@ -150,8 +167,8 @@ class Session:
         say(RULE, f"Evaluating at iteration {self.state.step}...")
         losses = []
         try:
-            for split in ("train", "test"):
-                loss = mean_loss(self.model, self.evaluation(split), self.loss, stop.__bool__)
+            for batches in self.evaluation:
+                loss = mean_loss(self.model, batches, self.loss, stop.__bool__)
                 if loss is None:
                     return
                 losses.append(loss)
@@ -170,21 +187,18 @@ class Session:
         say(RULE)
 
     @property
-    def evaluation_missing(self) -> bool:
-        """Whether this step's evaluation is due, as at the end, and has not been made."""
-        every, state = self.config.training.test_freq, self.state
-        wanted = every is not None and (due(state.step, every) or self.finished)
-        return wanted and state.evaluated_step < state.step
-
-    @property
     def checkpoint_due(self) -> bool:
-        """By steps or by seconds; without `always_save_checkpoint` only on improvement."""
+        """By steps or by seconds; without `always_save_checkpoint`, after an evaluation that is the
+        best so far. The last step is saved by `finish`, with the final record before it.
+        """
         training, state = self.config.training, self.state
+        if self.finished:
+            return False
+        if not training.always_save_checkpoint:
+            return state.best_step == state.step
         waited = time.monotonic() - self.saved_at
         by_time = training.save_every is not None and waited >= training.save_every
-        improved = state.best_step is not None and state.best_step > self.saved_step
-        wanted = training.always_save_checkpoint or improved
-        return wanted and (by_time or due(state.step, training.checkpoint_freq))
+        return by_time or due(state.step, training.checkpoint_freq)
 
     def save(self, last: bool = False) -> None:
         """Saves a checkpoint unless this step has one.
@@ -200,7 +214,7 @@ class Session:
                 self.directory, self.state_dict(), self.config.training.keep_last
             )
         except WriteError as error:
-            self.failed_saves += 1
+            self.failed_saves, self.saved_at = self.failed_saves + 1, time.monotonic()
             if last or self.failed_saves == SAVE_ATTEMPTS:
                 raise
             warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
@@ -228,12 +242,13 @@ class Session:
             losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
             self.directory.append_metrics(self.stamp() | losses)
         self.save(last=True)
-        best = ""
-        if state.best_step is not None:
-            best = f"; best held-out loss {state.best_val_loss:.4f} at step {state.best_step}"
-        tokens, took = short(state.tokens), duration(state.elapsed_s)
-        say(f"Finished: {state.step} steps, {tokens} tokens in {took}{best}")
-        say(f"To write text: python sample.py {self.directory.path}")
+        took = duration(state.elapsed_s)
+        say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
+        if state.evaluated_step == state.step:
+            best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
+            say(f"Held-out loss: {state.val_loss:.4f}, {best}")
+        say(f"Checkpoint: {self.directory.last_checkpoint}")
+        say(f"To write text: python sample.py {quoted(self.directory.path)}")
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""
@@ -241,8 +256,19 @@ class Session:
             say("Stopped before the first step; nothing to save.")
             return
         self.save(last=True)
-        path = self.directory.path
+        path = quoted(self.directory.path)
         say(
             f"Stopped by {stop.name} at step {self.state.step}. To go on:",
             f"  python train.py --config {path}/config.yaml resume_from_checkpoint={path}",
         )
+
+    def rescue(self) -> None:
+        """Saves the steps done when something outside the step fails: data, disk, terminal."""
+        if self.state.step > self.saved_step:
+            with contextlib.suppress(UserError, OSError):  # the first error is the one to report
+                self.save(last=True)
+
+
+def quoted(path: Path | None) -> str:
+    """The path as a shell takes it."""
+    return shlex.quote(str(path))

@@ -1,6 +1,7 @@
 """Signals become a flag that the loops poll: finish the step, save, leave.
 
-Ctrl-C (SIGINT), SIGTERM and SIGUSR1 ask for a stop; a second Ctrl-C ends the process at once.
+Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and SIGHUP ask for a stop; a second Ctrl-C ends the process at
+once. Before training there is nothing to save, and a signal ends the start as an exception does.
 """
 
 from __future__ import annotations
@@ -9,19 +10,31 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+EXIT_CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGHUP: 143,
+}
 
 
 class StopRequest:
-    """Context in which signals only set a flag; truth value: whether a stop was asked for."""
+    """Context that takes the signals; truth value: whether a stop was asked for.
+
+    Once `armed`, a signal only sets the flag. Until then it raises SystemExit with its exit code.
+    Signals that the process was started to ignore (nohup) stay ignored.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.armed = False
+        self._interrupts = 0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
         for number in EXIT_CODES:
-            self._previous[number] = signal.signal(number, self._receive)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -47,7 +60,11 @@ class StopRequest:
         return "" if self.signal is None else self.signal.name
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if not self.armed:
+            os.write(2, b"Stopped before training began; nothing was saved.\n")
+            raise SystemExit(EXIT_CODES[signal.Signals(number)])
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2:
             os.write(2, b"\nSecond Ctrl-C: stopped without saving.\n")
             os._exit(EXIT_CODES[signal.SIGINT])
         self.signal = signal.Signals(number)

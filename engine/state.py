@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from config import TrainingConfig
+
 
 @dataclass
 class TrainState:
@@ -31,6 +33,17 @@ class TrainState:
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+
+    def finished(self, training: TrainingConfig) -> bool:
+        """Whether `max_iters` steps or `epochs` passes over the data are done."""
+        seen = training.epochs is not None and self.epoch >= training.epochs
+        return seen or self.step >= training.max_iters
+
+    def evaluation_missing(self, training: TrainingConfig) -> bool:
+        """Whether this step's evaluation is due, as at the end, and has not been made."""
+        every = training.test_freq
+        wanted = every is not None and (due(self.step, every) or self.finished(training))
+        return wanted and self.evaluated_step < self.step
 
     def record_evaluation(self, train_loss: float, val_loss: float) -> bool:
         """Keeps the losses of the present step; tells whether the held-out loss is the best."""

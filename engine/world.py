@@ -1,6 +1,6 @@
 """Where the run happens: processes, device, what the hardware can do.
 
-The environment is read here and nowhere else.
+The launcher's environment is read here and nowhere else.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class World:
 
 def enter_world(system: SystemConfig) -> World:
     """Reads the launcher's variables and resolves `system.device`; raises ConfigError."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE") or "1")
     if size > 1:
         raise ConfigError(
             f"WORLD_SIZE={size}: training on several processes is not available in this version; "

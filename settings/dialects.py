@@ -8,6 +8,10 @@ the option it stands for; a dotted one is exactly that key of that section.
 
 from __future__ import annotations
 
+from typing import Literal
+
+from settings.schema import Inert, Limits
+
 # option -> its other names
 ALIASES: dict[str, tuple[str, ...]] = {
     "model.n_layer": ("num_layers",),
@@ -75,15 +79,21 @@ LATER: dict[str, tuple[str, ...]] = {
     "low_precision.use_fp8": ("false",),
     "low_precision.use_4bit": ("false",),
     "low_precision.use_4bit_optimizer": ("false",),
-    "low_precision.quantization_type": (),
-    "low_precision.use_double_quant": (),
-    "fp8.format": (),
-    "fp8.amax_history_len": (),
-    "fp8.amax_compute_algo": (),
-    "distributed.backend": ("auto",),
-    "distributed.strategy": ("auto",),
     "logging.wandb_log": ("false",),
     "logging.wandb_project": ("null",),
     "logging.wandb_run_name": ("null",),
     "logging.tensorboard": ("false",),
+}
+
+# options that come with later versions and say how to do what cannot be asked for yet
+_4BIT, _FP8 = "low_precision.use_4bit", "low_precision.use_fp8"
+_PROCESSES = "training on several processes"
+INERT: dict[str, Inert] = {
+    "low_precision.quantization_type": Inert(_4BIT, Literal["nf4", "fp4"], "nf4"),
+    "low_precision.use_double_quant": Inert(_4BIT, bool, True),
+    "fp8.format": Inert(_FP8, Literal["hybrid", "e4m3"], "hybrid"),
+    "fp8.amax_history_len": Inert(_FP8, int, 1024, Limits(ge=1)),
+    "fp8.amax_compute_algo": Inert(_FP8, Literal["max", "most_recent"], "max"),
+    "distributed.backend": Inert(_PROCESSES, Literal["auto", "nccl", "gloo"], "auto"),
+    "distributed.strategy": Inert(_PROCESSES, Literal["auto", "ddp", "fsdp"], "auto"),
 }

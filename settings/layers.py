@@ -126,11 +126,8 @@ class _Layer:
     def _take(self, key: str, entry: Entry) -> None:
         """Read one value for one option and keep it, unless the layer gave it before."""
         option = self._schema.options.get(key)
-        if option is None:
-            self._note(_check_later(self._schema, key, entry))
-            return
         try:
-            value = _read(option, entry.value)
+            value = _read(option, entry.value) if option else _read_later(self._schema, key, entry)
         except RefusedError as error:
             self._merged.refused.add(key)
             raise RefusedError(f"{_named(key, entry)}: {error}") from None
@@ -138,6 +135,9 @@ class _Layer:
             self._check_twice(key, entry, value)
             return
         self._given[key] = (entry, value)
+        if option is None:
+            self._note(_without_effect(self._schema, key, value))
+            return
         self._merged.values[key] = value
         self._merged.origins[key] = entry.origin
 
@@ -191,17 +191,26 @@ def _spread(target: Target, entry: Entry) -> tuple[Value, ...]:
     return value.values
 
 
-def _check_later(schema: Schema, key: str, entry: Entry) -> str:
-    """Return a note if the value asks for nothing; refuse an option that is not there yet."""
+def _read_later(schema: Schema, key: str, entry: Entry) -> Any:
+    """Return a value that asks for nothing; refuse what an option still to come would do."""
+    if key in schema.inert:
+        return _read(schema.inert[key].option(key), entry.value)
     harmless = schema.later.get(key, ())
     value = entry.value.value if isinstance(entry.value, Plain) else entry.value
-    text = value.text if isinstance(value, Scalar) else to_text(value)
-    word = text.lower()
+    word = (value.text if isinstance(value, Scalar) else to_text(value)).lower()
     for words, name in ((FALSE_WORDS, "false"), (TRUE_WORDS, "true"), (NULL_WORDS, "null")):
         word = name if word in words else word
     if isinstance(value, (Items, Group)) or word not in harmless:
-        raise RefusedError(f"{_named(key, entry)}: not available in this version. Remove it")
-    return f"{key}={text} changes nothing in this version"
+        remedy = "Remove it" if harmless in ((), ("null",)) else f"Set it to {harmless[0]}"
+        raise RefusedError(f"not available in this version. {remedy}")
+    return word
+
+
+def _without_effect(schema: Schema, key: str, value: Any) -> str:
+    """Return the note on an option still to come whose value asks for nothing."""
+    inert = schema.inert.get(key)
+    why = f"while {inert.switch} is not available" if inert else "in this version"
+    return f"{key}={value if isinstance(value, str) else to_text(value)} changes nothing {why}"
 
 
 def _named(key: str, entry: Entry) -> str:

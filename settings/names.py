@@ -25,7 +25,7 @@ def resolve(schema: Schema, written: str) -> Target:
     if head in dialects.IGNORED:
         return Target(ignored=dialects.IGNORED[head])
     full = f"{dialects.SECTIONS.get(head, head)}.{name}" if dot else written
-    if full in schema.options or full in schema.later:
+    if full in schema.options or schema.announces(full):
         return Target((full,), is_alias=full != written)
     if full in dialects.LISTS:
         return Target(dialects.LISTS[full], is_alias=True)
@@ -38,8 +38,9 @@ def resolve(schema: Schema, written: str) -> Target:
 def is_section(schema: Schema, name: str) -> bool:
     """Return whether a mapping may stand under this top-level name."""
     name = dialects.SECTIONS.get(name, name)
-    keys = [*schema.later, *dialects.TARGETS]
-    return name in schema.sections or any(key.startswith(f"{name}.") for key in keys)
+    homes = {home for home, _ in _announced(schema)}
+    aliases = any(alias.startswith(f"{name}.") for alias in dialects.TARGETS)
+    return name in schema.sections or name in homes or aliases
 
 
 def check_section(schema: Schema, name: str) -> None:
@@ -60,14 +61,13 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
     if target is not None and target.startswith(f"{section}."):
         return Target((target,), is_alias=True)
     check_section(schema, section)
-    if section not in schema.sections:  # all of it comes later
-        return Target((full,))
     if name in schema.sections:
         raise RefusedError(f"{full}: {name} is a section. Start its line at the first column")
     homes = [option.section for option in schema.named(name)]
     if homes:
         raise RefusedError(f"{full}: unknown option. It belongs in section {' or '.join(homes)}")
     inside = {option.name: option.name for option in schema.in_section(section)}
+    inside |= {name: name for home, name in _announced(schema) if home == section}
     for alias, key in dialects.TARGETS.items():
         if key.startswith(f"{section}.") and "." not in alias and key in schema.options:
             inside[alias] = key.split(".")[1]
@@ -77,7 +77,7 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
 
 def _resolve_bare(schema: Schema, name: str) -> Target:
     keys = [option.key for option in schema.named(name)]
-    keys = keys or [key for key in schema.later if key.split(".")[1] == name]
+    keys = keys or [f"{home}.{later}" for home, later in _announced(schema) if later == name]
     if len(keys) == 1:
         return Target((keys[0],))
     if keys:
@@ -90,6 +90,12 @@ def _resolve_bare(schema: Schema, name: str) -> Target:
 def guess(schema: Schema, word: str) -> str:
     """Return 'Did you mean section.option?' for the name nearest to `word`, else where to look."""
     return _nearest(word, _bare_names(schema)) or "See python train.py --help"
+
+
+def _announced(schema: Schema) -> list[tuple[str, str]]:
+    """Return section and name of each option still to come."""
+    keys = (key.split(".", 1) for key in (*schema.later, *schema.inert))
+    return [(section, name) for section, name in keys]
 
 
 def _bare_names(schema: Schema) -> dict[str, str]:

@@ -82,6 +82,20 @@ class Option:
         return f"{text}, {self.unit}" if self.unit else text
 
 
+class Inert(NamedTuple):
+    """An option still to come that changes nothing as long as something else is not there."""
+
+    switch: str  # what is not there
+    takes: Any  # the type of its values, as in a dataclass
+    default: Any
+    limits: Limits = Limits()
+
+    def option(self, key: str) -> Option:
+        section, name = key.split(".", 1)
+        hint = _read_hint(self.takes)
+        return Option(section, name, *hint, self.default, "", "", self.limits, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
     """All sections and options of a config class, in the order they are written down."""
@@ -89,6 +103,11 @@ class Schema:
     sections: Mapping[str, type]
     options: Mapping[str, Option]  # by 'section.name'
     later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
+    inert: Mapping[str, Inert]  # options still to come, any good value of which asks for nothing
+
+    def announces(self, key: str) -> bool:
+        """Return whether `key` is an option still to come."""
+        return key in self.later or key in self.inert
 
     def in_section(self, section: str) -> list[Option]:
         return [option for option in self.options.values() if option.section == section]
@@ -116,14 +135,18 @@ def section_options(section: str, section_class: type[Any]) -> tuple[Option, ...
     )
 
 
-def schema_of(sections: Mapping[str, type], later: Mapping[str, tuple[str, ...]]) -> Schema:
-    """Return the schema of `sections` (name -> dataclass)."""
+def schema_of(
+    sections: Mapping[str, type],
+    later: Mapping[str, tuple[str, ...]],
+    inert: Mapping[str, Inert],
+) -> Schema:
+    """Return the schema of `sections` (name -> dataclass), with the options still to come."""
     options = {
         option.key: option
         for name, section_class in sections.items()
         for option in section_options(name, section_class)
     }
-    return Schema(sections, options, later)
+    return Schema(sections, options, later, inert)
 
 
 def title(section_class: type[Any]) -> str:

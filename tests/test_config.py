@@ -24,6 +24,7 @@ from config import (
     TrainingConfig,
     accumulation_steps,
     sequences_per_step,
+    warmup_steps,
 )
 from settings.schema import Option, section_options
 from settings.values import check_value
@@ -205,6 +206,17 @@ def test_accumulation_without_tokens_per_step_counts_per_process() -> None:
     config = Config(training=TrainingConfig(gradient_accumulation_steps=5))
     assert accumulation_steps(config, 4) == 5
     assert sequences_per_step(config, 4) == 5 * 8 * 4
+
+
+def test_warm_up_is_3_percent_of_the_steps_that_are_planned() -> None:
+    config = Config()
+    assert (warmup_steps(config), warmup_steps(config, 1000), warmup_steps(config, 0)) == (
+        90,
+        30,
+        0,
+    )
+    given = Config(schedule=ScheduleConfig(warmup_iters=50))
+    assert warmup_steps(given) == warmup_steps(given, 1000) == 50
 
 
 def test_to_bdh_config_gives_the_shape_of_the_model() -> None:

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,6 +86,25 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    prefix = corpus._scratch_prefix(tmp_path / "out")
+    names = [f"{prefix}{ended.pid}.abc_12", f"{prefix}{os.getpid()}.abc_12", ".out.other.1.x"]
+    for name in names:
+        (tmp_path / name / "new").mkdir(parents=True)
+    corpus.write_folder([("text", "path")], tmp_path / "out", 1 << 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
+
+
+def test_a_long_document_has_a_row_group_of_its_own(tmp_path: Path) -> None:
+    texts = ["short", "x" * corpus.GROUP_BYTES, "short"]
+    corpus.write_folder([(text, "path") for text in texts], tmp_path / "out", 1 << 30)
+    (file,) = (tmp_path / "out").iterdir()
+    metadata = pq.read_metadata(file)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1, 1, 1]
+
+
 # prepare.py
 
 
@@ -137,6 +158,12 @@ def test_the_result_carries_page_checksums(tmp_path: Path) -> None:
         ("a.txt", b"", "no text found"),
         ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: no string 'text'; found: body"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "y\\ud800"}',
+            r"a\.jsonl:2: 'text' holds \\ud800 \(c",
+        ),
         ("a.parquet", b"<html>", r"starts with '<html>'"),
     ],
 )
@@ -154,6 +181,65 @@ def test_a_bad_source_is_named_and_nothing_written(
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert {path.name for path in tmp_path.iterdir()} <= {name}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_output(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    source = tmp_path / name
+    source.mkdir()  # opening a folder fails for every user
+    monkeypatch.setattr(prepare, "_source_files", lambda _: [source])
+    assert prepare.main([str(source), str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert str(source) in error
+    assert "written" not in error
+
+
+def test_half_a_surrogate_pair_is_refused_and_a_whole_one_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}')
+    assert prepare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "out")]) == 0
+    assert texts_in(tmp_path / "out") == ["\U0001f600"]
+
+
+def test_a_file_name_that_is_not_utf8_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"\xff.txt")).write_text("text")
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert texts_in(tmp_path / "out") == ["text"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_leaves_nothing_and_no_traceback(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    source, folder = tmp_path / "a.jsonl", tmp_path / "folder"
+    source.write_text('{"text": "x"}\n' * 1_000_000)  # takes seconds
+    folder.mkdir()
+    command = [sys.executable, prepare.__file__, str(source), str(folder / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while not list(folder.iterdir()) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert process.returncode == 128 + number
+    assert error == b""
+    assert list(folder.iterdir()) == []
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    command = [sys.executable, prepare.__file__, str(tmp_path / "a.txt"), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert texts_in(tmp_path / "out") == ["text"]
 
 
 def test_a_full_folder_is_replaced_only_when_asked(

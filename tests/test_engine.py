@@ -86,23 +86,43 @@ def test_float16_skips_an_overflowed_step_and_lowers_the_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
+    "number, code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)],
 )
 def test_signals_become_a_flag_and_handlers_come_back(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
+        stop.armed = True
         assert not stop and stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop and stop.exit_code == code
     assert signal.getsignal(number) is before
 
 
+def test_before_training_a_signal_ends_the_start(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 143
+    assert "nothing was saved" in capfd.readouterr().err
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_second_ctrl_c_ends_the_process_at_once() -> None:
     child = os.fork()
     if child == 0:
-        with StopRequest():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+        with StopRequest() as stop:
+            stop.armed = True
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 

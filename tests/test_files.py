@@ -131,3 +131,22 @@ def test_temporaries_are_removed(tmp_path: Path) -> None:
 )
 def test_sizes_read_well(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_an_error_of_an_early_sync_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports a failed write-back once, so the last fsync alone would succeed."""
+    real, results = os.fsync, iter([OSError(errno.EIO, "Input/output error")])
+
+    def failing_once(descriptor: int) -> None:
+        error = next(results, None)
+        if error is not None:
+            raise error
+        real(descriptor)
+
+    monkeypatch.setattr("engine.files._SYNC_EVERY", 1)
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "file", lambda out: out.write(b"data"))
+    assert list(tmp_path.iterdir()) == []

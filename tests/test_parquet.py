@@ -16,6 +16,7 @@ import pytest
 
 import data
 from config import DataError, DatasetConfig, TokenizerConfig
+from data import dataset as dataset_module
 from data import index as index_module
 from data import parquet
 from tests.parquet_folder import marked, opened, reader, write
@@ -102,6 +103,34 @@ def test_large_row_groups_are_read_in_slices(
     assert joined == "".join(text + "\0" for text in texts)
 
 
+def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -> None:
+    long = "x" * (3 * index_module.UNIT_BYTES)
+    texts = ["short"] * 500 + [long] + ["short"] * 499
+    write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
+    dataset = opened(tmp_path)
+    source = reader(dataset)
+    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(len(dataset.units))]
+    assert sum(sizes) == sum(len(text) + 1 for text in texts)
+    assert len(long) < max(sizes) < len(long) + 1000
+    assert sorted(sizes)[-2] < 1000
+
+
+def test_large_row_groups_are_warned_of_once_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, length in (("a", 6_000), ("b", 9_000), ("c", 4)):
+        write(tmp_path / f"{name}.parquet", [f"{i}" * length for i in range(10)])
+    write(tmp_path / "one.parquet", ["z" * 200_000])  # cannot be smaller
+    opened(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(dataset_module, "_LARGE_GROUP_BYTES", 1 << 15)
+    opened(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("2 of 4 row groups hold more than 0 MB, the largest 0 MB")
+    assert "b.parquet row group 0): reading is slow" in line
+    assert line.endswith(f"python prepare.py {tmp_path} OUT")
+
+
 def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     marked(tmp_path, files=12, rows=5)
     dataset = opened(tmp_path, max_cached_files=3)
@@ -109,7 +138,6 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     source = reader(dataset)
     for unit in random.Random(0).sample(range(len(dataset.units)), 40):
         source.tokens(unit, 1, 0, True)
-        assert source.open_files <= 3
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     source.close()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -147,7 +147,7 @@ def test_auto_takes_another_learning_rate_for_another_experiment(
     assert "which differs in training.learning_rate); starting a new one" in capsys.readouterr().out
     assert len(list((tmp_path / "runs").glob("run_*"))) == 2
     assert run_here(arguments) == 0
-    assert "Already at step 30: nothing to do. Raise training.max_iters." in capsys.readouterr().out
+    assert "Already finished at step 30: nothing to do." in capsys.readouterr().out
 
 
 def test_changed_data_is_refused_by_name(
@@ -159,3 +159,45 @@ def test_changed_data_is_refused_by_name(
     (folder / "part_1.parquet").unlink()
     assert run_here([*arguments, AUTO]) == 3
     assert "part_1.parquet is gone" in capsys.readouterr().err
+
+
+def test_a_stop_in_an_evaluation_and_a_kill_after_it_give_one_record_each(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    tiny = [*tiny, "eval_iters=20", "batch_size=1", "log_freq=1"]
+    assert run_here([*tiny, into(tmp_path / "straight")]) == 0
+    arguments = [*tiny, into(tmp_path / "stopped"), AUTO]
+    for moment, number in (("Evaluating", signal.SIGTERM), ("Iter     15", signal.SIGKILL)):
+        child = start(arguments)
+        wait_for(child, moment)
+        child.send_signal(number)
+        child.communicate(timeout=60)
+    assert run_here(arguments) == 0
+    assert_same_run(only_run(tmp_path / "stopped"), only_run(tmp_path / "straight"), step=30)
+
+
+def test_running_a_finished_run_again_changes_nothing(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, into(tmp_path / "runs"), AUTO]
+    assert run_here(arguments) == 0
+    run = only_run(tmp_path / "runs")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert run_here(arguments) == 0
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_another_step_size_is_another_experiment_another_split_of_it_is_not(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny, into(tmp_path / "runs"), AUTO]
+    assert run_here([*arguments, "max_iters=10"]) == 0
+    assert run_here([*arguments, "batch_size=8"]) == 0
+    assert "which differs in sequences per step); starting a new one" in capsys.readouterr().out
+    split = ["batch_size=2", "gradient_accumulation_steps=2", "max_iters=12"]
+    assert run_here([*arguments, *split]) == 0
+    assert "Resumed from checkpoint_10.pt" in capsys.readouterr().out
+    (run,) = (r for r in (tmp_path / "runs").glob("run_*") if (r / "checkpoint_12.pt").exists())
+    assert (
+        run_here([*tiny, into(tmp_path / "runs"), f"resume_from_checkpoint={run}", "batch_size=8"])
+        == 3
+    )
+    assert "sequences per step was 4, is 8" in capsys.readouterr().err

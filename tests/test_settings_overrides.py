@@ -11,6 +11,7 @@ import pytest
 
 from config import Config, ConfigError, Request, command_line
 from settings import dialects
+from settings.values import to_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Ask = Callable[..., Request]
@@ -201,7 +202,7 @@ def test_an_alias_sets_the_option_it_stands_for_and_says_so(
     if key in dialects.LATER:
         text = complaint(ask, capsys, f"{alias}=something")
         assert text.startswith(f"command line: {key}")
-        assert text.endswith(": not available in this version. Remove it.")
+        assert ": not available in this version. " in text
         return
     value = other_value(key)
     from_line = ask(f"{alias}={value}")
@@ -224,9 +225,10 @@ def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
 
 def test_every_alias_stands_for_an_option_that_exists_or_is_announced() -> None:
     options = {f"{s}.{name}" for s, names in Config().to_dict().items() for name in names}
-    assert not options & set(dialects.LATER)
-    assert set(dialects.ALIASES) <= options | set(dialects.LATER)
-    assert not set(dialects.TARGETS) & (options | set(dialects.LATER))
+    announced = set(dialects.LATER) | set(dialects.INERT)
+    assert not options & announced and not set(dialects.LATER) & set(dialects.INERT)
+    assert set(dialects.ALIASES) <= options | announced
+    assert not set(dialects.TARGETS) & (options | announced)
     assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(dialects.TARGETS)
 
 
@@ -236,13 +238,77 @@ def test_an_option_still_to_come_is_refused_unless_it_asks_for_nothing(
 ) -> None:
     section, name = key.split(".")
     Path("config.yaml").write_text(f"{section}:\n  {name}: something\n")
-    message = f"config.yaml:2: {key}: not available in this version. Remove it."
+    harmless = dialects.LATER[key]
+    remedy = "Remove it" if harmless in ((), ("null",)) else f"Set it to {harmless[0]}"
+    message = f"config.yaml:2: {key}: not available in this version. {remedy}."
     assert complaint(ask, capsys) == message
-    for value in dialects.LATER[key]:
+    for value in harmless:
         Path("config.yaml").write_text(f"{section}:\n  {name}: {value}\n")
         request = ask()
         assert request.notes == (f"{key}={value} changes nothing in this version",)
         assert request.config == Config()
+
+
+@pytest.mark.parametrize("key", dialects.INERT)
+def test_an_option_of_what_is_switched_off_takes_its_good_values_only(
+    ask: Ask, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    inert = dialects.INERT[key]
+    option = inert.option(key)
+    for value in {*option.choices, to_text(inert.default)}:
+        request = ask(f"{key}={value}")
+        assert request.config == Config()
+        assert request.notes == (
+            f"{key}={value} changes nothing while {inert.switch} is not available",
+        )
+    assert complaint(ask, capsys, f"{key}=int3").startswith(f"command line: {key}: expected ")
+
+
+LOW_PRECISION = """
+low_precision:
+  use_fp8: false
+  use_4bit: {use_4bit}
+  use_4bit_optimizer: false
+  quantization_type: "nf4"
+  use_double_quant: true
+  compute_dtype: "bfloat16"
+fp8: {{format: hybrid, amax_history_len: 1024, amax_compute_algo: max}}
+"""
+
+
+def test_low_precision_as_documented_works_once_4_bit_is_off(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text(LOW_PRECISION.format(use_4bit="false"))
+    request = ask()
+    assert request.config == Config() and len(request.notes) == 8
+    assert (
+        "low_precision.quantization_type=nf4 changes nothing while low_precision.use_4bit is "
+        "not available"
+    ) in request.notes
+    Path("config.yaml").write_text(LOW_PRECISION.format(use_4bit="true"))
+    assert complaint(ask, capsys) == (
+        "config.yaml:4: low_precision.use_4bit: not available in this version. Set it to false."
+    )
+
+
+LATER_MISTAKES = [
+    ("fp8: {amax_history_len: 0}", "fp8.amax_history_len: must be >= 1, got 0. The default is"),
+    ("fp8: {amax_history: 3}", "fp8.amax_history: unknown option. Did you mean amax_history_len?"),
+    ("distributed: {x: 3}", "distributed.x: unknown option. See python train.py --help."),
+    ("fp8:\n  format: e4m3\n  format: e4m3", "fp8.format: given twice (first at line 2). Keep one"),
+    ("low_precision: {use_4bits: on}", "unknown option. Did you mean use_4bit?"),
+    ("low_precision: {use_double_quant: [1]}", "expected true or false, got a list of 1"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), LATER_MISTAKES)
+def test_mistakes_in_options_still_to_come_are_named(
+    ask: Ask, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    Path("config.yaml").write_text(text)
+    found = complaint(ask, capsys)
+    assert message in found and len(found.splitlines()) == 1
 
 
 def test_flags_of_other_trainers_that_are_off_may_stand(ask: Ask) -> None:

@@ -1,0 +1,150 @@
+"""The README says what is so: its commands parse, its files exist, its tree is the tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+import prepare
+import sample
+from config import Config, command_line
+from data.corpus import Written
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BETWEEN_COMMANDS = {"&&", "||", ";", "|"}
+
+
+def blocks(language: str) -> list[str]:
+    """The contents of the fenced blocks of one language; '' for those without."""
+    found: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [content for name, content in found if name == language]
+
+
+def commands() -> list[list[str]]:
+    """The words of every shell command, in order."""
+    found = []
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            lexer.commenters = "#"
+            words = groupby(lexer, lambda word: word in BETWEEN_COMMANDS)
+            found += [list(group) for between, group in words if not between]
+    return found
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def check_train(arguments: list[str]) -> None:
+    try:
+        command_line(arguments)
+    except SystemExit as left:
+        assert left.code == 0, arguments
+
+
+def check_module(arguments: list[str]) -> None:
+    assert importlib.util.find_spec(arguments[0]) is not None
+
+
+def check_python(arguments: list[str]) -> None:
+    scripts: dict[str, Callable[[list[str]], object]] = {
+        "train.py": check_train,
+        "sample.py": sample.read_arguments,
+        "prepare.py": check_prepare,
+        "-m": check_module,
+    }
+    assert arguments[0] in scripts, f"python {arguments[0]}: this test does not know it"
+    scripts[arguments[0]](arguments[1:])
+
+
+def check_prepare(arguments: list[str]) -> None:
+    assert prepare.main(arguments) == 0
+
+
+def check_make(arguments: list[str]) -> None:
+    assert set(arguments) <= make_targets()
+
+
+def check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install"
+    for flag, name in zip(arguments, arguments[1:], strict=False):
+        assert flag != "-r" or (ROOT / name).is_file()
+
+
+def check_copy(arguments: list[str]) -> None:
+    source, target = arguments
+    shutil.copy(source, target)
+
+
+def check_source(arguments: list[str]) -> None:
+    assert arguments == [".venv/bin/activate"]
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "python": check_python,
+    "python3": check_python,
+    "make": check_make,
+    "pip": check_pip,
+    "cp": check_copy,
+    ".": check_source,
+}
+
+
+def test_every_command_means_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the README, in a folder like a fresh checkout; nothing is trained."""
+    shutil.copy(ROOT / "config.yaml", tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    nothing = Written(tmp_path, files=0, documents=0, bytes=0, seconds=0.0)
+    monkeypatch.setattr(prepare, "_prepare", lambda *_: nothing)
+    assert len(commands()) >= 5
+    for program, *arguments in commands():
+        assert program in CHECKS, f"{program}: this test does not know it"
+        CHECKS[program](arguments)
+
+
+def test_targets_of_make_that_the_text_names_exist() -> None:
+    named = set(re.findall(r"`make ([a-z]+)", README))
+    assert named <= make_targets() and {"help", "demo", "test"} <= make_targets()
+
+
+def test_options_shown_as_yaml_are_read(tmp_path: Path) -> None:
+    for number, block in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        assert Config.from_yaml(path) != Config()
+
+
+def tree_block() -> str:
+    return next(block for block in blocks("") if re.search(r"^train\.py ", block, re.M))
+
+
+def test_the_tree_names_nothing_that_is_not_there() -> None:
+    names = re.findall(r"^(\S+)  ", tree_block(), re.M)
+    assert len(names) >= 10
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_tree_names_all_that_is_tracked() -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode != 0 or not listing.stdout:
+        pytest.skip("not a git checkout")
+    tops = {name.split("/")[0] for name in listing.stdout.split("\0") if name}
+    named = set(re.findall(r"[\w.-]+", tree_block()))
+    hidden = {name for name in tops if name.startswith(".")}
+    assert sorted(tops - hidden - named - {"README.md"}) == []
