@@ -53,7 +53,13 @@ from engine.checkpoint import Resume, load_checkpoint, resolve_resume
 from engine.compile import compile_model
 from engine.evaluate import next_token_loss
 from engine.metrics import RULE, say, short, warn
-from engine.optimizer import build_optimizer, clip_gradients, load_optimizer, set_learning_rate
+from engine.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    load_optimizer,
+    set_learning_rate,
+)
 from engine.plan import cost_line, parameter_lines, tokens_line
 from engine.precision import Precision
 from engine.resume import check_resumable, experiment_differences
@@ -80,9 +86,11 @@ def train(run: Session, stop: StopRequest) -> None:
             run.precision.backward(share)
             loss += share.detach()
         run.precision.unscale(run.optimizer)
-        norm = clip_gradients(run.model, config.optimizer.grad_clip)
+        norm = gradient_norm(run.model)
         loss_value, grad_norm = torch.stack((loss, norm)).tolist()
         run.check_finite(batch, loss_value, grad_norm)
+        if 0.0 < config.optimizer.grad_clip < grad_norm:
+            clip_gradients(run.model, norm, config.optimizer.grad_clip)
         rate = learning_rate(state.step + 1, config, run.planned_steps)
         set_learning_rate(run.optimizer, rate)
         run.precision.step(run.optimizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import OptimizerConfig
 
@@ -44,10 +44,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         group.update(values)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """The norm (a scalar) of all gradients before clipping to `limit`; 0 only measures."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit > 0.0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm (a scalar) of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scales gradients whose `gradient_norm` is `norm` down to the norm `limit`."""
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)

@@ -14,7 +14,7 @@ from torch import nn
 from config import ConfigError, LowPrecisionConfig, OptimizerConfig
 from engine.evaluate import bits_per_byte, mean_loss
 from engine.metrics import Clock, duration, iteration_line, short
-from engine.optimizer import build_optimizer, clip_gradients, load_optimizer
+from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.precision import Precision
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, rng_state
@@ -43,14 +43,15 @@ def test_loading_an_optimizer_keeps_the_present_hyperparameters() -> None:
     assert torch.equal(second.state[model.weight]["exp_avg"], first.state[model.weight]["exp_avg"])
 
 
-@pytest.mark.parametrize("limit, expected", [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
-def test_clipping_returns_the_norm_before_and_zero_only_measures(
-    limit: float, expected: float
-) -> None:
-    model = nn.Linear(2, 1, bias=False)
-    model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(model, limit).item() == pytest.approx(5.0)
-    assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+def test_clipping_scales_all_gradients_to_the_limit() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    model[0].weight.grad = torch.tensor([[3.0, 0.0]])
+    model[1].weight.grad = torch.tensor([[4.0]])
+    norm = gradient_norm(model)
+    assert norm.item() == 5.0
+    clip_gradients(model, norm, limit=1.0)
+    assert gradient_norm(model).item() == pytest.approx(1.0, rel=1e-5)
+    assert model[0].weight.grad.tolist() == [[pytest.approx(0.6), 0.0]]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
