@@ -60,7 +60,7 @@ from engine.optimizer import (
     load_optimizer,
     set_learning_rate,
 )
-from engine.plan import cost_line, parameter_lines, tokens_line
+from engine.plan import cost_line, parameter_lines, tokens_line, tokens_per_step
 from engine.precision import Precision
 from engine.resume import check_resumable, experiment_differences
 from engine.run import RunDirectory
@@ -114,7 +114,7 @@ def build(request: Request, stack: ExitStack) -> Session:
     world = enter_world(config.system)
     resume = find_resume(config)
     data = open_data(config)
-    steps = planned_steps(data, config, world)
+    steps = planned_steps(data, config, world.size)
     seed_generators(config.training.seed)
     model = build_model(config).to(world.device)
     precision = Precision(config.low_precision, world.device)
@@ -122,7 +122,7 @@ def build(request: Request, stack: ExitStack) -> Session:
     state, cursor, changes = TrainState(), None, list[str]()
     if resume is not None:
         saved = load_checkpoint(resume.path)
-        changes = check_fits(saved, resume, data, config)
+        changes = check_fits(saved, resume, data, config, world.size)
         model.load_state_dict(saved["model"])
         load_optimizer(optimizer, saved["optimizer"])
         precision.load_state_dict(saved["scaler"])
@@ -163,12 +163,14 @@ def build(request: Request, stack: ExitStack) -> Session:
     )
 
 
-def check_fits(saved: dict[str, Any], resume: Resume, data: Dataset, config: Config) -> list[str]:
+def check_fits(
+    saved: dict[str, Any], resume: Resume, data: Dataset, config: Config, world_size: int
+) -> list[str]:
     """Lines that tell what differs from the checkpoint; raises CheckpointError and DataError."""
     then = Config.from_dict(saved["config"])
     lines = check_resumable(then, config, str(resume.path))
     data.check_unchanged(saved["data"])
-    steps = [planned_steps(data, each, World(0, 1, torch.device("cpu"))) for each in (then, config)]
+    steps = [planned_steps(data, each, world_size) for each in (then, config)]
     before = learning_rate(resume.step, then, steps[0])
     after = learning_rate(resume.step + 1, config, steps[1])
     return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
@@ -259,30 +261,25 @@ def directory_lines(directory: RunDirectory, config: Config, resume: Resume | No
     return [*lines, f"Resumed from {resume.path.name}: {resume.step} steps done"]
 
 
-def tokens_per_step(config: Config, world: World) -> int:
-    """Tokens of one optimizer step over all processes."""
-    return sequences_per_step(config, world.size) * config.training.block_size
-
-
-def planned_steps(data: Dataset, config: Config, world: World) -> int:
+def planned_steps(data: Dataset, config: Config, world_size: int) -> int:
     """Optimizer steps until `max_iters` or, by the data's estimated size, the end of `epochs`."""
     training = config.training
     if training.epochs is None:
         return training.max_iters
-    steps = training.epochs * data.ledger.train_tokens / tokens_per_step(config, world)
+    steps = training.epochs * data.ledger.train_tokens / tokens_per_step(config, world_size)
     return min(training.max_iters, max(1, math.ceil(steps)))
 
 
 def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
     """What the data amounts to, what a step takes of it and how often the run will see it."""
-    ledger, steps = data.ledger, planned_steps(data, config, world)
-    planned = steps * tokens_per_step(config, world)
+    ledger, steps = data.ledger, planned_steps(data, config, world.size)
+    planned = steps * tokens_per_step(config, world.size)
     about = "about " if steps < config.training.max_iters else ""
     return [
         f"Data: {config.dataset.parquet_dir}: {ledger.files:,} files, {ledger.rows:,} rows, about "
         f"{short(ledger.tokens)} tokens: {short(ledger.train_tokens)} to train on, "
         f"{short(ledger.test_tokens)} held out",
-        tokens_line(config, accumulation_steps(config, world.size), world.size),
+        tokens_line(config, world.size),
         f"Max iterations: {about}{steps:,} = {short(planned)} tokens, "
         f"about {planned / max(1, ledger.train_tokens):.2f} epochs",
     ]
@@ -290,7 +287,7 @@ def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
 
 def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
     """Parameters, memory and work."""
-    cost = cost_line(model, training_flops(model, config), tokens_per_step(config, world))
+    cost = cost_line(model, training_flops(model, config), tokens_per_step(config, world.size))
     return [*parameter_lines(model), cost]
 
 
@@ -306,13 +303,13 @@ def dry_run(request: Request) -> None:
     folder = Path(config.dataset.parquet_dir)
     if corpus.is_embedded(folder) and not folder.exists():
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
-        say(tokens_line(config, accumulation_steps(config, world.size), world.size))
+        say(tokens_line(config, world.size))
     else:
         data = open_dataset(config.dataset, config.tokenizer)
         evaluation_batches(data, config)
         say(*plan_lines(data, config, world))
         if resume is not None:
-            say(*check_fits(load_checkpoint(resume.path), resume, data, config))
+            say(*check_fits(load_checkpoint(resume.path), resume, data, config, world.size))
     say(*directory_lines(directory, config, resume))
     say("Dry run: nothing was trained or created.")
 

@@ -19,7 +19,7 @@ def compile_model(
 
     `trial` runs the model once: compilers fail then, and the run goes on without. It must leave no
     trace but draws of torch's generators, which are put back. `auto` compiles on CUDA only: on a
-    CPU it takes about a minute and gains little.
+    CPU it takes half a minute and gains little.
     """
     wanted = device.type == "cuda" if system.compile == "auto" else system.compile
     if not wanted:
@@ -35,6 +35,7 @@ def compile_model(
             trial()
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
         model._compiled_call_impl = None
+        model.zero_grad(set_to_none=True)  # a backward pass that failed leaves some behind
         reason = str(error).strip().splitlines()[0]
         return f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
     return f"compiled with {compiler} in {time.monotonic() - began:.0f}s"

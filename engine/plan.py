@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from config import Config
+from config import Config, accumulation_steps, sequences_per_step
 from engine.metrics import short
 
 
@@ -20,10 +20,15 @@ def parameter_lines(model: nn.Module) -> list[str]:
     return [f"Total parameters: {total:,} ({listed})", f"Trainable parameters: {trainable:,}"]
 
 
-def tokens_line(config: Config, accumulation: int, world_size: int) -> str:
+def tokens_per_step(config: Config, world_size: int) -> int:
+    """Tokens of one optimizer step over all processes."""
+    return sequences_per_step(config, world_size) * config.training.block_size
+
+
+def tokens_line(config: Config, world_size: int) -> str:
     """Tokens per optimizer step, with the formula."""
-    training = config.training
-    count = training.batch_size * training.block_size * accumulation * world_size
+    training, count = config.training, tokens_per_step(config, world_size)
+    accumulation = accumulation_steps(config, world_size)
     plural = "process" if world_size == 1 else "processes"
     return (
         f"Tokens per step: {training.batch_size} sequences x {training.block_size} tokens x "
@@ -31,12 +36,12 @@ def tokens_line(config: Config, accumulation: int, world_size: int) -> str:
     )
 
 
-def cost_line(model: nn.Module, flops_per_token: int, tokens_per_step: int) -> str:
+def cost_line(model: nn.Module, flops_per_token: int, step_tokens: int) -> str:
     """What a step takes: memory that does not depend on the batch, and work."""
     moments = 4  # weights, gradients and AdamW's two moments
     held = sum(moments * p.numel() * p.element_size() for p in model.parameters())
     return (
-        f"Memory: {short(held)}B for weights, gradients and optimizer, and activations | "
+        f"Memory: {short(held)}B for weights, gradients and optimizer, plus activations | "
         f"Work: {short(flops_per_token)} FLOP per token, "
-        f"{short(flops_per_token * tokens_per_step)} per step"
+        f"{short(flops_per_token * step_tokens)} per step"
     )

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from config import Config, NonFiniteError, UserError, WriteError, sequences_per_step
+from config import Config, NonFiniteError, UserError, WriteError
 from engine.checkpoint import save_checkpoint
 from engine.evaluate import bits_per_byte, mean_loss, next_token_loss
 from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
+from engine.plan import tokens_per_step
 from engine.precision import Precision
 from engine.run import RunDirectory
 from engine.signals import StopRequest
@@ -79,9 +80,7 @@ class Session:
     def __post_init__(self) -> None:
         self.first_step = self.state.step
         self.started = self.counted = self.saved_at = time.monotonic()
-        self.tokens_per_step = (
-            sequences_per_step(self.config, self.world.size) * self.config.training.block_size
-        )
+        self.tokens_per_step = tokens_per_step(self.config, self.world.size)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean loss of rows (B, T+1) in the run's precision."""

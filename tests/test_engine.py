@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from config import ConfigError, LowPrecisionConfig, OptimizerConfig
+from config import ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
+from engine.compile import compile_model
 from engine.evaluate import bits_per_byte, mean_loss
 from engine.metrics import Clock, duration, iteration_line, short
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
@@ -212,3 +213,21 @@ def test_unknown_devices_are_refused_with_a_remedy() -> None:
 def test_unknown_peaks_are_none_never_a_guess() -> None:
     assert peak_flops(CPU) is None
     assert peak_memory_bytes(CPU) > 10_000_000
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.compile.compiler_for", lambda device: "g++")
+    model = nn.Linear(2, 2)
+    before = torch.get_rng_state()
+
+    def trial() -> None:
+        torch.rand(1)
+        model.weight.grad = torch.ones(2, 2)
+        raise RuntimeError("no such instruction\nand a long trace")
+
+    told = compile_model(model, SystemConfig(compile=True), CPU, trial)
+    assert told == "not compiled: g++ failed (RuntimeError: no such instruction)"
+    assert model.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model(torch.ones(1, 2)).shape == (1, 2)
