@@ -21,15 +21,15 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import BDHConfig
+from model.bdh_kernels import Call, bdh_layers
+from model.bdh_passes import EAGER, compiled
+from model.bdh_tiles import Rotation, Tiling, rope_frequencies, rotation
 
-ROPE_THETA = 2.0**16
 INIT_STD = 0.02
 
 
@@ -50,7 +50,8 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.empty(H, D, N))  # G
         self.decoder = nn.Parameter(torch.empty(H * N, D))  # F
         self.lm_head = nn.Parameter(torch.empty(D, V))
-        self.register_buffer("frequencies", rope_frequencies(N), persistent=False)
+        self.passes = EAGER
+        self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -58,77 +59,62 @@ class BDH(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        frequencies = self.get_buffer("frequencies")
-        rotation = rope_rotation(tokens.shape[1], frequencies)
-        dropout = self.config.dropout if self.training else 0.0
-        x = _layer_norm(self.embed(tokens))  # (B, T, D)
-        for _ in range(self.config.n_layer):
-            y = bdh_layer(x, (self.encoder, self.encoder_v, self.decoder), rotation, dropout)
-            x = _layer_norm(x + _layer_norm(y))
-        return x @ self.lm_head
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """documents (B, T): numbers of the documents; tokens see only those of their own."""
+        x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))  # (B, T, D)
+        return self.layers(x, documents) @ self.lm_head
+
+    def layers(
+        self, x: Tensor, documents: Tensor | None = None, states: Tensor | None = None
+    ) -> Tensor:
+        """All layers: x (B, T, D) -> (B, T, D); `states` as in `bdh_kernels.Call`."""
+        dtype = product_dtype(x)
+        tiling = Tiling.of(x.shape[0], x.shape[1], self.encoder, dtype)
+        call = Call(
+            n_layer=self.config.n_layer,
+            dropout=self.config.dropout if self.training else 0.0,
+            rotation=self.rotation(tiling.chunk, dtype),
+            tiling=tiling,
+            passes=self.passes,
+            documents=documents,
+            states=states,
+        )
+        result: Tensor = bdh_layers(x, (self.encoder, self.encoder_v, self.decoder), call)
+        return result
+
+    def rotation(self, chunk: int, dtype: torch.dtype) -> Rotation:
+        """The angles of a chunk; the last ones asked for are kept."""
+        key = (chunk, dtype, self.encoder.device)
+        if key not in self._rotations:
+            if len(self._rotations) >= 4:
+                self._rotations.clear()
+            self._rotations[key] = rotation(self.encoder.shape[2], *key)
+        return self._rotations[key]
+
+    def compile(self, *_: object, **__: object) -> None:
+        """Fuses what lies between the matrix products, which is all that compilers gain here."""
+        self.passes = compiled()
 
     def flops_per_token(self, block_size: int) -> int:
-        """Forward and backward (three times forward), counting the causal half of attention."""
+        """Forward and backward (three times forward), each token seeing those before it once.
+
+        A block of one chunk is counted as the causal half of its scores, a longer one as the half
+        within chunks and the states between them.
+        """
         D, H, N = self.encoder.shape[1], self.encoder.shape[0], self.encoder.shape[2]
+        tiling = Tiling.of(1, block_size, self.encoder, self.encoder.dtype)
         projections = 3 * 2 * D * H * N
-        attention = (
-            block_size * H * (N + D)
-        )  # (T / 2 pairs) x 2 FLOPs x (scores over N, sum over D)
+        attention = tiling.chunk * H * (N + D)  # C / 2 pairs, 2 FLOPs over N and over D
+        if tiling.chunk < block_size:
+            attention += 4 * H * N * D  # into the state and out of it
         head = 2 * D * self.config.vocab_size
         return 3 * (self.config.n_layer * (projections + attention) + head)
 
 
-def bdh_layer(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    rotation: tuple[Tensor, Tensor],
-    dropout: float,
-) -> Tensor:
-    """One layer before its residual: x (B, T, D) -> (B, T, D).
-
-    weights: encoder (H, D, N), encoder_v (H, D, N), decoder (H*N, D); rotation: cosine and sine,
-    each (T, N/2). Every wide tensor is (H, B, T, N); this is the only place where width N exists.
-    """
-    encoder, encoder_v, decoder = weights
-    B, T, D = x.shape
-    H, _, N = encoder.shape
-    s = torch.relu(x.view(B * T, D) @ encoder).view(H, B, T, N)
-    r = rotate(s, rotation)
-    scores = (r @ r.mT).tril(diagonal=-1)  # (H, B, T, T)
-    a = _layer_norm(scores @ x.to(scores.dtype))  # (H, B, T, D)
-    y = torch.relu(a.view(H, B * T, D) @ encoder_v).view(H, B, T, N)
-    z = F.dropout(s * y, dropout, training=dropout > 0.0)
-    heads = z.view(H, B * T, N) @ decoder.view(H, N, D)  # (H, B*T, D)
-    return heads.sum(dim=0, dtype=x.dtype).view(B, T, D)
-
-
-def rope_frequencies(neurons: int) -> Tensor:
-    """Turns per token of each pair (N/2,): theta ** (-2i/N) / (2 pi), in float32."""
-    exponent = torch.arange(0, neurons, 2, dtype=torch.float32) / neurons
-    return ROPE_THETA**-exponent / (2 * math.pi)
-
-
-def rope_rotation(length: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, N/2) of each position's angle.
-
-    Phases are counted in turns and reduced modulo one before the cosine: at large positions the
-    angle itself would have no digits left after the point.
-    """
-    positions = torch.arange(length, device=frequencies.device, dtype=frequencies.dtype)
-    angles = torch.outer(positions, frequencies).remainder(1.0) * (2 * math.pi)
-    return angles.cos(), angles.sin()
-
-
-def rotate(s: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (s[..., i], s[..., N/2 + i]) by their position's angle; (..., T, N)."""
-    cos, sin = (part.to(s.dtype) for part in rotation)
-    first, second = s.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products on x: autocast's, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def from_upstream(state: dict[str, Tensor], config: BDHConfig) -> BDH:

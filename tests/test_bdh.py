@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from config import BDHConfig, Config
-from model.bdh import BDH, from_upstream, rope_frequencies, rope_rotation, to_upstream
+from model.bdh import BDH, from_upstream, to_upstream
+from model.bdh_tiles import rope_frequencies, rotation
 
 
 def small_config(**changes: Any) -> BDHConfig:
@@ -156,11 +157,10 @@ def test_later_tokens_never_change_earlier_logits(cut: int, seed: int) -> None:
 
 
 def test_rotation_keeps_its_precision_at_large_positions() -> None:
-    frequencies = rope_frequencies(64)
-    cos, sin = rope_rotation(100_001, frequencies)
-    exact = 2 * math.pi * ((100_000 * frequencies.double()) % 1.0)
-    assert (cos[-1].double() - exact.cos()).abs().max() < 0.05
-    assert (cos.square() + sin.square() - 1).abs().max() < 1e-5
+    angles = rotation(64, 100_000, torch.float32, torch.device("cpu"))
+    exact = 2 * math.pi * ((100_000 * rope_frequencies(64).double()) % 1.0)
+    assert (angles.chunk_cos.double() - exact.cos()).abs().max() < 0.05
+    assert (angles.cos.square() + angles.sin.square() - 1).abs().max() < 1e-5
 
 
 def test_default_size_has_the_published_number_of_parameters() -> None:

@@ -26,6 +26,7 @@ DOORS = {
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
+    "model": "bdh_passes, bdh_tiles, bdh_kernels, bdh, __init__, decode",
     "data": "order, tokenizer, index, parquet, dataset, packing, feed, loader, __init__, corpus",
     "engine": "world, files, metrics, state, content, manifest, environment, resume, schedule, "
     "optimizer, precision, compile, signals, evaluate, plan, run, checkpoint, session",
@@ -160,11 +161,13 @@ def depths(edges: dict[str, set[str]]) -> dict[str, int]:
 
 
 def test_imports_have_no_cycles_and_are_at_most_five_deep() -> None:
-    """Config is the floor of the house; the reader below it is measured by itself."""
+    """Config is the floor of the house; the reader below it is measured by itself, and the scripts,
+    which nothing imports, stand on top."""
     edges = graph()
     assert depths(edges)["config"] <= 5
     above = {name: targets for name, targets in edges.items() if not name.startswith("settings")}
-    deep = {name: depth for name, depth in depths(above | {"config": set()}).items() if depth > 5}
+    levels = depths(above | {"config": set()})
+    deep = {name: depth for name, depth in levels.items() if depth > 5 + (name in SCRIPTS)}
     assert deep == {}
 
 

@@ -1,0 +1,132 @@
+"""How BDH's work is cut into pieces: chunks of tokens, tiles of neurons, and what belongs to each.
+
+B sequences of T tokens -> X = B * K chunks of C tokens; H heads, `group` of them at once;
+N neurons of a head -> tiles of n = 2p, the first members of p rotated pairs, then the second
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROPE_THETA = 2.0**16
+_CPU_TILE = 2**22  # elements: a few tiles of them fit the second-level caches and their neighbours
+_GPU_TILE = 2**26  # enough to fill the device with one product
+_KEPT_BYTES = 2**28  # per buffer kept between the rounds, two of them
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles: of each token in a chunk, and of a whole chunk."""
+
+    cos: Tensor  # (C, N/2), in the dtype of the products
+    sin: Tensor
+    chunk_cos: Tensor  # (N/2,), in float32 at least
+    chunk_sin: Tensor
+
+
+def rope_frequencies(neurons: int) -> Tensor:
+    """Turns per token of each pair (N/2,): theta ** (-2i/N) / (2 pi), in float32."""
+    exponent = torch.arange(0, neurons, 2, dtype=torch.float32) / neurons
+    return ROPE_THETA**-exponent / (2 * math.pi)
+
+
+def rotation(neurons: int, chunk: int, dtype: torch.dtype, device: torch.device) -> Rotation:
+    """The angles of a chunk of tokens, for products in this dtype.
+
+    Phases are counted in turns and reduced modulo one before the cosine: at large positions the
+    angle itself would have no digits left after the point.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    frequencies = rope_frequencies(neurons).to(device, exact)
+    tokens = torch.arange(chunk + 1, device=device, dtype=exact)
+    angles = torch.outer(tokens, frequencies).remainder(1.0) * (2 * math.pi)
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(cos[:-1].to(dtype), sin[:-1].to(dtype), cos[-1].clone(), sin[-1].clone())
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: chunks of `chunk` tokens, `group` heads at once, tiles of at most
+    `pairs` rotated pairs. `keep`: the tiles of a head stay for the second round over its neurons
+    instead of being computed again.
+    """
+
+    chunk: int
+    group: int
+    pairs: int
+    keep: bool
+
+    @staticmethod
+    def of(batch: int, length: int, encoder: Tensor, dtype: torch.dtype) -> Tiling:
+        """What measured fastest for this many tokens, encoder's (H, D, N) and its device."""
+        H, D, N = encoder.shape
+        longest = max(2 * D, 256)
+        chunk = length
+        if length > 2 * longest:  # a square of two chunks costs what the state between them does
+            chunk = min(longest, -(-length // -(-length // longest) // 32) * 32)
+        tokens = batch * -(-length // chunk) * chunk
+        on_cpu = encoder.device.type == "cpu"
+        group = 1 if on_cpu else H
+        neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (tokens * group)
+        pairs = min(max(neurons, 1024) // 2, N // 2)
+        kept = group * tokens * N * dtype.itemsize
+        return Tiling(chunk, group, pairs, kept <= _KEPT_BYTES)
+
+
+class Tile(NamedTuple):
+    """The weights of some pairs of every head, in the dtype of the products."""
+
+    encoder: Tensor  # (H, D, n)
+    encoder_v: Tensor  # (H, D, n)
+    decoder: Tensor  # (H, n, D)
+
+
+def tile_borders(neurons: int, pairs: int) -> list[tuple[int, int]]:
+    """The pairs of each tile: as few tiles as `pairs` allows, as equal as can be."""
+    count = -(-neurons // (2 * pairs))
+    ends = [neurons // 2 * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def pack(weights: Sequence[Tensor], dtype: torch.dtype, pairs: int) -> Iterator[Tile]:
+    """The weights cut into tiles, each of them contiguous."""
+    encoder, encoder_v, decoder = weights
+    H, D, N = encoder.shape
+    for start, end in tile_borders(N, pairs):
+        parts = [w.view(H, D, 2, N // 2)[..., start:end] for w in (encoder, encoder_v)]
+        parts.append(decoder.view(H, 2, N // 2, D)[:, :, start:end])
+        packed = [torch.empty(p.shape, dtype=dtype, device=p.device).copy_(p) for p in parts]
+        yield Tile(packed[0].view(H, D, -1), packed[1].view(H, D, -1), packed[2].view(H, -1, D))
+
+
+class ChunkMasks:
+    """Who may see whom: hidden (1 or X, C, C), true where it may not.
+
+    With documents also, for each token (X, C, 1), whether its document began before the chunk
+    (`enters`) and whether it goes on to the chunk's end (`leaves`); and for each chunk,
+    (K, B, 1, 1), whether one document covers it and reaches back before it (`carried`).
+    """
+
+    def __init__(
+        self, documents: Tensor | None, cut: tuple[int, int, int], device: torch.device
+    ) -> None:
+        B, K, C = cut
+        self.hidden = torch.ones(1, C, C, dtype=torch.bool, device=device).triu()
+        self.enters = self.leaves = self.carried = None
+        if documents is None:
+            return
+        missing = K * C - documents.shape[1]
+        numbers = torch.cat((documents, documents[:, -1:].expand(B, missing)), 1).view(B, K, C)
+        own = numbers[..., None] == numbers[..., None, :]
+        self.hidden = self.hidden | ~own.view(B * K, C, C)
+        last = numbers[..., -1:]
+        before = torch.cat((numbers[:, :1, :1], last[:, :-1]), 1)
+        self.enters = (numbers == before).view(B * K, C, 1)
+        self.leaves = (numbers == last).view(B * K, C, 1)
+        self.carried = (last == before).view(B, K, 1, 1).transpose(0, 1)  # (K, B, 1, 1)
