@@ -73,21 +73,20 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, call, seed = rest
-        with torch.autocast(x.device.type, enabled=False):
-            tiles = list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs))
-            layer = _Layer(x.shape, tiles, call, seed)
-            stream = layer.cut(x.to(layer.sum_dtype))
-            saved: list[Tensor] = []
-            for number in range(call.n_layer):
-                y, kept = layer.forward(stream, number)
-                if any(ctx.needs_input_grad):
-                    saved += [stream, y, *kept]
-                stream = _norm(stream + _norm(y))
-            if saved:
-                ctx.save_for_backward(*weights, *saved, *itertools.chain(*tiles))
-                ctx.call, ctx.seed, ctx.shape, ctx.dtype = call, seed, x.shape, x.dtype
-                ctx.per_layer = len(saved) // call.n_layer
-            return layer.join(stream).to(x.dtype)
+        tiles = list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs))
+        layer = _Layer(x.shape, tiles, call, seed)
+        stream = layer.cut(x.to(layer.sum_dtype))
+        saved: list[Tensor] = []
+        for number in range(call.n_layer):
+            y, kept = layer.forward(stream, number)
+            if any(ctx.needs_input_grad):
+                saved += [stream, y, *kept]
+            stream = _norm(stream + _norm(y))
+        if saved:
+            ctx.save_for_backward(*weights, *saved, *itertools.chain(*tiles))
+            ctx.call, ctx.seed, ctx.shape, ctx.dtype = call, seed, x.shape, x.dtype
+            ctx.per_layer = len(saved) // call.n_layer
+        return layer.join(stream).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -97,18 +96,17 @@ class _Layers(torch.autograd.Function):
         packed = saved[call.n_layer * ctx.per_layer :]
         del saved[call.n_layer * ctx.per_layer :]
         tiles = [Tile(*packed[i : i + 3]) for i in range(0, len(packed), 3)]
-        with torch.autocast(dx.device.type, enabled=False):
-            layer = _Layer(ctx.shape, tiles, call, ctx.seed)
-            gradients = _Gradients(weights, layer.sum_dtype, call.passes)
-            dstream = layer.cut(dx.to(layer.sum_dtype))
-            for number in reversed(range(call.n_layer)):
-                stream, y, *kept = saved[-ctx.per_layer :]
-                del saved[-ctx.per_layer :]
-                dsum = _norm_backward(dstream, stream + _norm(y))
-                dy = _norm_backward(dsum, y)
-                dstream = layer.backward(stream, dy, kept, number, gradients).add_(dsum)
-                gradients.fresh = False
-            return layer.join(dstream).to(ctx.dtype), *gradients.like(weights), None, None
+        layer = _Layer(ctx.shape, tiles, call, ctx.seed)
+        gradients = _Gradients(weights, layer.sum_dtype, call.passes)
+        dstream = layer.cut(dx.to(layer.sum_dtype))
+        for number in reversed(range(call.n_layer)):
+            stream, y, *kept = saved[-ctx.per_layer :]
+            del saved[-ctx.per_layer :]
+            dsum = _norm_backward(dstream, stream + _norm(y))
+            dy = _norm_backward(dsum, y)
+            dstream = layer.backward(stream, dy, kept, number, gradients).add_(dsum)
+            gradients.fresh = False
+        return layer.join(dstream).to(ctx.dtype), *gradients.like(weights), None, None
 
 
 class _Sum:

@@ -24,6 +24,10 @@ _MASK = 2**32 - 1
 _ODD = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of a 32-bit mixer (Wellons, "lowbias32")
 
 
+Halves = tuple[Tensor, Tensor]
+"""First and second members of rotated pairs."""
+
+
 class Keep(NamedTuple):
     """Which elements of a tile dropout keeps: those whose hash is at least `least`."""
 
@@ -56,9 +60,9 @@ class Passes(NamedTuple):
     add: Callable[[Tensor, Tensor], object]
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
+def _halves(x: Tensor, dim: int = -1) -> Halves:
+    first, second = x.chunk(2, dim)
+    return first, second
 
 
 def _kept(keep: Keep, like: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def _where_positive(gradient: Tensor, x: Tensor) -> Tensor:
 def _carry(part: Tensor, state: Tensor, goes_on: Tensor | None, cos: Tensor, sin: Tensor) -> None:
     following = part + (state if goes_on is None else state * goes_on)
     part.copy_(state)
-    (a, b), (first, second) = following.chunk(2, dim=-2), state.chunk(2, dim=-2)
+    (a, b), (first, second) = _halves(following, -2), _halves(state, -2)
     torch.mul(a, cos, out=first).addcmul_(b, sin)
     torch.mul(b, cos, out=second).addcmul_(a, sin, value=-1)
 
@@ -137,30 +141,27 @@ def compiled() -> Passes:
     )
     return Passes(
         "compiled",
-        lambda u, cos, sin, r: turn(*_halves(u), cos, sin, *_halves(r)),
-        lambda u, dr, cos, sin, du: turn_backward(
-            *_halves(u), *_halves(dr), cos, sin, *_halves(du)
-        ),
+        lambda u, cos, sin, r: turn(_halves(u), cos, sin, _halves(r)),
+        lambda u, dr, cos, sin, du: turn_backward(_halves(u), _halves(dr), cos, sin, _halves(du)),
         gate,
         gate_backward,
         lambda part, state, goes_on, cos, sin: carry(
-            *part.chunk(2, dim=-2), *state.chunk(2, dim=-2), goes_on, cos, sin
+            _halves(part, -2), _halves(state, -2), goes_on, cos, sin
         ),
         torch.compile(_add_fused, dynamic=True),
     )
 
 
-def _turn_fused(u1: Tensor, u2: Tensor, cos: Tensor, sin: Tensor, r1: Tensor, r2: Tensor) -> None:
-    a, b = u1.relu(), u2.relu()
-    r1.copy_(a * cos - b * sin)
-    r2.copy_(b * cos + a * sin)
+def _turn_fused(u: Halves, cos: Tensor, sin: Tensor, r: Halves) -> None:
+    a, b = u[0].relu(), u[1].relu()
+    r[0].copy_(a * cos - b * sin)
+    r[1].copy_(b * cos + a * sin)
 
 
-def _turn_backward_fused(
-    u1: Tensor, u2: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor, d1: Tensor, d2: Tensor
-) -> None:
-    d1.add_(torch.where(u1 > 0, a * cos + b * sin, 0))
-    d2.add_(torch.where(u2 > 0, b * cos - a * sin, 0))
+def _turn_backward_fused(u: Halves, dr: Halves, cos: Tensor, sin: Tensor, du: Halves) -> None:
+    a, b = dr
+    du[0].add_(torch.where(u[0] > 0, a * cos + b * sin, 0))
+    du[1].add_(torch.where(u[1] > 0, b * cos - a * sin, 0))
 
 
 def _is_kept(keep: Keep) -> Tensor:
@@ -188,20 +189,14 @@ def _gate_backward_fused(u: Tensor, v: Tensor, dz: Tensor, keep: Keep | None, du
 
 
 def _carry_fused(
-    part1: Tensor,
-    part2: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    goes_on: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    part: Halves, state: Halves, goes_on: Tensor | None, cos: Tensor, sin: Tensor
 ) -> None:
     kept = 1 if goes_on is None else goes_on
-    a, b = state1 * kept + part1, state2 * kept + part2
-    part1.copy_(state1)
-    part2.copy_(state2)
-    state1.copy_(a * cos + b * sin)
-    state2.copy_(b * cos - a * sin)
+    a, b = state[0] * kept + part[0], state[1] * kept + part[1]
+    part[0].copy_(state[0])
+    part[1].copy_(state[1])
+    state[0].copy_(a * cos + b * sin)
+    state[1].copy_(b * cos - a * sin)
 
 
 def _add_fused(total: Tensor, product: Tensor) -> None:
