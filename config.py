@@ -66,6 +66,7 @@ class ModelConfig(_Section):
     dropout: float = option(0.1, "share of activations dropped", ge=0, lt=1)
     vocab_size: int = option(256, "rows of the embedding; >= the tokenizer's size", ge=1)
     mlp_internal_dim_multiplier: int = option(128, "BDH: neurons per n_embd, all heads", ge=1)
+    mask: Literal["causal", "causal_document"] = option("causal", "causal_document: own text only")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

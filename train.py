@@ -31,7 +31,7 @@ if __name__ == "__main__":  # --help and config errors are answered before torch
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,12 +46,14 @@ from data import (
     StepBatch,
     TrainLoader,
     corpus,
+    document_ids,
     evaluation_rows,
     open_dataset,
 )
+from data.tokenizer import build_tokenizer
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
-from engine.compile import compile_model
-from engine.evaluate import next_token_loss
+from engine.compile import compile_model, compile_wanted
+from engine.evaluate import DocumentIds, next_token_loss
 from engine.metrics import RULE, say, short, warn
 from engine.optimizer import (
     build_optimizer,
@@ -68,7 +70,7 @@ from engine.schedule import learning_rate
 from engine.session import Batch, Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_generators
-from engine.world import World, enter_world
+from engine.world import World, enter_world, keep_freed_memory
 from model import LanguageModel, build_model
 
 
@@ -112,6 +114,7 @@ def build(request: Request, stack: ExitStack) -> Session:
     """
     config = request.config
     world = enter_world(config.system)
+    keep_freed_memory()
     resume = find_resume(config)
     data = open_data(config)
     steps = planned_steps(data, config, world.size)
@@ -130,9 +133,9 @@ def build(request: Request, stack: ExitStack) -> Session:
         restore_rng(saved["rng"], world.device)
         del saved
     evaluation = evaluation_batches(data, config)
-    compiled = compile_model(
-        model, config.system, world.device, partial(try_model, model, precision, config)
-    )
+    documents = document_reader(config)
+    trial = partial(try_model, model, precision, config, documents)
+    compiled = compile_where_it_pays(model, config, world, steps, trial)
     training = not config.training.eval_only and (
         not state.finished(config.training) or state.evaluation_missing(config.training)
     )
@@ -153,6 +156,8 @@ def build(request: Request, stack: ExitStack) -> Session:
         flops_per_token=training_flops(model, config),
         optimizer=optimizer,
         batches=batches,
+        documents=documents,
+        activity=cast(LanguageModel, model).activity,
         evaluation=evaluation,
         data=data.summary(),
         directory=directory,
@@ -176,12 +181,23 @@ def check_fits(
     return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
 
 
-def try_model(model: nn.Module, precision: Precision, config: Config) -> None:
+def compile_where_it_pays(
+    model: nn.Module, config: Config, world: World, steps: int, trial: Callable[[], None]
+) -> str:
+    """Tells what was done; a run compiles, or not, by its whole length, also when it is resumed."""
+    run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
+    wanted = compile_wanted(config.system, world.device, run_flops)
+    return compile_model(model, wanted, world.device, trial)
+
+
+def try_model(
+    model: nn.Module, precision: Precision, config: Config, documents: DocumentIds | None
+) -> None:
     """One forward and backward pass over a batch of zeros; leaves no gradients."""
     shape = (config.training.batch_size, config.training.block_size + 1)
     with precision.autocast():
         rows = torch.zeros(shape, dtype=torch.uint8)
-        loss = next_token_loss(model, rows, precision.device)
+        loss = next_token_loss(model, rows, precision.device, documents)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)
 
@@ -223,6 +239,13 @@ def evaluation_batches(data: Dataset, config: Config) -> tuple[tuple[Tensor, ...
     count = training.eval_iters * training.batch_size
     rows = (evaluation_rows(data, split, training.block_size, count) for split in ("train", "test"))
     return tuple(torch.split(each, training.batch_size) for each in rows)
+
+
+def document_reader(config: Config) -> DocumentIds | None:
+    """What tells documents apart in rows of tokens, where tokens may see only their own."""
+    if config.model.mask == "causal":
+        return None
+    return partial(document_ids, separator=build_tokenizer(config.tokenizer).separator)
 
 
 def batch_spec(config: Config, world: World) -> BatchSpec:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from data.dataset import Dataset, Ledger, open_dataset
 from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+from data.packing import document_ids
 
 __all__ = [
     "BatchSpec",
@@ -14,6 +15,7 @@ __all__ = [
     "Ledger",
     "StepBatch",
     "TrainLoader",
+    "document_ids",
     "evaluation_rows",
     "merge_cursors",
     "open_dataset",

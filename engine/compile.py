@@ -11,17 +11,27 @@ from torch import nn
 from config import SystemConfig
 from engine.world import compiler_for
 
+PAYS_FLOPS = 1e13  # half a minute of a CPU's work: compiling takes a quarter of one, and halves it
+
+
+def compile_wanted(system: SystemConfig, device: torch.device, run_flops: float) -> bool:
+    """Whether `system.compile` asks for it; `auto`: on CUDA, and on a CPU where the run is long.
+
+    run_flops: FLOPs of the whole run, whatever part of it is done.
+    """
+    if system.compile != "auto":
+        return system.compile
+    return device.type == "cuda" or (device.type == "cpu" and run_flops >= PAYS_FLOPS)
+
 
 def compile_model(
-    model: nn.Module, system: SystemConfig, device: torch.device, trial: Callable[[], object]
+    model: nn.Module, wanted: bool, device: torch.device, trial: Callable[[], object]
 ) -> str:
     """Compiles in place, so that saved weights keep their names; tells what was done.
 
     `trial` runs the model once: compilers fail then, and the run goes on without. It must leave no
-    trace but draws of torch's generators, which are put back. `auto` compiles on CUDA only: on a
-    CPU it takes half a minute and gains little.
+    trace but draws of torch's generators, which are put back.
     """
-    wanted = device.type == "cuda" if system.compile == "auto" else system.compile
     if not wanted:
         return "not compiled"
     compiler = compiler_for(device)
@@ -34,7 +44,7 @@ def compile_model(
         with torch.random.fork_rng(devices=devices):
             trial()
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
-        model._compiled_call_impl = None
+        model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # a backward pass that failed leaves some behind
         reason = str(error).strip().splitlines()[0]
         return f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"

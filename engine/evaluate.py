@@ -9,12 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DocumentIds = Callable[[Tensor], Tensor]
+"""Rows of tokens (B, T) to the number of each token's document, (B, T)."""
 
-def next_token_loss(model: nn.Module, rows: Tensor, device: torch.device) -> Tensor:
-    """Mean cross-entropy in nats per token of rows (B, T+1): each token predicts the next."""
+IGNORED = -100  # a target that does not count
+
+
+def next_token_loss(
+    model: nn.Module, rows: Tensor, device: torch.device, documents: DocumentIds | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats per token of rows (B, T+1): each token predicts the next.
+
+    With `documents` tokens see their own document only, and none predicts the next one's first.
+    """
     rows = rows.to(device, non_blocking=True).long()
-    logits = model(rows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    targets = rows[:, 1:]
+    if documents is None:
+        logits = model(rows[:, :-1])
+    else:
+        ids = documents(rows)
+        logits = model(rows[:, :-1], ids[:, :-1])
+        targets = targets.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError, WriteError
 from engine.checkpoint import save_checkpoint
-from engine.evaluate import bits_per_byte, mean_loss, next_token_loss
+from engine.evaluate import DocumentIds, bits_per_byte, mean_loss, next_token_loss
 from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
 from engine.plan import tokens_per_step
 from engine.precision import Precision
@@ -62,6 +63,10 @@ class Session:
     """FLOPs of one training step per token, by the model's own count."""
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
+    documents: DocumentIds | None
+    """Tells documents apart where tokens may see only their own."""
+    activity: Callable[[Tensor], dict[str, list[float]]]
+    """The model's own count of active neurons on tokens (B, T)."""
     evaluation: tuple[tuple[Tensor, ...], ...]
     """The fixed rows of the training and of the held-out text, in batches."""
     data: dict[str, Any]
@@ -85,7 +90,7 @@ class Session:
     def loss(self, rows: Tensor) -> Tensor:
         """Mean loss of rows (B, T+1) in the run's precision."""
         with self.precision.autocast():
-            return next_token_loss(self.model, rows, self.world.device)
+            return next_token_loss(self.model, rows, self.world.device, self.documents)
 
     @property
     def finished(self) -> bool:
@@ -178,12 +183,25 @@ class Session:
         bits = bits_per_byte(losses[1], bytes_per_token=1.0)
         names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
         values = dict(zip(names, (*losses, bits), strict=True))
-        self.directory.append_metrics(self.stamp() | values)
+        shares = self.active_shares()
+        self.directory.append_metrics(self.stamp() | values | shares)
         mark = " | best so far" if best else ""
         say(
             f"Train loss: {losses[0]:.4f} | Val loss: {losses[1]:.4f} | Bits/byte: {bits:.3f}{mark}"
         )
+        if shares:
+            means = (f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items())
+            say(f"Active neurons: {', '.join(means)}")
         say(RULE)
+
+    def active_shares(self) -> dict[str, list[float]]:
+        """The share of active neurons in each layer, on the first held-out batch."""
+        tokens = self.evaluation[1][0][:, :-1].to(self.world.device).long()
+        self.model.eval()
+        with self.precision.autocast():
+            shares = self.activity(tokens)
+        self.model.train()
+        return {f"eval/active_{name}": values for name, values in shares.items()}
 
     @property
     def checkpoint_due(self) -> bool:

@@ -6,7 +6,7 @@ A new model is one file here and one entry in `MODELS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +18,23 @@ from model.bdh import BDH
 class LanguageModel(Protocol):
     """What the trainer asks of a model, besides being an `nn.Module`."""
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) of the next token at each position, from token ids (B, T)."""
+    def __call__(self, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, V) of the next token at each position, from token ids (B, T).
+
+        documents (B, T) number the documents, where tokens may see only their own.
+        """
+
+    def activity(self, tokens: torch.Tensor) -> dict[str, list[float]]:
+        """The share of active neurons on tokens (B, T), by kind and layer; empty where all are."""
 
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
+
+    def start(self, batch: int) -> Any:
+        """The state of so many samples before their first token; for `extend` only."""
+
+    def extend(self, tokens: torch.Tensor, state: Any) -> torch.Tensor:
+        """Feeds tokens (B, T) to the state: the logits after them (B, V), without gradients."""
 
     def flops_per_token(self, block_size: int) -> int:
         """FLOPs of forward and backward per token at this context length, as the model counts."""

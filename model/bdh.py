@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from config import BDHConfig
 from model.bdh_kernels import Call, bdh_layers
 from model.bdh_passes import EAGER, compiled
+from model.bdh_state import BDHState, step
 from model.bdh_tiles import Rotation, Tiling, rope_frequencies, rotation
 
 INIT_STD = 0.02
@@ -65,11 +66,15 @@ class BDH(nn.Module):
         return self.layers(x, documents) @ self.lm_head
 
     def layers(
-        self, x: Tensor, documents: Tensor | None = None, states: Tensor | None = None
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        states: Tensor | None = None,
+        active: Tensor | None = None,
     ) -> Tensor:
-        """All layers: x (B, T, D) -> (B, T, D); `states` as in `bdh_kernels.Call`."""
+        """All layers: x (B, T, D) -> (B, T, D); the others as in `bdh_kernels.Call`."""
         dtype = product_dtype(x)
-        tiling = Tiling.of(x.shape[0], x.shape[1], self.encoder, dtype)
+        tiling = self.tiling(x, dtype)
         call = Call(
             n_layer=self.config.n_layer,
             dropout=self.config.dropout if self.training else 0.0,
@@ -78,9 +83,38 @@ class BDH(nn.Module):
             passes=self.passes,
             documents=documents,
             states=states,
+            active=active,
         )
         result: Tensor = bdh_layers(x, (self.encoder, self.encoder_v, self.decoder), call)
         return result
+
+    def start(self, batch: int) -> BDHState:
+        """The state of so many samples before their first token."""
+        H, D, N = self.encoder.shape
+        return BDHState(
+            sums=self.encoder.new_zeros(self.config.n_layer, H, batch, 2, N // 2, D),
+            rows_v=self.encoder_v.detach().mT.reshape(-1, D) if self.encoder.is_cpu else None,
+        )
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, state: BDHState) -> Tensor:
+        """Feeds tokens (B, T), which go on where the state ends: the logits after them, (B, V).
+
+        Many tokens are taken in parallel; one costs the same at any position.
+        """
+        x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
+        if tokens.shape[1] == 1:
+            last = step(x[:, 0], (self.encoder, self.encoder_v, self.decoder), state)
+        else:
+            state.turn()
+            last = self.layers(x, states=state.sums)[:, -1]
+            state.frame += self.tiling(x, product_dtype(x)).padded(tokens.shape[1])
+        state.position += tokens.shape[1]
+        return last @ self.lm_head
+
+    def tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
+        """How the layers cut x (B, T, D)."""
+        return Tiling.of(x.shape[0], x.shape[1], self.encoder, dtype)
 
     def rotation(self, chunk: int, dtype: torch.dtype) -> Rotation:
         """The angles of a chunk; the last ones asked for are kept."""
@@ -91,9 +125,18 @@ class BDH(nn.Module):
             self._rotations[key] = rotation(self.encoder.shape[2], *key)
         return self._rotations[key]
 
-    def compile(self, *_: object, **__: object) -> None:
+    @torch.no_grad()
+    def activity(self, tokens: Tensor) -> dict[str, list[float]]:
+        """The share of neurons with s > 0 and with z > 0 in each layer, on tokens (B, T)."""
+        active = torch.zeros(self.config.n_layer, 2, dtype=torch.long, device=tokens.device)
+        x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
+        self.layers(x, active=active)
+        shares = active.double() / (tokens.numel() * len(self.decoder))
+        return {"s": shares[:, 0].tolist(), "z": shares[:, 1].tolist()}
+
+    def compile(self, *_: object, disable: bool = False, **__: object) -> None:
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
-        self.passes = compiled()
+        self.passes = EAGER if disable else compiled()
 
     def flops_per_token(self, block_size: int) -> int:
         """Forward and backward (three times forward), each token seeing those before it once.

@@ -46,7 +46,8 @@ class Call:
 
     documents: (B, T) numbers; tokens see their own document only. states: (n_layer, H, B, 2, N/2,
     D), the sum of r_u x_u^T before the first token, turned to its position; replaced by the sum
-    turned to the position after the last chunk.
+    turned to the position after the last chunk. active: (n_layer, 2), where positive s and z are
+    counted.
     """
 
     n_layer: int
@@ -56,6 +57,7 @@ class Call:
     passes: Passes
     documents: Tensor | None = None
     states: Tensor | None = None
+    active: Tensor | None = None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the passes are compiled, not this
@@ -227,6 +229,8 @@ class _Layer:
                 u = self.encode(x, heads, i, again=True)
                 v = self.product("v", a, tile.encoder_v[heads])
                 self.passes.gate(self.tokens(u), self.tokens(v), self.keep(number, heads, i))
+                if self.call.active is not None:
+                    self.call.active[number] += torch.stack([(u > 0).sum(), (v > 0).sum()])
                 y.add(v, tile.decoder[heads])
             kept += [scores, a, scale.view(self.g, self.M, 1)]
         return y.total.sum(0).mul_(self.scale).view(x.shape), kept

@@ -62,6 +62,10 @@ class Tiling:
     pairs: int
     keep: bool
 
+    def padded(self, length: int) -> int:
+        """The tokens of all chunks of a sequence."""
+        return -(-length // self.chunk) * self.chunk
+
     @staticmethod
     def of(batch: int, length: int, encoder: Tensor, dtype: torch.dtype) -> Tiling:
         """What measured fastest for this many tokens, encoder's (H, D, N) and its device."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,23 +22,22 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompt: Tensor,
     sampling: Sampling,
-    context: int,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator | None] = (None,),
 ) -> Iterator[Tensor]:
-    """Yields one token (B,) after another, without end, continuing prompt (B, T >= 1).
+    """Yields one token of each sample (B,) after another, without end, continuing prompt (1, T).
 
-    The model sees the last `context` tokens. Equal generators give equal text.
+    Each sample draws from its own generator: what it says does not depend on the others.
     """
-    tokens = prompt
+    state = model.start(len(generators))
+    logits = model.extend(prompt.expand(len(generators), -1), state)  # (B, V)
     while True:
-        tokens = tokens[:, -context:]
-        logits = model(tokens)[:, -1].float()  # (B, V)
-        following = draw(logits, sampling, generator)
-        yield following
-        tokens = torch.cat((tokens, following[:, None]), dim=1)
+        rows = zip(logits.float(), generators, strict=True)
+        tokens = torch.cat([draw(row[None], sampling, generator) for row, generator in rows])
+        yield tokens
+        logits = model.extend(tokens[:, None], state)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

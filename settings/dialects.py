@@ -65,7 +65,6 @@ LATER: dict[str, tuple[str, ...]] = {
     "model.rope_theta": (),
     "model.n_kv_head": (),
     "model.attention": (),
-    "model.mask": (),
     "model.flash": ("false",),
     "model.flex": ("false",),
     "training.init_from": ("scratch",),

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+from model import LanguageModel
 from model.decode import Sampling, draw, generate
 
 
-class NextLetter(nn.Module):
-    """Predicts the successor of the last token, and remembers how much context it saw."""
+class NextLetter:
+    """Predicts the successor of the last token, and remembers the pieces it was fed."""
 
-    longest = 0
+    def __init__(self, sharpness: float = 50.0) -> None:
+        self.sharpness = sharpness
+        self.fed: list[tuple[int, ...]] = []
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.longest = max(self.longest, tokens.shape[1])
-        return nn.functional.one_hot((tokens + 1) % 10, 10).float() * 50
+    def start(self, batch: int) -> None:
+        self.fed.append((batch,))
+
+    def extend(self, tokens: Tensor, state: None) -> Tensor:
+        self.fed.append(tuple(tokens.shape))
+        return F.one_hot((tokens[:, -1] + 1) % 10, 10).float() * self.sharpness
+
+
+def letters(model: NextLetter, count: int, *seeds: int) -> list[list[int]]:
+    """Tokens of each step, for samples drawn with these seeds."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    prompt = torch.tensor([[1, 2, 3]])
+    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), generators)
+    return [step.tolist() for step in islice(tokens, count)]
 
 
 def test_temperature_zero_takes_the_most_likely_token() -> None:
@@ -57,27 +73,14 @@ def test_low_temperature_sharpens() -> None:
     assert cold < 0.02 and hot > 0.4
 
 
-def test_generation_is_endless_and_sees_only_the_context() -> None:
+def test_generation_feeds_the_prompt_once_and_then_each_token_alone() -> None:
     model = NextLetter()
-    tokens = list(islice(generate(model, torch.tensor([[3]]), Sampling(), context=4), 25))
-    assert [token.item() for token in tokens] == [(4 + i) % 10 for i in range(25)]
-    assert model.longest == 4
+    assert letters(model, 25, 0, 1) == [[(4 + i) % 10] * 2 for i in range(25)]
+    assert model.fed == [(2,), (2, 3), *[(2, 1)] * 24]
 
 
-def test_equal_generators_give_equal_text() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(10, 10))
-    drawn = [
-        torch.stack(
-            list(
-                islice(
-                    generate(
-                        model, torch.tensor([[3]]), Sampling(), 4, torch.Generator().manual_seed(7)
-                    ),
-                    20,
-                )
-            )
-        )
-        for _ in range(2)
-    ]
-    assert torch.equal(drawn[0], drawn[1])
+def test_equal_seeds_give_equal_text_whatever_is_drawn_beside_it() -> None:
+    alone = [step[0] for step in letters(NextLetter(2.0), 30, 7)]
+    together = letters(NextLetter(2.0), 30, 3, 7)
+    assert [step[1] for step in together] == alone
+    assert [step[0] for step in together] != alone

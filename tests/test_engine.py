@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from config import ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
-from engine.compile import compile_model
+from engine.compile import compile_model, compile_wanted
 from engine.evaluate import bits_per_byte, mean_loss
 from engine.metrics import Clock, duration, iteration_line, short
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
@@ -215,6 +216,23 @@ def test_unknown_peaks_are_none_never_a_guess() -> None:
     assert peak_memory_bytes(CPU) > 10_000_000
 
 
+@pytest.mark.parametrize(
+    ("compile", "kind", "flops", "wanted"),
+    [
+        ("auto", "cpu", 1e12, False),
+        ("auto", "cpu", 1e14, True),
+        ("auto", "cuda", 1e6, True),
+        ("auto", "mps", 1e18, False),
+        (True, "cpu", 1.0, True),
+        (False, "cuda", 1e18, False),
+    ],
+)
+def test_compiling_is_for_runs_that_are_longer_than_it_takes(
+    compile: Any, kind: str, flops: float, wanted: bool
+) -> None:
+    assert compile_wanted(SystemConfig(compile=compile), torch.device(kind), flops) == wanted
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.compile.compiler_for", lambda device: "g++")
@@ -226,7 +244,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
         model.weight.grad = torch.ones(2, 2)
         raise RuntimeError("no such instruction\nand a long trace")
 
-    told = compile_model(model, SystemConfig(compile=True), CPU, trial)
+    told = compile_model(model, True, CPU, trial)
     assert told == "not compiled: g++ failed (RuntimeError: no such instruction)"
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)

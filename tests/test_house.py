@@ -26,7 +26,7 @@ DOORS = {
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
-    "model": "bdh_passes, bdh_tiles, bdh_kernels, bdh, __init__, decode",
+    "model": "bdh_passes, bdh_tiles, bdh_kernels, bdh_state, bdh, __init__, decode",
     "data": "order, tokenizer, index, parquet, dataset, packing, feed, loader, __init__, corpus",
     "engine": "world, files, metrics, state, content, manifest, environment, resume, schedule, "
     "optimizer, precision, compile, signals, evaluate, plan, run, checkpoint, session",

@@ -61,13 +61,16 @@ def test_metrics_have_the_names_of_the_contract(tiny: list[str], tmp_path: Path)
     common = {"step", "time", "tokens"}
     training = {"loss", "learning_rate", "grad_norm", "tokens_per_sec", "iter_time_ms"}
     training |= {"mfu", "memory_bytes"}
+    evaluation = {"train_loss", "val_loss", "bits_per_byte", "active_s", "active_z"}
     kinds = {frozenset(record) for record in records}
     assert kinds == {
         frozenset(common | {f"train/{name}" for name in training}),
-        frozenset(common | {"eval/train_loss", "eval/val_loss", "eval/bits_per_byte"}),
+        frozenset(common | {f"eval/{name}" for name in evaluation}),
         frozenset(common | {"final/train_loss", "final/val_loss"}),
     }
     assert [r["step"] for r in records if "train/loss" in r] == [1, 5, 10, 15, 20, 25, 30]
+    for shares in zip(*(r[f"eval/active_{k}"] for k in "sz" for r in records[-2:-1]), strict=True):
+        assert 0 < shares[1] < shares[0] < 1  # z needs s and y
     assert [r["time"] for r in records] == sorted(r["time"] for r in records)
 
 
