@@ -62,7 +62,7 @@ from engine.optimizer import (
     load_optimizer,
     set_learning_rate,
 )
-from engine.plan import cost_line, parameter_lines, tokens_line, tokens_per_step
+from engine.plan import cost_lines, parameter_lines, tokens_line, tokens_per_step
 from engine.precision import Precision
 from engine.resume import check_resumable, experiment_differences
 from engine.run import RunDirectory
@@ -310,8 +310,13 @@ def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
 
 def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
     """Parameters, memory and work."""
-    cost = cost_line(model, training_flops(model, config), tokens_per_step(config, world.size))
-    return [*parameter_lines(model), cost]
+    tokens = (config.training.batch_size, config.training.block_size)
+    dtype = Precision(config.low_precision, world.device).dtype
+    on_cpu = world.device.type == "cpu"
+    activations = cast(LanguageModel, model).activation_bytes(tokens, dtype, on_cpu)
+    step_tokens = tokens_per_step(config, world.size)
+    costs = cost_lines(model, activations, training_flops(model, config), step_tokens)
+    return [*parameter_lines(model), *costs]
 
 
 def dry_run(request: Request) -> None:

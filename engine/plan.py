@@ -36,12 +36,15 @@ def tokens_line(config: Config, world_size: int) -> str:
     )
 
 
-def cost_line(model: nn.Module, flops_per_token: int, step_tokens: int) -> str:
-    """What a step takes: memory that does not depend on the batch, and work."""
+def cost_lines(
+    model: nn.Module, activations: int, flops_per_token: int, step_tokens: int
+) -> list[str]:
+    """What a step takes: memory at its peak, with `activations` bytes of it, and work."""
     moments = 4  # weights, gradients and AdamW's two moments
     held = sum(moments * p.numel() * p.element_size() for p in model.parameters())
-    return (
-        f"Memory: {short(held)}B for weights, gradients and optimizer, plus activations | "
+    return [
+        f"Memory of a step: {short(held + activations)}B at its peak: {short(held)}B weights, "
+        f"gradients and optimizer, {short(activations)}B activations",
         f"Work: {short(flops_per_token)} FLOP per token, "
-        f"{short(flops_per_token * step_tokens)} per step"
-    )
+        f"{short(flops_per_token * step_tokens)} per step",
+    ]

@@ -21,6 +21,8 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from config import BDHConfig
 from model.bdh_kernels import Call, bdh_layers
 from model.bdh_passes import EAGER, compiled
 from model.bdh_state import BDHState, step
-from model.bdh_tiles import Rotation, Tiling, rope_frequencies, rotation
+from model.bdh_tiles import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
 
 INIT_STD = 0.02
 
@@ -54,6 +56,12 @@ class BDH(nn.Module):
         self.passes = EAGER
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, D, N."""
+        H, D, N = self.encoder.shape
+        return H, D, N
 
     def init_weights(self) -> None:
         """Draws every weight from N(0, 0.02), as the reference does."""
@@ -114,7 +122,8 @@ class BDH(nn.Module):
 
     def tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
         """How the layers cut x (B, T, D)."""
-        return Tiling.of(x.shape[0], x.shape[1], self.encoder, dtype)
+        B, T, _ = x.shape
+        return Tiling.of((B, T), self.shape, dtype, x.is_cpu)
 
     def rotation(self, chunk: int, dtype: torch.dtype) -> Rotation:
         """The angles of a chunk; the last ones asked for are kept."""
@@ -138,14 +147,27 @@ class BDH(nn.Module):
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
         self.passes = EAGER if disable else compiled()
 
+    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
+
+        dtype: of the matrix products.
+        """
+        tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
+        masked = self.config.dropout > 0 and self.passes is EAGER
+        packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, masked)
+        forward = packed + self.config.n_layer * kept
+        embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
+        logits = math.prod(tokens) * self.config.vocab_size * (dtype.itemsize + 3 * 4)
+        return embedded + forward + max(backward, logits)
+
     def flops_per_token(self, block_size: int) -> int:
         """Forward and backward (three times forward), each token seeing those before it once.
 
         A block of one chunk is counted as the causal half of its scores, a longer one as the half
         within chunks and the states between them.
         """
-        D, H, N = self.encoder.shape[1], self.encoder.shape[0], self.encoder.shape[2]
-        tiling = Tiling.of(1, block_size, self.encoder, self.encoder.dtype)
+        H, D, N = self.shape
+        tiling = Tiling.of((1, block_size), self.shape, self.encoder.dtype, on_cpu=True)
         projections = 3 * 2 * D * H * N
         attention = tiling.chunk * H * (N + D)  # C / 2 pairs, 2 FLOPs over N and over D
         if tiling.chunk < block_size:

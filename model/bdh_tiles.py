@@ -67,20 +67,53 @@ class Tiling:
         return -(-length // self.chunk) * self.chunk
 
     @staticmethod
-    def of(batch: int, length: int, encoder: Tensor, dtype: torch.dtype) -> Tiling:
-        """What measured fastest for this many tokens, encoder's (H, D, N) and its device."""
-        H, D, N = encoder.shape
+    def of(
+        tokens: tuple[int, int], shape: tuple[int, int, int], dtype: torch.dtype, on_cpu: bool
+    ) -> Tiling:
+        """What measured fastest for so many tokens, (B, T), and encoders of this shape, (H, D, N).
+
+        The sizes for other devices than CPUs are reasoned, not measured.
+        """
+        batch, length = tokens
+        H, D, N = shape
         longest = max(2 * D, 256)
         chunk = length
         if length > 2 * longest:  # a square of two chunks costs what the state between them does
             chunk = min(longest, -(-length // -(-length // longest) // 32) * 32)
-        tokens = batch * -(-length // chunk) * chunk
-        on_cpu = encoder.device.type == "cpu"
+        padded = batch * -(-length // chunk) * chunk
         group = 1 if on_cpu else H
-        neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (tokens * group)
+        neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (padded * group)
         pairs = min(max(neurons, 1024) // 2, N // 2)
-        kept = group * tokens * N * dtype.itemsize
+        kept = group * padded * N * dtype.itemsize
         return Tiling(chunk, group, pairs, kept <= _KEPT_BYTES)
+
+
+def layers_bytes(
+    tokens: tuple[int, int],
+    shape: tuple[int, int, int],
+    tiling: Tiling,
+    dtype: torch.dtype,
+    masked: bool,
+) -> tuple[int, int, int]:
+    """Memory of the layers besides weights and gradients: (all of them, each of them, backward's).
+
+    What all share and what each keeps is there from forward on; backward needs its own at the last
+    layer, when all of that still is. `masked`: dropout by passes that are not fused.
+    """
+    H, D, N = shape
+    X, C, g = tokens[0] * tiling.padded(tokens[1]) // tiling.chunk, tiling.chunk, tiling.group
+    M, half = X * C, dtype.itemsize
+    full = max(half, 4)  # of sums
+    n = 2 * max(end - start for start, end in tile_borders(N, tiling.pairs))
+    packed = 3 * H * D * N * half
+    kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
+    wide = (2 * N + 2 * n if tiling.keep else 4 * n) * g * M * half
+    mask = (8 + half) * g * M * n if masked else 0  # hashes are computed in 32 bits
+    streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
+    squares = 2 * g * M * C * half
+    states = 2 * g * X * n * D * half if tokens[0] < X else 0
+    products = g * max(M, n) * D * (half + full)
+    return packed, kept, wide + streams + max(mask, squares + states + products)
 
 
 class Tile(NamedTuple):
