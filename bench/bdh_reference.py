@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.bdh_measure import seconds
 from config import BDHConfig
 from model.bdh import BDH, to_upstream
 
@@ -129,6 +130,37 @@ def _theirs(weights: BDH, reference: ModuleType | None) -> Any:
     return model.to(weights.lm_head.device)
 
 
+class Decoder:
+    """A model at a position of a text, taking single greedy steps from there."""
+
+    def __init__(self, rival: Rival, prompt: Tensor) -> None:
+        self.rival, model = rival, rival.model
+        with torch.inference_mode(), rival.autocast():
+            self.state = model.start(1)
+            self.prefill = seconds(lambda: self._feed(prompt[None]), rival.device)
+
+    def _feed(self, tokens: Tensor) -> None:
+        self.next = self.rival.model.extend(tokens, self.state).argmax(-1, keepdim=True)
+
+    def burst(self) -> list[float]:
+        """Seconds of 10 tokens; two more come first and bring the weights back to the caches."""
+        with torch.inference_mode(), self.rival.autocast():
+            steps = [seconds(lambda: self._feed(self.next), self.rival.device) for _ in range(12)]
+        return steps[2:]
+
+
+class Recompute:
+    """The reference's way: the whole prefix for each token."""
+
+    prefill = 0.0
+
+    def __init__(self, rival: Rival, prompt: Tensor) -> None:
+        self.rival, self.tokens = rival, prompt[None]
+
+    def burst(self) -> list[float]:
+        return [seconds(lambda: self.rival.forward(self.tokens), self.rival.device)]
+
+
 def step_bytes(kind: Kind, config: BDHConfig, batch: int, length: int) -> int:
     """About what a training step of the reference takes: 8 wide tensors and 3 of scores a layer."""
     wide = batch * length * config.n_embd * config.mlp_internal_dim_multiplier
@@ -171,9 +203,9 @@ def parity(
 ) -> Iterator[Errors]:
     """Float32, dropout 0: ours against the reference, with and without a compiler; 3 batches.
 
-    Logits and loss are the worst of them. Of gradients it is the median: in one batch out of ten a
-    pre-activation within a rounding error of zero has another sign, and its gradient is all or
-    nothing.
+    Logits and loss are the worst of them. Of gradients it is the median, and batches are small:
+    where a pre-activation within a rounding error of zero gets another sign, its gradient is all or
+    nothing. The reference in float32 is 3e-4 from itself in float64 in such a batch.
     """
     for config, rows, length in configs:
         weights = BDH(replace(config, dropout=0.0)).to(device)

@@ -209,7 +209,7 @@ def to_upstream(model: BDH) -> dict[str, Tensor]:
         name: _reorder(name, value.detach(), order.to(value.device), H).clone()
         for name, value in model.state_dict().items()
     }
-    state["attn.freqs"] = rope_frequencies(N).repeat_interleave(2).view(1, 1, 1, N)
+    state["attn.freqs"] = rope_frequencies(N).float().repeat_interleave(2).view(1, 1, 1, N)
     return state
 
 

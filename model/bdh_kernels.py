@@ -44,10 +44,10 @@ Weights = tuple[Tensor, Tensor, Tensor]
 class Call:
     """What a run over the layers is given besides tokens and weights.
 
-    documents: (B, T) numbers; tokens see their own document only. states: (n_layer, H, B, 2, N/2,
-    D), the sum of r_u x_u^T before the first token, turned to its position; replaced by the sum
-    turned to the position after the last chunk. active: (n_layer, 2), where positive s and z are
-    counted.
+    documents: (B, T) numbers, none used again; tokens see their own document only.
+    states: (n_layer, H, B, 2, N/2, D), the sum of r_u x_u^T before the first token, turned to its
+    position; replaced by the sum turned to the position after the last chunk.
+    active: (n_layer, 2), where positive s and z are counted.
     """
 
     n_layer: int
@@ -66,24 +66,28 @@ def bdh_layers(x: Tensor, weights: Weights, call: Call) -> Tensor:
 
     Draws one number from torch's generator where there is dropout, and nothing otherwise.
     """
+    trained = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *weights))
+    assert call.states is None or not trained, "states have no gradient"
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0
-    result: Tensor = _Layers.apply(x, *weights, call, seed)  # type: ignore[no-untyped-call]
+    inputs = (x, *weights, call, seed, trained)
+    result: Tensor = _Layers.apply(*inputs)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, call, seed = rest
+        *weights, call, seed, trained = rest
         tiles = list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs))
         layer = _Layer(x.shape, tiles, call, seed)
         stream = layer.cut(x.to(layer.sum_dtype))
         saved: list[Tensor] = []
         for number in range(call.n_layer):
             y, kept = layer.forward(stream, number)
-            if any(ctx.needs_input_grad):
+            if trained:
                 saved += [stream, y, *kept]
             stream = _norm(stream + _norm(y))
+            del y, kept
         if saved:
             ctx.save_for_backward(*weights, *saved, *itertools.chain(*tiles))
             ctx.call, ctx.seed, ctx.shape, ctx.dtype = call, seed, x.shape, x.dtype
@@ -108,7 +112,7 @@ class _Layers(torch.autograd.Function):
             dy = _norm_backward(dsum, y)
             dstream = layer.backward(stream, dy, kept, number, gradients).add_(dsum)
             gradients.fresh = False
-        return layer.join(dstream).to(ctx.dtype), *gradients.like(weights), None, None
+        return layer.join(dstream).to(ctx.dtype), *gradients.like(weights), None, None, None
 
 
 class _Sum:
@@ -188,7 +192,7 @@ class _Layer:
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         self.masks = ChunkMasks(call.documents, (self.B, self.K, self.C), self.device)
         self.has_past = self.K > 1 or call.states is not None
-        dropped = round(call.dropout * 2**32)
+        dropped = min(round(call.dropout * 2**32), 2**32 - 1)
         self.scale, self.least = 2**32 / (2**32 - dropped), dropped - 2**31
         if call.dropout:
             neurons = torch.arange(self.H * self.N, device=self.device) + (seed ^ _SALT)
@@ -354,7 +358,7 @@ class _Layer:
             now = state.flatten(2, 3)
         for k in range(self.K - 1, -1, -1) if backward else range(self.K):
             goes_on = None if self.masks.carried is None else self.masks.carried[k]
-            self.passes.carry(parts[:, :, k], now, goes_on, cos, sin)
+            now = self.passes.carry(parts[:, :, k], now, goes_on, cos, sin)
         if state is not None:
             state.copy_(now.view(state.shape))
         return products

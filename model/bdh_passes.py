@@ -44,7 +44,8 @@ class Passes(NamedTuple):
     gate(u, v, keep): v = relu(u) * relu(v), where kept
     gate_backward(u, v, dz, keep, du): from dz: v = z, dz = dv, du = the gradient of u by way of z
 
-    carry(part, state, goes_on, cos, sin): part = state; state = state * goes_on + part, turned back
+    carry(part, state, goes_on, cos, sin): part = state; returns what state * goes_on + part, as it
+        was, becomes when it is turned back
     add(total, product): total += product
 
     cos, sin: (C, n/2) in turn; (n/2, 1) in carry, where part and state are (g, B, n, D) and
@@ -56,7 +57,7 @@ class Passes(NamedTuple):
     turn_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     gate: Callable[[Tensor, Tensor, Keep | None], None]
     gate_backward: Callable[[Tensor, Tensor, Tensor, Keep | None, Tensor], None]
-    carry: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
+    carry: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
     add: Callable[[Tensor, Tensor], object]
 
 
@@ -112,12 +113,10 @@ def _where_positive(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient
 
 
-def _carry(part: Tensor, state: Tensor, goes_on: Tensor | None, cos: Tensor, sin: Tensor) -> None:
-    following = part + (state if goes_on is None else state * goes_on)
+def _carry(part: Tensor, state: Tensor, goes_on: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = _halves(part + (state if goes_on is None else state * goes_on), -2)
     part.copy_(state)
-    (a, b), (first, second) = _halves(following, -2), _halves(state, -2)
-    torch.mul(a, cos, out=first).addcmul_(b, sin)
-    torch.mul(b, cos, out=second).addcmul_(a, sin, value=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -2)
 
 
 EAGER = Passes("eager", _turn, _turn_backward, _gate, _gate_backward, _carry, Tensor.add_)
@@ -127,17 +126,13 @@ def compiled() -> Passes:
     """The passes fused by torch.compile; the first call with a new shape compiles for a second.
 
     Halves are passed as tensors of their own: written as slices, each store would be a blend of the
-    whole tile.
+    whole tile. Two traps of torch 2.13, both silent: halves that are written to must start at the
+    same place of their storage at every call (buffers do), and what one input is given must be
+    computed, not another input that changes too.
     """
-    turn, turn_backward, gate, gate_backward, carry = (
+    turn, turn_backward, gate, gate_backward = (
         torch.compile(expression, dynamic=False)
-        for expression in (
-            _turn_fused,
-            _turn_backward_fused,
-            _gate_fused,
-            _gate_backward_fused,
-            _carry_fused,
-        )
+        for expression in (_turn_fused, _turn_backward_fused, _gate_fused, _gate_backward_fused)
     )
     return Passes(
         "compiled",
@@ -145,9 +140,7 @@ def compiled() -> Passes:
         lambda u, dr, cos, sin, du: turn_backward(_halves(u), _halves(dr), cos, sin, _halves(du)),
         gate,
         gate_backward,
-        lambda part, state, goes_on, cos, sin: carry(
-            _halves(part, -2), _halves(state, -2), goes_on, cos, sin
-        ),
+        torch.compile(_carry, dynamic=False),
         torch.compile(_add_fused, dynamic=True),
     )
 
@@ -186,17 +179,6 @@ def _gate_backward_fused(u: Tensor, v: Tensor, dz: Tensor, keep: Keep | None, du
     du.copy_(torch.where(u > 0, d * y, 0))
     v.copy_(z)
     dz.copy_(dv)
-
-
-def _carry_fused(
-    part: Halves, state: Halves, goes_on: Tensor | None, cos: Tensor, sin: Tensor
-) -> None:
-    kept = 1 if goes_on is None else goes_on
-    a, b = state[0] * kept + part[0], state[1] * kept + part[1]
-    part[0].copy_(state[0])
-    part[1].copy_(state[1])
-    state[0].copy_(a * cos + b * sin)
-    state[1].copy_(b * cos - a * sin)
 
 
 def _add_fused(total: Tensor, product: Tensor) -> None:

@@ -50,7 +50,7 @@ class BDHState:
     def angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair's angle over so many tokens, (P,) each."""
         pairs = self.sums.shape[4]
-        turns = rope_frequencies(2 * pairs).double() * tokens
+        turns = rope_frequencies(2 * pairs) * tokens
         angles = turns.remainder(1.0) * (2 * math.pi)
         return angles.cos().to(self.sums), angles.sin().to(self.sums)
 

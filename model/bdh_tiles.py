@@ -31,8 +31,8 @@ class Rotation(NamedTuple):
 
 
 def rope_frequencies(neurons: int) -> Tensor:
-    """Turns per token of each pair (N/2,): theta ** (-2i/N) / (2 pi), in float32."""
-    exponent = torch.arange(0, neurons, 2, dtype=torch.float32) / neurons
+    """Turns per token of each pair (N/2,): theta ** (-2i/N) / (2 pi), in float64."""
+    exponent = torch.arange(0, neurons, 2, dtype=torch.float64) / neurons
     return ROPE_THETA**-exponent / (2 * math.pi)
 
 
@@ -42,12 +42,12 @@ def rotation(neurons: int, chunk: int, dtype: torch.dtype, device: torch.device)
     Phases are counted in turns and reduced modulo one before the cosine: at large positions the
     angle itself would have no digits left after the point.
     """
-    exact = torch.promote_types(dtype, torch.float32)
-    frequencies = rope_frequencies(neurons).to(device, exact)
-    tokens = torch.arange(chunk + 1, device=device, dtype=exact)
-    angles = torch.outer(tokens, frequencies).remainder(1.0) * (2 * math.pi)
+    tokens = torch.arange(chunk + 1, dtype=torch.float64)
+    angles = torch.outer(tokens, rope_frequencies(neurons)).remainder(1.0) * (2 * math.pi)
     cos, sin = angles.cos(), angles.sin()
-    return Rotation(cos[:-1].to(dtype), sin[:-1].to(dtype), cos[-1].clone(), sin[-1].clone())
+    exact = torch.promote_types(dtype, torch.float32)
+    ends = (part[-1].to(device, exact) for part in (cos, sin))
+    return Rotation(cos[:-1].to(device, dtype), sin[:-1].to(device, dtype), *ends)
 
 
 @dataclass(frozen=True)
