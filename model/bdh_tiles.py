@@ -81,7 +81,10 @@ class Tiling:
         if length > 2 * longest:  # a square of two chunks costs what the state between them does
             chunk = min(longest, -(-length // -(-length // longest) // 32) * 32)
         padded = batch * -(-length // chunk) * chunk
-        group = 1 if on_cpu else H
+        group = H
+        if on_cpu:  # as many heads as one tile has room for
+            fitting = max(1, _CPU_TILE // (padded * N))
+            group = max(g for g in range(1, H + 1) if H % g == 0 and g <= fitting)
         neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (padded * group)
         pairs = min(max(neurons, 1024) // 2, N // 2)
         kept = group * padded * N * dtype.itemsize
