@@ -1,4 +1,5 @@
 # Everything runs in .venv, which each target makes when it is missing.
+# `make bench REFERENCE=DIR` sets BDH beside a clone of pathwaycom/bdh in DIR.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +33,7 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.loop
+	$(BIN)/python -m bench.bdh $(if $(REFERENCE),--reference $(REFERENCE)) --output
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -79,10 +79,12 @@ def write_samples(arguments: argparse.Namespace) -> None:
 
     from data.tokenizer import build_tokenizer
     from engine.checkpoint import load_model
-    from engine.world import resolve_device
+    from engine.world import keep_freed_memory, resolve_device
     from model.decode import Sampling, generate
 
     device = resolve_device(SystemConfig(device=arguments.device).device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, config = load_model(arguments.path, device)
     tokenizer = build_tokenizer(config.tokenizer)
     prompt = torch.from_numpy(tokenizer.encode(arguments.prompt or "\n").copy()).long()[None]
@@ -98,7 +100,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
         write_together(arguments, numbers, decoders, steps)
     seconds, made = time.monotonic() - began, count * arguments.max_new_tokens
-    print(f"{made:,} tokens in {seconds:.1f}s: {made / seconds:.0f} tokens/s", file=sys.stderr)
+    print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def write_together(

@@ -83,8 +83,9 @@ def train(run: Session, stop: StopRequest) -> None:
         began = time.monotonic()
         batch = next(run.batches)
         loss = torch.zeros((), device=run.world.device)
-        for rows in batch.micro_batches:  # equal in size, so each weighs the same
-            share = run.loss(rows) / len(batch.micro_batches)
+        targets = max(1, sum(run.targets(rows) for rows in batch.micro_batches))
+        for rows in batch.micro_batches:
+            share = run.loss(rows) / targets
             run.precision.backward(share)
             loss += share.detach()
         run.precision.unscale(run.optimizer)
@@ -114,7 +115,8 @@ def build(request: Request, stack: ExitStack) -> Session:
     """
     config = request.config
     world = enter_world(config.system)
-    keep_freed_memory()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     resume = find_resume(config)
     data = open_data(config)
     steps = planned_steps(data, config, world.size)
@@ -193,10 +195,10 @@ def compile_where_it_pays(
 def try_model(
     model: nn.Module, precision: Precision, config: Config, documents: DocumentIds | None
 ) -> None:
-    """One forward and backward pass over a batch of zeros; leaves no gradients."""
+    """One forward and backward pass over a batch of ones; leaves no gradients."""
     shape = (config.training.batch_size, config.training.block_size + 1)
     with precision.autocast():
-        rows = torch.zeros(shape, dtype=torch.uint8)
+        rows = torch.ones(shape, dtype=torch.uint8)
         loss = next_token_loss(model, rows, precision.device, documents)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ IGNORED = -100  # a target that does not count
 def next_token_loss(
     model: nn.Module, rows: Tensor, device: torch.device, documents: DocumentIds | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats per token of rows (B, T+1): each token predicts the next.
+    """Sum of the cross-entropies, in nats, of rows (B, T+1): each token predicts the next.
 
     With `documents` tokens see their own document only, and none predicts the next one's first.
     """
@@ -30,7 +30,16 @@ def next_token_loss(
         ids = documents(rows)
         logits = model(rows[:, :-1], ids[:, :-1])
         targets = targets.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORED)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def count_targets(rows: Tensor, documents: DocumentIds | None = None) -> int:
+    """How many tokens of rows (B, T+1) `next_token_loss` sums over."""
+    if documents is None:
+        return rows[:, 1:].numel()
+    ids = documents(rows)
+    return int((ids[:, 1:] == ids[:, :-1]).sum())
 
 
 @torch.inference_mode()
@@ -38,9 +47,10 @@ def mean_loss(
     model: nn.Module,
     batches: tuple[Tensor, ...],
     loss: Callable[[Tensor], Tensor],
+    count: Callable[[Tensor], int],
     stopped: Callable[[], bool],
 ) -> float | None:
-    """Mean of `loss` over all rows of the batches (B, T+1), with dropout off.
+    """Sum of `loss` over all batches (B, T+1) by that of `count`, with dropout off.
 
     None when `stopped()` became true on the way. Draws nothing from any random generator.
     """
@@ -51,10 +61,10 @@ def mean_loss(
         for batch in batches:
             if stopped():
                 return None
-            total += loss(batch).item() * len(batch)
+            total += loss(batch).item()
     finally:
         model.train(was_training)
-    return total / sum(len(batch) for batch in batches)
+    return total / sum(count(batch) for batch in batches)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -77,6 +77,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
 
 
+def size(number: float) -> str:
+    """`950 B`, `25.3 MB`, `1.24 GB`."""
+    return short(number).replace(" B", " G") + ("B" if number >= 1000 else " B")
+
+
 def short(number: float) -> str:
     """`950`, `12.3 k`, `25.3 M`, `1.24 B`: three digits and a unit."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

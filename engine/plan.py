@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from config import Config, accumulation_steps, sequences_per_step
-from engine.metrics import short
+from engine.metrics import short, size
 
 
 def parameter_lines(model: nn.Module) -> list[str]:
@@ -40,11 +40,12 @@ def cost_lines(
     model: nn.Module, activations: int, flops_per_token: int, step_tokens: int
 ) -> list[str]:
     """What a step takes: memory at its peak, with `activations` bytes of it, and work."""
-    moments = 4  # weights, gradients and AdamW's two moments
-    held = sum(moments * p.numel() * p.element_size() for p in model.parameters())
+    held = 0  # weights; where they are trained also gradients and AdamW's two moments
+    for parameter in model.parameters():
+        held += parameter.numel() * parameter.element_size() * (4 if parameter.requires_grad else 1)
     return [
-        f"Memory of a step: {short(held + activations)}B at its peak: {short(held)}B weights, "
-        f"gradients and optimizer, {short(activations)}B activations",
+        f"Memory of a step: {size(held + activations)} at its peak: {size(held)} weights, "
+        f"gradients and optimizer, {size(activations)} activations",
         f"Work: {short(flops_per_token)} FLOP per token, "
         f"{short(flops_per_token * step_tokens)} per step",
     ]

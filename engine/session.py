@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError, WriteError
 from engine.checkpoint import save_checkpoint
-from engine.evaluate import DocumentIds, bits_per_byte, mean_loss, next_token_loss
+from engine.evaluate import DocumentIds, bits_per_byte, count_targets, mean_loss, next_token_loss
 from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
 from engine.plan import tokens_per_step
 from engine.precision import Precision
@@ -65,8 +65,8 @@ class Session:
     batches: Iterator[Batch]
     documents: DocumentIds | None
     """Tells documents apart where tokens may see only their own."""
-    activity: Callable[[Tensor], dict[str, list[float]]]
-    """The model's own count of active neurons on tokens (B, T)."""
+    activity: Callable[[Tensor, Tensor | None], dict[str, list[float]]]
+    """The model's own count of active neurons on tokens (B, T) of documents (B, T)."""
     evaluation: tuple[tuple[Tensor, ...], ...]
     """The fixed rows of the training and of the held-out text, in batches."""
     data: dict[str, Any]
@@ -88,9 +88,13 @@ class Session:
         self.tokens_per_step = tokens_per_step(self.config, self.world.size)
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Mean loss of rows (B, T+1) in the run's precision."""
+        """Summed loss of rows (B, T+1) in the run's precision."""
         with self.precision.autocast():
             return next_token_loss(self.model, rows, self.world.device, self.documents)
+
+    def targets(self, rows: Tensor) -> int:
+        """The tokens that `loss` sums over."""
+        return count_targets(rows, self.documents)
 
     @property
     def finished(self) -> bool:
@@ -172,10 +176,11 @@ class Session:
         losses = []
         try:
             for batches in self.evaluation:
-                loss = mean_loss(self.model, batches, self.loss, stop.__bool__)
+                loss = mean_loss(self.model, batches, self.loss, self.targets, stop.__bool__)
                 if loss is None:
                     return
                 losses.append(loss)
+            shares = self.active_shares()
         except Exception:
             self.save(last=True)
             raise
@@ -183,24 +188,22 @@ class Session:
         bits = bits_per_byte(losses[1], bytes_per_token=1.0)
         names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
         values = dict(zip(names, (*losses, bits), strict=True))
-        shares = self.active_shares()
         self.directory.append_metrics(self.stamp() | values | shares)
         mark = " | best so far" if best else ""
         say(
             f"Train loss: {losses[0]:.4f} | Val loss: {losses[1]:.4f} | Bits/byte: {bits:.3f}{mark}"
         )
         if shares:
-            means = (f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items())
+            means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
             say(f"Active neurons: {', '.join(means)}")
         say(RULE)
 
     def active_shares(self) -> dict[str, list[float]]:
         """The share of active neurons in each layer, on the first held-out batch."""
-        tokens = self.evaluation[1][0][:, :-1].to(self.world.device).long()
-        self.model.eval()
+        rows = self.evaluation[1][0].to(self.world.device).long()
+        ids = None if self.documents is None else self.documents(rows)[:, :-1]
         with self.precision.autocast():
-            shares = self.activity(tokens)
-        self.model.train()
+            shares = self.activity(rows[:, :-1], ids)
         return {f"eval/active_{name}": values for name, values in shares.items()}
 
     @property

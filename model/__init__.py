@@ -24,7 +24,9 @@ class LanguageModel(Protocol):
         documents (B, T) number the documents, where tokens may see only their own.
         """
 
-    def activity(self, tokens: torch.Tensor) -> dict[str, list[float]]:
+    def activity(
+        self, tokens: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> dict[str, list[float]]:
         """The share of active neurons on tokens (B, T), by kind and layer; empty where all are."""
 
     def init_weights(self) -> None:

@@ -53,7 +53,7 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.empty(H, D, N))  # G
         self.decoder = nn.Parameter(torch.empty(H * N, D))  # F
         self.lm_head = nn.Parameter(torch.empty(D, V))
-        self.passes = EAGER
+        self.fused = False  # whether the elementwise passes are compiled
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
 
@@ -81,14 +81,17 @@ class BDH(nn.Module):
         active: Tensor | None = None,
     ) -> Tensor:
         """All layers: x (B, T, D) -> (B, T, D); the others as in `bdh_kernels.Call`."""
+        if not x.numel():
+            return x
+        observed = states is not None or active is not None
         dtype = product_dtype(x)
         tiling = self.tiling(x, dtype)
         call = Call(
             n_layer=self.config.n_layer,
-            dropout=self.config.dropout if self.training else 0.0,
+            dropout=self.config.dropout if self.training and not observed else 0.0,
             rotation=self.rotation(tiling.chunk, dtype),
             tiling=tiling,
-            passes=self.passes,
+            passes=compiled() if self.fused and not observed else EAGER,
             documents=documents,
             states=states,
             active=active,
@@ -99,8 +102,10 @@ class BDH(nn.Module):
     def start(self, batch: int) -> BDHState:
         """The state of so many samples before their first token."""
         H, D, N = self.encoder.shape
+        shape = (self.config.n_layer, H, batch, 2, N // 2, D)
+        exact = torch.promote_types(self.encoder.dtype, torch.float32)
         return BDHState(
-            sums=self.encoder.new_zeros(self.config.n_layer, H, batch, 2, N // 2, D),
+            sums=self.encoder.new_zeros(shape, dtype=exact),
             rows_v=self.encoder_v.detach().mT.reshape(-1, D) if self.encoder.is_cpu else None,
         )
 
@@ -131,21 +136,22 @@ class BDH(nn.Module):
         if key not in self._rotations:
             if len(self._rotations) >= 4:
                 self._rotations.clear()
-            self._rotations[key] = rotation(self.encoder.shape[2], *key)
+            with torch.inference_mode(False):  # they are for training too
+                self._rotations[key] = rotation(self.encoder.shape[2], *key)
         return self._rotations[key]
 
     @torch.no_grad()
-    def activity(self, tokens: Tensor) -> dict[str, list[float]]:
+    def activity(self, tokens: Tensor, documents: Tensor | None = None) -> dict[str, list[float]]:
         """The share of neurons with s > 0 and with z > 0 in each layer, on tokens (B, T)."""
         active = torch.zeros(self.config.n_layer, 2, dtype=torch.long, device=tokens.device)
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
-        self.layers(x, active=active)
-        shares = active.double() / (tokens.numel() * len(self.decoder))
+        self.layers(x, documents, active=active)
+        shares = active.cpu().double() / (tokens.numel() * len(self.decoder))
         return {"s": shares[:, 0].tolist(), "z": shares[:, 1].tolist()}
 
-    def compile(self, *_: object, disable: bool = False, **__: object) -> None:
+    def compile(self, *, disable: bool = False) -> None:
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
-        self.passes = EAGER if disable else compiled()
+        self.fused = not disable
 
     def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
         """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
@@ -153,7 +159,7 @@ class BDH(nn.Module):
         dtype: of the matrix products.
         """
         tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
-        masked = self.config.dropout > 0 and self.passes is EAGER
+        masked = self.config.dropout > 0 and not self.fused
         packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, masked)
         forward = packed + self.config.n_layer * kept
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
@@ -179,7 +185,8 @@ class BDH(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products on x: autocast's, or x's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if lowered and x.dtype is not torch.float64 else x.dtype
 
 
 def from_upstream(state: dict[str, Tensor], config: BDHConfig) -> BDH:

@@ -145,10 +145,11 @@ class _Gradients:
         H, D, N = self.shape
         if name == "decoder":
             rows = self.sums[2].view(H, 2, N // 2, D)[heads, :, slice(*pairs)]
-            total = rows.flatten(2).flatten(0, 1)  # (2g, p * D)
+            total = rows.view(2 * len(rows), -1)  # p * D next to one another
         else:
             weight = self.sums[0 if name == "encoder" else 1]
-            total = weight.view(H, D, 2, N // 2)[heads, ..., slice(*pairs)].flatten(0, 2)
+            columns = weight.view(H, D, 2, N // 2)[heads, ..., slice(*pairs)]
+            total = columns.view(-1, columns.shape[-1])
         if self.fresh:
             total.copy_(product.view(total.shape))
         else:

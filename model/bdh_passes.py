@@ -15,6 +15,7 @@ the neuron, so backward finds the mask of forward again, whatever the tiles.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,7 @@ def _carry(part: Tensor, state: Tensor, goes_on: Tensor | None, cos: Tensor, sin
 EAGER = Passes("eager", _turn, _turn_backward, _gate, _gate_backward, _carry, Tensor.add_)
 
 
+@cache
 def compiled() -> Passes:
     """The passes fused by torch.compile; the first call with a new shape compiles for a second.
 
@@ -130,6 +132,8 @@ def compiled() -> Passes:
     same place of their storage at every call (buffers do), and what one input is given must be
     computed, not another input that changes too.
     """
+    limit = torch._dynamo.config.recompile_limit  # of shapes; beyond it nothing is fused
+    torch._dynamo.config.recompile_limit = max(limit, 64)
     turn, turn_backward, gate, gate_backward = (
         torch.compile(expression, dynamic=False)
         for expression in (_turn_fused, _turn_backward_fused, _gate_fused, _gate_backward_fused)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.bdh_tiles import rope_frequencies
 
-_FEW = 0.2  # active neurons, up to which picking their rows is faster than taking all (CPU)
+_FEW = 0.15  # active neurons, up to which picking their rows is faster than taking all (CPU)
 
 Pair = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -38,6 +38,9 @@ class BDHState:
     position: int = 0  # tokens seen
     frame: int = 0  # the position that the sums are turned to
 
+    def __post_init__(self) -> None:
+        self.frequencies = rope_frequencies(2 * self.sums.shape[4])  # turns per token
+
     def turn(self) -> None:
         """Turns the sums to the present position."""
         cos, sin = (part[:, None] for part in self.angles(self.position - self.frame))
@@ -49,9 +52,7 @@ class BDHState:
 
     def angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair's angle over so many tokens, (P,) each."""
-        pairs = self.sums.shape[4]
-        turns = rope_frequencies(2 * pairs) * tokens
-        angles = turns.remainder(1.0) * (2 * math.pi)
+        angles = (self.frequencies * tokens).remainder(1.0) * (2 * math.pi)
         return angles.cos().to(self.sums), angles.sin().to(self.sums)
 
 
@@ -61,7 +62,7 @@ def step(x: Tensor, weights: Weights, state: BDHState) -> Tensor:
     decoder = decoder.view(encoder.mT.shape)
     angles = state.angles(state.position - state.frame)
     for sums in state.sums:
-        s = torch.matmul(x, encoder).relu_()  # (H, B, N)
+        s = torch.matmul(x, encoder).relu_().to(sums.dtype)  # (H, B, N)
         if state.rows_v is not None and s.count_nonzero() < _FEW * s.numel():
             y = _active(x, s, angles, (state.rows_v, decoder.flatten(0, 1)), sums)
         else:
@@ -76,9 +77,9 @@ def _whole(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> T
     r = torch.cat(_turned(s.view(H, B, 2, P).unbind(2), angles), -1).view(H * B, 1, 2 * P)
     rows = sums.view(H * B, 2 * P, D)
     a = F.layer_norm(torch.bmm(r, rows).view(H, B, D), (D,))
-    rows.baddbmm_(r.mT, x.expand(H, B, D).reshape(H * B, 1, D))
-    z = s * torch.bmm(a, weights[0]).relu_()
-    return torch.bmm(z, weights[1]).sum(0)
+    rows.baddbmm_(r.mT, x.to(rows.dtype).expand(H, B, D).reshape(H * B, 1, D))
+    y = torch.bmm(a.to(weights[0].dtype), weights[0]).relu_()
+    return torch.bmm((s * y).to(weights[1].dtype), weights[1]).sum(0)
 
 
 def _active(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> Tensor:
@@ -93,13 +94,15 @@ def _active(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> 
     rows = torch.stack((rows, rows + P), 1).view(-1)
     table, starts = sums.view(-1, D), 2 * torch.searchsorted(place, borders)
     a = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=r)
-    table.index_add_(0, rows, r[:, None] * (x if B == 1 else x[place % B].repeat_interleave(2, 0)))
+    seen = x.to(table.dtype)
+    seen = seen if B == 1 else seen[place % B].repeat_interleave(2, 0)
+    table.index_add_(0, rows, r[:, None] * seen)
 
-    a = F.layer_norm(a, (D,))
+    a = F.layer_norm(a, (D,)).to(weights[0].dtype)
     place, neuron = s.nonzero().unbind(1)
     rows, starts = place // B * (2 * P) + neuron, torch.searchsorted(place, borders)
     y = torch.einsum("nd,nd->n", weights[0][rows], a[place]).relu_()
-    z = s[place, neuron] * y
+    z = (s[place, neuron] * y).to(weights[1].dtype)
     out = F.embedding_bag(rows, weights[1], starts, mode="sum", per_sample_weights=z)
     return out.view(H, B, D).sum(0)
 

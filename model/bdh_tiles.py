@@ -18,7 +18,7 @@ from torch import Tensor
 ROPE_THETA = 2.0**16
 _CPU_TILE = 2**22  # elements: a few tiles of them fit the second-level caches and their neighbours
 _GPU_TILE = 2**26  # enough to fill the device with one product
-_KEPT_BYTES = 2**28  # per buffer kept between the rounds, two of them
+_CPU_KEPT, _GPU_KEPT = 2**28, 2**32  # bytes of a buffer kept between the rounds; there are two
 
 
 class Rotation(NamedTuple):
@@ -88,7 +88,7 @@ class Tiling:
         neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (padded * group)
         pairs = min(max(neurons, 1024) // 2, N // 2)
         kept = group * padded * N * dtype.itemsize
-        return Tiling(chunk, group, pairs, kept <= _KEPT_BYTES)
+        return Tiling(chunk, group, pairs, kept <= (_CPU_KEPT if on_cpu else _GPU_KEPT))
 
 
 def layers_bytes(

@@ -108,9 +108,26 @@ def test_a_state_is_as_large_at_any_position_and_precise_at_a_million() -> None:
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("few", [0.0, 1.1], ids=["whole matrices", "active rows"])
+@pytest.mark.parametrize("lowered", [True, False], ids=["bfloat16 weights", "autocast"])
+def test_states_work_in_bfloat16(
+    lowered: bool, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.bdh_state._FEW", few)
+    torch.manual_seed(0)
+    model = small()
+    tokens = torch.randint(64, (2, 9))
+    expected = fed(model, tokens, [5, 1, 1, 2])
+    model = model.bfloat16() if lowered else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=not lowered):
+        logits = fed(model, tokens, [5, 1, 1, 2]).float()
+    assert model.start(1).sums.dtype == torch.float32
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
 def test_states_keep_no_gradient_and_draw_nothing() -> None:
     model = small().train()
     before = torch.get_rng_state()
-    logits = fed(model.eval(), torch.randint(64, (1, 4), generator=torch.Generator()), [2, 1, 1])
+    logits = fed(model, torch.randint(64, (1, 4), generator=torch.Generator()), [2, 1, 1])
     assert not logits.requires_grad
     assert torch.equal(before, torch.get_rng_state())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import signal
+import subprocess
+import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +16,18 @@ import pytest
 import torch
 from torch import nn
 
-from config import ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
+from config import BDHConfig, ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
+from data.packing import document_ids
 from engine.compile import compile_model, compile_wanted
-from engine.evaluate import bits_per_byte, mean_loss
-from engine.metrics import Clock, duration, iteration_line, short
+from engine.evaluate import bits_per_byte, count_targets, mean_loss, next_token_loss
+from engine.metrics import Clock, duration, iteration_line, short, size
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.precision import Precision
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, rng_state
 from engine.world import peak_flops, peak_memory_bytes, resolve_device
+from model.bdh import BDH
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -155,18 +162,56 @@ def test_due_counts_from_step_one_and_null_is_never() -> None:
     assert not any(due(s, None) for s in range(7))
 
 
-def test_mean_loss_weighs_rows_not_batches_and_draws_no_random_number() -> None:
+def test_mean_loss_weighs_tokens_not_batches_and_draws_no_random_number() -> None:
     model = nn.Dropout(0.5)
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     before = torch.get_rng_state()
-    mean = mean_loss(model, torch.split(rows, 2), lambda batch: model(batch).mean(), lambda: False)
+    batches = torch.split(rows, 2)
+    mean = mean_loss(model, batches, lambda batch: model(batch).sum(), len, lambda: False)
     assert mean == 3.0 and model.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_mean_loss_ends_early_when_stopped() -> None:
     model = nn.Identity()
-    assert mean_loss(model, (torch.ones(1),), lambda batch: batch.mean(), lambda: True) is None
+    assert mean_loss(model, (torch.ones(1),), lambda batch: batch.sum(), len, lambda: True) is None
+
+
+def test_documents_are_scored_as_if_each_stood_alone() -> None:
+    torch.manual_seed(0)
+    config = BDHConfig(
+        n_layer=2,
+        n_embd=16,
+        dropout=0.0,
+        n_head=2,
+        mlp_internal_dim_multiplier=4,
+        vocab_size=8,
+    )
+    model = BDH(config)
+    apart = partial(document_ids, separator=0)
+    texts = [torch.tensor([[*draw, 0]]) for draw in ([3, 1, 4, 1], [5, 7], [2, 6, 5, 3, 5])]
+    alone = [next_token_loss(model, text, CPU, apart).item() for text in texts]
+    together = torch.cat(texts, dim=1)
+    assert next_token_loss(model, together, CPU, apart).item() == pytest.approx(sum(alone), 1e-5)
+    assert count_targets(together, apart) == sum(text.shape[1] - 1 for text in texts)
+    assert next_token_loss(model, together, CPU).item() > sum(alone)
+    assert count_targets(together) == together.shape[1] - 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    measure = """
+import resource, sys, torch
+from engine.world import keep_freed_memory
+if "keep" in sys.argv: keep_freed_memory()
+for _ in range(10): torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", measure, argument], cwd=ROOT))
+        for argument in ("give", "keep")
+    ]
+    assert faults[0] - faults[1] > 5 * 2**26 / 4096  # five of ten times 64 MB in pages of 4 KB
 
 
 def test_bits_per_byte_of_one_bit_is_one() -> None:
@@ -201,6 +246,7 @@ def test_clock_gives_the_mean_and_starts_anew() -> None:
 def test_durations_and_counts_are_short() -> None:
     assert [duration(s) for s in (7, 243, 7500, 273600)] == ["7s", "4m03s", "2h05m", "3d04h"]
     assert [short(n) for n in (950, 25_296_896, 1.24e9)] == ["950", "25.3 M", "1.24 B"]
+    assert [size(n) for n in (950, 25_296_896, 1.24e9)] == ["950 B", "25.3 MB", "1.24 GB"]
 
 
 def test_unknown_devices_are_refused_with_a_remedy() -> None:

@@ -7,8 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.checkpoint import load_checkpoint
+from engine.world import compiler_for
 from tests.conftest import write_corpus
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here, start, wait_for
 
@@ -54,6 +56,23 @@ def test_sigterm_to_the_whole_group_saves_that_step_and_resumes_equal(
     assert f"Stopped by SIGTERM at step {step}. To go on:" in output
     assert run_here([*arguments, f"resume_from_checkpoint={run}"]) == 0
     assert_same_run(run, only_run(tmp_path / "straight"), step=80)
+
+
+@pytest.mark.skipif(compiler_for(torch.device("cpu")) is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
+def test_a_compiled_run_with_dropout_and_documents_resumes_equal(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    tiny = [*tiny, "compile=true", "dropout=0.2", "mask=causal_document", "test_freq=4"]
+    tiny += ["gradient_accumulation_steps=2", "log_freq=1"]
+    assert run_here([*tiny, into(tmp_path / "straight"), "max_iters=8"]) == 0
+    arguments = [*tiny, into(tmp_path / "parts"), "max_iters=8", "lr_decay_iters=8"]
+    child = start([*arguments, "checkpoint_freq=3"])
+    wait_for(child, "checkpoint_3.pt")
+    child.kill()
+    child.communicate()
+    assert run_here([*arguments, AUTO]) == 0
+    assert_same_run(only_run(tmp_path / "parts"), only_run(tmp_path / "straight"), step=8)
 
 
 def test_ctrl_c_exits_130_and_the_printed_command_goes_on(tiny: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def test_the_largest_seed_serves_several_samples(
 ) -> None:
     options = ["--num-samples", "2", "--max-new-tokens", "4", "--device", "cpu"]
     assert "--- sample 2 of 2" in written(capsys, runs, "--seed", str(LARGEST), *options)
+
+
+def test_samples_drawn_together_are_those_drawn_alone(
+    runs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [runs, "--prompt", "the ", "--max-new-tokens", "12", "--device", "cpu"]
+    alone = [written(capsys, *options, "--seed", str(5 + number)) for number in range(3)]
+    monkeypatch.setattr(sample, "_TOGETHER", 2)
+    together = written(capsys, *options, "--seed", "5", "--num-samples", "3")
+    titles = [f"--- sample {number} of 3\n" for number in (1, 2, 3)]
+    assert together == "".join(t + text for t, text in zip(titles, alone, strict=True))
+
+
+def test_speed_goes_to_standard_error(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [runs, "--max-new-tokens", "7", "--num-samples", "2", "--device", "cpu"]
+    sample.write_samples(sample.read_arguments(arguments))
+    assert re.fullmatch(r"14 tokens in \d+\.\d s: \d+ tokens/s\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("temperature", ["1e-42", "1e-30", "1e-7"])
