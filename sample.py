@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 _LARGEST = 2**63 - 1  # what a random generator takes
-_TOGETHER = 8  # samples drawn at once; each holds a state of its own
+_TOGETHER = 8  # samples drawn at once, where their states fit in so many bytes
+_STATE_BYTES = 2**31
 _GREEDY = 1e-6  # a lower temperature draws the likeliest token anyway, or overflows
 
 
@@ -85,17 +86,20 @@ def write_samples(arguments: argparse.Namespace) -> None:
     device = resolve_device(SystemConfig(device=arguments.device).device)
     if device.type == "cpu":
         keep_freed_memory()
-    model, config = load_model(arguments.path, device)
+    module, config = load_model(arguments.path, device)
+    model = cast("LanguageModel", module)
     tokenizer = build_tokenizer(config.tokenizer)
     prompt = torch.from_numpy(tokenizer.encode(arguments.prompt or "\n").copy()).long()[None]
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     began, count = time.monotonic(), arguments.num_samples
-    for first in range(0, count, _TOGETHER):
-        numbers = range(first, min(first + _TOGETHER, count))
+    length = prompt.shape[1] + arguments.max_new_tokens
+    together = max(1, min(_TOGETHER, _STATE_BYTES // model.state_bytes(length)))
+    for first in range(0, count, together):
+        numbers = range(first, min(first + together, count))
         seeds = [(arguments.seed + number) % (_LARGEST + 1) for number in numbers]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        tokens = generate(cast("LanguageModel", model), prompt.to(device), sampling, generators)
+        tokens = generate(model, prompt.to(device), sampling, generators)
         decoders = [tokenizer.stream_decoder() for _ in numbers]
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
         write_together(arguments, numbers, decoders, steps)

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # --help and config errors are answered before torch
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ from engine.schedule import learning_rate
 from engine.session import Batch, Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_generators
-from engine.world import World, enter_world, keep_freed_memory
+from engine.world import World, enter_world
 from model import LanguageModel, build_model
 
 
@@ -115,8 +115,6 @@ def build(request: Request, stack: ExitStack) -> Session:
     """
     config = request.config
     world = enter_world(config.system)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     resume = find_resume(config)
     data = open_data(config)
     steps = planned_steps(data, config, world.size)
@@ -137,7 +135,9 @@ def build(request: Request, stack: ExitStack) -> Session:
     evaluation = evaluation_batches(data, config)
     documents = document_reader(config)
     trial = partial(try_model, model, precision, config, documents)
-    compiled = compile_where_it_pays(model, config, world, steps, trial)
+    run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
+    wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
+    state.compiled, compiled = compile_model(model, wanted, world.device, trial)
     training = not config.training.eval_only and (
         not state.finished(config.training) or state.evaluation_missing(config.training)
     )
@@ -181,15 +181,6 @@ def check_fits(
     before = learning_rate(resume.step, then, steps[0])
     after = learning_rate(resume.step + 1, config, steps[1])
     return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
-
-
-def compile_where_it_pays(
-    model: nn.Module, config: Config, world: World, steps: int, trial: Callable[[], None]
-) -> str:
-    """Tells what was done; a run compiles, or not, by its whole length, also when it is resumed."""
-    run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
-    wanted = compile_wanted(config.system, world.device, run_flops)
-    return compile_model(model, wanted, world.device, trial)
 
 
 def try_model(
@@ -316,6 +307,8 @@ def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
     dtype = Precision(config.low_precision, world.device).dtype
     on_cpu = world.device.type == "cpu"
     activations = cast(LanguageModel, model).activation_bytes(tokens, dtype, on_cpu)
+    if accumulation_steps(config, world.size) > 1:  # a second set of gradients
+        activations += sum(p.numel() * p.element_size() for p in model.parameters())
     step_tokens = tokens_per_step(config, world.size)
     costs = cost_lines(model, activations, training_flops(model, config), step_tokens)
     return [*parameter_lines(model), *costs]

@@ -212,7 +212,8 @@ def parity(
         exact = Rival(Kind("", "", torch.float32, False, False), weights, reference)
         for compiled in (False, True):
             rival = Rival(Kind("", "", torch.float32, compiled, True), weights, reference)
-            name = f"D {config.n_embd}, {rows} x {length} tokens, {rival.model.passes.name} passes"
+            passes = "compiled" if compiled else "eager"
+            name = f"D {config.n_embd}, {rows} x {length} tokens, {passes} passes"
             found = [errors(name, rival, exact, batch(rows, length)) for _ in range(3)]
             _, logits, loss, gradients = zip(*found, strict=True)
             typical = sorted(gradients)[1] if max(gradients) < math.inf else math.inf

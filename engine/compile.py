@@ -14,29 +14,34 @@ from engine.world import compiler_for
 PAYS_FLOPS = 1e13  # half a minute of a CPU's work: compiling takes a quarter of one, and halves it
 
 
-def compile_wanted(system: SystemConfig, device: torch.device, run_flops: float) -> bool:
+def compile_wanted(
+    system: SystemConfig, device: torch.device, run_flops: float, before: bool | None
+) -> bool:
     """Whether `system.compile` asks for it; `auto`: on CUDA, and on a CPU where the run is long.
 
-    run_flops: FLOPs of the whole run, whatever part of it is done.
+    run_flops: FLOPs of the whole run. before: what a run that is resumed did, which `auto` follows,
+    because compiled and eager steps round differently.
     """
     if system.compile != "auto":
         return system.compile
+    if before is not None:
+        return before
     return device.type == "cuda" or (device.type == "cpu" and run_flops >= PAYS_FLOPS)
 
 
 def compile_model(
     model: nn.Module, wanted: bool, device: torch.device, trial: Callable[[], object]
-) -> str:
-    """Compiles in place, so that saved weights keep their names; tells what was done.
+) -> tuple[bool, str]:
+    """Compiles in place, so that saved weights keep their names; whether it did, and in words.
 
     `trial` runs the model once: compilers fail then, and the run goes on without. It must leave no
     trace but draws of torch's generators, which are put back.
     """
     if not wanted:
-        return "not compiled"
+        return False, "not compiled"
     compiler = compiler_for(device)
     if compiler is None:
-        return f"not compiled: no compiler for {device.type} on this machine"
+        return False, f"not compiled: no compiler for {device.type} on this machine"
     model.compile()
     began = time.monotonic()
     devices = [device] if device.type == "cuda" else []
@@ -47,5 +52,5 @@ def compile_model(
         model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # a backward pass that failed leaves some behind
         reason = str(error).strip().splitlines()[0]
-        return f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
-    return f"compiled with {compiler} in {time.monotonic() - began:.0f}s"
+        return False, f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
+    return True, f"compiled with {compiler} in {time.monotonic() - began:.0f}s"

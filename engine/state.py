@@ -33,6 +33,8 @@ class TrainState:
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+    compiled: bool | None = None
+    """Whether steps are compiled: they round differently, so a resumed run does the same."""
 
     def finished(self, training: TrainingConfig) -> bool:
         """Whether `max_iters` steps or `epochs` passes over the data are done."""

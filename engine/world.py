@@ -52,14 +52,20 @@ class World:
 
 
 def enter_world(system: SystemConfig) -> World:
-    """Reads the launcher's variables and resolves `system.device`; raises ConfigError."""
+    """Reads the launcher's variables and resolves `system.device`; raises ConfigError.
+
+    On a CPU this process keeps the memory that it frees, from here on.
+    """
     size = int(os.environ.get("WORLD_SIZE") or "1")
     if size > 1:
         raise ConfigError(
             f"WORLD_SIZE={size}: training on several processes is not available in this version; "
             "start it with `python train.py`, without torchrun."
         )
-    return World(rank=0, size=1, device=resolve_device(system.device))
+    device = resolve_device(system.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return World(rank=0, size=1, device=device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -32,6 +32,9 @@ class LanguageModel(Protocol):
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
 
+    def state_bytes(self, length: int) -> int:
+        """Memory of the state of one sample of so many tokens."""
+
     def start(self, batch: int) -> Any:
         """The state of so many samples before their first token; for `extend` only."""
 

@@ -99,9 +99,14 @@ class BDH(nn.Module):
         result: Tensor = bdh_layers(x, (self.encoder, self.encoder_v, self.decoder), call)
         return result
 
+    def state_bytes(self, length: int) -> int:
+        """Memory of the state of one sample, the same for any length."""
+        H, D, N = self.shape
+        return self.config.n_layer * H * N * D * max(4, self.encoder.element_size())
+
     def start(self, batch: int) -> BDHState:
         """The state of so many samples before their first token."""
-        H, D, N = self.encoder.shape
+        H, D, N = self.shape
         shape = (self.config.n_layer, H, batch, 2, N // 2, D)
         exact = torch.promote_types(self.encoder.dtype, torch.float32)
         return BDHState(

@@ -263,20 +263,23 @@ def test_unknown_peaks_are_none_never_a_guess() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compile", "kind", "flops", "wanted"),
+    ("compile", "kind", "flops", "before", "wanted"),
     [
-        ("auto", "cpu", 1e12, False),
-        ("auto", "cpu", 1e14, True),
-        ("auto", "cuda", 1e6, True),
-        ("auto", "mps", 1e18, False),
-        (True, "cpu", 1.0, True),
-        (False, "cuda", 1e18, False),
+        ("auto", "cpu", 1e12, None, False),
+        ("auto", "cpu", 1e14, None, True),
+        ("auto", "cuda", 1e6, None, True),
+        ("auto", "mps", 1e18, None, False),
+        ("auto", "cpu", 1e12, True, True),
+        ("auto", "cpu", 1e14, False, False),
+        (True, "cpu", 1.0, False, True),
+        (False, "cuda", 1e18, True, False),
     ],
 )
-def test_compiling_is_for_runs_that_are_longer_than_it_takes(
-    compile: Any, kind: str, flops: float, wanted: bool
+def test_compiling_is_for_long_runs_and_a_resumed_run_goes_on_as_it_was(
+    compile: Any, kind: str, flops: float, before: bool | None, wanted: bool
 ) -> None:
-    assert compile_wanted(SystemConfig(compile=compile), torch.device(kind), flops) == wanted
+    system, device = SystemConfig(compile=compile), torch.device(kind)
+    assert compile_wanted(system, device, flops, before) == wanted
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
@@ -291,7 +294,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
         raise RuntimeError("no such instruction\nand a long trace")
 
     told = compile_model(model, True, CPU, trial)
-    assert told == "not compiled: g++ failed (RuntimeError: no such instruction)"
+    assert told == (False, "not compiled: g++ failed (RuntimeError: no such instruction)")
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
     assert model(torch.ones(1, 2)).shape == (1, 2)

@@ -65,9 +65,10 @@ def test_a_compiled_run_with_dropout_and_documents_resumes_equal(
 ) -> None:
     tiny = [*tiny, "compile=true", "dropout=0.2", "mask=causal_document", "test_freq=4"]
     tiny += ["gradient_accumulation_steps=2", "log_freq=1"]
-    assert run_here([*tiny, into(tmp_path / "straight"), "max_iters=8"]) == 0
-    arguments = [*tiny, into(tmp_path / "parts"), "max_iters=8", "lr_decay_iters=8"]
-    child = start([*arguments, "checkpoint_freq=3"])
+    tiny += ["checkpoint_freq=3", "max_iters=8"]
+    assert run_here([*tiny, into(tmp_path / "straight")]) == 0
+    arguments = [*tiny, into(tmp_path / "parts")]
+    child = start(arguments)
     wait_for(child, "checkpoint_3.pt")
     child.kill()
     child.communicate()
