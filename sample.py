@@ -3,7 +3,8 @@
     python sample.py checkpoints/run_20251108_143022 --prompt "def " --num-samples 3
 
 RUN_OR_CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint) or a folder of run
-directories (its newest run). Text streams to the terminal; equal seeds write equal text. How fast
+directories (its newest run). Text streams to the terminal (of several samples, drawn together, the
+first); equal seeds write equal text. A model of single documents stops at the end of one. How fast
 it was goes to standard error.
 """
 
@@ -93,6 +94,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     began, count = time.monotonic(), arguments.num_samples
+    end = tokenizer.separator if config.model.mask == "causal_document" else None
     length = prompt.shape[1] + arguments.max_new_tokens
     together = max(1, min(_TOGETHER, _STATE_BYTES // model.state_bytes(length)))
     for first in range(0, count, together):
@@ -102,7 +104,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
         tokens = generate(model, prompt.to(device), sampling, generators)
         decoders = [tokenizer.stream_decoder() for _ in numbers]
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
-        write_together(arguments, numbers, decoders, steps)
+        write_together(arguments, numbers, decoders, steps, end)
     seconds, made = time.monotonic() - began, count * arguments.max_new_tokens
     print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.0f} tokens/s", file=sys.stderr)
 
@@ -112,17 +114,25 @@ def write_together(
     numbers: range,
     decoders: Sequence[StreamDecoder],
     steps: Iterator[list[int]],
+    end: int | None,
 ) -> None:
-    """Streams the first of the samples drawn together; the others follow when all are done."""
+    """Streams the first of the samples drawn together; the others follow when all are done.
+
+    A sample ends before the token `end`.
+    """
     total = arguments.num_samples
     titles = [f"--- sample {n + 1} of {total}\n" if total > 1 else "" for n in numbers]
     texts = [[title, arguments.prompt] for title in titles]
     _write("".join(texts[0]))
+    ended = [False for _ in numbers]
     for tokens in steps:
-        pieces = [decoder.decode([t]) for decoder, t in zip(decoders, tokens, strict=True)]
-        _write(pieces[0])
-        for text, piece in zip(texts, pieces, strict=True):
-            text.append(piece)
+        ended = [was or token == end for was, token in zip(ended, tokens, strict=True)]
+        if all(ended):
+            break
+        for number, token in enumerate(tokens):
+            if not ended[number]:
+                texts[number].append(decoders[number].decode([token]))
+                _write(texts[0][-1] if number == 0 else "")
     for number, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
         _write(("".join(text) if number else "") + decoder.decode([], final=True) + "\n")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import sample
+from config import TokenizerConfig
+from data.tokenizer import build_tokenizer
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.runs import run_here
 
@@ -77,6 +79,15 @@ def test_samples_drawn_together_are_those_drawn_alone(
     together = written(capsys, *options, "--seed", "5", "--num-samples", "3")
     titles = [f"--- sample {number} of 3\n" for number in (1, 2, 3)]
     assert together == "".join(t + text for t, text in zip(titles, alone, strict=True))
+
+
+def test_a_sample_ends_before_the_end_of_its_document(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = sample.read_arguments(["x", "--prompt", ">", "--num-samples", "2"])
+    decoders = [build_tokenizer(TokenizerConfig()).stream_decoder() for _ in range(2)]
+    steps = iter([[97, 98], [0, 99], [100, 0], [101, 101]])
+    sample.write_together(arguments, range(2), decoders, steps, 0)
+    assert capsys.readouterr().out == "--- sample 1 of 2\n>a\n--- sample 2 of 2\n>bc\n"
+    assert next(steps) == [101, 101]  # nothing is drawn after the last end
 
 
 def test_speed_goes_to_standard_error(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
