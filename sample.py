@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LARGEST = 2**63 - 1  # what a random generator takes
 _TOGETHER = 8  # samples drawn at once, where their states fit in so many bytes
 _STATE_BYTES = 2**31
+_CONTEXT = "tokens the model looks back on; 0: all (default: block_size, as in training)"
 _GREEDY = 1e-6  # a lower temperature draws the likeliest token anyway, or overflows
 
 
@@ -55,6 +56,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--temperature", type=_number(float, 0), default=0.8, metavar="T", help="0: greedy")
     add("--top-k", type=_number(int, 1), metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=_number(float, 0, 1), metavar="P", help="draw from this much probability")
+    add("--context", type=_number(int, 0), metavar="N", help=_CONTEXT)
     add("--seed", type=_number(int, 0), default=1337, metavar="S", help="default: 1337")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser.parse_args(arguments)
@@ -95,13 +97,15 @@ def write_samples(arguments: argparse.Namespace) -> None:
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     began, count = time.monotonic(), arguments.num_samples
     end = tokenizer.separator if config.model.mask == "causal_document" else None
+    asked = config.training.block_size if arguments.context is None else arguments.context
+    context = None if asked == 0 else asked
     length = prompt.shape[1] + arguments.max_new_tokens
     together = max(1, min(_TOGETHER, _STATE_BYTES // model.state_bytes(length)))
     for first in range(0, count, together):
         numbers = range(first, min(first + together, count))
         seeds = [(arguments.seed + number) % (_LARGEST + 1) for number in numbers]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        tokens = generate(model, prompt.to(device), sampling, generators)
+        tokens = generate(model, prompt.to(device), sampling, generators, context)
         decoders = [tokenizer.stream_decoder() for _ in numbers]
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
         write_together(arguments, numbers, decoders, steps, end)

@@ -26,18 +26,29 @@ def generate(
     prompt: Tensor,
     sampling: Sampling,
     generators: Sequence[torch.Generator | None] = (None,),
+    context: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields one token of each sample (B,) after another, without end, continuing prompt (1, T).
+    """Yields one token of each sample (B,) after another, without end, from a prompt (1, T >= 1).
 
-    Each sample draws from its own generator: what it says does not depend on the others.
+    Each sample draws from its own generator: what it says does not depend on the others. With a
+    `context` the model sees no more tokens than that: whenever it has, it starts anew from the
+    last half of them. Without, it sees all there were.
     """
+    seen = prompt.expand(len(generators), -1)
+    seen = seen if context is None else seen[:, -context:]
     state = model.start(len(generators))
-    logits = model.extend(prompt.expand(len(generators), -1), state)  # (B, V)
+    logits = model.extend(seen, state)  # (B, V)
     while True:
         rows = zip(logits.float(), generators, strict=True)
         tokens = torch.cat([draw(row[None], sampling, generator) for row, generator in rows])
         yield tokens
-        logits = model.extend(tokens[:, None], state)
+        following = tokens[:, None]
+        if context is not None:
+            seen = torch.cat((seen, following), dim=1)
+            if seen.shape[1] > context:
+                seen = following = seen[:, -max(1, context // 2) :]
+                state = model.start(len(generators))
+        logits = model.extend(following, state)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -79,6 +79,15 @@ def test_generation_feeds_the_prompt_once_and_then_each_token_alone() -> None:
     assert model.fed == [(2,), (2, 3), *[(2, 1)] * 24]
 
 
+def test_with_a_context_it_starts_anew_from_the_last_half() -> None:
+    model = NextLetter()
+    prompt = torch.tensor([[9, 9, 1, 2, 3]])
+    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), context=4)
+    assert [step.item() for step in islice(tokens, 9)] == [(4 + i) % 10 for i in range(9)]
+    assert model.fed[:6] == [(1,), (1, 4), (1,), (1, 2), (1, 1), (1, 1)]
+    assert max(shape[1] for shape in model.fed if len(shape) == 2) == 4
+
+
 def test_equal_seeds_give_equal_text_whatever_is_drawn_beside_it() -> None:
     alone = [step[0] for step in letters(NextLetter(2.0), 30, 7)]
     together = letters(NextLetter(2.0), 30, 3, 7)
