@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,10 @@ def memory_size(device: torch.device) -> int:
     return min(size, int(text)) if text.isdigit() else size
 
 
-def table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def table(columns: Sequence[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Lines of markdown, each as soon as its row is there."""
+    for line in itertools.chain([list(columns), ["---"] * len(columns)], rows):
+        yield f"| {' | '.join(line)} |"
 
 
 def says(dtype: torch.dtype) -> str:
