@@ -136,7 +136,8 @@ def write_together(
         for number, token in enumerate(tokens):
             if not ended[number]:
                 texts[number].append(decoders[number].decode([token]))
-                _write(texts[0][-1] if number == 0 else "")
+                if number == 0:
+                    _write(texts[0][-1])
     for number, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
         _write(("".join(text) if number else "") + decoder.decode([], final=True) + "\n")
 

@@ -53,7 +53,6 @@ class Passes(NamedTuple):
     goes_on is (B, 1, 1) or None. total and product have two dimensions and any dtypes.
     """
 
-    name: str
     turn: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     turn_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     gate: Callable[[Tensor, Tensor, Keep | None], None]
@@ -120,7 +119,7 @@ def _carry(part: Tensor, state: Tensor, goes_on: Tensor | None, cos: Tensor, sin
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -2)
 
 
-EAGER = Passes("eager", _turn, _turn_backward, _gate, _gate_backward, _carry, Tensor.add_)
+EAGER = Passes(_turn, _turn_backward, _gate, _gate_backward, _carry, Tensor.add_)
 
 
 @cache
@@ -139,7 +138,6 @@ def compiled() -> Passes:
         for expression in (_turn_fused, _turn_backward_fused, _gate_fused, _gate_backward_fused)
     )
     return Passes(
-        "compiled",
         lambda u, cos, sin, r: turn(_halves(u), cos, sin, _halves(r)),
         lambda u, dr, cos, sin, du: turn_backward(_halves(u), _halves(dr), cos, sin, _halves(du)),
         gate,
