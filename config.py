@@ -15,6 +15,10 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from settings import dialects
+from settings.constraints import RULES, micro_step_tokens
+from settings.constraints import holds_out as holds_out
+from settings.constraints import token_paths as token_paths
+from settings.constraints import warmup_steps as warmup_steps
 from settings.dump import dump
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
@@ -27,7 +31,7 @@ from settings.layers import Merged, from_mapping, merge
 from settings.overrides import Arguments, parse_arguments
 from settings.problems import Origin, Problem, raise_problems
 from settings.reader import read_file
-from settings.rules import Rule, check_rules, nearest_multiples, setting
+from settings.rules import check_rules, nearest_multiples, setting
 from settings.schema import Form, Schema, option, schema_of
 from settings.values import check_section
 
@@ -37,7 +41,7 @@ DEFAULT_FILE_HEADER = (
     "Write only what differs into a file of your own: python train.py my.yaml",
     "A test keeps this file equal to config.py. To write it anew: python config.py > config.yaml",
 )
-TOKENIZER_SIZES = {"bytes": 256}
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
@@ -59,14 +63,27 @@ class _Section:
 class ModelConfig(_Section):
     """The network."""
 
-    name: Literal["bdh"] = option("bdh", "architecture")
+    name: Literal["bdh", "gpt", "llama"] = option("bdh", "architecture")
     n_layer: int = option(6, "layers", ge=1)
     n_embd: int = option(256, "width of the residual stream", ge=1)
     n_head: int = option(4, "heads; divides n_embd", ge=1)
     dropout: float = option(0.1, "share of activations dropped", ge=0, lt=1)
-    vocab_size: int = option(256, "rows of the embedding; >= the tokenizer's size", ge=1)
-    mlp_internal_dim_multiplier: int = option(128, "BDH: neurons per n_embd, all heads", ge=1)
+    vocab_size: int | None = option(256, "rows of the embedding; null: the tokens", ge=1)
     mask: Literal["causal", "causal_document"] = option("causal", "causal_document: own text only")
+    mlp_internal_dim_multiplier: int = option(128, "bdh: neurons per n_embd, all heads", ge=1)
+    bias: bool = option(False, "gpt: biases in linear layers and LayerNorms")
+    mlp_bias: bool | None = option(None, "gpt: in the MLP; null: as bias")
+    attn_bias: bool | None = option(None, "gpt: of queries, keys, values")
+    proj_bias: bool | None = option(None, "gpt: of attention's output")
+    ln_bias: bool | None = option(None, "gpt: in LayerNorms")
+    cls_head_bias: bool = option(False, "gpt: of the logits")
+    activation: Literal["gelu", "gelu_tanh", "relu"] = option("gelu", "gpt; gelu_tanh: OpenAI's")
+    mlp_scale_factor: int = option(4, "gpt: width of the MLP per n_embd", ge=1)
+    tie_embeddings: bool = option(True, "gpt: the head is the embedding")
+    d_ff: int | None = option(None, "llama: MLP; null: 8/3 n_embd in 64s", ge=1)
+    rope_theta: float = option(10000.0, "llama: base of the rotation's wavelengths", gt=0)
+    n_kv_head: int | None = option(None, "llama: heads of keys; null: n_head", ge=1)
+    attention: Literal["auto", "flash", "flex", "math"] = option("auto", "gpt, llama: kernel")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +105,13 @@ class TrainingConfig(_Section):
     checkpoint_freq: int | None = option(500, "save interval; null: at the end", ge=1, unit="steps")
     save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
     always_save_checkpoint: bool = option(True, "false: at a best held-out loss and at the end")
+    save_model: bool = option(True, "false: no checkpoints, no run directory")
     keep_last: int | None = option(3, "checkpoints to keep; null: all", ge=1)
     checkpoint_dir: str = option("checkpoints", "folder that holds the run directories")
     resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
+    init_from: str = option("scratch", "scratch, resume, gpt2, gpt2-xl, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", ge=0)
+    use_oracle: bool = option(False, "one batch for ever: loss falls to 0")
     debug: bool = option(False, "show tracebacks")
 
 
@@ -99,7 +119,7 @@ class TrainingConfig(_Section):
 class OptimizerConfig(_Section):
     """The optimizer; its learning rate and weight decay stand in training."""
 
-    name: Literal["adamw"] = option("adamw", "algorithm")
+    name: Literal["adamw", "muon"] = option("adamw", "muon: of matrices, adamw of the rest")
     beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)
@@ -135,6 +155,10 @@ class DatasetConfig(_Section):
     """The text."""
 
     parquet_dir: str = option("data/python-stdlib", "folder of parquet files, nested or not")
+    train_data_path: str | None = option(None, "token file (.bin, .ids, .npy), not parquet")
+    val_data_path: str | None = option(None, "token file; null: test_fraction of the other")
+    name: str | None = option(None, "token files data/NAME/train.bin and val.bin")
+    token_dtype: Literal["auto", "uint8", "uint16", "uint32"] = option("auto", "of .bin and .ids")
     max_cached_files: int = option(5, "files open at a time, per worker", ge=1)
     text_column: str = option("text", "column that holds the documents")
     test_fraction: float = option(0.05, "share held out for evaluation", ge=0, lt=1)
@@ -145,7 +169,8 @@ class DatasetConfig(_Section):
 class TokenizerConfig(_Section):
     """From text to tokens."""
 
-    name: Literal["bytes"] = option("bytes", "bytes: 256 tokens")
+    name: str = option("bytes", "bytes, char, gpt2, auto, a file, a Hub name")
+    vocab_multiple: int = option(1, "model.vocab_size: null is rounded up to this", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +180,22 @@ class LowPrecisionConfig(_Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "format of matrix products"
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig(_Section):
+    """Several processes, started by torchrun."""
+
+    backend: Literal["auto", "nccl", "gloo"] = option("auto", "auto: nccl on CUDA, else gloo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig(_Section):
+    """Trackers beside metrics.jsonl."""
+
+    wandb_log: bool = option(False, "send metrics to Weights & Biases")
+    wandb_project: str = option("hatchery", "project there")
+    wandb_run_name: str | None = option(None, "name there; null: the folder's")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,71 +218,12 @@ class _Sections:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     low_precision: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 SECTIONS: dict[str, type] = get_type_hints(_Sections)
-
-# What must hold between options; {0}, {1}, ... stand for the keys with their values.
-RULES: tuple[Rule[_Sections], ...] = (
-    Rule(
-        ("model.n_embd", "model.n_head"),
-        lambda c: c.model.n_embd % c.model.n_head == 0,
-        "{0} is not divisible by {1}",
-        lambda c: nearest_multiples(c.model.n_embd, c.model.n_head),
-    ),
-    Rule(
-        ("model.mlp_internal_dim_multiplier", "model.n_embd", "model.n_head"),
-        lambda c: (
-            c.model.n_embd % c.model.n_head != 0  # said above
-            or c.model.mlp_internal_dim_multiplier * c.model.n_embd // c.model.n_head % 2 == 0
-        ),
-        "{0} * {1} / {2} is an odd number of neurons per head, and they rotate in pairs",
-        lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
-    ),
-    Rule(
-        ("model.vocab_size", "tokenizer.name"),
-        lambda c: c.model.vocab_size >= TOKENIZER_SIZES[c.tokenizer.name],
-        f"{{0}} is smaller than the tokenizer's {TOKENIZER_SIZES['bytes']} ({{1}})",
-    ),
-    Rule(
-        ("schedule.min_lr", "training.learning_rate"),
-        lambda c: (c.schedule.min_lr or 0) <= c.training.learning_rate,
-        "{0} is above {1}; null means a tenth of it",
-    ),
-    Rule(
-        ("schedule.warmup_iters", "training.max_iters"),
-        lambda c: (c.schedule.warmup_iters or 0) <= c.training.max_iters,
-        "{0} is above {1}; null means 3 % of it",
-    ),
-    Rule(
-        ("schedule.lr_decay_iters", "schedule.warmup_iters", "training.max_iters"),
-        lambda c: c.schedule.lr_decay_iters is None or c.schedule.lr_decay_iters >= warmup_steps(c),
-        "{0} is below {1} with {2}",
-        lambda c: f"warm-up takes {warmup_steps(c)} steps",
-    ),
-    Rule(
-        ("training.tokens_per_step", "training.gradient_accumulation_steps"),
-        lambda c: c.training.tokens_per_step is None or c.training.gradient_accumulation_steps == 1,
-        "{0} and {1} exclude each other; set one",
-    ),
-    Rule(
-        ("training.tokens_per_step", "training.block_size", "training.batch_size"),
-        lambda c: (c.training.tokens_per_step or 0) % _micro_step_tokens(c, 1) == 0,
-        "{0} is not a multiple of {1} * {2}",
-        lambda c: nearest_multiples(c.training.tokens_per_step or 0, _micro_step_tokens(c, 1)),
-    ),
-    Rule(
-        ("training.test_freq", "dataset.test_fraction"),
-        lambda c: c.training.test_freq is None or c.dataset.test_fraction > 0,
-        "{0} evaluates on held-out text and {1} holds none out; set training.test_freq to null",
-    ),
-    Rule(
-        ("training.eval_only", "dataset.test_fraction"),
-        lambda c: not c.training.eval_only or c.dataset.test_fraction > 0,
-        "{0} evaluates on held-out text and {1} holds none out",
-    ),
-)
 
 
 @cache
@@ -249,23 +231,9 @@ def _schema() -> Schema:
     return schema_of(SECTIONS, dialects.LATER, dialects.INERT)
 
 
-def warmup_steps(config: _Sections, total: int | None = None) -> int:
-    """Return the steps of warm-up, 3 % of the run where none are set.
-
-    `total` is the length of a run that `epochs` ends before max_iters.
-    """
-    given = config.schedule.warmup_iters
-    planned = config.training.max_iters if total is None else total
-    return planned * 3 // 100 if given is None else given
-
-
-def _micro_step_tokens(config: _Sections, world_size: int) -> int:
-    return config.training.block_size * config.training.batch_size * world_size
-
-
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Return the micro-steps of each process per optimizer step; ConfigError if not whole."""
-    tokens, micro_step = config.training.tokens_per_step, _micro_step_tokens(config, world_size)
+    tokens, micro_step = config.training.tokens_per_step, micro_step_tokens(config, world_size)
     if tokens is None:
         return config.training.gradient_accumulation_steps
     if tokens % micro_step == 0:
@@ -336,7 +304,8 @@ class Config(_Sections):
             file.write(self.to_yaml())
 
     def to_bdh_config(self) -> BDHConfig:
-        """Return the shape of the model."""
+        """Return the shape of the model; `vocab_size` must be a number by now."""
+        assert self.model.vocab_size is not None
         return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
 
 
@@ -377,8 +346,19 @@ def _load(files: Sequence[str], arguments: Arguments) -> tuple[Config, list[str]
     return _finish(merged, unread), merged.notes
 
 
+def _follow(merged: Merged) -> None:
+    """Give options that were left out the value that follows from what was said of others."""
+    values = merged.values
+    if values.get("dataset.train_data_path") or values.get("dataset.name"):
+        values.setdefault("tokenizer.name", "auto")
+    pretrained = values.get("training.init_from", "scratch") not in ("scratch", "resume")
+    if pretrained or values.get("tokenizer.name", "bytes") != "bytes":
+        values.setdefault("model.vocab_size", None)
+
+
 def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
     """Check the rules between options whose values are good; return the config or raise."""
+    _follow(merged)
     sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
     # Where part of a file could not be read, values are missing and rules would mislead.
     rules = () if unread else RULES

@@ -52,47 +52,23 @@ TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alia
 
 # options that come with later versions -> the values that ask for nothing, so that they may stand
 LATER: dict[str, tuple[str, ...]] = {
-    "model.bias": (),
-    "model.mlp_bias": (),
-    "model.attn_bias": (),
-    "model.proj_bias": (),
-    "model.ln_bias": (),
-    "model.cls_head_bias": (),
-    "model.activation": (),
-    "model.mlp_scale_factor": (),
-    "model.tie_embeddings": (),
-    "model.d_ff": (),
-    "model.rope_theta": (),
-    "model.n_kv_head": (),
-    "model.attention": (),
     "model.flash": ("false",),
     "model.flex": ("false",),
-    "training.init_from": ("scratch",),
-    "training.save_model": ("true",),
-    "training.use_oracle": ("false",),
     "optimizer.precision": ("float32",),
-    "dataset.name": ("null",),
-    "dataset.train_data_path": ("null",),
-    "dataset.val_data_path": ("null",),
     "dataset.tokenizer_used": ("bytes", "null"),
     "low_precision.use_fp8": ("false",),
     "low_precision.use_4bit": ("false",),
     "low_precision.use_4bit_optimizer": ("false",),
-    "logging.wandb_log": ("false",),
-    "logging.wandb_project": ("null",),
-    "logging.wandb_run_name": ("null",),
     "logging.tensorboard": ("false",),
+    "distributed.strategy": ("auto", "ddp"),
 }
 
 # options that come with later versions and say how to do what cannot be asked for yet
 _4BIT, _FP8 = "low_precision.use_4bit", "low_precision.use_fp8"
-_PROCESSES = "training on several processes"
 INERT: dict[str, Inert] = {
     "low_precision.quantization_type": Inert(_4BIT, Literal["nf4", "fp4"], "nf4"),
     "low_precision.use_double_quant": Inert(_4BIT, bool, True),
     "fp8.format": Inert(_FP8, Literal["hybrid", "e4m3"], "hybrid"),
     "fp8.amax_history_len": Inert(_FP8, int, 1024, Limits(ge=1)),
     "fp8.amax_compute_algo": Inert(_FP8, Literal["max", "most_recent"], "max"),
-    "distributed.backend": Inert(_PROCESSES, Literal["auto", "nccl", "gloo"], "auto"),
-    "distributed.strategy": Inert(_PROCESSES, Literal["auto", "ddp", "fsdp"], "auto"),
 }
