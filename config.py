@@ -30,9 +30,10 @@ from settings.help import help_text
 from settings.layers import Merged, from_mapping, merge
 from settings.overrides import Arguments, parse_arguments
 from settings.problems import Origin, Problem, raise_problems
-from settings.reader import read_file
 from settings.rules import check_rules, nearest_multiples, setting
 from settings.schema import Form, Schema, option, schema_of
+from settings.sources import read_layers
+from settings.translate import translate
 from settings.values import check_section
 
 DEFAULT_FILE = "config.yaml"
@@ -228,7 +229,7 @@ SECTIONS: dict[str, type] = get_type_hints(_Sections)
 
 @cache
 def _schema() -> Schema:
-    return schema_of(SECTIONS, dialects.LATER, dialects.INERT)
+    return schema_of(SECTIONS, dialects.LATER, dialects.INERT, dialects.FOREIGN)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -279,10 +280,11 @@ class Config(_Sections):
         flags = {"--dry-run": arguments.dry_run, "--help": arguments.help}
         others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
         arguments.problems += [f"{word}: not an override" for word in others]
-        config, notes = _load([os.fspath(path)], arguments)
-        for note in notes:
+        arguments.files = [os.fspath(path)]
+        request = _load(arguments)
+        for note in request.notes:
             print(f"note: {note}", file=sys.stderr)
-        return config
+        return request.config
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "") -> Config:
@@ -314,7 +316,7 @@ class Request:
     """What a command line asks for."""
 
     config: Config
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # as they were applied, a base first
     overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
     dry_run: bool
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
@@ -326,38 +328,37 @@ def command_line(argv: Sequence[str]) -> Request:
     if arguments.help:
         print(help_text(_schema()), end="")
         raise SystemExit(0)
-    files = arguments.files or [DEFAULT_FILE]
     try:
-        config, notes = _load(files, arguments)
+        return _load(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _load(arguments: Arguments) -> Request:
+    """Read the files in order and the overrides last."""
+    merged, files, unread = read_layers(_schema(), arguments, DEFAULT_FILE)
+    config = _finish(merged, unread)
     overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
-    return Request(config, tuple(files), overrides, arguments.dry_run, tuple(notes))
-
-
-def _load(files: Sequence[str], arguments: Arguments) -> tuple[Config, list[str]]:
-    """Read the files in order and the overrides last; return the config and the notes."""
-    read = [read_file(name, number) for number, name in enumerate(files, start=1)]
-    last = len(files) + 1
-    merged = merge(_schema(), [*(entries for entries, _ in read), arguments.entries(last)])
-    merged.problems += arguments.problems_at(last)
-    unread = [problem for _, problems in read for problem in problems]
-    return _finish(merged, unread), merged.notes
+    return Request(config, files, overrides, arguments.dry_run, tuple(merged.notes))
 
 
 def _follow(merged: Merged) -> None:
     """Give options that were left out the value that follows from what was said of others."""
-    values = merged.values
+    values, init_from = merged.values, merged.values.get("training.init_from", "scratch")
     if values.get("dataset.train_data_path") or values.get("dataset.name"):
         values.setdefault("tokenizer.name", "auto")
-    pretrained = values.get("training.init_from", "scratch") not in ("scratch", "resume")
+    if init_from in GPT2_NAMES:  # its weights bring the shape of the model
+        values.setdefault("model.name", "gpt")
+        values.setdefault("tokenizer.name", "gpt2")
+    pretrained = init_from not in ("scratch", "resume")
     if pretrained or values.get("tokenizer.name", "bytes") != "bytes":
         values.setdefault("model.vocab_size", None)
 
 
 def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
     """Check the rules between options whose values are good; return the config or raise."""
+    translate(_schema(), merged)
     _follow(merged)
     sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
     # Where part of a file could not be read, values are missing and rules would mislead.

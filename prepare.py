@@ -1,78 +1,154 @@
-"""Turn text into a folder of parquet files that `dataset.parquet_dir` can name.
+"""Turn text into what a run reads: a folder of parquet files, or token files.
 
     python prepare.py python-stdlib data/python-stdlib
-    python prepare.py SOURCE OUT          # .txt, .jsonl or .parquet: a file or a folder of them
+    python prepare.py SOURCE OUT                           # parquet, for dataset.parquet_dir
+    python prepare.py SOURCE data/NAME --tokenizer gpt2    # train.bin, val.bin and meta.json
+    python prepare.py SOURCE train.ids --tokenizer gpt2    # all tokens in one file
+    python prepare.py train-tokenizer SOURCE OUT.json --vocab-size 10000
 
-Each .txt file is one document, cut at line ends where it is longer than 16 KiB, so that it can be
-shuffled and split; a .jsonl line or a parquet row is one document. OUT gets page checksums and row
-groups of about 1 MB.
+SOURCE is .txt, .jsonl or .parquet: a file, a folder of them, a URL or (--urls) a list of URLs. For
+parquet each .txt file is cut at line ends where it is longer than 16 KiB, so that it can be
+shuffled and split; a .jsonl line or a parquet row is one document. Where the making of token files
+is stopped, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from config import DataError, UserError
+from config import DataError, TokenizerConfig, UserError, WriteError
 from data import corpus
-from data.index import read_footer
+from data.convert import FORMATS, Job, Progress, convert, existing
+from data.download import download, is_url, local_paths, read_url_list
+from data.meta import read_meta_file, write_json
+from data.sources import ENDINGS, unreadable
+from data.sources import documents as documents_of
+from data.tokenizer import Tokenizer, build_tokenizer, train_bpe
+from data.writer import Counts
 
-_DOCUMENT_BYTES = 1 << 14
 _FILES = 8
 _SMALLEST_FILE_BYTES, _LARGEST_FILE_BYTES = 1 << 20, 256 << 20
-_ENDINGS = (".txt", ".jsonl", ".parquet")
+_LINE_EVERY_S, _REDRAW_EVERY_S = 5.0, 0.2  # plain lines, and the one on a terminal
+_SAMPLE_CHARACTERS = 1 << 20
+_SMALLEST_BPE = 257  # the bytes and the separator
+_SOURCE = (
+    "python-stdlib (the library of this Python), a .txt, .jsonl or .parquet file, a folder of such "
+    "files, or the URL of one"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="prepare.py",
-        description="Turn text into a folder of parquet files for dataset.parquet_dir.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="python-stdlib (the library of this Python), or a .txt, .jsonl or .parquet file, "
-        "or a folder of such files",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--text-column",
-        default="text",
-        metavar="NAME",
-        help="key or column of the text in .jsonl and .parquet (default: text)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it holds parquet files"
-    )
-    args = parser.parse_args(argv)
-    problem = _refuse_out(args.out, args.overwrite)
-    if problem:
-        parser.error(problem)
+    arguments = sys.argv[1:] if argv is None else argv
+    parser, run = _parser(), _run
+    if arguments[:1] == ["train-tokenizer"]:
+        parser, run, arguments = _tokenizer_parser(), _train_tokenizer, arguments[1:]
+    args = parser.parse_args(arguments)
     try:
-        written = _prepare(args.source, args.out, args.text_column, args.overwrite)
+        problem = run(args)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(
-        f"Wrote {written.documents} documents, {written.bytes / 1e6:.1f} MB of text, in "
-        f"{written.files} files to {args.out} ({written.seconds:.1f} s)\n"
-        f"Next: python train.py dataset.parquet_dir={args.out}"
-    )
+    if problem:
+        parser.error(problem)
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py",
+        description="Turn text into a folder of parquet files for dataset.parquet_dir, or with "
+        "--tokenizer into token files.",
+        epilog="python prepare.py train-tokenizer --help: make a vocabulary of your own.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=_SOURCE)
+    out = "the folder to write; with --tokenizer also one file ending in " + ", ".join(FORMATS)
+    add("out", metavar="OUT", type=Path, help=out)
+    column = "key or column of the text in .jsonl and .parquet (default: text)"
+    add("--text-column", default="text", metavar="NAME", help=column)
+    add("--urls", action="store_true", help="SOURCE is a text file with one URL per line")
+    add("--overwrite", action="store_true", help="replace what OUT holds of an earlier conversion")
+    tokens = parser.add_argument_group("token files")
+    add = tokens.add_argument
+    names = "bytes, char, gpt2, a tokenizer.json, a Hub name, or a meta.json (its tokenizer)"
+    add("--tokenizer", metavar="NAME", help=f"write tokens: {names}")
+    add("--format", choices=[e[1:] for e in FORMATS], help="of train and val (default: bin)")
+    fraction = "share of val (default: 0.1; 0: none). One .txt file, or characters: its end; else "
+    add("--val-fraction", type=_fraction, metavar="F", help=fraction + "documents by their hash")
+    dtype = "default auto: uint16 where the ids fit, as nanoGPT writes, else uint32"
+    add("--dtype", choices=["auto", "uint8", "uint16", "uint32"], help=dtype)
+    add("--workers", type=_count, metavar="N", help="processes (default: one per core)")
+    return parser
+
+
+def _tokenizer_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py train-tokenizer",
+        description="Make a vocabulary of byte pairs from a text; every text can be encoded in it.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=_SOURCE)
+    add("out", metavar="OUT.json", type=Path, help="the tokenizer.json to write")
+    size = "tokens (default: 10000), of which 256 are the bytes and one ends documents"
+    add("--vocab-size", type=_count, default=10_000, metavar="N", help=size)
+    add("--text-column", default="text", metavar="NAME", help="key or column of the text")
+    add("--overwrite", action="store_true", help="replace OUT.json")
+    return parser
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 0 and < 1, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return value
+
+
+_fraction.__name__, _count.__name__ = "number", "whole number"  # argparse names them in errors
+
+
+def _run(args: argparse.Namespace) -> str | None:
+    """Write parquet or tokens; returns what is wrong with the command line, if something is."""
+    given = [
+        o for o in ("format", "val_fraction", "dtype", "workers") if getattr(args, o) is not None
+    ]
+    if args.tokenizer is None:
+        if given:
+            return f"--{given[0].replace('_', '-')} is for token files: add --tokenizer NAME"
+        if args.out.suffix in FORMATS:
+            return f"OUT: '{args.out}' is a token file: add --tokenizer NAME (bytes, char, gpt2)"
+        problem = _refuse_out(args.out, args.overwrite)
+        if problem is None:
+            _write_parquet(args)
+        return problem
+    if args.out.suffix in FORMATS and (args.format or args.val_fraction is not None):
+        return f"OUT: '{args.out}' is one file, so there is no --format and no --val-fraction"
+    return _write_tokens(args)
+
+
 def _refuse_out(out: Path, overwrite: bool) -> str | None:
-    """Why OUT may not be written, if so."""
+    """Why a parquet folder may not be written, if so."""
     if not out.exists():
         return None
     if not out.is_dir():
@@ -86,109 +162,242 @@ def _refuse_out(out: Path, overwrite: bool) -> str | None:
     return None
 
 
-def _prepare(source: str, out: Path, column: str, overwrite: bool) -> corpus.Written:
-    if source == corpus.NAME and not os.path.exists(source):
-        return corpus.build(out, overwrite)
+def _write_parquet(args: argparse.Namespace) -> None:
+    if args.source == corpus.NAME and not os.path.exists(args.source):
+        written = corpus.build(args.out, args.overwrite)
+    else:
+        files = _files(args, _beside(args.out, "download"))
+        try:
+            size = sum(path.stat().st_size for path in files)
+        except OSError as error:
+            raise unreadable(error.filename, error) from None
+        file_bytes = min(max(size // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
+        texts = _named_documents(files, args.text_column)
+        written = corpus.write_folder(texts, args.out, file_bytes, args.overwrite)
+    print(
+        f"Wrote {written.documents} documents, {written.bytes / 1e6:.1f} MB of text, in "
+        f"{written.files} files to {args.out} ({written.seconds:.1f} s)\n"
+        f"Next: python train.py dataset.parquet_dir={args.out}"
+    )
+
+
+def _beside(out: Path, kind: str) -> Path:
+    """A hidden folder next to OUT, for what OUT is made of."""
+    return out.with_name(f".{out.name}.{kind}")
+
+
+def _files(args: argparse.Namespace, folder: Path) -> list[Path]:
+    """The text files; those of URLs are downloaded to a folder first, and stay there."""
+    listed = getattr(args, "urls", False)
+    if not listed and not is_url(args.source):
+        return _source_files(Path(args.source))
+    urls = read_url_list(Path(args.source)) if listed else [args.source]
+    paths = local_paths(urls, folder)
     try:
-        files = _source_files(Path(source))
-        size = sum(path.stat().st_size for path in files)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unreadable(error.filename, error) from None
-    file_bytes = min(max(size // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
-    return corpus.write_folder(_documents(files, column), out, file_bytes, overwrite)
+        raise WriteError(f"{folder}: cannot be written: {error.strerror}") from None
+    for number, (url, path) in enumerate(zip(urls, paths, strict=True), 1):
+        line: _Line | None = None
+        for there, total in download(url, path):
+            line = line or _Line(f"download {number} of {len(urls)}", there)
+            line.show(there, total, 0)
+        if line:
+            line.end()
+    return paths
 
 
 def _source_files(source: Path) -> list[Path]:
     """The text files, in bytewise order of their paths."""
     if source.is_file():
-        if source.suffix not in _ENDINGS:
-            raise DataError(f"{source}: expected a file ending in {', '.join(_ENDINGS)}")
+        if source.suffix not in ENDINGS:
+            raise DataError(f"{source}: expected a file ending in {', '.join(ENDINGS)}")
         return [source]
     if not source.is_dir():
         raise DataError(f"SOURCE '{source}': not found (working directory: {os.getcwd()})")
-    files = [path for path in source.rglob("*") if path.suffix in _ENDINGS and path.is_file()]
+    files = [path for path in source.rglob("*") if path.suffix in ENDINGS and path.is_file()]
     if not files:
-        raise DataError(f"SOURCE '{source}' holds no file ending in {', '.join(_ENDINGS)}")
+        raise DataError(f"SOURCE '{source}' holds no file ending in {', '.join(ENDINGS)}")
     return sorted(files, key=os.fsencode)
 
 
-def _documents(files: list[Path], column: str) -> Iterator[corpus.Document]:
+def _named_documents(files: Sequence[Path], column: str) -> Iterator[corpus.Document]:
     for path in files:
-        if path.suffix == ".txt":
-            texts = _pieces(_read_text(path))
-        elif path.suffix == ".jsonl":
-            texts = _json_lines(path, column)
-        else:
-            texts = _parquet_rows(path, column)
         name = os.fsencode(path).decode("utf-8", "replace")
-        yield from ((text, name) for text in texts if text)
+        yield from ((text, name) for text in documents_of(path, column))
 
 
-def _read_text(path: Path) -> str:
+def _write_tokens(args: argparse.Namespace) -> str | None:
+    is_single = args.out.suffix in FORMATS
+    job = Job(
+        files=(),
+        out=args.out,
+        column=args.text_column,
+        tokenizer=None if args.tokenizer == "char" else _tokenizer(args.tokenizer),
+        ending=f".{args.format or 'bin'}",
+        dtype=None if args.dtype in (None, "auto") else np.dtype(args.dtype),
+        val_fraction=0.1 if args.val_fraction is None else args.val_fraction,
+        workers=args.workers or _cores(),
+        restart=args.overwrite,
+    )
+    if args.out.exists() and args.out.is_dir() == is_single:
+        kind = "a folder; name a file" if is_single else "a file; name a folder"
+        return f"OUT: '{args.out}' is {kind}"
+    found = existing(job)
+    if found and not args.overwrite:
+        return f"OUT: '{found[0]}' exists; name another place or add --overwrite"
+    began = time.monotonic()
+    folder = _beside(args.out, "download") if is_single else args.out / ".download"
     try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}). Convert it first.") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+        job = replace(job, files=_token_sources(args, folder))
+        counts = _show(convert(job))
+    except (SystemExit, KeyboardInterrupt):
+        kept = [path for path in (job.workspace, folder) if path.exists()]
+        if kept:
+            print(f"\nStopped. The same command goes on from {kept[0]}", file=sys.stderr)
+        raise
+    _say_tokens(job, counts, time.monotonic() - began)
+    if folder.exists():
+        print(f"What it was made from is kept in {folder}; delete it if you need it no more")
+    print(f"Next: python train.py {_next_overrides(job)}")
+    return None
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut at line ends into pieces of at most about 16 KiB."""
-    lines: list[str] = []
+def _tokenizer(name: str) -> Tokenizer:
+    """By its name, or that of token files made before."""
+    if not name.endswith(("meta.json", "meta.pkl")):
+        return build_tokenizer(TokenizerConfig(name=name))
+    tokenizer = read_meta_file(Path(name)).tokenizer
+    if tokenizer is None:
+        raise DataError(f"{name}: names no tokenizer")
+    return tokenizer
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _token_sources(args: argparse.Namespace, folder: Path) -> list[Path]:
+    if args.source != corpus.NAME or os.path.exists(args.source):
+        return _files(args, folder)
+    if not (folder / corpus.NAME).exists():
+        corpus.build(folder / corpus.NAME)
+    return _source_files(folder / corpus.NAME)
+
+
+def _show(steps: Generator[Progress, None, None]) -> Counts:
+    """Follow a conversion to its end on standard error; returns what was written."""
+    lines: dict[str, _Line] = {}
+    counts = Counts()
+    with contextlib.closing(steps):
+        for step in steps:
+            counts = step.counts
+            if step.stage not in lines:
+                for line in lines.values():
+                    line.end()
+                lines[step.stage] = _Line(step.stage, step.kept)
+            lines[step.stage].show(counts.bytes, step.total, counts.train + counts.val)
+    return counts
+
+
+class _Line:
+    """One progress line on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, stage: str, kept: int = 0) -> None:
+        self._stage, self._kept = stage, kept
+        self._began = self._shown = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._drawn = False
+
+    def show(self, done: int, total: int, tokens: int) -> None:
+        """Bytes done, of how many (0: unknown), and the tokens they became (0: left out)."""
+        now = time.monotonic()
+        if now - self._shown < (_REDRAW_EVERY_S if self._is_terminal else _LINE_EVERY_S):
+            return
+        self._shown = now
+        rate = (done - self._kept) / max(now - self._began, 1e-9)
+        parts = [self._stage, f"{done / 1e6:.1f} MB", f"{rate / 1e6:.1f} MB/s"]
+        if total:
+            parts[1] = f"{100 * done / total:.0f} % of {total / 1e6:.1f} MB"
+            minutes, seconds = divmod(int((total - done) / max(rate, 1)), 60)
+            parts.append(f"ETA {minutes}m{seconds:02d}s")
+        if tokens:
+            parts.insert(2, f"{tokens:,} tokens")
+        self._drawn = self._is_terminal
+        frame = "\r{}\033[K" if self._is_terminal else "{}\n"
+        print(frame.format(" | ".join(parts)), end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._drawn:
+            print(file=sys.stderr)
+
+
+def _say_tokens(job: Job, counts: Counts, seconds: float) -> None:
+    numbers = {"train": counts.train, "val": counts.val}
+    files = [f"{path} ({numbers[name]:,} tokens)" for name, path in job.targets.items()]
+    meta = read_meta_file(job.meta)
+    assert meta.tokenizer is not None
+    documents = f"{counts.documents:,} document{'' if counts.documents == 1 else 's'}"
+    left_out = f" ({counts.empty:,} empty ones left out)" if counts.empty else ""
+    print(
+        f"Wrote {' and '.join(files)} and {job.meta} ({seconds:.1f} s)\n"
+        f"{documents}{left_out}, tokenizer {meta.tokenizer.name}, "
+        f"vocabulary {meta.vocab_size:,}, {meta.dtype}"
+    )
+
+
+def _next_overrides(job: Job) -> str:
+    """How a run names these files."""
+    targets = list(job.targets.values())
+    if job.is_single:
+        train = job.out.with_name(f"train{job.out.suffix}")
+        is_val = job.out.stem in ("val", "valid", "validation", "test") and train.exists()
+        targets = [train, job.out] if is_val else targets
+    elif len(targets) == 2 and job.ending == ".bin" and job.out.parent == Path("data"):
+        return f"dataset={job.out.name}"
+    names = ("train_data_path", "val_data_path")
+    return " ".join(f"{name}={path}" for name, path in zip(names, targets, strict=False))
+
+
+def _train_tokenizer(args: argparse.Namespace) -> str | None:
+    if args.out.suffix != ".json":
+        return f"OUT.json: '{args.out}' does not end in .json"
+    if args.out.exists() and not args.overwrite:
+        return f"OUT.json: '{args.out}' exists; name another file or add --overwrite"
+    if args.vocab_size < _SMALLEST_BPE:
+        return f"--vocab-size: must be >= {_SMALLEST_BPE}, got {args.vocab_size}"
+    began = time.monotonic()
+    sample: list[str] = []
+    texts = _sampled(_files(args, _beside(args.out, "download")), args.text_column, sample)
+    tokenizer = train_bpe(str(args.out), texts, args.vocab_size)
+    if not sample:
+        raise DataError("no text found in the source: nothing was written")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, json.loads(tokenizer.to_dict()["json"]))
+    size = sum(len(text.encode()) for text in sample)
+    count = sum(len(tokenizer.encode(text)) for text in sample)
+    few = " (the text has no more pairs that occur twice)"
+    print(
+        f"Wrote {args.out} ({time.monotonic() - began:.1f} s): {tokenizer.vocab_size:,} tokens"
+        f"{few if tokenizer.vocab_size < args.vocab_size else ''}; "
+        f"{size / count:.2f} bytes per token on {size / 1e6:.1f} MB of the text\n"
+        f"Next: python prepare.py {args.source} data/NAME --tokenizer {args.out}"
+    )
+    return None
+
+
+def _sampled(files: Sequence[Path], column: str, sample: list[str]) -> Iterator[str]:
+    """All documents; the first of them are also kept in `sample`."""
     size = 0
-    for line in text.splitlines(keepends=True):
-        if size + len(line) > _DOCUMENT_BYTES and lines:
-            yield "".join(lines)
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
-    yield "".join(lines)
-
-
-def _unreadable(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read: {error.strerror or error}")
-
-
-def _json_lines(path: Path, key: str) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _json_text(line, key, f"{path}:{number}")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _json_text(line: bytes, key: str, place: str) -> str:
-    """The text of one record; `place` is where it stands."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from None
-    text = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{place}: no string '{key}'; found: {keys}. Use --text-column NAME")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"{place}: '{key}' holds {half} (character {error.start}), half of a surrogate pair, "
-            "which is not text. Correct or delete the line."
-        ) from None
-    return text
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    read_footer(str(path), column)  # says what is wrong with the file
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as source:
-            for batch in source.iter_batches(batch_size=256, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be decoded, the file is damaged ({error})") from None
+    for path in files:
+        for text in documents_of(path, column):
+            if size < _SAMPLE_CHARACTERS:
+                sample.append(text)
+                size += len(text)
+            yield text
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

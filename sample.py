@@ -33,7 +33,7 @@ if __name__ == "__main__":  # there is nothing to save: Ctrl-C works in the midd
 from config import SystemConfig, UserError, WriteError
 
 if TYPE_CHECKING:
-    from data.tokenizer import StreamDecoder
+    from data.tokenizer import StreamDecoder, Tokenizer
     from model import LanguageModel
 
 _LARGEST = 2**63 - 1  # what a random generator takes
@@ -50,7 +50,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("path", metavar="RUN_OR_CHECKPOINT", help="checkpoint, run directory or folder of runs")
-    add("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a line break)")
+    add("--prompt", metavar="TEXT", help="text to continue (default: a line break)")
     add("--num-samples", type=_number(int, 1), default=1, metavar="N", help="default: 1")
     add("--max-new-tokens", type=_number(int, 1), default=500, metavar="N", help="default: 500")
     add("--temperature", type=_number(float, 0), default=0.8, metavar="T", help="0: greedy")
@@ -81,24 +81,24 @@ def write_samples(arguments: argparse.Namespace) -> None:
     """Loads the model and writes the samples; raises UserError."""
     import torch  # slow to import: a wrong command line is answered before
 
-    from data.tokenizer import build_tokenizer
-    from engine.checkpoint import load_model
+    from data.tokenizer import tokenizer_from_dict
+    from engine.checkpoint import open_model
     from engine.world import keep_freed_memory, resolve_device
     from model.decode import Sampling, generate
 
     device = resolve_device(SystemConfig(device=arguments.device).device)
     if device.type == "cpu":
         keep_freed_memory()
-    module, config = load_model(arguments.path, device)
-    model = cast("LanguageModel", module)
-    tokenizer = build_tokenizer(config.tokenizer)
-    prompt = torch.from_numpy(tokenizer.encode(arguments.prompt or "\n").copy()).long()[None]
+    module, config, spec = open_model(arguments.path, device)
+    model, tokenizer = cast("LanguageModel", module), tokenizer_from_dict(spec)
+    arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
+    prompt = torch.tensor([ids])
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     began, count = time.monotonic(), arguments.num_samples
     end = tokenizer.separator if config.model.mask == "causal_document" else None
     asked = config.training.block_size if arguments.context is None else arguments.context
-    context = None if asked == 0 else asked
+    context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
     length = prompt.shape[1] + arguments.max_new_tokens
     together = max(1, min(_TOGETHER, _STATE_BYTES // model.state_bytes(length)))
     for first in range(0, count, together):
@@ -111,6 +111,19 @@ def write_samples(arguments: argparse.Namespace) -> None:
         write_together(arguments, numbers, decoders, steps, end)
     seconds, made = time.monotonic() - began, count * arguments.max_new_tokens
     print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def read_prompt(text: str | None, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt as text and as tokens, of which there is at least one; raises DataError."""
+    try:
+        ids = tokenizer.encode("\n" if text is None else text).tolist()
+    except UserError:
+        if text is not None:
+            raise
+        ids = []  # these tokens have no line break
+    if not ids:
+        ids = [tokenizer.separator or 0]
+    return (tokenizer.decode(ids) if text is None else text), ids
 
 
 def write_together(

@@ -2,10 +2,12 @@
 
     python train.py                                             # config.yaml
     python train.py --config my_experiment.yaml max_iters=1000
+    torchrun --standalone --nproc_per_node=8 train.py my_experiment.yaml
     python train.py --help
 
 Reads the config, builds the run in one written order (`build`), then runs `train`, the loop. The
 run directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly.
+Under torchrun every process runs all of it; the main one speaks and writes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from config import (
     UserError,
     accumulation_steps,
     command_line,
-    sequences_per_step,
 )
 
 if __name__ == "__main__":  # --help and config errors are answered before torch is imported
@@ -28,33 +29,24 @@ if __name__ == "__main__":  # --help and config errors are answered before torch
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports below
 
-import math
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from data import (
-    BatchSpec,
-    Dataset,
-    StepBatch,
-    TrainLoader,
-    corpus,
-    document_ids,
-    evaluation_rows,
-    open_dataset,
-)
-from data.tokenizer import build_tokenizer
+from data import Dataset, TrainLoader, corpus, open_dataset
+from data.text import Replayed, Text, embedded_is_missing
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
 from engine.compile import compile_model, compile_wanted
-from engine.evaluate import DocumentIds, next_token_loss
-from engine.metrics import RULE, say, short, warn
+from engine.evaluate import next_token_loss
+from engine.metrics import RULE, say, warn
 from engine.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -62,16 +54,33 @@ from engine.optimizer import (
     load_optimizer,
     set_learning_rate,
 )
-from engine.plan import cost_lines, parameter_lines, tokens_line, tokens_per_step
+from engine.parallel import parallelize
+from engine.plan import (
+    cost_lines,
+    length_lines,
+    origin_lines,
+    parameter_lines,
+    planned_steps,
+    settle,
+    tokens_line,
+    tokens_per_step,
+)
 from engine.precision import Precision
-from engine.resume import check_resumable, experiment_differences
+from engine.resume import (
+    PRETRAINED,
+    check_resumable,
+    experiment_differences,
+    on_processes,
+    resume_from_folder,
+)
 from engine.run import RunDirectory
 from engine.schedule import learning_rate
 from engine.session import Batch, Session
 from engine.signals import StopRequest
-from engine.state import TrainState, due, restore_rng, seed_generators
-from engine.world import World, enter_world
-from model import LanguageModel, build_model
+from engine.state import TrainState, due, restore_rng, seed_apart, seed_generators
+from engine.trackers import Tracker
+from engine.world import World, enter_world, lost_peer
+from model import LanguageModel, build_model, pretrained
 
 
 def train(run: Session, stop: StopRequest) -> None:
@@ -79,18 +88,16 @@ def train(run: Session, stop: StopRequest) -> None:
     config, state = run.config, run.state
     if run.evaluation_missing:
         run.evaluate(stop)  # a stop had cut it short
-    while not stop and not run.finished:
+    while not run.stopping(stop) and not run.finished:
         began = time.monotonic()
         batch = next(run.batches)
         loss = torch.zeros((), device=run.world.device)
-        targets = max(1, sum(run.targets(rows) for rows in batch.micro_batches))
-        for rows in batch.micro_batches:
-            share = run.loss(rows) / targets
+        for share in run.micro_losses(batch):
             run.precision.backward(share)
             loss += share.detach()
         run.precision.unscale(run.optimizer)
         norm = gradient_norm(run.model)
-        loss_value, grad_norm = torch.stack((loss, norm)).tolist()
+        loss_value, grad_norm = torch.stack((run.world.sum(loss), norm)).tolist()
         run.check_finite(batch, loss_value, grad_norm)
         if 0.0 < config.optimizer.grad_clip < grad_norm:
             clip_gradients(run.model, norm, config.optimizer.grad_clip)
@@ -104,70 +111,135 @@ def train(run: Session, stop: StopRequest) -> None:
             run.log(rate, grad_norm)
         if run.evaluation_missing:
             run.evaluate(stop)
-        if run.checkpoint_due and not stop:
+        if run.checkpoint_due:
             run.save()
 
 
-def build(request: Request, stack: ExitStack) -> Session:
+@dataclass
+class Beginning:
+    """What is known before a model is built: the text, where the run begins, the whole config."""
+
+    request: Request
+    """As given, with the model's shape and vocabulary: what the run directory keeps."""
+    config: Config
+    """The same, with the micro-steps of this many processes."""
+    data: Dataset
+    weights: pretrained.Pretrained | None
+    resume: Resume | None
+    saved: dict[str, Any]
+    """The checkpoint's content; empty where none is resumed."""
+
+
+def begin(request: Request, world: World) -> Beginning:
+    """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
+    say(*origin_lines(request))
+    asked = resume_from_folder(request.config)
+    with world.main_first():
+        data = open_data(asked)
+    say(*data.lines())
+    resume = world.broadcast(find_resume(asked) if world.is_main else None)
+    saved = {} if resume is None else load_checkpoint(resume.path)
+    weights, shape = None, dict[str, Any]()
+    if asked.training.init_from != "scratch" and saved:
+        shape = {key: saved["config"]["model"][key] for key in PRETRAINED}
+    elif asked.training.init_from != "scratch":
+        say(f"Reading the weights of {asked.training.init_from}...")
+        with world.main_first():
+            weights = pretrained.read(asked.training.init_from)
+        say(weights.source)
+        shape = weights.options
+    settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
+    config = settled
+    if resume is not None:
+        then, before = Config.from_dict(saved["config"]), len(saved["rng"])
+        config, more = on_processes(settled, then, before, world.size)
+        fits = check_fits(saved, resume, data, config, world.size)
+        lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
+    say(*lines)
+    return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
+
+
+def build(request: Request, world: World, stack: ExitStack) -> Session:
     """Builds a run. The order matters: weights are drawn right after seeding; the optimizer sees
-    them on their device; saved state goes into both before anything is compiled; and the run
-    directory is opened last, so that an error before it leaves nothing behind.
+    them on their device; saved state goes into both before anything is compiled or shared between
+    processes; and the run directory is opened last, so that an error before it leaves nothing.
     """
-    config = request.config
-    world = enter_world(config.system)
-    resume = find_resume(config)
-    data = open_data(config)
-    steps = planned_steps(data, config, world.size)
-    seed_generators(config.training.seed)
-    model = build_model(config).to(world.device)
+    start = begin(request, world)
+    config, data = start.config, start.data
+    model = first_model(start, world)
     precision = Precision(config.low_precision, world.device)
     optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
-    state, cursor, changes = TrainState(), None, list[str]()
-    if resume is not None:
-        saved = load_checkpoint(resume.path)
-        changes = check_fits(saved, resume, data, config, world.size)
-        model.load_state_dict(saved["model"])
-        load_optimizer(optimizer, saved["optimizer"])
-        precision.load_state_dict(saved["scaler"])
-        state, cursor = TrainState(**saved["train"]), saved["cursor"]
-        restore_rng(saved["rng"], world.device)
-        del saved
-    evaluation = evaluation_batches(data, config)
-    documents = document_reader(config)
-    trial = partial(try_model, model, precision, config, documents)
+    seed_apart(config.training.seed, 0, world.rank)
+    state, cursor = TrainState(), None
+    if start.saved:
+        state, cursor = restore(start.saved, model, optimizer, precision, world)
+    text = Text(data, config)
+    steps = planned_steps(config, world.size, data.ledger.train_tokens)
+    trial = partial(try_model, model, precision, config, text)
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
     wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
     state.compiled, compiled = compile_model(model, wanted, world.device, trial)
-    training = not config.training.eval_only and (
-        not state.finished(config.training) or state.evaluation_missing(config.training)
-    )
-    batches: Iterator[StepBatch] = iter(())
-    if training:
-        spec = batch_spec(config, world)
-        batches = stack.enter_context(TrainLoader(data, spec, config.dataloader, cursor))
-    directory = stack.enter_context(open_directory(request, world, resume if training else None))
-    say(*origin_lines(request), *directory_lines(directory, config, resume), *changes)
+    training = will_train(config, state)
+    batches = open_batches(text, config, cursor, world, stack) if training else iter(())
+    directory = open_directory(start, start.resume if training else None, world, stack)
+    say(*directory_lines(directory, start.resume))
+    say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
-    say(*filter(None, [precision.note]), *plan_lines(data, config, world))
-    say(*model_lines(model, config, world), f"Seed: {config.training.seed}", RULE)
+    say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
+    say(*length_lines(config, world.size, data.ledger.train_tokens))
+    say(f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,
         world=world,
         precision=precision,
         model=model,
+        trained=parallelize(model, world),
         flops_per_token=training_flops(model, config),
         optimizer=optimizer,
         batches=batches,
-        documents=documents,
+        text=text,
         activity=cast(LanguageModel, model).activity,
-        evaluation=evaluation,
-        data=data.summary(),
         directory=directory,
         state=state,
         cursor=lambda: cursor or {},
         planned_steps=steps,
+        tracker=open_tracker(config, directory, state, world, stack),
         saved_step=state.step,
     )
+
+
+def first_model(start: Beginning, world: World) -> nn.Module:
+    """The model with fresh or pretrained weights, on its device; says what it amounts to."""
+    config = start.config
+    say("Initializing model...")
+    seed_generators(config.training.seed)
+    model = build_model(config)
+    if start.weights is not None:
+        pretrained.load_into(model, start.weights, config.training.block_size)
+        start.weights = None  # it keeps the file mapped
+    model.to(world.device)
+    say(*model_lines(model, config, world))
+    return model
+
+
+def restore(
+    saved: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    world: World,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Puts a checkpoint back, and lets its content go; the state and the data's cursor."""
+    model.load_state_dict(saved["model"])
+    load_optimizer(optimizer, saved["optimizer"])
+    precision.load_state_dict(saved["scaler"])
+    state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
+    if len(generators) == world.size or world.is_main:
+        restore_rng(generators[world.rank], world.device)
+    else:  # as many processes as never before: only dropout draws from these
+        seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
+    saved.clear()
+    return state, cursor
 
 
 def check_fits(
@@ -175,22 +247,25 @@ def check_fits(
 ) -> list[str]:
     """Lines that tell what differs from the checkpoint; raises CheckpointError and DataError."""
     then = Config.from_dict(saved["config"])
-    lines = check_resumable(then, config, str(resume.path))
+    processes = len(saved["rng"]), world_size
+    lines = check_resumable(then, config, str(resume.path), processes)
     data.check_unchanged(saved["data"])
-    steps = [planned_steps(data, each, world_size) for each in (then, config)]
+    tokens = data.ledger.train_tokens
+    steps = [
+        planned_steps(each, count, tokens)
+        for each, count in ((then, len(saved["rng"])), (config, world_size))
+    ]
     before = learning_rate(resume.step, then, steps[0])
     after = learning_rate(resume.step + 1, config, steps[1])
     return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
 
 
-def try_model(
-    model: nn.Module, precision: Precision, config: Config, documents: DocumentIds | None
-) -> None:
+def try_model(model: nn.Module, precision: Precision, config: Config, text: Text) -> None:
     """One forward and backward pass over a batch of ones; leaves no gradients."""
     shape = (config.training.batch_size, config.training.block_size + 1)
     with precision.autocast():
         rows = torch.ones(shape, dtype=torch.uint8)
-        loss = next_token_loss(model, rows, precision.device, documents)
+        loss = next_token_loss(model, rows, precision.device, text.documents)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)
 
@@ -213,100 +288,68 @@ def find_resume(config: Config) -> Resume | None:
 
 def open_data(config: Config) -> Dataset:
     """The indexed text; the embedded corpus is built where it is missing."""
-    folder = Path(config.dataset.parquet_dir)
-    if corpus.is_embedded(folder) and not folder.exists():
+    if embedded_is_missing(config):
+        folder = Path(config.dataset.parquet_dir)
         say(f"{folder} is missing: building it from the Python standard library...")
         built = corpus.build(folder)
         say(f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s")
-    return open_dataset(config.dataset, config.tokenizer)
+    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size)
 
 
-def evaluation_batches(data: Dataset, config: Config) -> tuple[tuple[Tensor, ...], ...]:
-    """The fixed rows (n, T+1) of the training and the held-out text, in batches.
+def open_batches(
+    text: Text, config: Config, cursor: dict[str, Any] | None, world: World, stack: ExitStack
+) -> Iterator[Batch]:
+    """The training batches of this process; with `use_oracle` the first one for ever."""
+    loader = text.batches(cursor, world.rank, world.size, pin=world.device.type == "cuda")
+    stack.enter_context(loader)
+    return Replayed.for_ever(loader) if config.training.use_oracle else loader
 
-    They are read before training, so that text too short for them is not found out in the middle.
-    """
+
+def will_train(config: Config, state: TrainState) -> bool:
+    """Whether there are steps, or the evaluation after the last one, to make."""
     training = config.training
-    if training.test_freq is None and not training.eval_only:
-        return ()
-    count = training.eval_iters * training.batch_size
-    rows = (evaluation_rows(data, split, training.block_size, count) for split in ("train", "test"))
-    return tuple(torch.split(each, training.batch_size) for each in rows)
+    missing = not state.finished(training) or state.evaluation_missing(training)
+    return missing and not training.eval_only
 
 
-def document_reader(config: Config) -> DocumentIds | None:
-    """What tells documents apart in rows of tokens, where tokens may see only their own."""
-    if config.model.mask == "causal":
-        return None
-    return partial(document_ids, separator=build_tokenizer(config.tokenizer).separator)
-
-
-def batch_spec(config: Config, world: World) -> BatchSpec:
-    """What the loader delivers for each optimizer step."""
-    return BatchSpec(
-        block_size=config.training.block_size,
-        sequences_per_step=sequences_per_step(config, world.size),
-        micro_batches=accumulation_steps(config, world.size),
-        seed=config.training.seed,
-        rank=world.rank,
-        world_size=world.size,
-        pin=world.device.type == "cuda",
-    )
-
-
-def open_directory(request: Request, world: World, resume: Resume | None) -> RunDirectory:
+def open_directory(
+    start: Beginning, resume: Resume | None, world: World, stack: ExitStack
+) -> RunDirectory:
     """The run directory: continued at resume, else promised and made at the first save."""
-    origin = origin_lines(request)
+    config, origin = start.request.config, origin_lines(start.request)
+    if not world.is_main:  # it names the run there, and is never written
+        return RunDirectory(config, origin, world.device_name)
     if resume is None:
-        return RunDirectory.start(request.config, origin, world.device_name)
-    return RunDirectory.reopen(resume, request.config, origin, world.device_name)
+        return stack.enter_context(RunDirectory.start(config, origin, world.device_name))
+    return stack.enter_context(RunDirectory.reopen(resume, config, origin, world.device_name))
 
 
-def origin_lines(request: Request) -> list[str]:
-    """The files and overrides this config came from."""
-    files = f"Config: {', '.join(request.files)}"
-    return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
+def open_tracker(
+    config: Config, directory: RunDirectory, state: TrainState, world: World, stack: ExitStack
+) -> Tracker | None:
+    """What records are sent to besides metrics.jsonl, under the run's name there."""
+    if not world.is_main:
+        return None
+    folder = directory.path or Path(config.training.checkpoint_dir)
+    tracker = Tracker.start(config, directory.name, state.tracker_run, folder)
+    if tracker is not None:
+        stack.callback(tracker.close)
+        state.tracker_run = tracker.run_id
+    return tracker
 
 
-def directory_lines(directory: RunDirectory, config: Config, resume: Resume | None) -> list[str]:
-    """Where the run is kept, and where it goes on from."""
-    if resume is None:
-        folder = Path(config.training.checkpoint_dir) / directory.name
-        return [f"Run directory: {folder} (made with the first checkpoint)"]
-    lines = [f"Run directory: {resume.run_dir}", *directory.notes]
-    return [*lines, f"Resumed from {resume.path.name}: {resume.step} steps done"]
-
-
-def planned_steps(data: Dataset, config: Config, world_size: int) -> int:
-    """Optimizer steps until `max_iters` or, by the data's estimated size, the end of `epochs`."""
-    training = config.training
-    if training.epochs is None:
-        return training.max_iters
-    steps = training.epochs * data.ledger.train_tokens / tokens_per_step(config, world_size)
-    return min(training.max_iters, max(1, math.ceil(steps)))
-
-
-def plan_lines(data: Dataset, config: Config, world: World) -> list[str]:
-    """What the data amounts to, what a step takes of it and how often the run will see it."""
-    ledger, steps = data.ledger, planned_steps(data, config, world.size)
-    planned = steps * tokens_per_step(config, world.size)
-    about = "about " if steps < config.training.max_iters else ""
-    return [
-        f"Data: {config.dataset.parquet_dir}: {ledger.files:,} files, {ledger.rows:,} rows, about "
-        f"{short(ledger.tokens)} tokens: {short(ledger.train_tokens)} to train on, "
-        f"{short(ledger.test_tokens)} held out",
-        tokens_line(config, world.size),
-        f"Max iterations: {about}{steps:,} = {short(planned)} tokens, "
-        f"about {planned / max(1, ledger.train_tokens):.2f} epochs",
-    ]
+def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]:
+    """Where the run is kept."""
+    if resume is not None:
+        return [f"Run directory: {resume.run_dir}", *directory.notes]
+    return [f"Run directory: {directory.promise} (made with the first checkpoint)"]
 
 
 def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
     """Parameters, memory and work."""
     tokens = (config.training.batch_size, config.training.block_size)
     dtype = Precision(config.low_precision, world.device).dtype
-    on_cpu = world.device.type == "cpu"
-    activations = cast(LanguageModel, model).activation_bytes(tokens, dtype, on_cpu)
+    activations = cast(LanguageModel, model).activation_bytes(tokens, dtype, world.on_cpu)
     if accumulation_steps(config, world.size) > 1:  # a second set of gradients
         activations += sum(p.numel() * p.element_size() for p in model.parameters())
     step_tokens = tokens_per_step(config, world.size)
@@ -314,33 +357,36 @@ def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
     return [*parameter_lines(model), *costs]
 
 
-def dry_run(request: Request) -> None:
+def dry_run(request: Request, world: World) -> None:
     """Prints the resolved config and the plan; trains nothing, creates nothing."""
-    config = request.config
-    world = enter_world(config.system)
-    resume = find_resume(config)
-    directory = open_directory(request, world, None)
+    if embedded_is_missing(request.config):
+        folder, config = request.config.dataset.parquet_dir, request.config
+        say(*origin_lines(request))
+        say(f"Data: {folder} is missing; the run will build it from the Python standard library")
+        length, resume = [tokens_line(config, world.size)], None
+    else:
+        start = begin(request, world)
+        config, resume = start.config, start.resume
+        Text(start.data, config)
+        length = length_lines(config, world.size, start.data.ledger.train_tokens)
     with torch.device("meta"):
         model = build_model(config)
-    say(*origin_lines(request), "", config.to_yaml(), *model_lines(model, config, world))
-    folder = Path(config.dataset.parquet_dir)
-    if corpus.is_embedded(folder) and not folder.exists():
-        say(f"Data: {folder} is missing; the run will build it from the Python standard library")
-        say(tokens_line(config, world.size))
-    else:
-        data = open_dataset(config.dataset, config.tokenizer)
-        evaluation_batches(data, config)
-        say(*plan_lines(data, config, world))
-        if resume is not None:
-            say(*check_fits(load_checkpoint(resume.path), resume, data, config, world.size))
-    say(*directory_lines(directory, config, resume))
+    directory = RunDirectory.start(config)
+    say("", config.to_yaml(), *model_lines(model, config, world), *length)
+    say(*directory_lines(directory, resume))
     say("Dry run: nothing was trained or created.")
 
 
 def run_to_the_end(request: Request, stop: StopRequest) -> int:
     """Builds, trains, finishes; the exit code."""
     with ExitStack() as stack:
-        run = build(request, stack)
+        system, distributed = request.config.system, request.config.distributed
+        world = stack.enter_context(enter_world(system, distributed))
+        stop.quiet = not world.is_main
+        if request.dry_run:
+            dry_run(request, world)
+            return 0
+        run = build(request, world, stack)
         stop.armed = True
         if request.config.training.eval_only:
             run.evaluate(stop)
@@ -374,10 +420,7 @@ def main(request: Request) -> int:
     """The exit code; an error a user can act on becomes one message without a traceback."""
     try:
         with StopRequest() as stop:
-            if not request.dry_run:
-                return run_to_the_end(request, stop)
-            dry_run(request)
-            return 0
+            return run_to_the_end(request, stop)
     except UserError as error:
         if request.config.training.debug:
             traceback.print_exc()
@@ -388,6 +431,11 @@ def main(request: Request) -> int:
             f"Out of memory: {error}\nLower training.batch_size; gradient_accumulation_steps can "
             "make up for it without more memory."
         )
+        return 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        warn("Another process of this run has ended, so this one does; checkpoints are whole.")
         return 1
     except BrokenPipeError:
         warn("Standard output was closed; stopped after saving what was done.")

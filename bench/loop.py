@@ -18,6 +18,7 @@ from typing import Any
 import train
 from config import command_line
 from engine.signals import StopRequest
+from engine.world import enter_world
 
 QUICKSTART = "configs/quickstart.yaml"
 STEPS = 60
@@ -49,7 +50,8 @@ def measure(config: str, folder: str) -> tuple[float, float]:
     )
     inner = Timed()
     with ExitStack() as stack, StopRequest() as stop:
-        run = train.build(request, stack)
+        world = stack.enter_context(enter_world(request.config.system, request.config.distributed))
+        run = train.build(request, world, stack)
         next(run.batches)  # the first batch opens files; a run pays that once
         run.loss = inner.wrap(run.loss)  # type: ignore[method-assign]  # timed in place
         for name in ("backward", "step"):

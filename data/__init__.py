@@ -1,12 +1,14 @@
-"""Text in, batches out: parquet files, tokens, order, rows; knows nothing of models.
+"""Text in, batches out: parquet and token files, tokens, order, rows; knows nothing of models.
 
-order (pure) <- index <- parquet, dataset, packing, feed <- loader; tokenizer and corpus apart.
+order (pure) <- dataset <- loader, which know no kind of file. The two kinds that there are stand
+beside them: index <- parquet <- folder, memmap <- tokens. opening picks one, and the tokenizer.
 """
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Ledger, open_dataset
+from data.dataset import Dataset, Ledger
 from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+from data.opening import open_dataset
 from data.packing import document_ids
 
 __all__ = [

@@ -22,17 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import DataError
-from data.order import Keys, combine, path_keys
+from data.order import MIN_UNITS, Integers, Keys, combine, path_keys
 
 log = logging.getLogger(__name__)
 
-Integers = npt.NDArray[np.int64]
 REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
 GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls")  # nulls: -1 where not recorded
-UNIT_BYTES = 4 << 20
+UNIT_BYTES = 4 << 20  # of text whose bytes are its tokens
+ENCODED_UNIT_BYTES = 1 << 19  # of text to be encoded, which takes 50 times as long
 UNIT_ROWS = 16_384
-# Small data is cut into at least about this many units, so that it can be split and mixed.
-MIN_UNITS = 128
 _CACHE_VERSION = 1
 
 
@@ -96,8 +94,8 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
     found = _find_files(root)
     names = [name for name, _, _ in found]
     stats = np.array([(size, mtime) for _, size, mtime in found], dtype=np.int64)
-    cache = _cache_path(root, column)
-    cached = _load_cache(cache)
+    cache = cache_path("index", os.path.realpath(root), column)
+    cached = _load_cached(cache)
     if cached is None or cached.names != names or not np.array_equal(cached.stats, stats):
         known = {} if cached is None else cached.footers()
         footers, skipped = _read_footers(root, column, found, known, skip_bad)
@@ -105,7 +103,7 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
         names = [names[i] for i in kept]
         counts = np.array([len(footers[name]) for name in names], dtype=np.int64)
         cached = _Cached(names, stats[kept], counts, np.concatenate([footers[n] for n in names]))
-        _save_cache(cache, cached)
+        _save_cached(cache, cached)
     else:
         skipped = []
     sizes, mtimes = cached.stats[:, 0], cached.stats[:, 1]
@@ -283,38 +281,49 @@ class _Cached:
         return {(name, size, mtime): part for name, (size, mtime), part in rows}
 
 
-def _cache_path(root: str, column: str) -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    what = f"{_CACHE_VERSION}\0{os.path.realpath(root)}\0{column}"
-    key = hashlib.blake2b(os.fsencode(what), digest_size=12).hexdigest()
-    return os.path.join(base, "hatchery", f"index-{key}.npz")
-
-
-def _load_cache(path: str) -> _Cached | None:
-    """The cache, or None where there is none or it is damaged (zip records carry a CRC)."""
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            names = os.fsdecode(file["names"].tobytes()).split("\0")
-            cached = _Cached(names, file["stats"], file["counts"], file["groups"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+def _load_cached(path: str) -> _Cached | None:
+    arrays = load_arrays(path)
+    if arrays is None or not {"names", "stats", "counts", "groups"} <= arrays.keys():
         return None
+    names = os.fsdecode(arrays["names"].tobytes()).split("\0")
+    cached = _Cached(names, arrays["stats"], arrays["counts"], arrays["groups"])
     fits = len(names) == len(cached.stats) == len(cached.counts)
     return cached if fits and cached.counts.sum() == len(cached.groups) else None
 
 
-def _save_cache(path: str, cached: _Cached) -> None:
-    """Write it beside and rename; a cache that cannot be written is only slower."""
+def _save_cached(path: str, cached: _Cached) -> None:
     names = np.frombuffer(os.fsencode("\0".join(cached.names)), dtype=np.uint8)
+    table = {"stats": cached.stats, "counts": cached.counts, "groups": cached.groups}
+    save_arrays(path, {"names": names, **table})
+
+
+def cache_path(kind: str, *identity: str) -> str:
+    """The file in the user's cache folder for something of that kind and identity."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    what = "\0".join((str(_CACHE_VERSION), *identity))
+    key = hashlib.blake2b(os.fsencode(what), digest_size=12).hexdigest()
+    return os.path.join(base, "hatchery", f"{kind}-{key}.npz")
+
+
+def load_arrays(path: str) -> dict[str, npt.NDArray[Any]] | None:
+    """A file of the cache; None where there is none or it is damaged (zip records carry a CRC)."""
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def save_arrays(path: str, arrays: dict[str, Any]) -> None:
+    """Write it beside and rename; a cache that cannot be written is only slower."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(
-                file, names=names, stats=cached.stats, counts=cached.counts, groups=cached.groups
-            )
+            np.savez(file, **arrays)
         os.replace(temporary, path)
     except OSError as error:
-        log.debug("no index cache: %s", error)
+        log.debug("no cache: %s", error)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
@@ -338,8 +347,8 @@ class Units:
         return len(self.group)
 
 
-def cut_units(index: Index) -> Units:
-    """Cut every row group into units of equally many rows, of about UNIT_BYTES on average.
+def cut_units(index: Index, unit_bytes: int) -> Units:
+    """Cut every row group into units of equally many rows, of about `unit_bytes` on average.
 
     The footer does not tell how long each document is, so a unit with a long one is that much
     larger.
@@ -349,7 +358,7 @@ def cut_units(index: Index) -> Units:
     """
     rows, sizes = index.groups[:, 0], index.groups[:, 2]
     share = max(1, int(sizes.sum()) // MIN_UNITS)
-    slices = _parts(rows, np.maximum(-(-sizes // min(share, UNIT_BYTES)), -(-rows // UNIT_ROWS)))
+    slices = _parts(rows, np.maximum(-(-sizes // min(share, unit_bytes)), -(-rows // UNIT_ROWS)))
     height = -(-rows // np.maximum(slices, 1))
     slices = np.where(rows > 0, -(-rows // np.maximum(height, 1)), 0)
     blocks = _parts(slices, -(-sizes // max(share, 1)))

@@ -5,9 +5,10 @@ takes its share of that list. So neither the number of processes, workers and mi
 interruption changes a batch. Workers send chunks of about 256 KB that cover many steps of some
 lanes, because a message costs more than the bytes of a small batch.
 
-Memory: one unit (about data.index.UNIT_BYTES, more where documents are long) per lane of this
-process, the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks), and
-about 40 MB for decoding one unit, most of which Arrow's allocator keeps for the next one.
+Memory: one unit per lane of this process (about data.index.UNIT_BYTES, more where documents are
+long; data.tokens.UNIT_TOKENS of a token file), the chunks that are ready (`prefetch_factor`
+batches, rounded up to whole chunks), and for parquet files about 40 MB to decode one unit, most of
+which Arrow's allocator keeps for the next one.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
-from data.dataset import Dataset, Plan, training_blocks
+from data.dataset import Dataset, Plan, Reader, training_blocks
 from data.feed import Feed
-from data.order import lane_count, rank_lanes, rank_rows
+from data.order import Integers, Tokens, lane_count, rank_lanes, rank_rows
 from data.packing import Address, LaneStream, Trace, windows
-from data.parquet import UnitReader, offsets
+from data.tokenizer import row_dtype
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class _Layout:
     rows: range
     lanes: range
     rows_per_lane: int
+    dtype: np.dtype[Any]
 
     @property
     def step_tokens(self) -> int:
@@ -77,8 +78,8 @@ class _Layout:
     @property
     def chunk_steps(self) -> int:
         """Steps in one chunk."""
-        step_bytes = len(self.lanes) * self.rows_per_lane * (self.block_size + 1)
-        return max(1, CHUNK_BYTES // step_bytes)
+        step_tokens = len(self.lanes) * self.rows_per_lane * (self.block_size + 1)
+        return max(1, CHUNK_BYTES // (step_tokens * self.dtype.itemsize))
 
     def own_rows(self, lane: int) -> tuple[int, int]:
         """The rows [first, last) of a lane's step that belong to this process."""
@@ -88,7 +89,7 @@ class _Layout:
 
 @dataclass(slots=True)
 class Chunk:
-    """Some steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1) uint8."""
+    """Some steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1)."""
 
     rows: Tensor
     traces: list[Trace] = field(default_factory=list)
@@ -101,21 +102,17 @@ class Chunk:
         return self
 
 
-def _reader(dataset: Dataset) -> UnitReader:
-    return UnitReader(dataset.index, dataset.units, dataset.config)
-
-
 class _Source:
     """The units of a plan, for `LaneStream`."""
 
-    def __init__(self, reader: UnitReader, plan: Plan) -> None:
+    def __init__(self, reader: Reader, plan: Plan) -> None:
         self._reader, self._plan = reader, plan
 
-    def lane_units(self, epoch: int, lane: int) -> npt.NDArray[np.int64]:
+    def lane_units(self, epoch: int, lane: int) -> Integers:
         """The units of a lane in one epoch."""
         return self._plan.lane_units(epoch, lane)
 
-    def tokens(self, unit: int, epoch: int) -> npt.NDArray[np.uint8]:
+    def tokens(self, unit: int, epoch: int) -> Tokens:
         """The tokens of a unit in one epoch."""
         return self._reader.tokens(unit, self._plan.seed, epoch, self._plan.shuffle)
 
@@ -132,7 +129,7 @@ class _ChunkSource(IterableDataset[Chunk]):
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = _reader(self._dataset)
+        reader = self._dataset.source.reader()
         source = _Source(reader, self._plan)
         starts = list(zip(self._layout.lanes, self._addresses, strict=True))[worker::workers]
         try:
@@ -151,8 +148,8 @@ class _ChunkSource(IterableDataset[Chunk]):
         layout = self._layout
         steps, block_size = layout.chunk_steps, layout.block_size
         shape = (steps, len(lanes), layout.rows_per_lane, block_size + 1)
-        rows = torch.empty(shape, dtype=torch.uint8)
-        flat = np.empty(steps * layout.step_tokens + 1, dtype=np.uint8)
+        rows = torch.from_numpy(np.empty(shape, dtype=layout.dtype))
+        flat = np.empty(steps * layout.step_tokens + 1, dtype=layout.dtype)
         traces = []
         for i, lane in enumerate(lanes):
             traces.append(lane.read(flat))
@@ -170,7 +167,8 @@ def _join(parts: list[Chunk], pin: bool) -> Chunk:
         return parts[0]
     steps, _, rows_per_lane, width = parts[0].rows.shape
     lanes = sum(part.rows.shape[1] for part in parts)
-    rows = torch.empty((steps, lanes, rows_per_lane, width), dtype=torch.uint8, pin_memory=pin)
+    shape, dtype = (steps, lanes, rows_per_lane, width), parts[0].rows.dtype
+    rows = torch.empty(shape, dtype=dtype, pin_memory=pin)
     traces = [Trace() for _ in range(lanes)]
     counts: collections.Counter[str] = collections.Counter()
     for worker, part in enumerate(parts):
@@ -186,7 +184,7 @@ class StepBatch:
     def __init__(self, loader: TrainLoader, rows: Tensor, traces: list[Trace], step: int) -> None:
         self._loader, self._traces, self._step = loader, traces, step
         self.micro_batches: tuple[Tensor, ...] = rows.unbind(0)
-        """Tensors (B, T + 1) of uint8: inputs [:, :-1], targets [:, 1:]."""
+        """Tensors (B, T + 1) of uint8 or int32: inputs [:, :-1], targets [:, 1:]."""
 
     def _addresses(self) -> list[Address]:
         token = (self._step + 1) * self._loader.layout.step_tokens
@@ -202,32 +200,31 @@ class StepBatch:
         return self._loader.cursor_at(self._addresses())
 
     def describe(self) -> list[str]:
-        """File, row group and rows of the documents in this batch; reads them again."""
+        """File and rows or tokens that this batch is made of; reads parquet files again."""
         dataset, plan, layout = self._loader.dataset, self._loader.plan, self._loader.layout
-        found: dict[str, set[int]] = collections.defaultdict(set)
-        reader = _reader(dataset)
+        found: dict[str, list[range]] = collections.defaultdict(list)
+        reader = dataset.source.reader()
         for lane, trace in zip(layout.lanes, self._traces, strict=True):
             begin = self._step * layout.step_tokens
             first, last = (begin + row * layout.block_size for row in layout.own_rows(lane))
             for (epoch, place, offset), length in trace.runs(first, last + 1):
                 unit = int(plan.lane_units(epoch, lane)[place])
-                documents, rows = reader.documents(unit, plan.seed, epoch, plan.shuffle)
-                ends = np.cumsum(np.diff(offsets(documents)) + 1)
-                cut = np.searchsorted(ends, (offset, offset + length - 1), side="right")
-                found[reader.name(unit)].update(rows[cut[0] : cut[1] + 1].tolist())
+                tokens = range(offset, offset + length)
+                name, numbers = reader.places(unit, plan.seed, epoch, plan.shuffle, tokens)
+                found[name] += numbers
         reader.close()
-        return [f"{name} rows {_ranges(sorted(rows))}" for name, rows in sorted(found.items())]
+        return [f"{name} {_joined(numbers)}" for name, numbers in sorted(found.items())]
 
 
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 7 as '1-3, 7'."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and groups[-1][-1] == number - 1:
-            groups[-1][1:] = [number]
-        else:
-            groups.append([number])
-    return ", ".join("-".join(map(str, group)) for group in groups)
+def _joined(ranges: list[range]) -> str:
+    """range(1, 4) and range(7, 8) as '1-3, 7'; what touches or overlaps is one."""
+    groups: list[tuple[int, int]] = []
+    for numbers in sorted(ranges, key=lambda numbers: numbers.start):
+        first, last = numbers.start, numbers.stop - 1
+        if groups and first <= groups[-1][1] + 1:
+            first, last = groups[-1][0], max(groups.pop()[1], last)
+        groups.append((first, last))
+    return ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in groups)
 
 
 class TrainLoader:
@@ -246,13 +243,16 @@ class TrainLoader:
         cursor: dict[str, Any] | None = None,
     ) -> None:
         self.dataset, self.spec = dataset, spec
+        if dataset.ledger.exact and dataset.ledger.train_tokens <= spec.block_size:
+            raise dataset.too_short("train", spec.block_size)
         lanes = _lanes(dataset, spec, dataloader.shuffle, cursor)
         total = spec.sequences_per_step
         assert total % (spec.world_size * spec.micro_batches) == 0
         rows = rank_rows(total, spec.world_size, spec.rank)
         mine = rank_lanes(rows, total, lanes)
-        self.layout = _Layout(spec.block_size, rows, mine, total // lanes)
-        self.plan = Plan(dataset.units, dataset.train, lanes, spec.seed, dataloader.shuffle)
+        dtype = row_dtype(dataset.vocab_size)
+        self.layout = _Layout(spec.block_size, rows, mine, total // lanes, dtype)
+        self.plan = Plan(dataset.source.block, dataset.train, lanes, spec.seed, dataloader.shuffle)
         self.left_out: collections.Counter[str] = collections.Counter()
         """Null and empty documents and NUL bytes met so far, counted by kind."""
         self._batches: Iterator[StepBatch] = iter(())
@@ -266,7 +266,8 @@ class TrainLoader:
             )
         pin = spec.pin and dataloader.pin_memory
         ahead = -(-dataloader.prefetch_factor // self.layout.chunk_steps)
-        source = _ChunkSource(dataset, self.plan, self.layout, _starts(mine, cursor))
+        self._begin = _starts(mine, cursor)
+        source = _ChunkSource(dataset, self.plan, self.layout, self._begin)
         self._feed: Feed[Chunk] = Feed(source, lambda parts: _join(parts, pin), workers, ahead, pin)
 
     def __iter__(self) -> TrainLoader:
@@ -287,6 +288,10 @@ class TrainLoader:
         shape = len(rows), self.spec.micro_batches, -1, rows.shape[-1]
         steps = rows.view(shape).unbind(0)
         return (StepBatch(self, rows, chunk.traces, step) for step, rows in enumerate(steps))
+
+    def start_cursor(self) -> dict[str, Any]:
+        """The cursor before the first batch of this loader."""
+        return self.cursor_at(self._begin)
 
     def cursor_at(self, addresses: list[Address]) -> dict[str, Any]:
         """The cursor of this process's lanes at these addresses."""
@@ -381,42 +386,39 @@ def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) ->
     """Rows spread evenly over the "train" or "test" text, the same on every machine and for any
     seed.
 
-    (n, block_size + 1) uint8 with n <= `rows`: fewer where the text is short. Of a long text only
-    the first units of a fixed order are read: as many as the rows need, and at least 16. Raises
-    DataError where there is not one row.
+    (n, block_size + 1) uint8 or int32 with n <= `rows`: fewer where the text is short. Of a long
+    text only the first units of a fixed order are read: as many as the rows need, and at least 16.
+    Raises DataError where there is not one row.
     """
     assert rows > 0
-    plan = Plan(dataset.units, dataset.split(split), 1, _EVALUATION_SEED, shuffle=True)
+    plan = Plan(dataset.source.block, dataset.split(split), 1, _EVALUATION_SEED, shuffle=True)
     units = plan.lane_units(0, 0)
-    size = np.cumsum(dataset.units.bytes[units])
+    size = np.cumsum(dataset.source.sizes[units])
     enough = 1 + int(np.searchsorted(size, 2 * rows * block_size))
     units = units[: max(_EVALUATION_UNITS, enough)]
-    reader = _reader(dataset)
+    reader = dataset.source.reader()
     source = _Source(reader, plan)
-    sample = _spread_rows((source.tokens(int(unit), 0) for unit in units), block_size, rows)
+    pieces = (source.tokens(int(unit), 0) for unit in units)
+    kept = np.zeros((0, block_size + 1), dtype=row_dtype(dataset.vocab_size))
+    sample = _spread_rows(pieces, kept, rows)
     reader.close()
     if not len(sample):
-        raise DataError(
-            f"the {split} text ({size[-1] if len(size) else 0} bytes, dataset.test_fraction "
-            f"{dataset.config.test_fraction}) is shorter than one row of training.block_size + 1 = "
-            f"{block_size + 1} tokens. Lower block_size, change test_fraction, or add text."
-        )
+        raise dataset.too_short(split, block_size)
     return torch.from_numpy(sample)
 
 
-def _spread_rows(
-    pieces: Iterator[npt.NDArray[np.uint8]], block_size: int, rows: int
-) -> npt.NDArray[np.uint8]:
+def _spread_rows(pieces: Iterator[Tokens], kept: Tokens, rows: int) -> Tokens:
     """At most `rows` rows, evenly spread over those of a text that comes in pieces.
 
-    How many there are is known only at the end, so every `stride`-th row is kept, and every other
-    one of them dropped, and the stride doubled, whenever there are more than needed.
+    `kept` is (0, T + 1), of the type of the result. How many rows there are is known only at the
+    end, so every `stride`-th one is kept, and every other one of them dropped, and the stride
+    doubled, whenever there are more than needed.
     """
-    kept = np.zeros((0, block_size + 1), dtype=np.uint8)
-    rest = np.zeros(0, dtype=np.uint8)
+    block_size = kept.shape[1] - 1
+    rest = np.zeros(0, dtype=kept.dtype)
     seen, stride = 0, 1
     for piece in pieces:
-        rest = np.concatenate((rest, piece))
+        rest = np.concatenate((rest, piece), dtype=kept.dtype, casting="unsafe")
         if len(rest) <= block_size:
             continue
         complete = windows(rest, block_size)

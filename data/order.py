@@ -4,25 +4,30 @@ The one idea: every order is a sort by a hash of (seed, epoch, what the thing is
 library takes part, so no version of one can change a run, nothing has to be stored to continue,
 and any process can compute the order of any other.
 
-Vocabulary: a *unit* is a run of rows of one row group, the smallest piece read at once. Units that
-share a *key* are neighbours in one row group and stay together (a block), because reading them in
-turn is cheaper. A *lane* is one of V endless token streams; a step takes G / V rows from each, in
-the order of the lanes, so the rows of a step do not depend on who reads which lane.
+Vocabulary: a *unit* is the smallest piece read at once: a run of rows of one row group, or of
+tokens of a token file. Units that share a *key* are neighbours in one row group and stay together
+(a block), because reading them in turn is cheaper. A *lane* is one of V endless token streams; a
+step takes G / V rows from each, in the order of the lanes, so the rows of a step do not depend on
+who reads which lane.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
-Indices: TypeAlias = npt.NDArray[np.int64]
+Integers: TypeAlias = npt.NDArray[np.int64]
+Tokens: TypeAlias = npt.NDArray[Any]
+"""Token ids of any integer type."""
 
 MAX_LANES = 16
+# Small data is cut into at least about this many units, so that it can be split and mixed.
+MIN_UNITS = 128
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9
@@ -61,7 +66,7 @@ def combine(keys: Keys, numbers: npt.NDArray[np.integer]) -> Keys:
     return mix(mix(keys) ^ numbers.astype(np.uint64))
 
 
-def epoch_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> Indices:
+def epoch_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> Integers:
     """The permutation of units in one epoch; units of equal key stay together, in file order."""
     if not shuffle:
         return np.arange(len(keys), dtype=np.int64)
@@ -69,7 +74,7 @@ def epoch_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> Indi
     return np.argsort(hashed, kind="stable").astype(np.int64)
 
 
-def document_order(key: int, seed: int, epoch: int, count: int, shuffle: bool = True) -> Indices:
+def document_order(key: int, seed: int, epoch: int, count: int, shuffle: bool = True) -> Integers:
     """The permutation of the documents inside the unit called `key`."""
     numbers = np.arange(count, dtype=np.int64)
     if not shuffle:
@@ -78,7 +83,7 @@ def document_order(key: int, seed: int, epoch: int, count: int, shuffle: bool = 
     return np.argsort(hashed, kind="stable").astype(np.int64)
 
 
-def split_units(keys: Keys, sizes: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
+def split_units(keys: Keys, sizes: Integers, fraction: float) -> npt.NDArray[np.bool_]:
     """Which units are held out for testing: about `fraction` of the bytes, the same for every seed.
 
     Whole keys are held out, so a block never lies on both sides. With a fraction above 0 at least
@@ -113,7 +118,7 @@ def count_blocks(keys: Keys) -> int:
     return len(np.unique(keys))
 
 
-def lane_of(keys: Keys, lanes: int) -> Indices:
+def lane_of(keys: Keys, lanes: int) -> Integers:
     """The lane of each place in a plan, given the keys in the order of the plan.
 
     Blocks go to the lanes in turn, so equal neighbours stay in one lane.

@@ -8,13 +8,14 @@ begins the next row. The state of a lane is therefore the address of its next to
 from __future__ import annotations
 
 import bisect
+import mmap
 from typing import NoReturn, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from config import DataError
+from data.order import Integers, Tokens
 
 Address: TypeAlias = tuple[int, int, int]
 """(epoch, place in the lane's plan, token of that unit)"""
@@ -26,11 +27,11 @@ _EMPTY_UNITS = 1000  # so many in a row, and a whole epoch of them, mean that th
 class TokenSource(Protocol):
     """What a lane reads from."""
 
-    def lane_units(self, epoch: int, lane: int) -> npt.NDArray[np.int64]:
+    def lane_units(self, epoch: int, lane: int) -> Integers:
         """The units of a lane in one epoch, in reading order."""
 
-    def tokens(self, unit: int, epoch: int) -> npt.NDArray[np.uint8]:
-        """The tokens of a unit in one epoch."""
+    def tokens(self, unit: int, epoch: int) -> Tokens:
+        """The tokens of a unit in one epoch, perhaps as a view of something larger."""
 
 
 class Trace:
@@ -68,11 +69,11 @@ class LaneStream:
         self._lane = lane
         self._epoch, self._place, self._offset = address
         self._units = source.lane_units(self._epoch, lane)
-        self._tokens: npt.NDArray[np.uint8] | None = None
+        self._tokens: Tokens | None = None
         if self._place >= len(self._units) > 0:
             self._refuse(f"unit {self._place} of {len(self._units)}")
 
-    def read(self, out: npt.NDArray[np.uint8]) -> Trace:
+    def read(self, out: Tokens) -> Trace:
         """Fill `out` with the next len(out) tokens; the last one will be read again.
 
         So `out` is n tokens and the one that follows them. Raises DataError where the whole lane
@@ -90,7 +91,7 @@ class LaneStream:
         self._offset -= 1
         return trace
 
-    def _load(self) -> npt.NDArray[np.uint8]:
+    def _load(self) -> Tokens:
         """The unit with the next token; passes over finished and empty ones."""
         empty = 0
         while self._tokens is None or self._offset >= len(self._tokens):
@@ -107,7 +108,9 @@ class LaneStream:
                 self._epoch, self._place = self._epoch + 1, 0
                 self._units = self._source.lane_units(self._epoch, self._lane)
                 continue
-            self._tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            self._tokens = _own_memory(tokens)
+            del tokens
             if 0 < self._offset >= len(self._tokens):
                 self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
         return self._tokens
@@ -119,7 +122,20 @@ class LaneStream:
         )
 
 
-def windows(tokens: npt.NDArray[np.uint8], block_size: int) -> npt.NDArray[np.uint8]:
+def _own_memory(tokens: Tokens) -> Tokens:
+    """A copy that goes back to the system when it is dropped.
+
+    Each lane holds a unit for long; in Arrow's or malloc's memory the units would keep whole pools
+    from shrinking (130 MB for 16 lanes instead of 98), and a view of a file all its pages.
+    """
+    if not len(tokens):
+        return tokens
+    copy = np.frombuffer(mmap.mmap(-1, tokens.nbytes), dtype=tokens.dtype)
+    copy[:] = tokens
+    return copy
+
+
+def windows(tokens: Tokens, block_size: int) -> Tokens:
     """View n * T + 1 tokens as n rows of T + 1; each begins with the last one of the row before."""
     rows = (len(tokens) - 1) // block_size
     step = tokens.strides[0]
@@ -128,22 +144,24 @@ def windows(tokens: npt.NDArray[np.uint8], block_size: int) -> npt.NDArray[np.ui
     )
 
 
-def document_ids(rows: torch.Tensor, separator: int) -> torch.Tensor:
+def document_ids(rows: torch.Tensor, separator: int | None) -> torch.Tensor:
     """The number of the document, counted from 0 in each row, that each token belongs to.
 
     (B, T) of any integer type -> (B, T) int32, on the device of `rows`. A separator belongs to
-    the document that it ends.
+    the document that it ends; a tokenizer without one has no documents to tell apart.
     """
+    assert separator is not None, "the tokenizer has no separator"
     ids = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device)
     torch.cumsum(rows[..., :-1] == separator, dim=-1, dtype=torch.int32, out=ids[..., 1:])
     return ids
 
 
-def positions(rows: torch.Tensor, separator: int) -> torch.Tensor:
+def positions(rows: torch.Tensor, separator: int | None) -> torch.Tensor:
     """The place of each token in its document, or in its row where the document began before it.
 
     (B, T) of any integer type -> (B, T) int32, on the device of `rows`.
     """
+    assert separator is not None, "the tokenizer has no separator"
     place = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device).expand(rows.shape)
     starts = torch.zeros_like(place)
     starts[..., 1:] = torch.where(rows[..., :-1] == separator, place[..., 1:], 0)

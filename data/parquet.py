@@ -1,17 +1,16 @@
 """From row groups to tokens, one unit at a time.
 
 The one idea: a unit, a run of rows of one row group, is the smallest piece that is read, shuffled
-and held: about UNIT_BYTES, more only where one document or a few long ones are. Its documents are
-permuted and joined by Arrow kernels, so the tokens are a view of one Arrow buffer and no Python
-object per document exists. Page checksums are verified where a file has them; without them a
-flipped bit in a page mostly reads as other text.
+and held: about UNIT_BYTES, more only where one document or a few long ones are. Where tokens are
+bytes, its documents are permuted and joined by Arrow kernels, so the tokens are a view of one Arrow
+buffer and no Python object per document exists; other tokenizers get strings. Page checksums are
+verified where a file has them; without them a flipped bit in a page mostly reads as other text.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
-import mmap
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +23,8 @@ import pyarrow.parquet as pq
 
 from config import DataError, DatasetConfig
 from data.index import REMEDY, Index, Units, first_line
-from data.order import Indices, document_order
-from data.tokenizer import SEPARATOR, SPACE
+from data.order import Integers, Tokens, document_order
+from data.tokenizer import SEPARATOR, SPACE, ByteTokenizer, Tokenizer, storage_dtype
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ KEPT_BYTES = 16 << 20
 _READ_BUFFER_BYTES = 1 << 16
 _OFFSET_LIMIT_BYTES = 1 << 30
 
-Tokens = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]
 
 
 class GroupReader:
@@ -160,8 +159,8 @@ def _one_array(parts: list[Any]) -> Any:
     return plain[0] if len(plain) == 1 else pa.concat_arrays(plain)
 
 
-class UnitReader:
-    """Turns units into tokens; counts what it leaves out."""
+class DocumentReader:
+    """Reads the documents of units; counts what it leaves out."""
 
     def __init__(self, index: Index, units: Units, config: DatasetConfig) -> None:
         self._index = index
@@ -172,7 +171,7 @@ class UnitReader:
         self._reported: set[int] = set()
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def documents(self, unit: int, seed: int, epoch: int, shuffle: bool) -> tuple[Any, Indices]:
+    def read(self, unit: int, seed: int, epoch: int, shuffle: bool) -> tuple[Any, Integers]:
         """The documents of a unit in reading order, and the row of each in its row group.
 
         Null and empty rows are left out. A unit that cannot be read, or is not UTF-8, raises
@@ -198,7 +197,7 @@ class UnitReader:
         chosen = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
         return array.take(chosen), rows + first
 
-    def _used_rows(self, array: Any) -> Indices:
+    def _used_rows(self, array: Any) -> Integers:
         """The rows that hold text."""
         used: npt.NDArray[np.bool_] = np.diff(offsets(array)) > 0
         if array.null_count:
@@ -209,30 +208,6 @@ class UnitReader:
             self.counts["empty documents"] += len(array) - len(rows) - array.null_count
         return rows
 
-    def tokens(self, unit: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
-        """The tokens of a unit: its documents in reading order, each followed by SEPARATOR.
-
-        NUL bytes in the text become spaces, as byte 0 is the separator.
-        """
-        documents, rows = self.documents(unit, seed, epoch, shuffle)
-        if not len(rows):
-            return np.zeros(0, dtype=np.uint8)
-        has_nul = not _bytes(documents).all()
-        large = documents.nbytes > _OFFSET_LIMIT_BYTES or pa.types.is_large_string(documents.type)
-        kind = pa.large_binary() if large else pa.binary()
-        empty, end = (pa.scalar(value, kind) for value in (b"", bytes([SEPARATOR])))
-        joined = pc.binary_join_element_wise(documents.cast(kind), empty, end)
-        tokens = _bytes(joined)
-        return _own_memory(self._replace_nul(tokens, joined) if has_nul else tokens)
-
-    def _replace_nul(self, tokens: Tokens, joined: Any) -> Tokens:
-        tokens = tokens.copy()
-        zeros = tokens == SEPARATOR
-        self.counts["NUL bytes replaced"] += int(zeros.sum()) - len(joined)
-        tokens[zeros] = SPACE
-        tokens[offsets(joined)[1:] - 1] = SEPARATOR
-        return tokens
-
     def name(self, unit: int) -> str:
         """File and row group of a unit, for messages."""
         return self._index.group_name(int(self._units.group[unit]))
@@ -242,6 +217,65 @@ class UnitReader:
         self._groups.close()
 
 
+class UnitReader:
+    """Turns units into tokens."""
+
+    def __init__(self, documents: DocumentReader, tokenizer: Tokenizer) -> None:
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self.counts = documents.counts
+
+    def tokens(self, unit: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
+        """The tokens of a unit: its documents in reading order, each followed by the separator."""
+        documents, rows = self._documents.read(unit, seed, epoch, shuffle)
+        if not len(rows):
+            return np.zeros(0, dtype=np.uint8)
+        if isinstance(self._tokenizer, ByteTokenizer):
+            return self._join(documents)
+        tokens = self._tokenizer.encode_documents(documents.to_pylist())
+        return tokens.astype(storage_dtype(self._tokenizer.vocab_size), copy=False)
+
+    def _join(self, documents: Any) -> Bytes:
+        """The bytes of all documents as tokens.
+
+        NUL bytes in the text become spaces, as byte 0 is the separator.
+        """
+        has_nul = not text_bytes(documents).all()
+        large = documents.nbytes > _OFFSET_LIMIT_BYTES or pa.types.is_large_string(documents.type)
+        kind = pa.large_binary() if large else pa.binary()
+        empty, end = (pa.scalar(value, kind) for value in (b"", bytes([SEPARATOR])))
+        joined = pc.binary_join_element_wise(documents.cast(kind), empty, end)
+        tokens = text_bytes(joined)
+        return self._replace_nul(tokens, joined) if has_nul else tokens
+
+    def _replace_nul(self, tokens: Bytes, joined: Any) -> Bytes:
+        tokens = tokens.copy()
+        zeros = tokens == SEPARATOR
+        self.counts["NUL bytes replaced"] += int(zeros.sum()) - len(joined)
+        tokens[zeros] = SPACE
+        tokens[offsets(joined)[1:] - 1] = SEPARATOR
+        return tokens
+
+    def places(
+        self, unit: int, seed: int, epoch: int, shuffle: bool, tokens: range
+    ) -> tuple[str, list[range]]:
+        """Row group and rows of the documents that these tokens of the unit belong to."""
+        documents, rows = self._documents.read(unit, seed, epoch, shuffle)
+        if isinstance(self._tokenizer, ByteTokenizer):
+            sizes = np.diff(offsets(documents)) + 1
+        else:
+            each = ([text.as_py()] for text in documents)
+            sizes = np.array([len(self._tokenizer.encode_documents(text)) for text in each])
+        ends = np.cumsum(sizes)
+        first, last = np.searchsorted(ends, (tokens.start, tokens.stop - 1), side="right")
+        numbers = sorted(rows[first : last + 1].tolist())
+        return f"{self._documents.name(unit)} rows", [range(row, row + 1) for row in numbers]
+
+    def close(self) -> None:
+        """Close all files."""
+        self._documents.close()
+
+
 def offsets(array: Any) -> npt.NDArray[Any]:
     """Where each value of a string or binary array begins in its buffer; then the last end."""
     large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
@@ -249,21 +283,10 @@ def offsets(array: Any) -> npt.NDArray[Any]:
     return everything[array.offset : array.offset + len(array) + 1]
 
 
-def _bytes(array: Any) -> Tokens:
+def text_bytes(array: Any) -> Bytes:
     """The bytes of all values of a string or binary array, as a view of its buffer."""
     bounds = offsets(array)
     return np.frombuffer(array.buffers()[2], dtype=np.uint8)[bounds[0] : bounds[-1]]
-
-
-def _own_memory(tokens: Tokens) -> Tokens:
-    """A copy that goes back to the system when it is dropped.
-
-    Each lane holds a unit for long; in Arrow's or malloc's memory the units would keep whole pools
-    from shrinking (130 MB for 16 lanes instead of 98).
-    """
-    copy = np.frombuffer(mmap.mmap(-1, len(tokens)), dtype=np.uint8)
-    copy[:] = tokens
-    return copy
 
 
 def _use_compact_memory() -> None:

@@ -33,6 +33,7 @@ from engine.manifest import (
     complete_checkpoints,
     data_path,
     found,
+    in_runs,
     manifest_path,
     newest_valid,
     render,
@@ -207,8 +208,14 @@ def _find(path: Path) -> tuple[Resume, list[str]]:
         best, rejects = newest_valid(path)
         if best is None:
             reasons = "".join(f"\n  {line}" for line in rejects)
+            if (path / "ckpt.pt").exists():
+                reasons += (
+                    " It holds ckpt.pt of nanoGPT: training.init_from="
+                    f"{path / 'ckpt.pt'} starts a new run with its weights."
+                )
             raise CheckpointError(f"{path}: no valid checkpoint in it.{reasons}")
         return best, rejects
+    path = in_runs(path)
     try:
         if path.is_file() and not manifest_path(path).exists():
             _checked_format(path, _read(path, "cpu", mmap=True))
@@ -275,6 +282,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
     `path` is a checkpoint, a run directory (its newest valid one) or a folder of runs. Raises
     CheckpointError.
     """
+    return open_model(path, device)[:2]
+
+
+def open_model(
+    path: str | Path, device: str | torch.device
+) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """As `load_model`, and what makes text of its tokens, as plain values."""
     from model import build_model  # only here: the rest of the engine names no model
 
     chosen = _find(Path(path))[0].path
@@ -283,6 +297,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
         config = Config.from_dict(content["config"], str(chosen))
         model = build_model(config)
         model.load_state_dict(content["model"])
+        return model.to(device).eval(), config, content["tokenizer"]
     except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error
-    return model.to(device).eval(), config

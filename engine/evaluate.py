@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.world import World
+
 DocumentIds = Callable[[Tensor], Tensor]
 """Rows of tokens (B, T) to the number of each token's document, (B, T)."""
 
@@ -43,28 +45,30 @@ def count_targets(rows: Tensor, documents: DocumentIds | None = None) -> int:
 
 
 @torch.inference_mode()
-def mean_loss(
+def total_loss(
     model: nn.Module,
     batches: tuple[Tensor, ...],
     loss: Callable[[Tensor], Tensor],
-    count: Callable[[Tensor], int],
     stopped: Callable[[], bool],
+    world: World,
 ) -> float | None:
-    """Sum of `loss` over all batches (B, T+1) by that of `count`, with dropout off.
+    """Sum of `loss` over all batches (B, T+1), with dropout off.
 
-    None when `stopped()` became true on the way. Draws nothing from any random generator.
+    The processes share the batches. None when `stopped()`, asked by all of them together, became
+    true on the way. Draws nothing from any random generator.
     """
     was_training = model.training
     model.eval()
     total = 0.0
+    mine = batches[world.rank :: world.size]
     try:
-        for batch in batches:
+        for turn in range(math.ceil(len(batches) / world.size)):
             if stopped():
                 return None
-            total += loss(batch).item()
+            total += loss(mine[turn]).item() if turn < len(mine) else 0.0
     finally:
         model.train(was_training)
-    return total / sum(count(batch) for batch in batches)
+    return world.sum_number(total)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -17,10 +17,11 @@ from typing import Any
 
 from config import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 CONFIG = "config.yaml"
 """Every run directory has one; it is written before the first checkpoint."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
+_FOREIGN_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)\.pt")
 _LARGEST_MANIFEST = 1 << 20
 
 
@@ -187,6 +188,17 @@ def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
         if is_complete(path, manifest):
             complete[step] = manifest
     return complete
+
+
+def in_runs(path: Path) -> Path:
+    """Where the checkpoint `path` lies that a trainer without run directories would have written:
+    `out/checkpoint_iter_500.pt` is that of step 500 of the newest run in `out` that has one."""
+    named = _FOREIGN_NAME.fullmatch(path.name)
+    if named and not path.exists():
+        runs = sorted(path.parent.glob("run_*"), reverse=True)
+        holding = (data_path(run, int(named[1])) for run in runs)
+        return next((place for place in holding if manifest_path(place).exists()), path)
+    return path
 
 
 def found(path: Path) -> Resume:

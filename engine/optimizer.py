@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from config import OptimizerConfig
+from engine.muon import Muon
+
+
+class HasMatrices(Protocol):
+    """What Muon asks of a model."""
+
+    def matrices(self) -> Iterable[tuple[nn.Parameter, int]]:
+        """The hidden weight matrices, each with the number stacked in it along dimension 0."""
 
 
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerConfig, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only: biases, gains and other vectors are left alone."""
+    """AdamW, or Muon for hidden matrices beside it, by `optimizer.name`.
+
+    Weights decay in matrices only: biases, gains and other vectors are left alone.
+    """
+    if optimizer.name == "muon":
+        return _muon(model, optimizer, weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -24,6 +38,23 @@ def build_optimizer(
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
         fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def _muon(model: nn.Module, optimizer: OptimizerConfig, weight_decay: float) -> Muon:
+    stacked = {id(p): count for p, count in cast(HasMatrices, model).matrices()}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = stacked.get(id(parameter), 0), parameter.dim() >= 2
+            groups.setdefault(key, []).append(parameter)
+    return Muon(
+        [
+            {"params": params, "matrices": count, "weight_decay": weight_decay if decays else 0.0}
+            for (count, decays), params in sorted(groups.items(), reverse=True)
+        ],
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
     )
 
 

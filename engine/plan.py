@@ -1,11 +1,71 @@
-"""What a run is made of, said before it starts: parameters, memory, work, tokens per step."""
+"""What a run is made of, said before it starts: vocabulary, parameters, memory, work, steps."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
-from config import Config, accumulation_steps, sequences_per_step
+from config import Config, ConfigError, Request, accumulation_steps, sequences_per_step
 from engine.metrics import short, size
+
+
+def settle(
+    config: Config, vocab_size: int, tokenizer: str, pretrained: Mapping[str, Any]
+) -> tuple[Config, list[str]]:
+    """The config with the model's shape and vocabulary as numbers, and lines that tell of them.
+
+    vocab_size: tokens of the text, made by `tokenizer`. pretrained: options of the model whose
+    weights the run begins with. Raises ConfigError for a vocabulary that is too small.
+    """
+    model, lines = replace(config.model, **pretrained), list[str]()
+    if model.vocab_size is None:
+        multiple = config.tokenizer.vocab_multiple
+        model = replace(model, vocab_size=math.ceil(vocab_size / multiple) * multiple)
+        lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
+    elif model.vocab_size < vocab_size:
+        source = config.training.init_from if pretrained else f"model.vocab_size={model.vocab_size}"
+        raise ConfigError(
+            f"{source}: {model.vocab_size} tokens, but the text has {vocab_size} (tokenizer "
+            f"{tokenizer}). " + ("Use its own tokenizer." if pretrained else "null takes its size.")
+        )
+    elif model.vocab_size > vocab_size:
+        lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
+    return replace(config, model=model), lines
+
+
+def _used(used: int, size: int | None) -> str:
+    return "the tokenizer's" if used == size else f"of which the tokenizer uses {used}"
+
+
+def origin_lines(request: Request) -> list[str]:
+    """The files and overrides this config came from."""
+    files = f"Config: {', '.join(request.files)}"
+    return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
+
+
+def planned_steps(config: Config, world_size: int, train_tokens: int) -> int:
+    """Optimizer steps until `max_iters` or, by the data's size, the end of `epochs`."""
+    training = config.training
+    if training.epochs is None:
+        return training.max_iters
+    steps = training.epochs * train_tokens / tokens_per_step(config, world_size)
+    return min(training.max_iters, max(1, math.ceil(steps)))
+
+
+def length_lines(config: Config, world_size: int, train_tokens: int) -> list[str]:
+    """Tokens per step, and how long the run is in steps, tokens and passes over the data."""
+    steps = planned_steps(config, world_size, train_tokens)
+    planned = steps * tokens_per_step(config, world_size)
+    about = "about " if steps < config.training.max_iters else ""
+    return [
+        tokens_line(config, world_size),
+        f"Max iterations: {about}{steps} = {short(planned)} tokens, "
+        f"about {planned / max(1, train_tokens):.2f} epochs",
+    ]
 
 
 def parameter_lines(model: nn.Module) -> list[str]:

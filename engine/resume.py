@@ -8,9 +8,10 @@ takes such a config for a different experiment.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from config import CheckpointError, Config, sequences_per_step
+from config import CheckpointError, Config, accumulation_steps, sequences_per_step
 
 FIXED = {
     "model.name",
@@ -19,12 +20,25 @@ FIXED = {
     "model.n_head",
     "model.vocab_size",
     "model.mlp_internal_dim_multiplier",
+    "model.bias",
+    "model.mlp_bias",
+    "model.attn_bias",
+    "model.proj_bias",
+    "model.ln_bias",
+    "model.cls_head_bias",
+    "model.activation",
+    "model.mlp_scale_factor",
+    "model.tie_embeddings",
+    "model.d_ff",
+    "model.rope_theta",
+    "model.n_kv_head",
     "training.block_size",
     "training.seed",
     "optimizer.name",
     "dataloader.shuffle",
-    "tokenizer.name",
 }
+PRETRAINED = {key.split(".")[1] for key in FIXED if key.startswith("model.")}
+"""Options of the model that come with pretrained weights."""
 FREE = {
     "training.max_iters",
     "training.epochs",
@@ -38,6 +52,8 @@ FREE = {
     "training.keep_last",
     "training.checkpoint_dir",
     "training.resume_from_checkpoint",
+    "training.init_from",
+    "training.save_model",
     "training.debug",
     "dataloader.num_workers",
     "dataloader.pin_memory",
@@ -45,6 +61,11 @@ FREE = {
     "dataset.max_cached_files",
     "system.device",
     "system.compile",
+    "model.attention",
+    "distributed.backend",
+    "logging.wandb_log",
+    "logging.wandb_project",
+    "logging.wandb_run_name",
 }
 # How a step's sequences are split over micro-batches; only their number, STEP, counts.
 STEP = "sequences per step"
@@ -55,28 +76,70 @@ SPLIT = {
 }
 
 
+def resume_from_folder(config: Config) -> Config:
+    """`init_from: resume` read as what it means: the newest run in `checkpoint_dir` goes on."""
+    training = config.training
+    if training.init_from != "resume":
+        return config
+    folder = training.checkpoint_dir
+    training = replace(training, init_from="scratch", resume_from_checkpoint=folder)
+    return replace(config, training=training)
+
+
+def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[Config, list[str]]:
+    """The config that goes on on `now` processes what `saved` began on `before`, and what to tell.
+
+    A step keeps its sequences: where the number of micro-steps follows from nothing else, it does
+    from that. Raises ConfigError where the sequences cannot be split so.
+    """
+    training = config.training
+    per_process = training.batch_size * training.gradient_accumulation_steps
+    sequences = sequences_per_step(saved, before)
+    if now == before or training.tokens_per_step or per_process * before != sequences:
+        return config, []
+    tokens = sequences * training.block_size
+    kept = replace(training, tokens_per_step=tokens, gradient_accumulation_steps=1)
+    config = replace(config, training=kept)
+    steps = accumulation_steps(config, now)
+    return config, [
+        f"{before} processes before, {now} now: a step keeps its {sequences} sequences, in {steps} "
+        "micro-steps of each process"
+    ]
+
+
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.option` -> (then, now) of every option that differs, and of STEP."""
+    """`section.option` -> (then, now) of every option that differs."""
     now = present.to_dict()
-    changed: dict[str, tuple[Any, Any]] = {
+    return {
         f"{section}.{option}": (then, now[section][option])
         for section, options in saved.to_dict().items()
         for option, then in options.items()
         if then != now[section][option]
     }
-    steps = sequences_per_step(saved, 1), sequences_per_step(present, 1)
-    return changed | ({STEP: steps} if steps[0] != steps[1] else {})
 
 
 def experiment_differences(saved: Config, present: Config) -> list[str]:
     """Options that make it another experiment; empty means that `auto` may continue it."""
-    return sorted(set(differences(saved, present)) - FREE - SPLIT)
+    sequences = sequences_per_step(saved, 1), sequences_per_step(present, 1)
+    others = {STEP} if sequences[0] != sequences[1] else set()
+    open_yet = {"model.vocab_size"} if present.model.vocab_size is None else set()
+    if saved.training.init_from == present.training.init_from != "scratch":
+        open_yet |= {f"model.{name}" for name in PRETRAINED}  # the weights will say
+    return sorted((set(differences(saved, present)) | others) - FREE - SPLIT - open_yet)
 
 
-def check_resumable(saved: Config, present: Config, checkpoint: str) -> list[str]:
-    """Lines that tell what differs from the checkpoint's config; raises CheckpointError."""
+def check_resumable(
+    saved: Config, present: Config, checkpoint: str, processes: tuple[int, int]
+) -> list[str]:
+    """Lines that tell what differs from the checkpoint's config; raises CheckpointError.
+
+    processes: how many there were, and how many there are.
+    """
     changed = differences(saved, present)
     changed.pop("training.resume_from_checkpoint", None)
+    sequences = sequences_per_step(saved, processes[0]), sequences_per_step(present, processes[1])
+    if sequences[0] != sequences[1]:
+        changed[STEP] = sequences
     refused = sorted(set(changed) & (FIXED | {STEP}))
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)

@@ -104,6 +104,11 @@ class RunDirectory:
         """The folder's name; one that is not made yet gets a suffix if another run takes it."""
         return self.path.name if self.path else f"run_{self._started:%Y%m%d_%H%M%S}"
 
+    @property
+    def promise(self) -> Path:
+        """Where the directory is or will be."""
+        return self.path or Path(self._config.training.checkpoint_dir) / self.name
+
     def __enter__(self) -> RunDirectory:
         return self
 

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError, WriteError
 from engine.checkpoint import save_checkpoint
-from engine.evaluate import DocumentIds, bits_per_byte, count_targets, mean_loss, next_token_loss
+from engine.evaluate import DocumentIds, bits_per_byte, count_targets, next_token_loss, total_loss
 from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
+from engine.parallel import without_sync
 from engine.plan import tokens_per_step
 from engine.precision import Precision
 from engine.run import RunDirectory
@@ -31,6 +33,35 @@ from engine.world import World, peak_flops, peak_memory_bytes
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
 OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
+
+
+class Text(Protocol):
+    """What a run needs of its text besides batches."""
+
+    @property
+    def documents(self) -> DocumentIds | None:
+        """Tells documents apart where tokens may see only their own."""
+
+    @property
+    def evaluation(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The fixed rows of the training and of the held-out text, in batches."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the held-out rows; None where tokens stand for no text."""
+
+    def identity(self) -> dict[str, Any]:
+        """`data`, which identifies it, and `tokenizer`, which makes text of tokens: plain."""
+
+    def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
+        """One cursor of those of all processes."""
+
+
+class Tracker(Protocol):
+    """Where records go besides metrics.jsonl."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Sends one record; never raises."""
 
 
 class Batch(Protocol):
@@ -59,24 +90,22 @@ class Session:
     world: World
     precision: Precision
     model: nn.Module
+    trained: nn.Module
+    """The model as training calls it: it shares gradients with the other processes."""
     flops_per_token: int
     """FLOPs of one training step per token, by the model's own count."""
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
-    documents: DocumentIds | None
-    """Tells documents apart where tokens may see only their own."""
+    text: Text
     activity: Callable[[Tensor, Tensor | None], dict[str, list[float]]]
     """The model's own count of active neurons on tokens (B, T) of documents (B, T)."""
-    evaluation: tuple[tuple[Tensor, ...], ...]
-    """The fixed rows of the training and of the held-out text, in batches."""
-    data: dict[str, Any]
-    """What identifies the data, as plain values."""
     directory: RunDirectory
     state: TrainState
     cursor: Callable[[], dict[str, Any]]
     """Where the data stands after the last batch trained on."""
     planned_steps: int
     """Steps this run will make in all: `max_iters`, or fewer where `epochs` ends it."""
+    tracker: Tracker | None = None
     saved_step: int = 0
     failed_saves: int = 0
     overflows: int = 0
@@ -87,14 +116,38 @@ class Session:
         self.started = self.counted = self.saved_at = time.monotonic()
         self.tokens_per_step = tokens_per_step(self.config, self.world.size)
 
-    def loss(self, rows: Tensor) -> Tensor:
+    def micro_losses(self, batch: Batch) -> Iterator[Tensor]:
+        """The share of each micro-step in the step's loss; to be taken backward at once.
+
+        A step's loss is the mean over its tokens in all processes, which exchange gradients in the
+        backward pass of the last share.
+        """
+        targets = sum(self.targets(rows) for rows in batch.micro_batches)
+        if self.text.documents is not None:  # else all processes have as many
+            targets = round(self.world.sum_number(targets))
+        else:
+            targets *= self.world.size
+        last = len(batch.micro_batches) - 1
+        for number, rows in enumerate(batch.micro_batches):
+            with without_sync(self.trained, hold=number < last):
+                yield self.loss(rows, self.trained) / max(1, targets)
+
+    def loss(self, rows: Tensor, model: nn.Module | None = None) -> Tensor:
         """Summed loss of rows (B, T+1) in the run's precision."""
+        used, device = model or self.model, self.world.device
         with self.precision.autocast():
-            return next_token_loss(self.model, rows, self.world.device, self.documents)
+            return next_token_loss(used, rows, device, self.text.documents)
 
     def targets(self, rows: Tensor) -> int:
         """The tokens that `loss` sums over."""
-        return count_targets(rows, self.documents)
+        return count_targets(rows, self.text.documents)
+
+    def stopping(self, stop: StopRequest) -> bool:
+        """Whether some process was asked to stop: all of them then do, after the same step."""
+        agreed = self.world.any(bool(stop))
+        if agreed:
+            stop.join()
+        return agreed  # not `stop`: a signal may have come since they asked each other
 
     @property
     def finished(self) -> bool:
@@ -142,6 +195,13 @@ class Session:
         self.counted = now
         return {"step": self.state.step, "time": self.state.elapsed_s, "tokens": self.state.tokens}
 
+    def record(self, values: dict[str, Any]) -> None:
+        """Keeps one record in metrics.jsonl and sends it to the tracker."""
+        if self.world.is_main:
+            self.directory.append_metrics(values)
+            if self.tracker is not None:
+                self.tracker.log(values)
+
     def log(self, learning_rate: float, grad_norm: float) -> None:
         """One line, one record: the mean loss since the last one; speed without evaluation."""
         state, world = self.state, self.world
@@ -157,7 +217,7 @@ class Session:
             "train/memory_bytes": peak_memory_bytes(world.device),
         }
         state.loss_sum, state.loss_steps = 0.0, 0
-        self.directory.append_metrics(record)
+        self.record(record)
         pace = (time.monotonic() - self.started) / (state.step - self.first_step)
         say(iteration_line(record, pace * max(0, self.planned_steps - state.step)))
 
@@ -175,24 +235,25 @@ class Session:
         say(RULE, f"Evaluating at iteration {self.state.step}...")
         losses = []
         try:
-            for batches in self.evaluation:
-                loss = mean_loss(self.model, batches, self.loss, self.targets, stop.__bool__)
-                if loss is None:
+            for batches in self.text.evaluation:
+                stopped = partial(self.stopping, stop)
+                total = total_loss(self.model, batches, self.loss, stopped, self.world)
+                if total is None:
                     return
-                losses.append(loss)
+                losses.append(total / max(1, sum(self.targets(rows) for rows in batches)))
             shares = self.active_shares()
         except Exception:
-            self.save(last=True)
+            self.rescue()
             raise
         best = self.state.record_evaluation(*losses)
-        bits = bits_per_byte(losses[1], bytes_per_token=1.0)
+        per_token = self.text.bytes_per_token
+        bits = None if per_token is None else bits_per_byte(losses[1], per_token)
         names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
         values = dict(zip(names, (*losses, bits), strict=True))
-        self.directory.append_metrics(self.stamp() | values | shares)
-        mark = " | best so far" if best else ""
-        say(
-            f"Train loss: {losses[0]:.4f} | Val loss: {losses[1]:.4f} | Bits/byte: {bits:.3f}{mark}"
-        )
+        self.record(self.stamp() | values | shares)
+        parts = [f"Train loss: {losses[0]:.4f}", f"Val loss: {losses[1]:.4f}"]
+        parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
+        say(" | ".join(parts + ["best so far"] * best))
         if shares:
             means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
             say(f"Active neurons: {', '.join(means)}")
@@ -200,8 +261,10 @@ class Session:
 
     def active_shares(self) -> dict[str, list[float]]:
         """The share of active neurons in each layer, on the first held-out batch."""
-        rows = self.evaluation[1][0].to(self.world.device).long()
-        ids = None if self.documents is None else self.documents(rows)[:, :-1]
+        if not self.world.is_main:
+            return {}
+        rows = self.text.evaluation[1][0].to(self.world.device).long()
+        ids = None if self.text.documents is None else self.text.documents(rows)[:, :-1]
         with self.precision.autocast():
             shares = self.activity(rows[:, :-1], ids)
         return {f"eval/active_{name}": values for name, values in shares.items()}
@@ -216,9 +279,10 @@ class Session:
             return False
         if not training.always_save_checkpoint:
             return state.best_step == state.step
+        if due(state.step, training.checkpoint_freq):
+            return True
         waited = time.monotonic() - self.saved_at
-        by_time = training.save_every is not None and waited >= training.save_every
-        return by_time or due(state.step, training.checkpoint_freq)
+        return training.save_every is not None and self.world.any(waited >= training.save_every)
 
     def save(self, last: bool = False) -> None:
         """Saves a checkpoint unless this step has one.
@@ -226,33 +290,38 @@ class Session:
         A failure is retried when the next one is due; raises WriteError when it is the run's last
         save or the third failure in a row.
         """
-        if self.state.step == self.saved_step:
+        if self.state.step == self.saved_step or not self.config.training.save_model:
             return
-        self.stamp()
-        try:
-            path = save_checkpoint(
-                self.directory, self.state_dict(), self.config.training.keep_last
-            )
-        except WriteError as error:
-            self.failed_saves, self.saved_at = self.failed_saves + 1, time.monotonic()
+        content, error = self.state_dict(), None
+        if self.world.is_main:
+            try:
+                save_checkpoint(self.directory, content, self.config.training.keep_last)
+            except WriteError as failure:
+                error = failure
+        self.saved_at = time.monotonic()
+        error = self.world.broadcast(error)
+        if error is not None:
+            self.failed_saves += 1
             if last or self.failed_saves == SAVE_ATTEMPTS:
-                raise
-            warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
+                raise error
+            if self.world.is_main:
+                warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
             return
-        self.failed_saves, self.saved_step, self.saved_at = 0, self.state.step, time.monotonic()
-        say(f"Saved checkpoint to {path}")
+        self.failed_saves, self.saved_step = 0, self.state.step
+        say(f"Saved checkpoint to {self.directory.last_checkpoint}")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs: tensors and plain values."""
+        """All that resuming needs, on any number of processes: tensors and plain values."""
+        self.stamp()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
             "train": asdict(self.state),
-            "cursor": self.cursor(),
-            "rng": rng_state(self.world.device),
+            "cursor": self.text.merge_cursors(self.world.gather(self.cursor())),
+            "rng": self.world.gather(rng_state(self.world.device)),
             "config": self.config.to_dict(),
-            "data": self.data,
+            **self.text.identity(),
         }
 
     def finish(self) -> None:
@@ -260,15 +329,16 @@ class Session:
         state = self.state
         if state.evaluated_step == state.step:
             losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
-            self.directory.append_metrics(self.stamp() | losses)
+            self.record(self.stamp() | losses)
         self.save(last=True)
         took = duration(state.elapsed_s)
         say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
         if state.evaluated_step == state.step:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
             say(f"Held-out loss: {state.val_loss:.4f}, {best}")
-        say(f"Checkpoint: {self.directory.last_checkpoint}")
-        say(f"To write text: python sample.py {quoted(self.directory.path)}")
+        if self.config.training.save_model:
+            say(f"Checkpoint: {self.directory.last_checkpoint}")
+            say(f"To write text: python sample.py {quoted(self.directory.path)}")
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""
@@ -276,6 +346,9 @@ class Session:
             say("Stopped before the first step; nothing to save.")
             return
         self.save(last=True)
+        if not self.config.training.save_model:
+            say(f"Stopped by {stop.name} at step {self.state.step}; save_model is false.")
+            return
         path = quoted(self.directory.path)
         say(
             f"Stopped by {stop.name} at step {self.state.step}. To go on:",
@@ -283,8 +356,12 @@ class Session:
         )
 
     def rescue(self) -> None:
-        """Saves the steps done when something outside the step fails: data, disk, terminal."""
-        if self.state.step > self.saved_step:
+        """Saves the steps done when something outside the step fails: data, disk, terminal.
+
+        Of several processes the others know nothing of the failure, and no one can gather what a
+        checkpoint needs: the last one stands.
+        """
+        if self.world.size == 1 and self.state.step > self.saved_step:
             with contextlib.suppress(UserError, OSError):  # the first error is the one to report
                 self.save(last=True)
 

@@ -28,6 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.armed = False
+        self.quiet = False  # of several processes one speaks
         self._interrupts = 0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -59,15 +60,23 @@ class StopRequest:
         """The signal's name, such as SIGTERM; empty when none came."""
         return "" if self.signal is None else self.signal.name
 
+    def join(self) -> None:
+        """Takes part in a stop that another process was asked for."""
+        self.signal = self.signal or signal.SIGTERM
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            os.write(2, text.encode())
+
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if not self.armed:
-            os.write(2, b"Stopped before training began; nothing was saved.\n")
+            self._say("Stopped before training began; nothing was saved.\n")
             raise SystemExit(EXIT_CODES[signal.Signals(number)])
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
-            os.write(2, b"\nSecond Ctrl-C: stopped without saving.\n")
+            self._say("\nSecond Ctrl-C: stopped without saving.\n")
             os._exit(EXIT_CODES[signal.SIGINT])
         self.signal = signal.Signals(number)
         note = f"\n{self.signal.name}: finishing the step and saving"
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-        os.write(2, f"{note}{again}.\n".encode())
+        self._say(f"{note}{again}.\n")

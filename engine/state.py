@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ class TrainState:
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+    tracker_run: str | None = None
+    """What a tracker calls this run, so that it goes on there when resumed."""
     compiled: bool | None = None
     """Whether steps are compiled: they round differently, so a resumed run does the same."""
 
@@ -66,6 +69,14 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def seed_apart(seed: int, step: int, rank: int) -> None:
+    """Seeds the generators of a process beside the main one, which keeps the run's own: dropout
+    must differ between processes."""
+    if rank:
+        digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+        seed_generators(int.from_bytes(digest, "little"))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -1,21 +1,31 @@
 """Where the run happens: processes, device, what the hardware can do.
 
-The launcher's environment is read here and nowhere else.
+The launcher's environment is read here and nowhere else. The verbs of a `World` that talk to the
+other processes are collective: all call them, in the same order, or none does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from config import ConfigError, SystemConfig
+from config import ConfigError, DistributedConfig, SystemConfig
+
+T = TypeVar("T")
 
 # Dense bf16 matrix rate in FLOP/s by the makers' data sheets; a device that is not here has no MFU.
 PEAK_BF16_FLOPS = {
@@ -28,9 +38,14 @@ PEAK_BF16_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what torchrun sets with WORLD_SIZE
+_TIMEOUT = timedelta(minutes=30)  # of waiting for another process; rank 0 may prepare data so long
 
 
 @dataclass(frozen=True)
@@ -42,30 +57,126 @@ class World:
     device: torch.device
 
     @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether tensors lie in the machine's own memory."""
+        return self.device.type == "cpu"
+
+    @property
     def device_name(self) -> str:
         """What the start prints, such as `cuda:0 (NVIDIA H100 80GB HBM3)` or `cpu (2 threads)`."""
+        name = str(self.device)
         if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        if self.device.type == "cpu":
-            return f"cpu ({torch.get_num_threads()} threads)"
-        return str(self.device)
+            name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        elif self.device.type == "cpu":
+            name = f"cpu ({torch.get_num_threads()} threads)"
+        return name if self.size == 1 else f"{name} x {self.size} processes"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes; in place where there are several."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_number(self, value: float) -> float:
+        """The sum of `value` over all processes."""
+        if self.size == 1:
+            return value
+        return float(self.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in some process."""
+        return bool(self.sum_number(flag))
+
+    def broadcast(self, value: T) -> T:
+        """The main process's `value`: of plain Python."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes by rank, in the main one; elsewhere only its own."""
+        if self.size == 1:
+            return [value]
+        box: list[T] = [value] * self.size
+        dist.gather_object(value, box if self.is_main else None)
+        return box if self.is_main else [value]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """What follows is done by the main process, then by the others, who find it done."""
+        if self.size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.is_main:
+            dist.barrier()
 
 
-def enter_world(system: SystemConfig) -> World:
-    """Reads the launcher's variables and resolves `system.device`; raises ConfigError.
+@contextlib.contextmanager
+def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterator[World]:
+    """Joins the processes that torchrun started and resolves `system.device`; raises ConfigError.
 
-    On a CPU this process keeps the memory that it frees, from here on.
+    On a CPU this process keeps the memory that it frees, from here on. All processes but the main
+    one are silent on standard output.
     """
     size = int(os.environ.get("WORLD_SIZE") or "1")
-    if size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={size}: training on several processes is not available in this version; "
-            "start it with `python train.py`, without torchrun."
-        )
     device = resolve_device(system.device)
+    if size > 1:
+        device = _join(size, device, distributed.backend)
     if device.type == "cpu":
         keep_freed_memory()
-    return World(rank=0, size=1, device=device)
+    yield World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+    if size > 1:  # after an error the others may wait elsewhere: then the process just ends
+        dist.destroy_process_group()
+
+
+def _join(size: int, device: torch.device, backend: str) -> torch.device:
+    """Opens the connections; the device of this process."""
+    missing = [name for name in _LAUNCHER if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: several processes are "
+            f"started with torchrun --standalone --nproc_per_node={size} train.py ..."
+        )
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local} of this machine has no GPU: torch sees "
+                f"{torch.cuda.device_count()}. Lower --nproc_per_node."
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        logging.disable(logging.WARNING)
+    wanted = {"cpu": "gloo", "mps": "gloo", "cuda": "nccl"}[device.type]
+    if backend == "nccl" and wanted != "nccl":
+        raise ConfigError(f"distributed.backend=nccl needs CUDA, and system.device is {device}.")
+    kind = wanted if backend == "auto" else backend
+    try:
+        # Objects and single numbers go between CPUs whatever the tensors do.
+        names = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
+        dist.init_process_group(names, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the {size} processes of WORLD_SIZE did not find each other at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})."
+        ) from None
+    return device
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of torch means that another process has gone."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
+    return dist.is_initialized() and any(sign in text for sign in signs)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,10 +13,15 @@ from torch import nn
 
 from config import Config
 from model.bdh import BDH
+from model.gpt import GPT
+from model.llama import Llama
 
 
 class LanguageModel(Protocol):
     """What the trainer asks of a model, besides being an `nn.Module`."""
+
+    max_context: int | None
+    """The longest context the model can take; None: any."""
 
     def __call__(self, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) of the next token at each position, from token ids (B, T).
@@ -31,6 +36,15 @@ class LanguageModel(Protocol):
 
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
+
+    def matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The hidden weight matrices, for optimizers that treat matrices as such, each with the
+        number of equal matrices stacked in it along its first dimension (3-D: one per entry): fused
+        query, key and value are 3. Neither embeddings nor the head.
+        """
+
+    def notes(self, on_cpu: bool) -> list[str]:
+        """Lines for the start of a run: where the model computes otherwise than the config asks."""
 
     def state_bytes(self, length: int) -> int:
         """Memory of the state of one sample of so many tokens."""
@@ -50,6 +64,8 @@ class LanguageModel(Protocol):
 
 MODELS: dict[str, Callable[[Config], nn.Module]] = {
     "bdh": lambda config: BDH(config.to_bdh_config()),
+    "gpt": lambda config: GPT(config.model, config.training.block_size),
+    "llama": lambda config: Llama(config.model),
 }
 
 

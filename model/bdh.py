@@ -32,6 +32,7 @@ from model.bdh_kernels import Call, bdh_layers
 from model.bdh_passes import EAGER, compiled
 from model.bdh_state import BDHState, step
 from model.bdh_tiles import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
+from model.layers import product_dtype
 
 INIT_STD = 0.02
 
@@ -42,6 +43,8 @@ class BDH(nn.Module):
     The neurons of a head are stored in two halves: the first members of all rotated pairs, then
     the second members, so that rotation needs no strided access. The reference interleaves them.
     """
+
+    max_context: int | None = None
 
     def __init__(self, config: BDHConfig) -> None:
         super().__init__()
@@ -98,6 +101,15 @@ class BDH(nn.Module):
         )
         result: Tensor = bdh_layers(x, (self.encoder, self.encoder_v, self.decoder), call)
         return result
+
+    def matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The weights of the neurons: one matrix per head in each."""
+        H = self.config.n_head
+        return [(self.encoder, H), (self.encoder_v, H), (self.decoder, H)]
+
+    def notes(self, on_cpu: bool) -> list[str]:
+        """Nothing is computed otherwise than the config asks."""
+        return []
 
     def state_bytes(self, length: int) -> int:
         """Memory of the state of one sample, the same for any length."""
@@ -168,7 +180,7 @@ class BDH(nn.Module):
         packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, masked)
         forward = packed + self.config.n_layer * kept
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
-        logits = math.prod(tokens) * self.config.vocab_size * (dtype.itemsize + 3 * 4)
+        logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
         return embedded + forward + max(backward, logits)
 
     def flops_per_token(self, block_size: int) -> int:
@@ -185,13 +197,6 @@ class BDH(nn.Module):
             attention += 4 * H * N * D  # into the state and out of it
         head = 2 * D * self.config.vocab_size
         return 3 * (self.config.n_layer * (projections + attention) + head)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products on x: autocast's, or x's own."""
-    kind = x.device.type
-    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if lowered and x.dtype is not torch.float64 else x.dtype
 
 
 def from_upstream(state: dict[str, Tensor], config: BDHConfig) -> BDH:

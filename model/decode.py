@@ -32,8 +32,10 @@ def generate(
 
     Each sample draws from its own generator: what it says does not depend on the others. With a
     `context` the model sees no more tokens than that: whenever it has, it starts anew from the
-    last half of them. Without, it sees all there were.
+    last half of them. Without, it sees all there were, or as many as it can take.
     """
+    if model.max_context is not None:
+        context = min(context or model.max_context, model.max_context)
     seen = prompt.expand(len(generators), -1)
     seen = seen if context is None else seen[:, -context:]
     state = model.start(len(generators))

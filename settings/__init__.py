@@ -1,2 +1,2 @@
-"""How a config is read: YAML, overrides and dialects become values with a place; no option's name
-is known here, the tables of `dialects` aside."""
+"""How a config is read: YAML, presets, overrides and dialects become values with a place; options
+are known by name in `dialects`, `translate` and `constraints` only."""

@@ -110,7 +110,7 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(
         ("model.n_embd", "model.n_head", "model.name"),
         lambda c: c.model.name != "llama" or c.model.n_embd // c.model.n_head % 2 == 0,
-        "{0} / {1} is an odd width of a head, and llama rotates in pairs",
+        "{0} / {1} is an odd width of a head, and {2} rotates in pairs",
         lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
     ),
     Rule(
@@ -141,7 +141,8 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(
         ("model.vocab_size", "tokenizer.name"),
         lambda c: (c.model.vocab_size or LARGEST_INT) >= TOKENIZER_SIZES.get(c.tokenizer.name, 0),
-        "{0} is smaller than the tokenizer's {1}; null takes its size",
+        "{0} is too small for {1}",
+        lambda c: f"it has {TOKENIZER_SIZES[c.tokenizer.name]} tokens; null takes their number",
     ),
     Rule(
         ("schedule.min_lr", "training.learning_rate"),

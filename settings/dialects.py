@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from settings.schema import Inert, Limits
+from settings.schema import Foreign, Inert, Limits
 
 # option -> its other names
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -50,12 +50,27 @@ IGNORED: dict[str, str] = {"HydraConf": "there is no Hydra here"}
 
 TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alias in names}
 
+# more than another name: what they mean here is in `translate`
+FOREIGN: dict[str, Foreign] = {
+    "model.flash": Foreign(bool, False),
+    "model.flex": Foreign(bool, False),
+    "dataset.tokenizer_used": Foreign(str | None, None),
+}
+
+# nanoGPT's presets -> what does the same here
+PRESETS: dict[str, str] = {
+    "train_gpt2.py": "gpt2-124m.yaml",
+    "train_shakespeare_char.py": "shakespeare-char.yaml",
+    "finetune_shakespeare.py": "finetune-shakespeare.yaml",
+    "eval_gpt2.py": "eval-gpt2.yaml",
+    "eval_gpt2_medium.py": "eval-gpt2-medium.yaml",
+    "eval_gpt2_large.py": "eval-gpt2-large.yaml",
+    "eval_gpt2_xl.py": "eval-gpt2-xl.yaml",
+}
+
 # options that come with later versions -> the values that ask for nothing, so that they may stand
 LATER: dict[str, tuple[str, ...]] = {
-    "model.flash": ("false",),
-    "model.flex": ("false",),
     "optimizer.precision": ("float32",),
-    "dataset.tokenizer_used": ("bytes", "null"),
     "low_precision.use_fp8": ("false",),
     "low_precision.use_4bit": ("false",),
     "low_precision.use_4bit_optimizer": ("false",),

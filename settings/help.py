@@ -10,15 +10,18 @@ _NAME_WIDTH = 29
 _DEFAULT_WIDTH = 19
 
 _USAGE = """\
-usage: python train.py [FILE.yaml ...] [--config FILE] [key=value ...] [--dry-run] [--help]
+usage: python train.py [FILE ...] [--config FILE] [key=value ...] [--dry-run] [--help]
 
-Train a small language model. Files are applied in order, then overrides; without a file,
-config.yaml of the current folder. Paths are relative to the current folder.
+Train a small language model. Files (*.yaml, *.py) are applied in order, then overrides; without a
+file, config.yaml of the current folder. Paths are relative to the current folder. A Python preset
+of nanoGPT is read as literals, on top of nanoGPT's defaults (configs/nanogpt.yaml), and never run.
 
   python train.py                                    train config.yaml
   python train.py my.yaml max_iters=200 lr=3e-4      a file and overrides
   python train.py --config my.yaml --batch-size 16   the same in another spelling
   python train.py my.yaml --dry-run                  check everything, train nothing
+  python train.py config/train_gpt2.py lr=5e-4       a preset of nanoGPT
+  python train.py dataset=openwebtext                GPT-2 on data/openwebtext/train.bin
 
 An override is key=value, section.key=value, --key=value or --key value; --key alone is true.
 null clears an optional value. Options, with their defaults:

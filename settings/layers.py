@@ -31,9 +31,37 @@ class Merged:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)  # key -> the name it was given under
     problems: list[Problem] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # keys given with a value that is not taken
     notes: list[str] = field(default_factory=list)
+    nanogpt: frozenset[int] = frozenset()  # layers whose names mean what nanoGPT means by them
+
+    def owns(self, key: str) -> bool:
+        """Return whether the value of `key` is one of the base, below all layers."""
+        return key in self.origins and self.origins[key].layer == 0
+
+    def put(self, key: str, value: Any, origin: Origin) -> None:
+        """Set a value that follows from one given at `origin`."""
+        self.values[key] = value
+        self.origins[key] = origin
+
+    def drop(self, key: str) -> None:
+        """Take a value back, as if it had not been given."""
+        self.values.pop(key, None)
+        self.origins.pop(key, None)
+
+    def note(self, text: str) -> None:
+        """Keep a line for the user, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def stand_on(self, base: Merged) -> None:
+        """Take from `base`, which was read as layer 0, what no layer gave."""
+        for key, value in base.values.items():
+            if key not in self.values:
+                self.put(key, value, base.origins[key])
+        self.problems += base.problems
 
     def section(self, name: str) -> dict[str, Any]:
         """Return the values of one section by option name."""
@@ -68,10 +96,6 @@ class _Layer:
     def _problem(self, entry: Entry, text: str) -> None:
         self._merged.problems.append(Problem(entry.origin, text))
 
-    def _note(self, text: str) -> None:
-        if text not in self._merged.notes:
-            self._merged.notes.append(text)
-
     def _add_top(self, entry: Entry) -> None:
         value = entry.value
         if isinstance(value, Group):
@@ -95,7 +119,7 @@ class _Layer:
 
     def _add_section(self, entry: Entry, group: Group) -> None:
         if entry.key in IGNORED:
-            self._note(f"{entry.key} is ignored: {IGNORED[entry.key]}")
+            self._merged.note(f"{entry.key} is ignored: {IGNORED[entry.key]}")
             return
         check_section(self._schema, entry.key)
         self._first_time(entry)
@@ -116,16 +140,16 @@ class _Layer:
     def _add_option(self, entry: Entry) -> None:
         target = resolve(self._schema, entry.key)
         if target.ignored:
-            self._note(f"{entry.key} is ignored: {target.ignored}")
+            self._merged.note(f"{entry.key} is ignored: {target.ignored}")
             return
-        if target.is_alias:
-            self._note(f"{entry.key} is read as {' and '.join(target.keys)}")
+        if target.is_alias and not self._schema.foreign.keys() & set(target.keys):
+            self._merged.note(f"{entry.key} is read as {' and '.join(target.keys)}")
         for key, value in zip(target.keys, _spread(target, entry), strict=True):
             self._take(key, Entry(entry.key, value, entry.origin))
 
     def _take(self, key: str, entry: Entry) -> None:
         """Read one value for one option and keep it, unless the layer gave it before."""
-        option = self._schema.options.get(key)
+        option = self._schema.find(key)
         try:
             value = _read(option, entry.value) if option else _read_later(self._schema, key, entry)
         except RefusedError as error:
@@ -136,10 +160,10 @@ class _Layer:
             return
         self._given[key] = (entry, value)
         if option is None:
-            self._note(_without_effect(self._schema, key, value))
+            self._merged.note(_without_effect(self._schema, key, value))
             return
-        self._merged.values[key] = value
-        self._merged.origins[key] = entry.origin
+        self._merged.put(key, value, entry.origin)
+        self._merged.spelled[key] = entry.key
 
     def _check_twice(self, key: str, entry: Entry, value: Any) -> None:
         first, first_value = self._given[key]
@@ -223,4 +247,4 @@ def _kind(value: Value) -> str:
         return shown(value.text)
     if isinstance(value, Items):
         return f"a list of {len(value.values)}"
-    return "a section" if isinstance(value, Group) else "a Python object"
+    return "a section" if isinstance(value, Group) else shown(value.value)

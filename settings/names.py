@@ -25,7 +25,7 @@ def resolve(schema: Schema, written: str) -> Target:
     if head in dialects.IGNORED:
         return Target(ignored=dialects.IGNORED[head])
     full = f"{dialects.SECTIONS.get(head, head)}.{name}" if dot else written
-    if full in schema.options or schema.announces(full):
+    if schema.find(full) or schema.announces(full):
         return Target((full,), is_alias=full != written)
     if full in dialects.LISTS:
         return Target(dialects.LISTS[full], is_alias=True)
@@ -38,7 +38,7 @@ def resolve(schema: Schema, written: str) -> Target:
 def is_section(schema: Schema, name: str) -> bool:
     """Return whether a mapping may stand under this top-level name."""
     name = dialects.SECTIONS.get(name, name)
-    homes = {home for home, _ in _announced(schema)}
+    homes = {home for home, _ in _outside(schema)}
     aliases = any(alias.startswith(f"{name}.") for alias in dialects.TARGETS)
     return name in schema.sections or name in homes or aliases
 
@@ -67,7 +67,7 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
     if homes:
         raise RefusedError(f"{full}: unknown option. It belongs in section {' or '.join(homes)}")
     inside = {option.name: option.name for option in schema.in_section(section)}
-    inside |= {name: name for home, name in _announced(schema) if home == section}
+    inside |= {name: name for home, name in _outside(schema) if home == section}
     for alias, key in dialects.TARGETS.items():
         if key.startswith(f"{section}.") and "." not in alias and key in schema.options:
             inside[alias] = key.split(".")[1]
@@ -77,7 +77,7 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
 
 def _resolve_bare(schema: Schema, name: str) -> Target:
     keys = [option.key for option in schema.named(name)]
-    keys = keys or [f"{home}.{later}" for home, later in _announced(schema) if later == name]
+    keys = keys or [f"{home}.{other}" for home, other in _outside(schema) if other == name]
     if len(keys) == 1:
         return Target((keys[0],))
     if keys:
@@ -92,14 +92,14 @@ def guess(schema: Schema, word: str) -> str:
     return _nearest(word, _bare_names(schema)) or "See python train.py --help"
 
 
-def _announced(schema: Schema) -> list[tuple[str, str]]:
-    """Return section and name of each option still to come."""
-    keys = (key.split(".", 1) for key in (*schema.later, *schema.inert))
+def _outside(schema: Schema) -> list[tuple[str, str]]:
+    """Return section and name of each option that is in no dataclass."""
+    keys = (key.split(".", 1) for key in (*schema.later, *schema.inert, *schema.foreign))
     return [(section, name) for section, name in keys]
 
 
 def _bare_names(schema: Schema) -> dict[str, str]:
-    names = {option.name: option.key for option in schema.options.values()}
+    names = {option.name: key for key, option in {**schema.foreign, **schema.options}.items()}
     aliases = {name: key for name, key in dialects.TARGETS.items() if key in schema.options}
     return {**aliases, **names}
 

@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 
 _ASSIGNMENT = re.compile(r"(--)?([A-Za-z][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
 _FLAG = re.compile(r"--([A-Za-z][A-Za-z0-9_.-]*)")
-_FILE_ENDINGS = (".yaml", ".yml")
+_FILE_ENDINGS = (".yaml", ".yml", ".py")
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class _Parser:
             self._pop_value(optional=True)
             self._problem(f"--{error}")
             return
-        option = self._schema.options.get(keys[0]) if keys else None
+        option = self._schema.find(keys[0]) if keys else None
         may_stand_alone = option is None or option.kind is bool
         text = self._pop_value(optional=may_stand_alone)
         if text is None and may_stand_alone:
@@ -130,6 +130,4 @@ def _garbage(word: str, schema: Schema) -> str:
     """Say what a word could have meant."""
     if word.startswith("-") and len(word) > 1:
         return f"{shown(word)}: unknown option. {guess(schema, word.strip('-'))}"
-    if word.endswith(".py"):
-        return f"{shown(word)}: Python presets cannot be read. Give a YAML file"
-    return f"{shown(word)}: neither a config file (*.yaml) nor key=value"
+    return f"{shown(word)}: neither a config file (*.yaml, *.py) nor key=value"

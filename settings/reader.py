@@ -67,7 +67,7 @@ def read_file(path: str | os.PathLike[str], layer: int) -> tuple[list[Entry], li
     """Return the top-level entries of a YAML file and what is wrong with its form."""
     origin = Origin(layer, source=os.fspath(path))
     try:
-        node, problems = _compose(_read_text(origin.source), origin)
+        node, problems = _compose(read_text(origin.source), origin)
         if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
             return [], problems
         if not isinstance(node, yaml.MappingNode):
@@ -80,11 +80,11 @@ def read_file(path: str | os.PathLike[str], layer: int) -> tuple[list[Entry], li
     return list(group.entries), problems
 
 
-def _read_text(name: str) -> str:
-    """Return the text of a file; raises UnreadableError."""
+def read_text(name: str, max_bytes: int = MAX_BYTES) -> str:
+    """Return the text of a file of limited size; raises UnreadableError."""
     try:
         with open(name, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise UnreadableError("not found. Pass --config FILE") from None
     except IsADirectoryError:
@@ -92,8 +92,8 @@ def _read_text(name: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableError(f"cannot be read: {reason}") from None
-    if len(content) > MAX_BYTES:
-        raise UnreadableError("refused: larger than 1 MB")
+    if len(content) > max_bytes:
+        raise UnreadableError(f"refused: larger than {max_bytes // 1000} KB")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -91,9 +91,14 @@ class Inert(NamedTuple):
     limits: Limits = Limits()
 
     def option(self, key: str) -> Option:
-        section, name = key.split(".", 1)
-        hint = _read_hint(self.takes)
-        return Option(section, name, *hint, self.default, "", "", self.limits, None)
+        return _undocumented(key, self.takes, self.default, self.limits)
+
+
+class Foreign(NamedTuple):
+    """An option of another trainer that `translate` turns into options of ours."""
+
+    takes: Any  # the type of its values, as in a dataclass
+    default: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,11 @@ class Schema:
     options: Mapping[str, Option]  # by 'section.name'
     later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
     inert: Mapping[str, Inert]  # options still to come, any good value of which asks for nothing
+    foreign: Mapping[str, Option]  # options of other trainers that are more than another name
+
+    def find(self, key: str) -> Option | None:
+        """Return the option that takes the values of `key`; None for one still to come."""
+        return self.options.get(key) or self.foreign.get(key)
 
     def announces(self, key: str) -> bool:
         """Return whether `key` is an option still to come."""
@@ -139,19 +149,27 @@ def schema_of(
     sections: Mapping[str, type],
     later: Mapping[str, tuple[str, ...]],
     inert: Mapping[str, Inert],
+    foreign: Mapping[str, Foreign],
 ) -> Schema:
-    """Return the schema of `sections` (name -> dataclass), with the options still to come."""
+    """Return the schema of `sections` (name -> dataclass), with the options that no section has."""
     options = {
         option.key: option
         for name, section_class in sections.items()
         for option in section_options(name, section_class)
     }
-    return Schema(sections, options, later, inert)
+    others = {key: _undocumented(key, *made, Limits()) for key, made in foreign.items()}
+    return Schema(sections, options, later, inert, others)
 
 
 def title(section_class: type[Any]) -> str:
     """Return the first line of a section's docstring."""
     return (section_class.__doc__ or "").strip().splitlines()[0]
+
+
+def _undocumented(key: str, takes: Any, default: Any, limits: Limits) -> Option:
+    """Return an option that is read and checked like others, and is in no section."""
+    section, name = key.split(".", 1)
+    return Option(section, name, *_read_hint(takes), default, "", "", limits, None)
 
 
 def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:

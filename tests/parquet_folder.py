@@ -7,10 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tokenizers
 
 import data
 from config import DatasetConfig, TokenizerConfig
-from data.parquet import UnitReader
+from data.dataset import Reader
+from data.folder import ParquetText
 
 
 def write(path: Path, texts: list[str | None], **options: Any) -> Path:
@@ -38,6 +40,35 @@ def opened(folder: Path, **options: Any) -> data.Dataset:
     return data.open_dataset(config, TokenizerConfig())
 
 
-def reader(dataset: data.Dataset) -> UnitReader:
+def folder_of(dataset: data.Dataset) -> ParquetText:
+    """The source of a dataset of parquet files."""
+    assert isinstance(dataset.source, ParquetText)
+    return dataset.source
+
+
+def reader(dataset: data.Dataset) -> Reader:
     """Reads the units of a dataset."""
-    return UnitReader(dataset.index, dataset.units, dataset.config)
+    return dataset.source.reader()
+
+
+def encoded(folder: Path, name: str, **options: Any) -> data.Dataset:
+    """The dataset of a folder with another tokenizer than bytes."""
+    config = DatasetConfig(parquet_dir=str(folder), **{"test_fraction": 0.0, **options})
+    return data.open_dataset(config, TokenizerConfig(name=name))
+
+
+def small_bpe(folder: Path, texts: list[str]) -> str:
+    """The path of a tokenizer.json with byte pairs of these texts."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    path = folder / "tokenizer.json"
+    inner.save(str(path))
+    return str(path)

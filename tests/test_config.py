@@ -23,11 +23,15 @@ from config import (
     ScheduleConfig,
     TrainingConfig,
     accumulation_steps,
+    holds_out,
     sequences_per_step,
+    token_paths,
     warmup_steps,
 )
+from settings.constraints import MODEL_OPTIONS
+from settings.constraints import RULES as ALL_RULES
 from settings.schema import Option, section_options
-from settings.values import check_value
+from settings.values import check_value, to_text
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = [option for name, made in SECTIONS.items() for option in section_options(name, made)]
@@ -51,6 +55,19 @@ def test_a_config_cannot_be_changed() -> None:
         Config().training.seed = 3  # type: ignore[misc]
 
 
+MODELS = ("bdh", "gpt", "llama")
+CHANGED = {  # a value that is not the default
+    "mlp_internal_dim_multiplier": 64,
+    **dict.fromkeys(("bias", "mlp_bias", "attn_bias", "proj_bias", "ln_bias"), True),
+    "cls_head_bias": True,
+    "activation": "relu",
+    "mlp_scale_factor": 2,
+    "tie_embeddings": False,
+    "d_ff": 64,
+    "rope_theta": 5e5,
+    "n_kv_head": 2,
+    "attention": "flex",
+}
 RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
         {"model": {"n_embd": 250}},
@@ -64,7 +81,8 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"model": {"vocab_size": 200}},
-        "model.vocab_size=200 is smaller than the tokenizer's 256 (tokenizer.name=bytes).",
+        "model.vocab_size=200 is too small for tokenizer.name=bytes; it has 256 tokens; null takes "
+        "their number.",
     ),
     (
         {"schedule": {"min_lr": 0.1}},
@@ -104,6 +122,55 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
         "training.eval_only=true evaluates on held-out text and dataset.test_fraction=0.0 holds "
         "none out.",
     ),
+    (
+        {"model": {"name": "llama", "n_kv_head": 3}},
+        "model.n_head=4 is not divisible by model.n_kv_head=3.",
+    ),
+    (
+        {"model": {"name": "llama", "n_embd": 252, "n_head": 4}},
+        "model.n_embd=252 / model.n_head=4 is an odd width of a head, and model.name=llama "
+        "rotates in pairs; n_embd nearest: 248, 256.",
+    ),
+    (
+        {"model": {"name": "gpt", "attention": "flash", "mask": "causal_document"}},
+        "model.attention=flash sees no documents, which model.mask=causal_document asks for; set "
+        "model.attention to auto.",
+    ),
+    (
+        {"training": {"init_from": "gpt2"}, "model": {"name": "llama", "vocab_size": None}},
+        "training.init_from=gpt2 is a GPT-2, and model.name=llama; set model.name to gpt.",
+    ),
+    (
+        {"training": {"init_from": "resume", "resume_from_checkpoint": "auto"}},
+        "training.init_from=resume and training.resume_from_checkpoint=auto exclude each other; "
+        "set one.",
+    ),
+    (
+        {"dataset": {"name": "owt", "train_data_path": "a.bin"}},
+        "dataset.name=owt and dataset.train_data_path=a.bin name two texts; set one.",
+    ),
+    (
+        {"dataset": {"val_data_path": "a.bin"}},
+        "dataset.val_data_path=a.bin needs dataset.train_data_path=null.",
+    ),
+    (
+        {"model": {"vocab_size": 50256}, "tokenizer": {"name": "gpt2"}},
+        "model.vocab_size=50256 is too small for tokenizer.name=gpt2; it has 50257 tokens; null "
+        "takes their number.",
+    ),
+    *(
+        (
+            {
+                "model": {
+                    "name": next(m for m in MODELS if m not in models),
+                    option: CHANGED[option],
+                }
+            },
+            f"model.{option}={to_text(CHANGED[option])} is an option of {' and '.join(models)}, "
+            f"and model.name={next(m for m in MODELS if m not in models)}.",
+        )
+        for option, models in MODEL_OPTIONS.items()
+    ),
 ]
 
 
@@ -120,8 +187,73 @@ def test_a_broken_rule_names_its_keys_and_values(
 
 
 def test_every_rule_is_tested() -> None:
-    for rule in module.RULES:
+    for rule in ALL_RULES:
         assert any(all(key in message for key in rule.keys) for _, message in RULES)
+
+
+@pytest.mark.parametrize(("option", "models"), MODEL_OPTIONS.items())
+def test_an_option_of_a_model_is_taken_by_that_model_and_at_its_default_by_all(
+    option: str, models: tuple[str, ...]
+) -> None:
+    default = getattr(Config().model, option)
+    for name in MODELS:
+        assert (
+            getattr(Config.from_dict({"model": {"name": name, option: default}}).model, option)
+            == default
+        )
+    for name in models:
+        values = {"name": name, option: CHANGED[option]}
+        assert getattr(Config.from_dict({"model": values}).model, option) == CHANGED[option]
+
+
+TEXTS: list[tuple[dict[str, Any], tuple[str, str | None] | None, bool]] = [
+    ({}, None, True),
+    ({"test_fraction": 0.0}, None, False),
+    ({"name": "owt", "test_fraction": 0.0}, ("data/owt/train.bin", "data/owt/val.bin"), True),
+    ({"train_data_path": "a.ids", "test_fraction": 0.0}, ("a.ids", None), False),
+    ({"train_data_path": "a.ids"}, ("a.ids", None), True),
+    ({"train_data_path": "a", "val_data_path": "b", "test_fraction": 0.0}, ("a", "b"), True),
+]
+
+
+@pytest.mark.parametrize(("values", "paths", "held_out"), TEXTS)
+def test_the_text_is_token_files_where_they_are_named_and_parquet_otherwise(
+    values: dict[str, Any], paths: tuple[str, str | None] | None, held_out: bool
+) -> None:
+    dataset = DatasetConfig(**values)
+    assert token_paths(dataset) == paths
+    assert holds_out(dataset) is held_out
+
+
+LEFT_OUT: list[tuple[dict[str, dict[str, Any]], dict[str, Any]]] = [
+    ({}, {"tokenizer.name": "bytes", "model.vocab_size": 256}),
+    ({"dataset": {"name": "x"}}, {"tokenizer.name": "auto", "model.vocab_size": None}),
+    ({"dataset": {"train_data_path": "x"}}, {"tokenizer.name": "auto", "model.vocab_size": None}),
+    ({"tokenizer": {"name": "gpt2"}}, {"model.vocab_size": None}),
+    ({"tokenizer": {"name": "gpt2"}, "model": {"vocab_size": 50304}}, {"model.vocab_size": 50304}),
+    (
+        {"training": {"init_from": "gpt2-xl"}},
+        {"model.name": "gpt", "tokenizer.name": "gpt2", "model.vocab_size": None},
+    ),
+    (
+        {"training": {"init_from": "gpt2"}, "dataset": {"name": "x"}},
+        {"model.name": "gpt", "tokenizer.name": "auto", "model.vocab_size": None},
+    ),
+    (
+        {"training": {"init_from": "weights.pt"}, "model": {"name": "gpt"}},
+        {"model.vocab_size": None, "tokenizer.name": "bytes"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), LEFT_OUT)
+def test_what_is_left_out_follows_from_what_is_said(
+    values: dict[str, dict[str, Any]], expected: dict[str, Any]
+) -> None:
+    config = Config.from_dict(values).to_dict()
+    for key, value in expected.items():
+        section, name = key.split(".")
+        assert config[section][name] == value, key
 
 
 def test_a_broken_rule_says_where_each_value_came_from(
@@ -159,7 +291,7 @@ def test_a_broken_rule_says_where_each_value_came_from(
         (DatasetConfig, {"parquet_dir": None}, "expected text, got null"),
         (OptimizerConfig, {"beta1": 1}, "optimizer.beta1: must be in [0, 1), got 1.0"),
         (ScheduleConfig, {"name": "Cosine"}, "got 'Cosine'. Did you mean cosine?"),
-        (ModelConfig, {"name": None}, "expected bdh, got null"),
+        (ModelConfig, {"name": None}, "expected one of bdh, gpt, llama, got null"),
         (ModelConfig, {"n_layer": 0, "n_head": 0}, "model.n_head: must be >= 1, got 0"),
     ],
 )
@@ -181,8 +313,8 @@ def test_unknown_names_in_a_checkpoint_are_refused() -> None:
         Config.from_dict({"training": {"sede": 3}}, source="x.json")
     with pytest.raises(ConfigError, match="expected a section"):
         Config.from_dict({"training": 3})
-    with pytest.raises(ConfigError, match="model.bias: not available in this version"):
-        Config.from_dict({"model": {"bias": True}})
+    with pytest.raises(ConfigError, match="low_precision.use_fp8: not available in this version"):
+        Config.from_dict({"low_precision": {"use_fp8": True}})
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3)])
@@ -264,10 +396,18 @@ def configs(draw: st.DrawFn) -> Config:
     values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for option in OPTIONS:
         values[option.section][option.name] = draw(value_of(option))
-    model, training = values["model"], values["training"]
-    model.update(n_embd=model["n_head"] % 2**31 * 2 + 2, n_head=model["n_head"] % 2**31 + 1)
-    model["vocab_size"] = max(256, model["vocab_size"])
-    training.update(tokens_per_step=None, test_freq=None, eval_only=False)
+    model, training, dataset = values["model"], values["training"], values["dataset"]
+    heads = model["n_head"] % 2**31 + 1
+    model.update(n_embd=heads * 2, n_head=heads, n_kv_head=None)
+    if model["mask"] == "causal_document" and model["attention"] == "flash":
+        model["attention"] = "flex"
+    for option in section_options("model", ModelConfig):
+        if model["name"] not in MODEL_OPTIONS.get(option.name, (model["name"],)):
+            model[option.name] = option.default
+    model["vocab_size"] = model["vocab_size"] and max(50257, model["vocab_size"])
+    training.update(tokens_per_step=None, test_freq=None, eval_only=False, init_from="scratch")
+    dataset.update(draw(st.sampled_from([{"name": None}, {"train_data_path": None}])))
+    dataset.update({} if dataset["train_data_path"] else {"val_data_path": None})
     values["schedule"].update(warmup_iters=0, lr_decay_iters=None, min_lr=0.0)
     return Config.from_dict(values)
 

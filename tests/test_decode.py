@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import cast
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from model.decode import Sampling, draw, generate
 
 class NextLetter:
     """Predicts the successor of the last token, and remembers the pieces it was fed."""
+
+    max_context: int | None = None
 
     def __init__(self, sharpness: float = 50.0) -> None:
         self.sharpness = sharpness
@@ -86,6 +89,21 @@ def test_with_a_context_it_starts_anew_from_the_last_half() -> None:
     assert [step.item() for step in islice(tokens, 9)] == [(4 + i) % 10 for i in range(9)]
     assert model.fed[:6] == [(1,), (1, 4), (1,), (1, 2), (1, 1), (1, 1)]
     assert max(shape[1] for shape in model.fed if len(shape) == 2) == 4
+
+
+@pytest.mark.parametrize("context", [None, 3, 4, 5])
+def test_a_model_is_fed_no_more_than_it_can_take(context: int | None) -> None:
+    model = NextLetter()
+    model.max_context = 4
+    prompt = torch.tensor([[9, 9, 1, 2, 3]])
+    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), context=context)
+    assert [step.item() for step in islice(tokens, 9)] == [(4 + i) % 10 for i in range(9)]
+    pieces = [shape[1] for shape in model.fed if len(shape) == 2]
+    assert pieces[0] == min(context or 4, 4)
+    taken = 0
+    for shape in model.fed:
+        taken = 0 if len(shape) == 1 else taken + shape[1]
+        assert taken <= 4
 
 
 def test_equal_seeds_give_equal_text_whatever_is_drawn_beside_it() -> None:

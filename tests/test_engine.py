@@ -19,13 +19,13 @@ from torch import nn
 from config import BDHConfig, ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
 from data.packing import document_ids
 from engine.compile import compile_model, compile_wanted
-from engine.evaluate import bits_per_byte, count_targets, mean_loss, next_token_loss
+from engine.evaluate import bits_per_byte, count_targets, next_token_loss, total_loss
 from engine.metrics import Clock, duration, iteration_line, short, size
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.precision import Precision
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, rng_state
-from engine.world import peak_flops, peak_memory_bytes, resolve_device
+from engine.world import World, peak_flops, peak_memory_bytes, resolve_device
 from model.bdh import BDH
 from tests.conftest import ROOT
 
@@ -162,19 +162,22 @@ def test_due_counts_from_step_one_and_null_is_never() -> None:
     assert not any(due(s, None) for s in range(7))
 
 
-def test_mean_loss_weighs_tokens_not_batches_and_draws_no_random_number() -> None:
+ALONE = World(rank=0, size=1, device=CPU)
+
+
+def test_total_loss_sums_all_batches_and_draws_no_random_number() -> None:
     model = nn.Dropout(0.5)
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     before = torch.get_rng_state()
     batches = torch.split(rows, 2)
-    mean = mean_loss(model, batches, lambda batch: model(batch).sum(), len, lambda: False)
-    assert mean == 3.0 and model.training
+    total = total_loss(model, batches, lambda batch: model(batch).sum(), lambda: False, ALONE)
+    assert total == 9.0 and model.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_mean_loss_ends_early_when_stopped() -> None:
-    model = nn.Identity()
-    assert mean_loss(model, (torch.ones(1),), lambda batch: batch.sum(), len, lambda: True) is None
+def test_total_loss_ends_early_when_stopped() -> None:
+    ones = (torch.ones(1),)
+    assert total_loss(nn.Identity(), ones, lambda batch: batch.sum(), lambda: True, ALONE) is None
 
 
 def test_documents_are_scored_as_if_each_stood_alone() -> None:

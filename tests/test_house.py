@@ -16,22 +16,27 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("settings", "model", "data", "engine")
 SCRIPTS = ("train", "sample", "prepare")
 
+TOKENIZERS = {"tokenizers", "tiktoken", "huggingface_hub"}
 # Which modules a room may import, besides the standard library. "model.*" is any module of model.
 DOORS = {
     "config": {"settings.*"},
     "settings": {"yaml", "settings.*"},
-    "model": {"torch", "config", "model.*"},
-    "data": {"numpy", "pyarrow", "torch", "config", "data.*"},
-    "engine": {"torch", "numpy", "config", "engine.*", "model"},
+    "model": {"torch", "config", "model.*", "safetensors", "huggingface_hub"},
+    "data": {"numpy", "pyarrow", "torch", "config", "data.*", *TOKENIZERS},
+    "engine": {"torch", "numpy", "config", "engine.*", "model", "wandb"},
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
-    "model": "bdh_passes, bdh_tiles, bdh_kernels, bdh_state, bdh, __init__, decode",
-    "data": "order, tokenizer, index, parquet, dataset, packing, feed, loader, __init__, corpus",
-    "engine": "world, files, metrics, state, content, manifest, environment, resume, schedule, "
-    "optimizer, precision, compile, signals, evaluate, plan, run, checkpoint, session",
+    "model": "layers, bdh_passes, bdh_tiles, bdh_kernels, bdh_state, bdh, transformer, gpt, llama, "
+    "__init__, decode, pretrained",
+    "data": "order, vocabulary, tokenizer, meta, dataset, index, parquet, folder, memmap, tokens, "
+    "opening, packing, feed, loader, __init__, corpus, text, sources, writer, convert, download",
+    "engine": "world, parallel, files, metrics, state, content, manifest, environment, resume, "
+    "schedule, muon, optimizer, trackers, precision, compile, signals, evaluate, plan, run, checkpoint, "
+    "session",
 }
-LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine"}
+LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}
+LAZY |= TOKENIZERS
 """Packages that may be imported inside a function: slow, optional, or built on those."""
 
 

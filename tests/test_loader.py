@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -28,7 +29,15 @@ import data
 from config import DataError, DataLoaderConfig
 from data import feed, loader, order
 from data.dataset import Plan
-from tests.parquet_folder import marked, opened, reader, write
+from tests.parquet_folder import (
+    encoded,
+    folder_of,
+    marked,
+    opened,
+    reader,
+    small_bpe,
+    write,
+)
 
 T, G = 16, 16
 STEPS = 40  # two epochs of the corpus below, for every lane
@@ -69,16 +78,17 @@ def read(
 
 def reference(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[bytes]:
     """Slow and separate: the documents of a lane, epoch by epoch, each epoch as one string."""
-    units = dataset.units
+    folder = folder_of(dataset)
+    units = folder.units
     keys = units.block[dataset.train]
     result = []
     for epoch in range(epochs):
         plan = order.epoch_order(keys, 1337, epoch)
         text = b""
         for unit in dataset.train[plan[order.lane_of(keys[plan], lanes) == lane]]:
-            file = int(dataset.index.group_file[units.group[unit]])
-            table = pq.read_table(dataset.index.path(file))
-            group = int(dataset.index.group_number[units.group[unit]])
+            file = int(folder.index.group_file[units.group[unit]])
+            table = pq.read_table(folder.index.path(file))
+            group = int(folder.index.group_number[units.group[unit]])
             first = 10 * group + int(units.first[unit])
             texts = table.column("text").to_pylist()[first : first + int(units.rows[unit])]
             for i in order.document_order(int(units.key[unit]), 1337, epoch, len(texts)):
@@ -196,6 +206,22 @@ def test_fewer_lanes_than_processes(corpus: Path, lanes: int) -> None:
     assert merged == cursor
     again, _ = read(dataset, 3, spec(rank=1, world_size=2), merged)  # lanes come from the cursor
     assert torch.equal(again, read(dataset, 3, spec(), cursor)[0][:, G // 2 :])
+
+
+def test_tokens_of_any_tokenizer_are_the_same_for_every_layout_also_interrupted(
+    tmp_path: Path,
+) -> None:
+    texts = marked(tmp_path)
+    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
+    expected, end = read(dataset, STEPS, spec())
+    assert expected.dtype == torch.int32
+    assert dataset.vocab_size > 256
+    assert expected.max() < dataset.vocab_size
+    for layout in [(1, 2, 4), (2, 0, 1), (4, 1, 1)]:
+        first, cursor = read_all(dataset, 7, layout, None)
+        second, cursor = read_all(pickle.loads(pickle.dumps(dataset)), STEPS - 7, layout, cursor)
+        assert torch.equal(torch.cat((first, second)), expected)
+        assert cursor == end
 
 
 def test_without_shuffling_the_text_comes_in_file_order(tmp_path: Path) -> None:
@@ -436,8 +462,9 @@ def test_more_workers_than_lanes_is_said(corpus: Path, caplog: pytest.LogCapture
 def test_neighbours_in_a_batch_come_from_different_places(tmp_path: Path) -> None:
     marked(tmp_path, files=8, rows=200)
     dataset = opened(tmp_path)
-    plan = Plan(dataset.units, dataset.train, G, 1337, True)
-    files = [dataset.index.group_file[dataset.units.group[plan.lane_units(0, v)]] for v in range(G)]
+    text = folder_of(dataset)
+    plan = Plan(text.block, dataset.train, G, 1337, True)
+    files = [text.index.group_file[text.units.group[plan.lane_units(0, v)]] for v in range(G)]
     length = min(map(len, files))
     table = np.stack([row[:length] for row in files])
     same = (table[1:] == table[:-1]).mean()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from config import BDHConfig
+from config import BDHConfig, ModelConfig
+from engine.evaluate import DocumentIds, next_token_loss
+from model import LanguageModel
 from model.bdh import BDH
+from model.gpt import GPT
+from model.llama import Llama
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 Case = tuple[int, int, int, int, int, int, int, torch.dtype]
@@ -23,18 +29,22 @@ GRID: list[Case] = [  # batch, length, layers, width, heads, multiplier, vocabul
 ]
 
 
-def step(model: BDH, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+def step(
+    model: nn.Module, rows: torch.Tensor, dtype: torch.dtype, documents: DocumentIds | None = None
+) -> None:
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not FLOAT32):
-        logits = model(tokens[:, :-1])
-    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = next_token_loss(model, rows, torch.device("cpu"), documents)
     torch.autograd.backward(loss)
     model.zero_grad()
 
 
-def peak_bytes(model: BDH, tokens: torch.Tensor, dtype: torch.dtype) -> int:
+def peak_bytes(
+    model: nn.Module, rows: torch.Tensor, dtype: torch.dtype, documents: DocumentIds | None = None
+) -> int:
     """The most that the allocator had given out at any moment of a step, by its own record."""
+    step(model, rows, dtype, documents)  # some things are kept from the first call on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(model, tokens, dtype)
+        step(model, rows, dtype, documents)
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = record.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -43,6 +53,16 @@ def peak_bytes(model: BDH, tokens: torch.Tensor, dtype: torch.dtype) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def ratio(
+    model: nn.Module, rows: torch.Tensor, dtype: torch.dtype, documents: DocumentIds | None = None
+) -> float:
+    """Predicted by measured, weights and gradients aside."""
+    gradients = sum(4 * p.numel() for p in model.parameters())
+    measured = peak_bytes(model, rows, dtype, documents) - gradients
+    shape = (rows.shape[0], rows.shape[1] - 1)
+    return cast(LanguageModel, model).activation_bytes(shape, dtype, on_cpu=True) / measured
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -59,10 +79,42 @@ def test_predicted_activations_are_within_a_seventh_of_the_measured(
         mlp_internal_dim_multiplier=multiplier,
         vocab_size=V,
     )
-    model = BDH(config)
-    tokens = torch.randint(V, (B, T + 1))
-    step(model, tokens, dtype)  # angles are kept from the first call on
-    gradients = sum(4 * p.numel() for p in model.parameters())
-    measured = peak_bytes(model, tokens, dtype) - gradients
-    predicted = model.activation_bytes((B, T), dtype, on_cpu=True)
-    assert 0.87 < predicted / measured < 1.15
+    rows = torch.randint(V, (B, T + 1))
+    assert 6 / 7 < ratio(BDH(config), rows, dtype) < 7 / 6
+
+
+Shape = tuple[int, int, int, int, int, int]
+TRANSFORMERS: list[tuple[str, Shape, dict[str, Any]]] = [
+    # name; batch, length, layers, width, heads, vocabulary; options
+    ("gpt", (12, 64, 4, 128, 4, 65), {"bias": True}),
+    ("gpt", (1, 1024, 2, 64, 2, 256), {"activation": "relu", "mlp_scale_factor": 2}),
+    ("gpt", (8, 128, 3, 64, 2, 256), {"mask": "causal_document"}),
+    ("gpt", (4, 128, 3, 128, 4, 256), {"attention": "math"}),
+    ("gpt", (2, 64, 2, 256, 4, 8192), {}),  # most of it are gradients of the tied embedding
+    ("gpt", (4, 256, 2, 64, 2, 8192), {"tie_embeddings": False}),
+    ("llama", (12, 64, 4, 128, 4, 65), {"d_ff": 512}),
+    ("llama", (4, 256, 2, 128, 4, 256), {"n_kv_head": 2, "mask": "causal_document"}),
+    ("llama", (1, 1024, 2, 64, 2, 8192), {"n_kv_head": 1}),
+]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [FLOAT32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name, shape, options", TRANSFORMERS, ids=str)
+def test_so_are_those_of_transformers(
+    name: str, shape: Shape, options: dict[str, Any], dtype: torch.dtype, dropout: float
+) -> None:
+    B, T, layers, D, H, V = shape
+    config = ModelConfig(
+        name=cast(Any, name),
+        n_layer=layers,
+        n_embd=D,
+        n_head=H,
+        vocab_size=V,
+        dropout=dropout,
+        **options,
+    )
+    model = GPT(config, T) if name == "gpt" else Llama(config)
+    rows = torch.randint(V, (B, T + 1))
+    documents = (lambda rows: (rows % 7 == 0).cumsum(1)) if "mask" in options else None
+    assert 6 / 7 < ratio(model, rows, dtype, documents) < 7 / 6

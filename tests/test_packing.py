@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -62,6 +65,31 @@ def test_every_address_continues_the_stream(
     assert sum(length for _, length in runs) == count + 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+def test_units_of_any_type_are_read_into_rows_of_another(dtype: type) -> None:
+    class Large(Units):
+        def tokens(self, unit: int, epoch: int) -> npt.NDArray[Any]:
+            return (super().tokens(unit, epoch).astype(np.int64) + 40_000).astype(dtype)
+
+    sizes = [3, 0, 700]
+    out = np.empty(1400, dtype=np.int32)
+    LaneStream(Large(sizes), 0).read(out)
+    assert np.array_equal(out, Units(sizes).stream(2)[:1400].astype(np.int32) + 40_000)
+
+
+def test_a_lane_keeps_nothing_of_what_it_reads_from() -> None:
+    class Views(Units):
+        def tokens(self, unit: int, epoch: int) -> Array:
+            whole = super().tokens(unit, epoch)
+            kept.append(weakref.ref(whole))
+            return whole[:]
+
+    kept: list[weakref.ref[Array]] = []
+    lane = LaneStream(Views([500, 500]), 0)
+    lane.read(np.empty(100, dtype=np.uint8))
+    assert [view() for view in kept] == [None]
+
+
 def test_a_lane_without_text_is_an_error_not_a_hang() -> None:
     for sizes in ([], [0], [0, 0, 0]):
         with pytest.raises(DataError, match="no text in the"):
@@ -77,6 +105,11 @@ def test_a_cursor_of_other_data_is_refused(address: tuple[int, int, int]) -> Non
 def test_rows_overlap_by_one_token() -> None:
     rows = windows(np.arange(9, dtype=np.uint8), 4)
     assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+
+
+def test_documents_cannot_be_told_apart_without_a_separator() -> None:
+    with pytest.raises(AssertionError, match="no separator"):
+        document_ids(torch.zeros(1, 4), None)
 
 
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 2**31))

@@ -16,16 +16,24 @@ import pytest
 
 import data
 from config import DataError, DatasetConfig, TokenizerConfig
-from data import dataset as dataset_module
+from data import folder as folder_module
 from data import index as index_module
-from data import parquet
-from tests.parquet_folder import marked, opened, reader, write
+from data import order, parquet
+from tests.parquet_folder import (
+    encoded,
+    folder_of,
+    marked,
+    opened,
+    reader,
+    small_bpe,
+    write,
+)
 
 
 def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
     """All documents, unit by unit."""
     source = reader(dataset)
-    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(len(dataset.units))]
+    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(dataset.ledger.units)]
     source.close()
     return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
 
@@ -62,7 +70,7 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     dataset = opened(tmp_path)
     assert texts_of(dataset) == ["x", "y z", "w", " "]
     source = reader(dataset)
-    for unit in range(len(dataset.units)):
+    for unit in range(dataset.ledger.units):
         source.tokens(unit, 1, 0, True)
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
     assert source.counts == expected
@@ -79,11 +87,11 @@ def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
 def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = marked(tmp_path, files=2, rows=30)
     dataset = opened(tmp_path)
-    assert len(dataset.units) == 60  # small data is cut finely
+    assert dataset.ledger.units == 60  # small data is cut finely
     monkeypatch.setattr(index_module, "MIN_UNITS", 2)
     monkeypatch.setattr(index_module, "UNIT_ROWS", 4)
     dataset = opened(tmp_path)
-    assert dataset.units.rows.tolist() == [4, 4, 2] * 6
+    assert folder_of(dataset).units.rows.tolist() == [4, 4, 2] * 6
     assert texts_of(dataset) == texts
 
 
@@ -95,10 +103,10 @@ def test_large_row_groups_are_read_in_slices(
     texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
     write(tmp_path / "a.parquet", list(texts), row_group_size=250)
     dataset = opened(tmp_path)
-    assert len(dataset.units) > 100
+    assert dataset.ledger.units > 100
     assert texts_of(dataset) == texts
     source = reader(dataset)
-    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(len(dataset.units)))]
+    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(dataset.ledger.units))]
     joined = np.concatenate(backwards[::-1]).tobytes().decode()
     assert joined == "".join(text + "\0" for text in texts)
 
@@ -109,7 +117,7 @@ def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -
     write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
     dataset = opened(tmp_path)
     source = reader(dataset)
-    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(len(dataset.units))]
+    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(dataset.ledger.units)]
     assert sum(sizes) == sum(len(text) + 1 for text in texts)
     assert len(long) < max(sizes) < len(long) + 1000
     assert sorted(sizes)[-2] < 1000
@@ -123,7 +131,7 @@ def test_large_row_groups_are_warned_of_once_with_the_remedy(
     write(tmp_path / "one.parquet", ["z" * 200_000])  # cannot be smaller
     opened(tmp_path)
     assert not caplog.records
-    monkeypatch.setattr(dataset_module, "_LARGE_GROUP_BYTES", 1 << 15)
+    monkeypatch.setattr(folder_module, "_LARGE_GROUP_BYTES", 1 << 15)
     opened(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("2 of 4 row groups hold more than 0 MB, the largest 0 MB")
@@ -136,7 +144,7 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     dataset = opened(tmp_path, max_cached_files=3)
     before = len(os.listdir("/proc/self/fd"))
     source = reader(dataset)
-    for unit in random.Random(0).sample(range(len(dataset.units)), 40):
+    for unit in random.Random(0).sample(range(dataset.ledger.units), 40):
         source.tokens(unit, 1, 0, True)
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     source.close()
@@ -149,7 +157,7 @@ def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
     source = reader(dataset)
     before = pa.total_allocated_bytes()
     for _ in range(3):
-        for unit in range(len(dataset.units)):
+        for unit in range(dataset.ledger.units):
             tokens = source.tokens(unit, 1, 0, True)
         held = pa.total_allocated_bytes() - before
         assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
@@ -318,7 +326,7 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     read: list[str] = []
     real = index_module.read_footer
 
-    def noted(path: str, column: str) -> index_module.Integers:
+    def noted(path: str, column: str) -> order.Integers:
         read.append(path)
         return real(path, column)
 
@@ -367,9 +375,9 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
     marked(tmp_path / "b")
     first, second = (opened(tmp_path / name, test_fraction=0.1) for name in "ab")
     assert not set(first.train) & set(first.test)
-    assert sorted([*first.train, *first.test]) == list(range(len(first.units)))
+    assert sorted([*first.train, *first.test]) == list(range(first.ledger.units))
     assert np.array_equal(first.test, second.test)
-    assert first.fingerprint == second.fingerprint
+    assert first.summary()["fingerprint"] == second.summary()["fingerprint"]
     share = first.ledger.test_tokens / first.ledger.tokens
     assert 0.05 < share < 0.15
 
@@ -378,3 +386,97 @@ def test_the_default_config_opens(tmp_path: Path) -> None:
     marked(tmp_path)
     dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
     assert dataset.ledger.test_units > 0
+
+
+# Tokens that are not bytes.
+
+
+TEXT = "the egg hatches when warm and its wings grow with neurons that fire \u00e4\u4e2d"
+
+
+def sentences(count: int = 300) -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(draw.choices(TEXT.split(), k=draw.randint(1, 40))) for _ in range(count)]
+
+
+def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> None:
+    texts = sentences()
+    write(tmp_path / "a.parquet", list(texts), row_group_size=50)
+    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
+    assert texts_of(opened(tmp_path), shuffle=True) != texts
+    source, end = reader(dataset), dataset.tokenizer.separator
+    assert end is not None
+    units = [source.tokens(unit, 1, 0, True) for unit in range(dataset.ledger.units)]
+    stream = np.concatenate(units)
+    assert stream.dtype == np.uint16
+    documents = np.split(stream, np.flatnonzero(stream == end) + 1)[:-1]
+    assert [dataset.tokenizer.decode(each) for each in documents] == texts_of(
+        opened(tmp_path), shuffle=True
+    )
+
+
+def test_tokens_of_other_tokenizers_are_estimated_from_a_sample(tmp_path: Path) -> None:
+    texts = sentences(2000)
+    plain = {"row_group_size": 100, "use_dictionary": False, "write_statistics": False}
+    write(tmp_path / "a.parquet", list(texts), **plain)
+    for name in (small_bpe(tmp_path, texts[:300]), "char"):
+        dataset = encoded(tmp_path, name, test_fraction=0.1)
+        source = reader(dataset)
+        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(dataset.ledger.units))
+        assert not dataset.ledger.exact
+        assert dataset.ledger.tokens == pytest.approx(exact, rel=0.03)
+        assert dataset.source.sizes.sum() == dataset.ledger.tokens
+        again = encoded(tmp_path, name, test_fraction=0.1)
+        assert again.ledger == dataset.ledger
+
+
+def test_characters_are_those_of_the_whole_text_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "data" / "a.parquet", ["abc", None, "", "z\u00e9"] * 20)
+    write(tmp_path / "data" / "b.parquet", ["\U0001f409\n"])
+    dataset = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    assert dataset.tokenizer.decode(range(dataset.vocab_size)) == "\nabcz\u00e9\U0001f409"
+    source = reader(dataset)
+    tokens = [source.tokens(unit, 0, 0, False) for unit in range(dataset.ledger.units)]
+    assert dataset.tokenizer.decode(np.concatenate(tokens)) == "abcz\u00e9" * 20 + "\U0001f409\n"
+    saved = dataset.summary()
+    monkeypatch.setattr(folder_module, "_code_points", None)  # may not be called again
+    encoded(tmp_path / "data", "char", test_fraction=0.3).check_unchanged(saved)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "data" / "b.parquet", ["\U0001f40a\n"])
+    changed = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    assert "\U0001f40a" in changed.tokenizer.decode(range(changed.vocab_size))
+    with pytest.raises(DataError, match=r"tokenizer was char-\w+, is char-\w+"):
+        changed.check_unchanged(saved)
+
+
+def test_auto_means_bytes(tmp_path: Path) -> None:
+    marked(tmp_path)
+    assert encoded(tmp_path, "auto").summary() == opened(tmp_path).summary()
+
+
+def test_the_line_of_the_data_says_what_there_is(tmp_path: Path) -> None:
+    plain = {"use_dictionary": False, "write_statistics": False}
+    write(tmp_path / "a.parquet", ["x" * 999] * 100, **plain)
+    (line,) = opened(tmp_path, test_fraction=0.1).lines()
+    sizes = r"about 10\d k tokens: [89]\d(\.\d)? k to train on, \d+(\.\d)? k held out"
+    assert re.fullmatch(rf"Data: {tmp_path}: 1 files, 100 rows, {sizes}", line)
+
+
+def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
+    texts = sentences(60)
+    write(tmp_path / "a.parquet", list(texts))
+    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
+    source, end = reader(dataset), dataset.tokenizer.separator
+    for unit in range(dataset.ledger.units):
+        tokens = source.tokens(unit, 1, 0, True)
+        name, rows = source.places(unit, 1, 0, True, range(len(tokens)))
+        assert re.fullmatch(r".*a\.parquet row group \d rows", name)
+        assert len(rows) == (tokens == end).sum()
+        _, (row,) = source.places(unit, 1, 0, True, range(1))
+        group = int(name.split()[-2])
+        first = dataset.tokenizer.decode(tokens[: np.flatnonzero(tokens == end)[0]])
+        assert texts[10 * group + row.start] == first

@@ -143,8 +143,14 @@ VALUES = [  # section, line of the section, message
     ("training", 'checkpoint_dir: "\\ud800"', "holds the control character U+D800"),
     ("model", "dropout: 1.0", "must be in [0, 1), got 1.0. The default is 0.1."),
     ("model", "dropout: -0.1", "must be in [0, 1), got -0.1."),
-    ("model", "name: bhd", "expected bdh, got 'bhd'. Did you mean bdh?"),
-    ("model", "name: gpt", "expected bdh, got 'gpt'. The default is bdh."),
+    ("model", "name: bhd", "expected one of bdh, gpt, llama, got 'bhd'. Did you mean bdh?"),
+    ("model", "name: rnn", "expected one of bdh, gpt, llama, got 'rnn'. The default is bdh."),
+    ("model", "mlp_bias: maybe", "expected true or false, got 'maybe'. The default is null."),
+    ("model", "activation: swish", "expected one of gelu, gelu_tanh, relu, got 'swish'."),
+    ("model", "attention: falsh", "got 'falsh'. Did you mean flash?"),
+    ("optimizer", "name: adam", "expected one of adamw, muon, got 'adam'. Did you mean adamw?"),
+    ("distributed", "backend: mpi", "expected one of auto, nccl, gloo, got 'mpi'. The default is"),
+    ("dataset", "token_dtype: uint64", "expected one of auto, uint8, uint16, uint32, got 'uint64'"),
     ("dataset", "on_bad_shard: skp", "expected one of error, skip, got 'skp'. Did you mean skip?"),
     ("dataloader", "num_workers: 5000", "must be in [0, 1024], got 5000."),
     ("system", "compile: maybe", "expected true, false or auto, got 'maybe'."),
@@ -157,7 +163,7 @@ def test_a_wrong_value_is_named_with_its_place(
     read: Read, section: str, line: str, message: str
 ) -> None:
     text = complaint(read, f"# first line\n{section}:\n  {line}\n")
-    assert text.startswith(f"my.yaml:3: {section}.{line.split(':')[0]}: {message}")
+    assert text.startswith(f"my.yaml:3: {section}.{line.split(':')[0]}: ") and message in text
     assert len(text.splitlines()) == 1 and len(text) < 200
 
 
@@ -227,7 +233,7 @@ FILES: list[tuple[str | bytes, str]] = [  # content, whole message
     ("[" * 9999, "my.yaml:1: nested more than 50 levels deep."),
     ("a: &a [*a]", "my.yaml:1: an alias (*) contains itself."),
     ("a: [" + "1, " * 20000 + "]", "my.yaml:1: refused: more than 10000 keys and values."),
-    ("#" * 1_000_001, "my.yaml: refused: larger than 1 MB."),
+    ("#" * 1_000_001, "my.yaml: refused: larger than 1000 KB."),
     (
         "training:\n  seed: !!int 3\n",
         "my.yaml:2: tags are not allowed, got !!int.",

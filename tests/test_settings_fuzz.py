@@ -114,6 +114,8 @@ def test_any_text_is_read_or_refused_in_words(tmp_path_factory: object, text: st
 
 
 WORDS = ["--lr", "lr=3", "--debug", "x.yaml", "--", "-", "=", "--=", "a=b", "betas=[", "model={}"]
+WORDS += ["a.py", "bias=1", "--flex", "flash=on", "train_data_path=a.ids", "val_data_path=b.ids"]
+WORDS += ["gradient_accumulation_steps=2", "max_iters=5", "datasets.path=x", "wandb_log.name=x"]
 WORDS += ["--config", "--model.", "model.=3", "dataset=x", "--training.lr", "HydraConf=1", "--d-e"]
 
 

@@ -1,0 +1,207 @@
+"""Files that are one long array of tokens: .bin, .ids, .npy.
+
+The one idea: only what is read is ever mapped, and only while it is read, so files of many
+gigabytes take no memory. What a file without a header holds is stated, or detected from its size
+and a sample; the sample also tells one file from another of the same size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from config import DataError
+from data.order import Tokens
+
+ENDINGS = (".bin", ".ids", ".npy")
+_STRETCH_BYTES = 1 << 16
+_STRETCHES, _MANY_FILES = 8, 64  # stretches of a file; 2 where files are many
+_PREPARE = "Correct the path, or make it: python prepare.py --help"
+
+
+def find_files(path: str, option: str) -> tuple[str, ...]:
+    """The token file, or those of a folder in bytewise order; `option` names the path in errors.
+
+    Raises DataError where there are none, and where one holds text.
+    """
+    found = _find_files(path, option)
+    for name in found:
+        _refuse_text(name)
+    return found
+
+
+def _find_files(path: str, option: str) -> tuple[str, ...]:
+    if os.path.isfile(path):
+        if os.path.splitext(path)[1] not in ENDINGS:
+            raise DataError(
+                f"{option} '{path}': not a token file ({', '.join(ENDINGS)}). Parquet files go "
+                "into dataset.parquet_dir; other text becomes tokens with: python prepare.py"
+            )
+        return (path,)
+    if not os.path.isdir(path):
+        where = f"not found (working directory: {os.getcwd()})"
+        raise DataError(f"{option} '{path}': {where}. {_PREPARE}")
+    names = [name for name in os.listdir(path) if not name.startswith((".", "_"))]
+    endings = Counter(os.path.splitext(name)[1] for name in names)
+    kinds = [ending for ending in ENDINGS if endings[ending]]
+    if len(kinds) != 1:
+        found = ", ".join(f"{count} *{ending}" for ending, count in endings.most_common(5))
+        raise DataError(
+            f"{option} '{path}': {'several kinds of' if kinds else 'no'} token files (found "
+            f"{found or 'nothing'}). Name one of them, or a folder with files of one kind."
+        )
+    chosen = (name for name in names if name.endswith(kinds[0]))
+    return tuple(os.path.join(path, name) for name in sorted(chosen, key=os.fsencode))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """An array of tokens in a file, from byte `start` on."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    dtype: np.dtype[Any]
+    start: int
+    count: int
+    digest: str
+    """Of some stretches of the file."""
+
+    def read(self, first: int, count: int) -> Tokens:
+        """Tokens [first, first + count), mapped; the map ends with the array.
+
+        Raises DataError where the file is gone or no longer the one that was opened.
+        """
+        self._check()
+        offset = self.start + first * self.dtype.itemsize
+        try:
+            return np.asarray(np.memmap(self.path, self.dtype, "r", offset, (count,)))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.path}: cannot be read: {error}. Resume from the last checkpoint."
+            ) from None
+
+    def _check(self) -> None:
+        try:
+            stat = os.stat(self.path)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: there at the start of the run, now {error.strerror}. "
+                "Put it back and resume from the last checkpoint."
+            ) from None
+        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise DataError(
+                f"{self.path}: changed during the run ({self.size} bytes at the start, now "
+                f"{stat.st_size}). Restore it and resume from the last checkpoint."
+            )
+
+
+def open_files(paths: Sequence[str], dtype: np.dtype[Any] | None) -> tuple[TokenFile, ...]:
+    """Open token files; `dtype` is that of .bin and .ids, and where it is given, of all."""
+    return tuple(_open_file(path, dtype, _stretches(paths)) for path in paths)
+
+
+def _open_file(path: str, dtype: np.dtype[Any] | None, stretches: int) -> TokenFile:
+    stat = os.stat(path)
+    if not stat.st_size:
+        raise DataError(f"{path}: empty (interrupted copy?). {_PREPARE}")
+    if path.endswith(".npy"):
+        dtype, start, count = _npy_header(path, dtype)
+    else:
+        assert dtype is not None, "files without a header have a stated or detected dtype"
+        start, (count, rest) = 0, divmod(stat.st_size, dtype.itemsize)
+        if rest:
+            raise DataError(
+                f"{path}: {stat.st_size} bytes are not a multiple of {dtype.itemsize} ({dtype}). "
+                "Set dataset.token_dtype, or copy the file again."
+            )
+    digest = hashlib.blake2b(b"".join(_sample(path, stretches)), digest_size=16).hexdigest()
+    return TokenFile(path, stat.st_size, stat.st_mtime_ns, dtype, start, count, digest)
+
+
+def _sample(path: str, stretches: int) -> list[bytes]:
+    """The first, the last and some stretches between, each from a multiple of 8 bytes on."""
+    size = os.path.getsize(path)
+    last = max(0, size - _STRETCH_BYTES)
+    starts = sorted({last * i // (stretches - 1) // 8 * 8 for i in range(stretches)})
+    return [_bytes_at(path, start) for start in starts]
+
+
+def _bytes_at(path: str, start: int, count: int = _STRETCH_BYTES + 8) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(count)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}. Check the file and its permissions."
+        ) from None
+
+
+def _stretches(paths: Sequence[str]) -> int:
+    return _STRETCHES if len(paths) <= _MANY_FILES else 2
+
+
+def _refuse_text(path: str) -> None:
+    """Text would pass for tokens: two letters are a number below most vocabularies."""
+    head = _bytes_at(path, 0, count=64)
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path} is a Git LFS pointer, not the data; run 'git lfs pull'.")
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise DataError(f"{path}: a download error page, not tokens. Download it again.")
+
+
+def _npy_header(path: str, stated: np.dtype[Any] | None) -> tuple[np.dtype[Any], int, int]:
+    """The dtype, where the tokens begin, their number; they must be a plain list of integers."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)  # an archive of arrays has another
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise DataError(f"{path}: not a readable .npy file ({reason}). Write it anew.") from None
+    dtype = mapped.dtype
+    big = dtype.newbyteorder("<") != dtype
+    if mapped.ndim != 1 or dtype.kind not in "iu" or big:
+        order = "big-endian " if big else ""
+        raise DataError(
+            f"{path}: {order}{dtype.name} of shape {mapped.shape}; tokens are one row of "
+            "little-endian integers. Save it again: numpy.save(path, ids.ravel().astype('<u4'))"
+        )
+    if stated is not None and stated != dtype:
+        raise DataError(
+            f"{path}: holds {dtype} by its header, and dataset.token_dtype is {stated}. "
+            "Set dataset.token_dtype: auto"
+        )
+    if not len(mapped):
+        raise DataError(f"{path}: holds no tokens. {_PREPARE}")
+    return dtype, mapped.offset, len(mapped)
+
+
+def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any]:
+    """What files without a header hold, from the vocabulary, their sizes and some of their bytes.
+
+    Tokens of 32 bits in a vocabulary of 16 have no other mark than that their upper halves are 0.
+    """
+    if vocab_size > 1 << 16:
+        return np.dtype(np.uint32)
+    sizes = {path: os.path.getsize(path) for path in paths}
+    odd = next((path for path, size in sizes.items() if size % 2), None)
+    if odd is not None and vocab_size > 1 << 8:
+        raise DataError(
+            f"{odd}: {sizes[odd]} bytes, an odd number, and a vocabulary of {vocab_size:,} tokens "
+            "needs two bytes for each. Copy the file again, or state dataset.token_dtype."
+        )
+    if odd is not None:
+        return np.dtype(np.uint8)
+    if any(size % 4 for size in sizes.values()):
+        return np.dtype(np.uint16)
+    samples = (part for path in paths for part in _sample(path, _stretches(paths)))
+    wide = all(not np.frombuffer(part, dtype="<u4").max(initial=0) >> 16 for part in samples)
+    return np.dtype(np.uint32 if wide else np.uint16)

@@ -1,0 +1,148 @@
+"""From the options of a run to its text and tokenizer.
+
+The one idea: parquet files hold text, which any tokenizer can encode. Token files hold what one has
+encoded already: there the tokenizer is the one that a meta file beside them names, or one that does
+not contradict it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from config import DataError, DatasetConfig, TokenizerConfig, token_paths
+from data.dataset import Dataset
+from data.folder import characters, check_row_groups, check_rows, open_folder
+from data.index import Index, build_index
+from data.memmap import TokenFile, detect_dtype, find_files, open_files
+from data.meta import Meta, read_meta
+from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
+from data.tokens import TokenText, check_split
+
+
+def open_dataset(
+    dataset: DatasetConfig, tokenizer: TokenizerConfig, vocab_size: int | None = None
+) -> Dataset:
+    """Index and split the text of the config.
+
+    Reads the footers of parquet files, and of text that is not to be bytes also a sample (for
+    tokenizer `char` all of it, once); of token files a sample. `vocab_size`, the model's, counts
+    where nothing else tells which tokens there are. Raises DataError for data that cannot be used,
+    naming the file, what was found and the remedy.
+    """
+    if token_paths(dataset) is None:
+        return _open_folder(dataset, tokenizer)
+    return _open_token_files(dataset, tokenizer, vocab_size)
+
+
+def _open_folder(dataset: DatasetConfig, config: TokenizerConfig) -> Dataset:
+    index = build_index(dataset.parquet_dir, dataset.text_column, dataset.on_bad_shard == "skip")
+    check_rows(index)
+    check_row_groups(index)
+    tokenizer = _text_tokenizer(config, index, dataset)
+    return Dataset(open_folder(index, dataset, tokenizer), tokenizer)
+
+
+def _text_tokenizer(config: TokenizerConfig, index: Index, dataset: DatasetConfig) -> Tokenizer:
+    if config.name == "char":
+        return char_tokenizer(characters(index, dataset))
+    return build_tokenizer(replace(config, name="bytes") if config.name == "auto" else config)
+
+
+def _open_token_files(
+    dataset: DatasetConfig, config: TokenizerConfig, vocab_size: int | None
+) -> Dataset:
+    paths = token_paths(dataset)
+    assert paths is not None
+    options = ["dataset.train_data_path", "dataset.val_data_path"]
+    if dataset.name is not None:
+        options = [f"dataset.name={dataset.name}"] * 2
+    named = zip(options, paths, strict=True)
+    found = [find_files(path, option) for option, path in named if path is not None]
+    metas = [read_meta(files[0]) for files in found]
+    tokenizer = _token_tokenizer(config, metas, found[0][0], vocab_size)
+    opened: list[tuple[TokenFile, ...]] = []
+    notes = [_meta_note(meta, tokenizer) for meta in metas if meta is not None]
+    for files, meta in zip(found, metas, strict=True):
+        dtype, note = _token_dtype(files, meta, dataset.token_dtype, tokenizer)
+        opened.append(open_files(files, dtype))
+        notes += note
+    train_files, val_files = opened[0], opened[1] if len(opened) > 1 else ()
+    text = TokenText(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
+    check_split(text)
+    return Dataset(text, tokenizer)
+
+
+def _token_tokenizer(
+    config: TokenizerConfig, metas: Sequence[Meta | None], path: str, vocab_size: int | None
+) -> Tokenizer:
+    """The tokenizer of token files; DataError where it is unknown or a meta file contradicts."""
+    written = [(meta.tokenizer, meta.path) for meta in metas if meta and meta.tokenizer]
+    stated = f"tokenizer.name={config.name}"
+    if config.name not in ("auto", "char"):
+        return _agreed([(build_tokenizer(config), stated), *written])
+    if not written and config.name == "char":
+        raise DataError(
+            f"{path}: {stated}, but no meta file beside it says which characters the tokens are. "
+            "Make both: python prepare.py SOURCE data/NAME --tokenizer char"
+        )
+    if not written:
+        return _tokens_without_text(metas, path, vocab_size)
+    if config.name == "char" and written[0][0].name != "char":
+        raise DataError(
+            f"{stated}, but the tokens are of {written[0][0].name} by {written[0][1]}. "
+            "Set tokenizer.name: auto"
+        )
+    return _agreed(written)
+
+
+def _agreed(claims: Sequence[tuple[Tokenizer, str]]) -> Tokenizer:
+    """The tokenizer that all name."""
+    first, source = claims[0]
+    for other, place in claims[1:]:
+        if other.fingerprint != first.fingerprint:
+            raise DataError(
+                f"tokens of two tokenizers: {first.name} ({first.fingerprint}) by {source}, "
+                f"{other.name} ({other.fingerprint}) by {place}. Set tokenizer.name: auto, or give "
+                "files of one tokenizer."
+            )
+    return first
+
+
+def _tokens_without_text(
+    metas: Sequence[Meta | None], path: str, vocab_size: int | None
+) -> Tokenizer:
+    sizes = [meta.vocab_size for meta in metas if meta and meta.vocab_size]
+    if not sizes and vocab_size is None:
+        raise DataError(
+            f"{path}: no meta file beside it says which tokens there are. Set tokenizer.name to "
+            "the one that made them (gpt2, ...), or state model.vocab_size."
+        )
+    return IdTokenizer(max(sizes) if sizes else int(vocab_size or 0))
+
+
+def _token_dtype(
+    files: Sequence[str], meta: Meta | None, stated: str, tokenizer: Tokenizer
+) -> tuple[np.dtype[Any] | None, list[str]]:
+    """The dtype of .bin and .ids as stated, written in the meta file or detected; and a note.
+
+    None for .npy, whose header tells it.
+    """
+    if stated != "auto":
+        return np.dtype(stated), []
+    if files[0].endswith(".npy"):
+        return None, []
+    if meta is not None and meta.dtype is not None:
+        return np.dtype(meta.dtype), []
+    found = detect_dtype(files, tokenizer.vocab_size)
+    return found, [f"Token type of {files[0]}: {found}, detected (dataset.token_dtype states it)"]
+
+
+def _meta_note(meta: Meta, tokenizer: Tokenizer) -> str:
+    return (
+        f"Tokens described by {meta.path}: {tokenizer.name}, {tokenizer.vocab_size:,} in the "
+        f"vocabulary, {meta.dtype or 'of unknown type'}"
+    )

@@ -1,0 +1,163 @@
+"""GPT-2: learned positions, LayerNorms before each part, an MLP, and a head that is the embedding.
+
+    x = dropout(wte(tokens) + wpe(0 .. T-1))
+    n_layer times:
+        q, k, v = split(c_attn(ln_1(x)))
+        x = x + dropout(c_proj(attention(q, k, v)))     # dropout of its probabilities too
+        x = x + dropout(c_proj(act(c_fc(ln_2(x)))))
+    logits = lm_head(ln_f(x))                           # lm_head = wte where tied
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Weights have
+the names of nanoGPT, whose state dicts load as they are. Biases can be left out one kind at a time.
+
+B batch, T tokens, R = B * T, D = n_embd, H = n_head, d = D / H, V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig
+from model.layers import Embedding, Linear, attention, drop
+from model.transformer import Kept, Pass, Transformer
+
+INIT_STD = 0.02
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _bias(config: ModelConfig, own: bool | None) -> bool:
+    """A bias that is not set by itself follows `model.bias`."""
+    return config.bias if own is None else own
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over D numbers, with or without bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.n_embd, eps=1e-5, bias=_bias(config, config.ln_bias))
+
+
+class Attention(nn.Module):
+    """x (R, D) -> (R, D)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D = config.n_embd
+        self.layer, self.heads = layer, config.n_head
+        self.c_attn = Linear(D, 3 * D, bias=_bias(config, config.attn_bias))
+        self.c_proj = Linear(D, D, bias=_bias(config, config.proj_bias))
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        parts: Tensor = self.c_attn(x).view(*run.shape, 3, self.heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, d)
+        k, v = run.remember(self.layer, k, v)
+        y: Tensor = self.c_proj(attention(q, k, v, run.sight))
+        return y
+
+
+class MLP(nn.Module):
+    """x (R, D) -> (R, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, width = config.n_embd, config.mlp_scale_factor * config.n_embd
+        bias = _bias(config, config.mlp_bias)
+        self.c_fc = Linear(D, width, bias=bias)
+        self.c_proj = Linear(width, D, bias=bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c_proj(self.activation(self.c_fc(x)))
+        return y
+
+
+class Block(nn.Module):
+    """x (R, D) -> (R, D)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        x = x + drop(self.attn(self.ln_1(x), run), run.dropout)
+        return x + drop(self.mlp(self.ln_2(x)), run.dropout)
+
+
+class Trunk(nn.Module):
+    """All but the head."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, block_size: int) -> None:
+        super().__init__()
+        self.wte = Embedding(vocab_size, config.n_embd)
+        self.wpe = Embedding(block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+
+
+class GPT(Transformer):
+    """The model; `forward(tokens (B, T <= block_size)) -> logits (B, T, V)`."""
+
+    max_context: int
+
+    def __init__(self, config: ModelConfig, block_size: int) -> None:
+        super().__init__(config)
+        self.max_context = block_size
+        self.transformer = Trunk(config, self.vocab_size, block_size)
+        self.lm_head = Linear(config.n_embd, self.vocab_size, bias=config.cls_head_bias)
+        self.tied = config.tie_embeddings
+        if self.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Weights from N(0, 0.02), those that end a branch of the residual stream, of which there
+        are two per layer, from N(0, 0.02 / sqrt(2 n_layer)); biases 0, gains 1."""
+        residual = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(std=residual if name.endswith("c_proj.weight") else INIT_STD)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    def embed(self, tokens: Tensor, position: int) -> Tensor:
+        """(B, T, D) of tokens (B, T); ValueError beyond the last learned position."""
+        end = position + tokens.shape[1]
+        if end > self.max_context:
+            raise ValueError(f"{end} tokens, but this GPT has learned {self.max_context} positions")
+        x: Tensor = self.transformer.wte(tokens)
+        return x + self.transformer.wpe.weight[position:end]
+
+    def head(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.transformer.ln_f(x))
+        return logits
+
+    def matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """Hidden weight matrices, and how many equal ones are stacked in each."""
+        found: list[tuple[nn.Parameter, int]] = []
+        for name, parameter in self.transformer.h.named_parameters():
+            if parameter.dim() == 2:
+                found.append((parameter, 3 if name.endswith("c_attn.weight") else 1))
+        return found
+
+    def kept(self) -> Kept:
+        """What a layer keeps of each token: relu leaves only what it returns."""
+        width = self.config.mlp_scale_factor * self.config.n_embd
+        return Kept(0, width if self.config.activation == "relu" else 2 * width, width, 8)

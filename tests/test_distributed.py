@@ -1,0 +1,192 @@
+"""Several processes: the same run as one, and an end for all of them when one is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore
+
+from config import ConfigError, DistributedConfig, SystemConfig
+from engine import parallel
+from engine.checkpoint import load_checkpoint
+from engine.parallel import parallelize, without_sync
+from engine.world import World, enter_world
+from tests.conftest import ROOT
+from tests.runs import metrics, only_run, run_here, wait_for
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+CPU = torch.device("cpu")
+COMMON = ["log_freq=1", "dropout=0", "compute_dtype=float32", "test_freq=8", "max_iters=16"]
+
+
+def torchrun(processes: int, arguments: Iterable[str], **options: Any) -> subprocess.Popen[str]:
+    """`torchrun --standalone --nproc_per_node=N train.py ARGUMENTS` as a child."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={processes}", os.fspath(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def finish(child: subprocess.Popen[str]) -> str:
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, output
+    return output
+
+
+def worker(child: subprocess.Popen[str], rank: int) -> int:
+    """The process id of one rank."""
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    for pid in children:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return int(pid)
+    raise AssertionError(f"no rank {rank} among {children}")
+
+
+def numbers(run: Path, *names: str) -> list[list[float]]:
+    return [[r[name] for r in metrics(run) if name in r] for name in names]
+
+
+LOSSES = "train/loss", "train/grad_norm", "eval/train_loss", "eval/val_loss"
+
+
+def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, *COMMON, "tokens_per_step=512", "batch_size=2"]
+    assert run_here([*arguments, f"checkpoint_dir={tmp_path / '1'}"]) == 0
+    for count in (2, 4):
+        finish(torchrun(count, [*arguments, f"checkpoint_dir={tmp_path / str(count)}"]))
+    one, two, four = (only_run(tmp_path / name) for name in ("1", "2", "4"))
+    for other in (two, four):
+        for mine, theirs in zip(numbers(one, *LOSSES), numbers(other, *LOSSES), strict=True):
+            assert len(mine) and theirs == pytest.approx(mine, abs=1e-5)
+        states = [load_checkpoint(run / "checkpoint_16.pt") for run in (one, other)]
+        assert states[0]["cursor"] == states[1]["cursor"]
+
+
+def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny, *COMMON, "gradient_accumulation_steps=2", "checkpoint_freq=8"]
+    whole = tmp_path / "whole"
+    output = finish(torchrun(2, [*arguments, f"checkpoint_dir={whole}"]))
+    assert output.count("Iter      1 ") == 1, "one process speaks"
+    assert "x 2 processes" in output
+    assert "4 sequences x 32 tokens x 2 accumulation x 2 processes = 512" in output
+    run = only_run(whole)
+    straight = numbers(run, *LOSSES)
+    saved = run / "checkpoint_8.pt"
+    assert run_here([*arguments, f"checkpoint_dir={whole}", f"resume_from={saved}"]) == 0
+    for mine, theirs in zip(straight, numbers(run, *LOSSES), strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-5)
+
+
+def test_a_killed_process_ends_the_whole_run_soon(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, "log_freq=1", f"checkpoint_dir={tmp_path / 'runs'}"]
+    child = torchrun(2, [*arguments, "max_iters=100000"], start_new_session=True)
+    try:
+        wait_for(child, "Saved checkpoint")
+        os.kill(worker(child, 1), signal.SIGKILL)
+        began = time.monotonic()
+        output, _ = child.communicate(timeout=60)
+        assert time.monotonic() - began < 15
+        assert child.returncode not in (0, None)
+        assert 'Traceback (most recent call last):\n  File "' + os.fspath(ROOT) not in output
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    run = only_run(tmp_path / "runs")
+    newest = max(int(path.stem.split("_")[1]) for path in run.glob("checkpoint_*.json"))
+    assert run_here([*arguments, f"max_iters={newest + 2}", f"resume_from={run}"]) == 0
+
+
+def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny, "dropout=0.1", "log_freq=1", f"checkpoint_dir={tmp_path / 'runs'}"]
+    child = torchrun(2, [*arguments, "max_iters=100000", "checkpoint_freq=null"])
+    wait_for(child, "Iter      5")
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert "Stopped by SIGTERM at step" in output, output
+    run = only_run(tmp_path / "runs")
+    (saved,) = run.glob("checkpoint_*.pt")
+    assert len(load_checkpoint(saved)["rng"]) == 2
+    step = int(saved.stem.split("_")[1])
+    output = finish(
+        torchrun(2, [*arguments, f"max_iters={step + 3}", f"resume_from={run}", "test_freq=null"])
+    )
+    assert f"Starting training from iteration {step}..." in output
+    assert numbers(run, "train/loss")[0][-1] < 6
+
+
+def test_processes_started_by_hand_are_told_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="RANK, .*torchrun --standalone --nproc_per_node=2"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+
+
+def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigError, match="distributed.backend=nccl needs CUDA"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig(backend="nccl")).__enter__()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_exchanged_on_the_last_micro_step_only(
+    group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    add_up = parallel._add_up
+
+    def counted(state: object, bucket: Any) -> Any:
+        calls.append(1)
+        return add_up(state, bucket)
+
+    counted.__annotations__.clear()  # DDP wants its own or none
+    monkeypatch.setattr(parallel, "_add_up", counted)
+    model = nn.Linear(3, 2)
+    shared = parallelize(model, World(0, 2, CPU))
+    exchanged = []
+    for hold in (True, True, False):
+        with without_sync(shared, hold):
+            shared(torch.ones(1, 3)).sum().backward()
+        exchanged.append(len(calls))
+    assert exchanged == [0, 0, 1]
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((2, 3), 3.0)), "added up, not averaged"
+
+
+def test_alone_a_world_gives_back_what_it_gets() -> None:
+    world = World(0, 1, CPU)
+    assert world.is_main and world.sum_number(1.5) == 1.5 and world.any(True)
+    assert world.broadcast([1]) == [1] and world.gather("a") == ["a"]
+    model = nn.Linear(2, 2)
+    assert parallelize(model, world) is model

@@ -1,0 +1,676 @@
+"""Token files: the same plan, cursor and resume as parquet, checked tokens, little memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
+from data import loader, memmap, order, tokens
+from data.meta import write_meta
+from data.tokenizer import build_tokenizer, char_tokenizer
+from data.tokens import TokenText
+from tests.forks import in_child
+from tests.parquet_folder import write
+
+T, G = 16, 16
+STEPS = 40
+VOCABULARY = 5000
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of about 100 tokens, and three steps to a chunk."""
+    monkeypatch.setattr(tokens, "LEAST_UNIT_TOKENS", 100)
+    monkeypatch.setattr(tokens, "UNIT_TOKENS", 100)
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 4 * 3 * G * (T + 1))
+
+
+def ids(count: int, first: int = 0) -> npt.NDArray[np.int64]:
+    """Tokens that tell their place, and are below VOCABULARY."""
+    return np.arange(first, first + count) % VOCABULARY
+
+
+def put(path: Path, values: npt.ArrayLike, dtype: str = "uint16") -> Path:
+    """A token file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.asarray(values).astype(dtype)
+    np.save(path, array) if path.suffix == ".npy" else array.tofile(path)
+    return path
+
+
+def opened(
+    train: Path, val: Path | None = None, vocab_size: int | None = VOCABULARY, **options: Any
+) -> data.Dataset:
+    """A dataset of token files; without a test split unless asked for."""
+    name = options.pop("tokenizer", "auto")
+    options = {"test_fraction": 0.0, **options}
+    config = DatasetConfig(
+        train_data_path=str(train), val_data_path=None if val is None else str(val), **options
+    )
+    return data.open_dataset(config, TokenizerConfig(name=name), vocab_size)
+
+
+def text_of(dataset: data.Dataset) -> TokenText:
+    assert isinstance(dataset.source, TokenText)
+    return dataset.source
+
+
+def units_of(dataset: data.Dataset, split: str = "train") -> list[list[int]]:
+    """The tokens of each unit of a split."""
+    reader = dataset.source.reader()
+    return [reader.tokens(int(unit), 1, 0, True).tolist() for unit in dataset.split(split)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,321 tokens, each once."""
+    return put(tmp_path_factory.mktemp("tokens") / "train.bin", ids(4321))
+
+
+def spec(**options: Any) -> data.BatchSpec:
+    options = {"micro_batches": 1, "seed": 1337, **options}
+    return data.BatchSpec(block_size=T, sequences_per_step=G, **options)
+
+
+def read(
+    dataset: data.Dataset,
+    steps: int,
+    spec: data.BatchSpec,
+    cursor: dict[str, Any] | None = None,
+    workers: int = 0,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Rows (steps, rows of this process, T + 1) and the cursor after them."""
+    config = DataLoaderConfig(num_workers=workers)
+    with data.TrainLoader(dataset, spec, config, cursor) as batches:
+        taken = list(itertools.islice(batches, steps))
+        rows = [torch.cat(batch.micro_batches) for batch in taken]
+        return torch.stack(rows), json.loads(json.dumps(taken[-1].cursor()))
+
+
+Layout = tuple[int, int]
+"""(processes, workers of each)"""
+LAYOUTS = list(itertools.product([1, 2, 4], [0, 1, 2]))
+
+
+def read_all(
+    dataset: data.Dataset, steps: int, layout: Layout, cursor: dict[str, Any] | None, **options: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The global rows (steps, G, T + 1) of all processes of a layout, and their merged cursor."""
+    world, workers = layout
+    specs = [spec(rank=rank, world_size=world, **options) for rank in range(world)]
+    parts = [read(dataset, steps, part, cursor, workers) for part in specs]
+    merged = data.merge_cursors([cursor for _, cursor in parts])
+    return torch.cat([rows for rows, _ in parts], dim=1), merged
+
+
+def lane_stream(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[list[int]]:
+    """Slow and separate: the tokens of a lane, epoch by epoch."""
+    blocks = dataset.source.block[dataset.train]
+    file = text_of(dataset).train_files[0]
+    array = np.fromfile(file.path, file.dtype)
+    sizes = dataset.source.sizes
+    begins = np.cumsum(sizes) - sizes
+    result = []
+    for epoch in range(epochs):
+        plan = order.epoch_order(blocks, 1337, epoch)
+        chosen = dataset.train[plan[order.lane_of(blocks[plan], lanes) == lane]]
+        result.append([t for u in chosen for t in array[begins[u] : begins[u] + sizes[u]].tolist()])
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path) -> torch.Tensor:
+    """The global rows of every step, from the slow reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "LEAST_UNIT_TOKENS", 100)
+        patch.setattr(tokens, "UNIT_TOKENS", 100)
+        dataset = opened(corpus)
+        rows = np.empty((STEPS, G, T + 1), dtype=np.int32)
+        for lane in range(G):  # as many lanes as rows, so one row of a lane in each step
+            stream = np.concatenate(lane_stream(dataset, lane, G, 6))
+            for step in range(STEPS):
+                rows[step, lane] = stream[step * T : step * T + T + 1]
+    return torch.from_numpy(rows)
+
+
+# Order and resume.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_batches_are_the_same_for_every_layout_also_interrupted(
+    corpus: Path, expected: torch.Tensor, layout: Layout
+) -> None:
+    dataset, cursor = opened(corpus), None
+    stop = random.Random(str(layout)).randrange(1, STEPS)
+    for start, end in ((0, stop), (stop, STEPS)):
+        rows, cursor = read_all(dataset, end - start, layout, cursor)
+        assert rows.dtype == torch.int32
+        assert torch.equal(rows, expected[start:end])
+    assert cursor == read(dataset, STEPS, spec())[1]
+
+
+@pytest.mark.parametrize("layout", [(1, 0), (1, 2), (2, 1), (4, 0)], ids=str)
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+def test_every_token_comes_exactly_once_per_epoch(corpus: Path, layout: Layout, lanes: int) -> None:
+    dataset = opened(corpus)
+    rows, _ = read_all(dataset, STEPS, layout, None, lanes=lanes)
+    each = G // lanes
+    seen = [Counter[int](), Counter[int]()]
+    for lane in range(lanes):
+        stream = rows[:, lane * each : (lane + 1) * each, :-1].flatten().tolist()
+        for epoch, part in enumerate(lane_stream(dataset, lane, lanes, 2)):
+            now, stream = stream[: len(part)], stream[len(part) :]
+            assert len(now) == len(part)  # the run is long enough to hold the epoch
+            seen[epoch].update(now)
+    assert seen == [Counter(ids(4321).tolist())] * 2
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, STEPS // 2), st.sampled_from(LAYOUTS)), min_size=2, max_size=3
+    )
+)
+def test_stopping_anywhere_and_resuming_with_another_layout_changes_nothing(
+    corpus: Path, expected: torch.Tensor, legs: list[tuple[int, Layout]]
+) -> None:
+    dataset, cursor, done = opened(corpus), None, 0
+    for steps, layout in legs:
+        steps = min(steps, STEPS - done)
+        if not steps:
+            break
+        rows, cursor = read_all(dataset, steps, layout, cursor)
+        assert torch.equal(rows, expected[done : done + steps])
+        done += steps
+
+
+def test_a_loader_starts_where_its_cursor_says(corpus: Path, expected: torch.Tensor) -> None:
+    dataset = opened(corpus)
+    _, cursor = read(dataset, 7, spec())
+    for begin, given_cursor in ((0, None), (7, cursor)):
+        with data.TrainLoader(dataset, spec(), DataLoaderConfig(), given_cursor) as batches:
+            next(batches)
+            again = batches.start_cursor()
+        assert given_cursor in (None, again)
+        assert torch.equal(read(dataset, 1, spec(), again)[0][0], expected[begin])
+
+
+def test_without_shuffling_the_tokens_come_as_they_lie(tmp_path: Path) -> None:
+    for part in range(3):
+        put(tmp_path / f"{part}.ids", ids(700, 700 * part))
+    config = DataLoaderConfig(shuffle=False)
+    with data.TrainLoader(opened(tmp_path), spec(lanes=1), config) as batches:
+        taken = [torch.cat(next(batches).micro_batches) for _ in range(7)]
+    assert torch.cat(taken)[:, :-1].flatten().tolist() == ids(7 * G * T).tolist()
+
+
+def test_bytes_in_a_token_file_are_the_bytes_of_parquet(tmp_path: Path) -> None:
+    texts = [f"document {number}" for number in range(200)]
+    write(tmp_path / "text" / "a.parquet", list(texts))
+    joined = "".join(text + "\0" for text in texts).encode()
+    (tmp_path / "train.bin").write_bytes(joined)
+    folder = DatasetConfig(parquet_dir=str(tmp_path / "text"), test_fraction=0.0)
+    datasets = [
+        data.open_dataset(folder, TokenizerConfig()),
+        opened(tmp_path / "train.bin", tokenizer="bytes", token_dtype="uint8"),
+    ]
+    rows = []
+    for dataset in datasets:
+        with data.TrainLoader(dataset, spec(lanes=1), DataLoaderConfig(shuffle=False)) as batches:
+            rows.append(torch.cat([torch.cat(next(batches).micro_batches) for _ in range(5)]))
+    assert rows[0].dtype == rows[1].dtype == torch.uint8
+    assert torch.equal(*rows)
+
+
+def test_names_and_folders_do_not_matter(corpus: Path, tmp_path: Path) -> None:
+    moved = put(tmp_path / "other" / "name.ids", ids(4321))
+    first, second = opened(corpus), opened(moved)
+    second.check_unchanged(first.summary())
+    assert torch.equal(read(first, 9, spec())[0], read(second, 9, spec())[0])
+
+
+# Units and splits.
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=5))
+def test_units_cover_every_token_of_every_file_once(counts: list[int]) -> None:
+    files = [memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, n, "") for n in counts]
+    file, first, count, key = tokens._cut(files, 0)
+    assert len(np.unique(key)) == len(key)
+    assert count.min() >= 1
+    assert count.max() <= 100
+    for number, size in enumerate(counts):
+        own = file == number
+        assert first[own].tolist() == np.cumsum([0, *count[own][:-1]]).tolist()
+        assert count[own].sum() == size
+        assert count[own].max() - count[own].min() < max(100, size) // own.sum() + own.sum()
+
+
+@pytest.mark.parametrize(
+    ("count", "units", "size"),
+    [
+        (500, 1, 500),  # tiny
+        (5_000, 5, 1000),
+        (300_000, 129, 2326),
+        (20_000_000, 306, 65_360),
+    ],
+)
+def test_small_files_are_cut_finely_but_not_into_crumbs(
+    monkeypatch: pytest.MonkeyPatch, count: int, units: int, size: int
+) -> None:
+    monkeypatch.undo()
+    file = memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, count, "")
+    _, _, counts, _ = tokens._cut([file], 0)
+    assert (len(counts), int(counts.max())) == (units, size)
+
+
+def test_a_share_of_one_file_is_held_out_in_whole_units(corpus: Path) -> None:
+    dataset = opened(corpus, test_fraction=0.1)
+    train, test = (sorted(itertools.chain(*units_of(dataset, s))) for s in ("train", "test"))
+    assert sorted(train + test) == list(range(4321))
+    assert 0.05 < len(test) / 4321 < 0.15
+    assert (len(train), len(test)) == (dataset.ledger.train_tokens, dataset.ledger.test_tokens)
+    assert dataset.ledger.exact
+    assert dataset.ledger.rows == 0
+
+
+def test_a_second_file_is_held_out_whole(corpus: Path, tmp_path: Path) -> None:
+    val = put(tmp_path / "val.npy", ids(333), "int64")
+    dataset = opened(corpus, val, test_fraction=0.5)
+    assert list(itertools.chain(*units_of(dataset, "test"))) == ids(333).tolist()
+    assert list(itertools.chain(*units_of(dataset))) == ids(4321).tolist()
+    assert dataset.lines() == [
+        "Loading data with memory mapping...",
+        "Train data size: 4,321 tokens",
+        "Validation data size: 333 tokens",
+        f"Token type of {corpus}: uint16, detected (dataset.token_dtype states it)",
+    ]
+
+
+def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
+    for name, first in (("b.npy", 200), ("B.npy", 0), ("a.npy", 100), ("_x.npy", 900)):
+        put(tmp_path / name, ids(100, first), "uint32")
+    (tmp_path / "notes.txt").touch()
+    dataset = opened(tmp_path)
+    assert list(itertools.chain(*units_of(dataset))) == list(range(300))
+    assert dataset.ledger.files == 3
+
+
+# Types.
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int16", "int32", "int64"])
+def test_npy_files_of_any_integers_are_read(tmp_path: Path, dtype: str) -> None:
+    path = put(tmp_path / "a.npy", ids(700) % 120, dtype)
+    assert list(itertools.chain(*units_of(opened(path)))) == (ids(700) % 120).tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size", "highest", "expected"),
+    [
+        ("uint16", 50257, 50256, "uint16"),
+        ("uint16", 256, 255, "uint16"),
+        ("uint16", 65536, 65535, "uint16"),
+        ("uint32", 50257, 50256, "uint32"),
+        ("uint32", 256, 255, "uint32"),
+        ("uint32", 65537, 65536, "uint32"),
+        ("uint32", 65537, 3, "uint32"),
+    ],
+)
+@pytest.mark.parametrize("count", [600, 601])
+def test_types_are_detected(
+    tmp_path: Path, dtype: str, vocab_size: int, highest: int, expected: str, count: int
+) -> None:
+    values = np.arange(count) * 7919 % (highest + 1)
+    path = put(tmp_path / "a.bin", values, dtype)
+    dataset = opened(path, vocab_size=vocab_size)
+    assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1]
+    assert list(itertools.chain(*units_of(dataset))) == values.tolist()
+
+
+def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.bin", ids(701) % 250, "uint8")
+    assert list(itertools.chain(*units_of(opened(path, vocab_size=256)))) == (
+        (ids(701) % 250).tolist()
+    )
+    with pytest.raises(DataError, match=r"a\.bin: 701 bytes, an odd number.*50,257 tokens"):
+        opened(path, vocab_size=50257)
+
+
+def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
+    values = np.zeros(400_000, dtype=np.uint16)
+    values[170_001] = 7  # in one of the stretches that are looked at
+    path = put(tmp_path / "a.bin", values)
+    assert "uint16" in opened(path).lines()[-1]
+
+
+def test_a_stated_type_is_taken_without_a_word(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.bin", ids(600) % 200, "uint8")
+    dataset = opened(path, token_dtype="uint8")
+    assert len(dataset.lines()) == 3
+    assert dataset.ledger.tokens == 600
+
+
+# Tokenizers and meta files.
+
+
+def characters_meta(folder: Path, characters: str = "abc", dtype: str = "uint16") -> None:
+    write_meta(folder / "meta.json", char_tokenizer(characters), np.dtype(dtype), {})
+
+
+def test_the_meta_file_tells_tokenizer_and_type(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(600) % 3, "uint8")
+    characters_meta(tmp_path, dtype="uint8")
+    for name in ("auto", "char"):
+        dataset = opened(train, vocab_size=None, tokenizer=name)
+        assert dataset.tokenizer.decode([0, 1, 2]) == "abc"
+        assert (dataset.vocab_size, dataset.ledger.tokens) == (3, 600)
+        assert dataset.lines()[3:] == [
+            f"Tokens described by {tmp_path / 'meta.json'}: char, 3 in the vocabulary, uint8"
+        ]
+
+
+def test_the_model_tells_how_many_tokens_there_are_where_nothing_else_does(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(600))
+    dataset = opened(train, vocab_size=VOCABULARY)
+    assert (dataset.tokenizer.name, dataset.vocab_size) == ("ids", VOCABULARY)
+    with pytest.raises(DataError, match=r"train\.bin: no meta file .* state model\.vocab_size"):
+        opened(train, vocab_size=None)
+
+
+def test_a_stated_tokenizer_must_be_that_of_the_meta_file(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(600) % 3)
+    assert opened(train, tokenizer="bytes").vocab_size == 256
+    with pytest.raises(DataError, match=r"train\.bin: .*char, but no meta file .*prepare\.py"):
+        opened(train, tokenizer="char")
+    characters_meta(tmp_path)
+    message = r"bytes \(bytes-1\) by tokenizer\.name=bytes, char \(char-\w+\) by .*meta\.json"
+    with pytest.raises(DataError, match=message):
+        opened(train, tokenizer="bytes")
+    write_meta(tmp_path / "meta.json", build_tokenizer(TokenizerConfig()), np.dtype(np.uint16), {})
+    with pytest.raises(DataError, match=r"char, but the tokens are of bytes by .*meta\.json"):
+        opened(train, tokenizer="char")
+
+
+def test_both_texts_must_be_of_one_tokenizer(tmp_path: Path) -> None:
+    train = put(tmp_path / "a" / "train.bin", ids(600) % 3)
+    val = put(tmp_path / "b" / "val.bin", ids(600) % 3)
+    characters_meta(train.parent)
+    assert opened(train, val).tokenizer.name == "char"
+    characters_meta(val.parent, "abcd")
+    with pytest.raises(DataError, match=r"tokens of two tokenizers: char .*a/meta\.json, char "):
+        opened(train, val)
+
+
+def test_a_name_is_a_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = DatasetConfig(name="songs")
+    with pytest.raises(DataError, match=r"dataset\.name=songs 'data/songs/train\.bin': not found"):
+        data.open_dataset(config, TokenizerConfig(name="auto"))
+    put(Path("data/songs/train.bin"), ids(600) % 3)
+    put(Path("data/songs/val.bin"), ids(300) % 3)
+    characters_meta(Path("data/songs"))
+    dataset = data.open_dataset(config, TokenizerConfig(name="auto"))
+    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (600, 300)
+
+
+# Errors: what, where, found value, remedy.
+
+
+def test_a_token_out_of_range_is_named(tmp_path: Path) -> None:
+    values = ids(600)
+    values[321] = 50257
+    for path in (put(tmp_path / "a.bin", values, "uint32"), put(tmp_path / "a.npy", values)):
+        dataset = opened(path, vocab_size=50257)
+        start = text_of(dataset).files[0].start
+        size = text_of(dataset).files[0].dtype.itemsize
+        message = (
+            rf"{path}: token 50257 at offset {start + 321 * size} \(token number 321\) is not "
+            rf"below the vocabulary's 50257\. Wrong token_dtype \(uint\d\d\) or model\.vocab_size\?"
+        )
+        with pytest.raises(DataError, match=message):
+            units_of(dataset)
+        for workers in (0, 2):
+            with pytest.raises(DataError, match=message):
+                read(dataset, STEPS, spec(), workers=workers)
+    path = put(tmp_path / "b.npy", [-1] * 300, "int16")
+    with pytest.raises(DataError, match=r"token -1 at offset \d+ \(token number 0\) is below 0"):
+        units_of(opened(path))
+
+
+def save(path: Path, array: npt.NDArray[Any], **options: Any) -> Path:
+    np.save(path, array, **options)
+    return path
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def zipped(path: Path) -> Path:
+    np.savez(path.with_suffix(".npz"), a=np.zeros(9, int))
+    return path.with_suffix(".npz").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: save(d / "a.npy", np.zeros((3, 4), int)), r"int64 of shape \(3, 4\); tokens"),
+        (lambda d: save(d / "a.npy", np.zeros(9, float)), r"a\.npy: float64 of shape \(9,\)"),
+        (lambda d: save(d / "a.npy", np.zeros(9, ">u4")), r"a\.npy: big-endian uint32"),
+        (lambda d: save(d / "a.npy", np.array(3)), r"a\.npy: int64 of shape \(\)"),
+        (lambda d: save(d / "a.npy", np.zeros(0, int)), r"a\.npy: (holds no tokens|not a read)"),
+        (
+            lambda d: save(d / "a.npy", np.array([{}], object), allow_pickle=True),
+            r"a\.npy: not a readable \.npy file",
+        ),
+        (lambda d: put(d / "a.bin", [1] * 9).rename(d / "a.npy"), "not a readable .npy file"),
+        (lambda d: cut(save(d / "a.npy", np.zeros(9, int))), r"a\.npy: not a readable \.npy file"),
+        (lambda d: zipped(d / "a.npy"), r"a\.npy: not a readable \.npy file \(the magic string"),
+        (lambda d: put(d / "a.bin", []), r"a\.bin: empty \(interrupted copy\?\)"),
+        (lambda d: put(d / "a.bin", [1] * 5, "uint8"), "5 bytes, an odd number"),
+        (lambda d: put(d / "a.txt", [1]), r"'.*a\.txt': not a token file \(\.bin, \.ids, \.npy\)"),
+        (lambda d: d / "none.bin", r"train_data_path '.*none\.bin': not found \(working directory"),
+        (lambda d: d, r"no token files \(found nothing\)"),
+        (lambda d: put(d / "x.json", []).parent, r"no token files \(found 1 \*\.json\)"),
+        (
+            lambda d: put(put(d / "x.bin", [1]).parent / "y.ids", [1]).parent,
+            r"several kinds of token files \(found 1 \*\.\w+, 1 \*\.\w+\)",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_tokens_is_named(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        opened(make(tmp_path))
+
+
+def test_text_is_not_taken_for_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(DataError, match=r"a\.bin is a Git LFS pointer.*git lfs pull"):
+        opened(path)
+    path.write_bytes(b"<!DOCTYPE html><html><body>404</body></html>")
+    with pytest.raises(DataError, match=r"a\.bin: a download error page"):
+        opened(path)
+
+
+def test_a_size_that_does_not_fit_the_type_is_named(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.bin", [1] * 301)
+    with pytest.raises(DataError, match=r"a\.bin: 602 bytes are not a multiple of 4 \(uint32\)"):
+        opened(path, token_dtype="uint32")
+    with pytest.raises(DataError, match=r"602 bytes are not a multiple of 4 \(uint32\)"):
+        opened(path, vocab_size=100_000)
+    path = put(tmp_path / "a.npy", [1] * 301)
+    with pytest.raises(DataError, match=r"holds uint16 by its header, .*token_dtype is uint32"):
+        opened(path, token_dtype="uint32")
+
+
+def test_text_that_is_too_short_is_told_at_the_start(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(T))
+    message = rf"the train text \({T} tokens, {train}.*\) is shorter than one row .* {T + 1} tokens"
+    with pytest.raises(DataError, match=message):
+        data.TrainLoader(opened(train), spec(), DataLoaderConfig())
+    with pytest.raises(DataError, match=message):
+        data.evaluation_rows(opened(train), "train", T, 4)
+    val = put(tmp_path / "val.bin", ids(T))
+    train = put(tmp_path / "train.bin", ids(T + 1))
+    rows, _ = read(opened(train, val), 2, spec())
+    assert set(rows.flatten().tolist()) == set(range(T + 1))
+    with pytest.raises(DataError, match=rf"the test text \({T} tokens, {val}\) is shorter"):
+        data.evaluation_rows(opened(train, val), "test", T, 4)
+
+
+def test_a_split_that_cannot_be_is_explained(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(90))
+    with pytest.raises(DataError, match=r"train\.bin: 90 tokens are too few to hold out"):
+        opened(train, test_fraction=0.1)
+    (tmp_path / "link.bin").symlink_to(train)
+    with pytest.raises(DataError, match=r"train\.bin: both trained on and held out"):
+        opened(train, tmp_path / "link.bin")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, workers: int) -> None:
+    path = put(tmp_path / "a.bin", ids(600))
+    dataset = opened(path)
+    put(path, ids(601))
+    with pytest.raises(DataError, match=r"a\.bin: changed during the run \(1200 bytes .*1202\)"):
+        read(dataset, 5, spec(), workers=workers)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.bin: there at the start of the run, now No such"):
+        read(dataset, 5, spec(), workers=workers)
+
+
+# Identity.
+
+
+def test_the_fingerprint_names_the_first_difference(tmp_path: Path) -> None:
+    train = put(tmp_path / "train.bin", ids(600))
+    saved = json.loads(json.dumps(opened(train).summary()))
+    opened(train).check_unchanged(saved)
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"test_fraction": 0.2}, r"test_fraction was 0\.0, is 0\.2"),
+        ({"token_dtype": "uint8"}, r"train\.bin was read as uint16, is read as uint8"),
+        ({"val": put(tmp_path / "val.bin", ids(99))}, "val had 0 files, has 1"),
+        ({"tokenizer": "bytes", "token_dtype": "uint16"}, "tokenizer was ids-1, is bytes-1"),
+    ]
+    for options, message in others:
+        with pytest.raises(DataError, match=message):
+            opened(train, **options).check_unchanged(saved)
+    put(train, ids(600, 1))
+    with pytest.raises(DataError, match=r"train\.bin has the size it had, but other tokens"):
+        opened(train).check_unchanged(saved)
+    put(train, ids(601))
+    with pytest.raises(DataError, match=r"train\.bin had 1200 bytes, has 1202"):
+        opened(train).check_unchanged(saved)
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_data(corpus: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["text"] * 9)
+    config = DatasetConfig(parquet_dir=str(tmp_path), test_fraction=0.0)
+    folder, files = data.open_dataset(config, TokenizerConfig()), opened(corpus)
+    message = f"it was parquet files of {tmp_path}, is token files of {corpus}"
+    with pytest.raises(DataError, match=re.escape(message)):
+        files.check_unchanged(folder.summary())
+    with pytest.raises(DataError, match=f"it was token files of {corpus}, is parquet files"):
+        folder.check_unchanged(files.summary())
+
+
+# What is told of a batch; evaluation; memory.
+
+
+def test_a_batch_tells_which_tokens_it_holds(corpus: Path) -> None:
+    with data.TrainLoader(opened(corpus), spec(lanes=2), DataLoaderConfig()) as batches:
+        for batch in itertools.islice(batches, 30):
+            (line,) = batch.describe()
+            found = re.fullmatch(rf"{corpus} tokens ([-\d, ]+)", line)
+            assert found
+            named = set[int]()
+            for piece in found[1].split(", "):
+                first, _, last = piece.replace(",", "").partition("-")
+                named.update(range(int(first), int(last or first) + 1))
+            assert named == set(torch.cat(batch.micro_batches).flatten().tolist())
+
+
+def test_evaluation_rows_are_of_one_split_and_never_change(corpus: Path) -> None:
+    dataset = opened(corpus, test_fraction=0.2)
+    for split in ("train", "test"):
+        rows = data.evaluation_rows(dataset, split, T, 20)
+        assert (rows.shape, rows.dtype) == ((20, T + 1), torch.int32)
+        assert set(rows.flatten().tolist()) <= set(itertools.chain(*units_of(dataset, split)))
+        again = data.evaluation_rows(opened(corpus, test_fraction=0.2), split, T, 20)
+        assert torch.equal(rows, again)
+    every = data.evaluation_rows(dataset, "test", T, 10_000)
+    assert len(every) == (dataset.ledger.test_tokens - 1) // T
+
+
+def test_evaluation_reads_no_more_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(put(tmp_path / "a.bin", ids(20_000)))
+    spans = []
+    real = memmap.TokenFile.read
+
+    def noted(self: memmap.TokenFile, first: int, count: int) -> npt.NDArray[Any]:
+        spans.append((first, count))
+        return real(self, first, count)
+
+    monkeypatch.setattr(memmap.TokenFile, "read", noted)
+    assert len(data.evaluation_rows(dataset, "train", T, 30)) == 30
+    assert sum(count for _, count in spans) < 2000
+    assert max(first for first, _ in spans) - min(first for first, _ in spans) > 10_000
+
+
+def test_files_of_gigabytes_take_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    path = tmp_path / "train.bin"
+    path.touch()
+    os.truncate(path, 4 << 30)  # a hole: takes no disk
+
+    def peak() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) // 1024
+
+    def work() -> str:
+        # A child, as what other tests have left behind would be counted.
+        opened(put(tmp_path / "small.bin", ids(5000)))
+        before = peak()
+        dataset = opened(path, token_dtype="uint16", test_fraction=0.1)
+        most = 0
+        with data.TrainLoader(dataset, spec(lanes=16), DataLoaderConfig()) as batches:
+            for _ in range(200):
+                next(batches)
+                most = max(most, peak() - before)
+        data.evaluation_rows(dataset, "test", 512, 400)
+        reader = dataset.source.reader()
+        for unit in range(0, dataset.ledger.units, 40):
+            reader.tokens(unit, 0, 0, True)
+            most = max(most, peak() - before)
+        return f"{dataset.ledger.tokens} {most}"
+
+    status, text = in_child(work)
+    assert status == 0, text
+    count, most = map(int, text.split())
+    assert count == 2 << 30
+    assert most < 50

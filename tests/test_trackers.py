@@ -1,0 +1,237 @@
+"""wandb on request: every record arrives, and nothing that fails there ends a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from config import Config
+from engine.trackers import Tracker
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = Config.from_dict({"logging": {"wandb_log": True, "wandb_project": "dragons"}})
+
+
+class FakeRun:
+    """What a run of wandb does, written down; raises at the verb `breaks`."""
+
+    def __init__(self, breaks: str, **options: Any) -> None:
+        self.breaks, self.options = breaks, options
+        self.records: list[dict[str, Any]] = []
+        self.exit_code: int | None = None
+        self.metrics: list[tuple[str, str]] = []
+        self.offline = options.get("mode") == "offline"
+        self.settings = SimpleNamespace(sync_dir="place/offline-run")
+
+    def _maybe_break(self, verb: str) -> None:
+        if verb == self.breaks:
+            raise RuntimeError(f"{verb} broke\nmore")
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self._maybe_break("define_metric")
+        self.metrics.append((name, step_metric))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._maybe_break("log")
+        self.records.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self._maybe_break("finish")
+        self.exit_code = exit_code
+
+
+class FakeWandb(SimpleNamespace):
+    """The module; `breaks` names the verb that raises."""
+
+    def __init__(self, breaks: str = "", key: bool = True, mode: str = "online") -> None:
+        super().__init__(Settings=dict, mode=mode, key=key, breaks=breaks, torn_down=False)
+        self.runs: list[FakeRun] = []
+
+    def setup(self, settings: dict[str, Any]) -> Any:
+        assert settings["silent"] and settings["init_timeout"] and settings["finish_timeout"]
+        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        return bool(self.key)
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.breaks == "init" or (self.breaks == "network" and options.get("mode") is None):
+            raise OSError("no such host.")
+        run = FakeRun(self.breaks, **{"mode": self.mode, **options})
+        self.runs.append(run)
+        return run
+
+    def teardown(self) -> None:
+        self.torn_down = True
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, **behaviour: Any) -> FakeWandb:
+    module = FakeWandb(**behaviour)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def started(config: Config = CONFIG, run_id: str | None = None) -> Tracker:
+    tracker = Tracker.start(config, "run_20251108_143022", run_id, Path("runs"))
+    assert tracker is not None
+    return tracker
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()
+
+
+def test_wandb_is_not_imported_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert Tracker.start(Config(), "run", None, None) is None
+
+
+def test_every_record_arrives_under_its_keys_at_its_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = fake(monkeypatch)
+    tracker = started()
+    tracker.log({"step": 5, "train/loss": 1.5, "train/mfu": None})
+    tracker.log({"step": 5, "eval/active_s": [0.1, 0.3], "eval/empty": []})
+    tracker.close()
+    (run,) = wandb.runs
+    assert run.records == [
+        {"step": 5, "train/loss": 1.5},
+        {"step": 5, "eval/active_s": pytest.approx(0.2)},
+    ]
+    assert run.metrics == [("*", "step")]
+    assert run.exit_code == 0
+    assert warnings(capsys) == []
+
+
+def test_a_run_carries_its_name_project_and_whole_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = fake(monkeypatch)
+    started()
+    options = wandb.runs[0].options
+    assert options["name"] == "run_20251108_143022"
+    assert options["project"] == "dragons"
+    assert options["config"] == CONFIG.to_dict()
+    assert options["dir"] == Path("runs")
+    named = {"wandb_log": True, "wandb_run_name": "mine"}
+    started(Config.from_dict({"logging": named}))
+    assert wandb.runs[1].options["name"] == "mine"
+
+
+def test_a_resumed_run_keeps_its_id_and_new_runs_have_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wandb = fake(monkeypatch)
+    first, other = started(), started()
+    again = started(run_id=first.run_id)
+    assert first.run_id == again.run_id != other.run_id
+    assert [run.options["id"] for run in wandb.runs] == [
+        first.run_id,
+        other.run_id,
+        first.run_id,
+    ]
+    assert {run.options["resume"] for run in wandb.runs} == {"allow"}
+
+
+def test_a_failed_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = fake(monkeypatch)
+    started().close(exit_code=4)
+    assert wandb.runs[0].exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ({"key": False}, "no API key found"),
+        ({"breaks": "network"}, "no such host"),
+        ({"mode": "offline"}, "offline"),
+    ],
+)
+def test_without_key_or_network_records_wait_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    behaviour: dict[str, Any],
+    reason: str,
+) -> None:
+    wandb = fake(monkeypatch, **behaviour)
+    tracker = started()
+    tracker.log({"step": 1})
+    assert wandb.runs[0].records == [{"step": 1}]
+    assert wandb.torn_down == (reason == "no such host")
+    assert warnings(capsys) == [
+        f"wandb: {reason}; to send the records later: wandb sync place/offline-run"
+    ]
+
+
+def test_a_missing_package_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert Tracker.start(CONFIG, "run", None, None) is None
+    assert warnings(capsys) == [
+        "wandb is not installed; training goes on without it. Install: pip install wandb"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("verb", "reason"), [("init", "no such host"), ("define_metric", "define_metric broke")]
+)
+def test_a_start_that_fails_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, reason: str
+) -> None:
+    fake(monkeypatch, breaks=verb)
+    assert Tracker.start(CONFIG, "run", None, None) is None
+    assert warnings(capsys) == [f"wandb: {reason}; training goes on without it."]
+
+
+@pytest.mark.parametrize("verb", ["log", "finish"])
+def test_a_run_that_fails_later_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    fake(monkeypatch, breaks=verb)
+    tracker = started()
+    for step in range(3):
+        tracker.log({"step": step})
+    tracker.close()
+    tracker.close()
+    assert warnings(capsys) == [f"wandb: {verb} broke; training goes on without it."]
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from config import Config
+from engine.trackers import Tracker
+config = Config.from_dict({"logging": {"wandb_log": True}})
+tracker = Tracker.start(config, "run", "a1b2c3", Path(sys.argv[1]))
+for step in range(1, 5):
+    tracker.log({"step": step, "train/loss": 1 / step, "eval/active_s": [0.5, 0.25]})
+tracker.close()
+"""
+
+
+def test_the_real_package_keeps_all_records_offline_and_in_silence(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, os.fspath(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (kept,) = tmp_path.glob("wandb/offline-run-*-a1b2c3/run-a1b2c3.wandb")
+    sync = f"to send the records later: wandb sync {kept.parent}"
+    assert (done.stdout, done.stderr) == ("", f"wandb: offline; {sync}\n")
+    content = kept.read_bytes()
+    assert content.count(b"train/loss") >= 4
+    assert b"0.375" in content  # the mean of the list
