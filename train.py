@@ -54,7 +54,7 @@ from engine.optimizer import (
     load_optimizer,
     set_learning_rate,
 )
-from engine.parallel import parallelize
+from engine.parallel import parallelize, whole
 from engine.plan import (
     cost_lines,
     length_lines,
@@ -93,7 +93,7 @@ def train(run: Session, stop: StopRequest) -> None:
         batch = next(run.batches)
         loss = torch.zeros((), device=run.world.device)
         for share in run.micro_losses(batch):
-            run.precision.backward(share)
+            run.precision.backward(whole(share, run.world))
             loss += share.detach()
         run.precision.unscale(run.optimizer)
         norm = gradient_norm(run.model)

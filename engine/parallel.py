@@ -1,40 +1,36 @@
 """One model in several processes: each adds its gradients to those of the others.
 
-The one idea: losses are sums over tokens divided by the tokens of the whole step, so gradients are
-added up, never averaged, and how many processes share a step does not change it.
+The one idea: losses are sums over tokens divided by the tokens of the whole step, so gradients have
+to be added up, and how many processes share a step does not change it. DDP takes their mean, which
+`whole` makes up for. (A communication hook of ours that adds up is no way: gloo's threads would call
+it, and at the end of the process they and the interpreter can wait for each other.)
 """
 
-# No postponed annotations here: DDP looks at those of its communication hook.
+from __future__ import annotations
+
 import contextlib
 from contextlib import AbstractContextManager
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch._C._distributed_c10d import GradBucket
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.world import World
 
 
 def parallelize(model: nn.Module, world: World) -> nn.Module:
-    """The model whose backward pass sums gradients over all processes; itself where there is one.
+    """The model whose backward pass averages gradients over all processes; itself if there is one.
 
     Weights become those of the main process. Parameters stay `model`'s own.
     """
     if world.size == 1:
         return model
     devices = None if world.device.type != "cuda" else [world.device]
-    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(None, _add_up)
-    return wrapped
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def _add_up(_state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The communication hook; DDP's own divides by the number of processes."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[list[torch.Tensor]] = work.get_future()
-    return future.then(lambda done: done.value()[0])
+def whole(share: Tensor, world: World) -> Tensor:
+    """What to take backward so that the gradients' mean is the sum of those of all `share`s."""
+    return share if world.size == 1 else share * world.size
 
 
 def without_sync(model: nn.Module, hold: bool) -> AbstractContextManager[None]:

@@ -31,6 +31,7 @@ def make_state(step: int, val_loss: float | None = None, numbers: int = 600) -> 
         "train": asdict(train),
         "config": Config().to_dict(),
         "data": {"fingerprint": "f00d"},
+        "tokenizer": {"name": "bytes"},
     }
 
 

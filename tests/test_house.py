@@ -32,8 +32,8 @@ ORDERS = {
     "data": "order, vocabulary, tokenizer, meta, dataset, index, parquet, folder, memmap, tokens, "
     "opening, packing, feed, loader, __init__, corpus, text, sources, writer, convert, download",
     "engine": "world, parallel, files, metrics, state, content, manifest, environment, resume, "
-    "schedule, muon, optimizer, trackers, precision, compile, signals, evaluate, plan, run, checkpoint, "
-    "session",
+    "schedule, muon, optimizer, trackers, precision, compile, signals, evaluate, plan, run, "
+    "checkpoint, session",
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}
 LAZY |= TOKENIZERS

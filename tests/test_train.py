@@ -211,7 +211,7 @@ def test_an_error_in_an_evaluation_does_not_cost_the_steps_done(
     def out_of_memory(*arguments: object) -> None:
         raise MemoryError("evaluation needs more than there is")
 
-    monkeypatch.setattr("engine.session.mean_loss", out_of_memory)
+    monkeypatch.setattr("engine.session.total_loss", out_of_memory)
     arguments = ["test_freq=30", "checkpoint_freq=null"]
     assert run_here([*tiny, into(tmp_path / "runs"), *arguments]) == 1
     assert "Lower training.batch_size" in capsys.readouterr().err
