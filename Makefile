@@ -1,5 +1,6 @@
 # Everything runs in .venv, which each target makes when it is missing.
-# `make bench REFERENCE=DIR` sets BDH beside a clone of pathwaycom/bdh in DIR.
+# `make bench REFERENCE=DIR` sets BDH beside a clone of pathwaycom/bdh in DIR; with NANOGPT=DIR and
+# TEXT=FILE, GPT beside a clone of karpathy/nanoGPT.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +35,9 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.loop
 	$(BIN)/python -m bench.bdh $(if $(REFERENCE),--reference $(REFERENCE)) --output
+ifneq ($(TEXT),)
+	$(BIN)/python -m bench.gpt $(if $(NANOGPT),--reference $(NANOGPT)) --text $(TEXT) --output
+endif
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "numpy", "pyarrow")
+_PACKAGES = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken")
 _PROJECT = Path(__file__).resolve().parents[1]
 
 

@@ -2,8 +2,8 @@
 
 The one idea: losses are sums over tokens divided by the tokens of the whole step, so gradients have
 to be added up, and how many processes share a step does not change it. DDP takes their mean, which
-`whole` makes up for. (A communication hook of ours that adds up is no way: gloo's threads would call
-it, and at the end of the process they and the interpreter can wait for each other.)
+`whole` makes up for. (A communication hook of ours that adds up is no way: gloo's threads would
+call it, and at the end of the process they and the interpreter can wait for each other.)
 """
 
 from __future__ import annotations

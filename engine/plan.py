@@ -69,12 +69,15 @@ def length_lines(config: Config, world_size: int, train_tokens: int) -> list[str
 
 
 def parameter_lines(model: nn.Module) -> list[str]:
-    """Total and trainable parameters, and the part of each top-level weight or module."""
+    """Total and trainable parameters, and the part of each weight or module at the top, or below
+    it where all of them lie in one."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    named = dict(model.named_parameters())
+    level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
     parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
+    for name, parameter in named.items():
+        part = name.split(".")[level]
         parts[part] = parts.get(part, 0) + parameter.numel()
     listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
     return [f"Total parameters: {total:,} ({listed})", f"Trainable parameters: {trainable:,}"]

@@ -136,6 +136,9 @@ class _Nanogpt:
         merged = self._merged
         if not self._says(_STEPS):
             return
+        if merged.owns(_STEPS) and any(o.source.endswith(".py") for o in merged.origins.values()):
+            # nanoGPT's 40 are those of its GPT-2; each of its presets that trains says its own.
+            merged.put(_STEPS, 1, merged.origins[_STEPS])
         origin, steps = merged.origins[_STEPS], merged.values[_STEPS]
         tokens_layer = merged.origins[_TOKENS].layer if merged.values.get(_TOKENS) else -1
         if tokens_layer == origin.layer:
@@ -173,7 +176,7 @@ class _Base:
         if not warmup <= (self._value(_DECAY_END) or steps) <= steps:
             self._yield(_DECAY_END, None, f"{_MAX_ITERS}={steps}")
         end = values.get(_DECAY_END) or steps
-        if (self._value(_WARMUP) or 0) > min(end, steps):
+        if (self._value(_WARMUP) or 0) > min(end, steps) // 4:  # meant for a longer run
             key, end = (_DECAY_END, end) if end < steps else (_MAX_ITERS, steps)
             self._yield(_WARMUP, end * 3 // 100, f"{key}={end}")
         rate = self._value(_RATE)

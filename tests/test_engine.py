@@ -16,13 +16,23 @@ import pytest
 import torch
 from torch import nn
 
-from config import BDHConfig, ConfigError, LowPrecisionConfig, OptimizerConfig, SystemConfig
+from config import (
+    BDHConfig,
+    Config,
+    ConfigError,
+    LowPrecisionConfig,
+    OptimizerConfig,
+    SystemConfig,
+    sequences_per_step,
+)
 from data.packing import document_ids
 from engine.compile import compile_model, compile_wanted
 from engine.evaluate import bits_per_byte, count_targets, next_token_loss, total_loss
 from engine.metrics import Clock, duration, iteration_line, short, size
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
+from engine.plan import settle
 from engine.precision import Precision
+from engine.resume import on_processes
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, rng_state
 from engine.world import World, peak_flops, peak_memory_bytes, resolve_device
@@ -301,3 +311,39 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
     assert model(torch.ones(1, 2)).shape == (1, 2)
+
+
+# Settling the config.
+
+
+def test_the_vocabulary_is_the_tokenizers_rounded_up_or_what_the_config_says() -> None:
+    def settled(**options: dict[str, Any]) -> tuple[int | None, list[str]]:
+        config = Config.from_dict({"tokenizer": {"name": "char"}, **options})
+        config, lines = settle(config, 65, "char", {})
+        return config.model.vocab_size, lines
+
+    assert settled() == (65, ["Vocabulary: 65 (the tokenizer's)"])
+    padded = settled(tokenizer={"name": "char", "vocab_multiple": 64})
+    assert padded == (128, ["Vocabulary: 128 (of which the tokenizer uses 65)"])
+    stated = settled(model={"vocab_size": 100})
+    assert stated == (100, ["Vocabulary: 100 (of which the tokenizer uses 65)"])
+    with pytest.raises(ConfigError, match="model.vocab_size=64: 64 tokens, but the text has 65"):
+        settled(model={"vocab_size": 64})
+
+
+def test_a_step_keeps_its_sequences_on_another_number_of_processes() -> None:
+    saved = Config.from_dict({"training": {"batch_size": 3, "gradient_accumulation_steps": 2}})
+    config, lines = on_processes(saved, saved, before=2, now=1)
+    assert sequences_per_step(config, 1) == sequences_per_step(saved, 2) == 12
+    assert lines == [
+        "2 processes before, 1 now: a step keeps its 12 sequences, in 4 micro-steps of each process"
+    ]
+    assert on_processes(saved, saved, before=2, now=2) == (saved, [])
+    with pytest.raises(ConfigError, match="tokens_per_step=6144 is not a multiple"):
+        on_processes(saved, saved, before=2, now=5)
+
+
+def test_pretrained_shapes_replace_what_the_config_says() -> None:
+    config = Config.from_dict({"model": {"name": "gpt", "vocab_size": None}})
+    config, _ = settle(config, 50257, "gpt2", {"n_layer": 12, "vocab_size": 50257, "bias": True})
+    assert (config.model.n_layer, config.model.vocab_size, config.model.bias) == (12, 50257, True)

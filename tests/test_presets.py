@@ -375,6 +375,14 @@ def test_the_formula_of_a_step_is_told(ask: Ask) -> None:
     assert [accumulation_steps(request.config, world) for world in (1, 4, 8)] == [40, 10, 5]
 
 
+def test_a_preset_that_says_nothing_of_accumulation_takes_one_micro_step(ask: Ask) -> None:
+    write("a.py", "batch_size = 4\nblock_size = 8\nmax_iters = 5000\n")
+    request = ask("a.py")
+    assert request.config.training.tokens_per_step == 4 * 8
+    warmup = f"schedule.warmup_iters=2000 of {NANOGPT} yields to training.max_iters=5000: 150"
+    assert warmup in request.notes
+
+
 def test_accumulation_and_tokens_per_step_in_one_file_exclude_each_other(
     ask: Ask, capsys: pytest.CaptureFixture[str]
 ) -> None:

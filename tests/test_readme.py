@@ -16,7 +16,6 @@ import pytest
 import prepare
 import sample
 from config import Config, command_line
-from data.corpus import Written
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +71,12 @@ def check_prepare(arguments: list[str]) -> None:
     assert prepare.main(arguments) == 0
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    place = arguments.index("train.py")
+    assert arguments[:place] == ["--standalone", "--nproc_per_node=2"]
+    check_train(arguments[place + 1 :])
+
+
 def check_make(arguments: list[str]) -> None:
     assert set(arguments) <= make_targets()
 
@@ -94,6 +99,7 @@ def check_source(arguments: list[str]) -> None:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "python3": check_python,
+    "torchrun": check_torchrun,
     "make": check_make,
     "pip": check_pip,
     "cp": check_copy,
@@ -106,8 +112,8 @@ def test_every_command_means_something(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copy(ROOT / "config.yaml", tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    nothing = Written(tmp_path, files=0, documents=0, bytes=0, seconds=0.0)
-    monkeypatch.setattr(prepare, "_prepare", lambda *_: nothing)
+    for name in ("_run", "_train_tokenizer"):
+        monkeypatch.setattr(prepare, name, lambda _: None)
     assert len(commands()) >= 5
     for program, *arguments in commands():
         assert program in CHECKS, f"{program}: this test does not know it"
