@@ -1,9 +1,9 @@
 """The text of a run, whatever it is kept in: units of two splits, behind one protocol.
 
-The one idea: a source (a folder of parquet files, or token files) says what its units are called
-and how large they are before it reads any. Split, order, lanes, cursors and resume need no more, so
-they are the same for every source, and a loader asks only for the tokens of a unit. The split does
-not depend on the training seed, so runs with different seeds are comparable.
+The one idea: a source (a folder of parquet files, or token files) says what its units for rows of
+T + 1 tokens are called and how large they are before it reads any. Order, lanes, cursors and resume
+need no more, so they are the same for every source, and a loader asks only for the tokens of a
+unit. The split does not depend on the training seed, so runs with different seeds are comparable.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ class Ledger:
     file_bytes: int
     rows: int  # documents; 0 in token files
     tokens: int
-    units: int
-    train_units: int
     train_tokens: int
-    test_units: int
     test_tokens: int
     exact: bool
     null_rows: int = 0
@@ -59,8 +56,12 @@ class Reader(Protocol):
         """Close all files."""
 
 
-class Source(Protocol):
-    """What holds the text: fixed once opened, shared by all readers."""
+class Units(Protocol):
+    """The pieces that a text is read in: fixed, shared by all readers."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """A unit is whole rows of block_size tokens, and the token after the last of them."""
 
     @property
     def block(self) -> Keys:
@@ -74,6 +75,13 @@ class Source(Protocol):
     def held_out(self) -> npt.NDArray[np.bool_]:
         """Which units are for testing."""
 
+    def reader(self) -> Reader:
+        """A new reader."""
+
+
+class Source(Protocol):
+    """What holds the text: fixed once opened."""
+
     @property
     def ledger(self) -> Ledger:
         """What it amounts to."""
@@ -82,8 +90,8 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Identity of text, tokenizer, split and units: the same order of the same tokens."""
 
-    def reader(self) -> Reader:
-        """A new reader."""
+    def units(self, block_size: int) -> Units:
+        """What rows of block_size + 1 tokens are read from."""
 
     def origin(self, split: str) -> str:
         """The option that decides how long the text of a split is, with its value."""
@@ -115,20 +123,6 @@ class Dataset:
         """What the data amounts to."""
         return self.source.ledger
 
-    @property
-    def train(self) -> Integers:
-        """The units to train on."""
-        return np.flatnonzero(~self.source.held_out)
-
-    @property
-    def test(self) -> Integers:
-        """The units held out."""
-        return np.flatnonzero(self.source.held_out)
-
-    def split(self, name: str) -> Integers:
-        """The units of "train" or "test"."""
-        return {"train": self.train, "test": self.test}[name]
-
     def lines(self) -> list[str]:
         """What the start of a run says of the data."""
         return self.source.lines()
@@ -153,7 +147,7 @@ class Dataset:
         )
 
     def too_short(self, split: str, block_size: int) -> DataError:
-        """The error where a split has not one row of tokens."""
+        """The error where a split has not one row of successive tokens."""
         ledger = self.ledger
         tokens = {"train": ledger.train_tokens, "test": ledger.test_tokens}[split]
         about = "" if ledger.exact else "about "
@@ -171,16 +165,19 @@ def _kind(summary: dict[str, Any]) -> str:
     raise AssertionError(summary)
 
 
-def unit_counts(tokens: Integers, held_out: npt.NDArray[np.bool_]) -> dict[str, int]:
-    """The counts of a Ledger that follow from the tokens of each unit and the split."""
+def token_counts(tokens: Integers, held_out: npt.NDArray[np.bool_]) -> dict[str, int]:
+    """The counts of a Ledger that follow from the tokens of each piece and the split."""
     return {
         "tokens": int(tokens.sum()),
-        "units": len(tokens),
-        "train_units": int((~held_out).sum()),
         "train_tokens": int(tokens[~held_out].sum()),
-        "test_units": int(held_out.sum()),
         "test_tokens": int(tokens[held_out].sum()),
     }
+
+
+def split_of(units: Units, name: str) -> Integers:
+    """The units of "train" or "test"."""
+    held_out = {"train": False, "test": True}[name]
+    return np.flatnonzero(units.held_out == held_out)
 
 
 class Plan:
@@ -206,6 +203,6 @@ class Plan:
         return [self._chosen[order[lane == v]] for v in range(self.lanes)]
 
 
-def training_blocks(dataset: Dataset) -> int:
+def training_blocks(units: Units) -> int:
     """How many pieces of training text can be read side by side."""
-    return count_blocks(dataset.source.block[dataset.train])
+    return count_blocks(units.block[split_of(units, "train")])

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig
-from data.dataset import Ledger, Reader, unit_counts
+from data.dataset import Ledger, Reader, token_counts
 from data.index import (
     ENCODED_UNIT_BYTES,
     UNIT_BYTES,
@@ -50,24 +50,30 @@ class ParquetText:
     """The documents of a folder, encoded as they are read."""
 
     index: Index
-    units: Units
+    slices: Units
     tokenizer: Tokenizer
     config: DatasetConfig
+    whole_rows = False
+
+    def units(self, block_size: int) -> ParquetText:
+        """Itself: documents are not cut into rows before they are read."""
+        del block_size
+        return self
 
     @property
     def block(self) -> Keys:
         """The key of each unit's block."""
-        return self.units.block
+        return self.slices.block
 
     @cached_property
     def held_out(self) -> npt.NDArray[np.bool_]:
         """Which units are for testing; the same for every tokenizer that takes such units."""
-        return split_units(self.units.block, self.units.bytes, self.config.test_fraction)
+        return split_units(self.slices.block, self.slices.bytes, self.config.test_fraction)
 
     @cached_property
     def sizes(self) -> Integers:
         """About how many tokens each unit gives, or somewhat more."""
-        return self.units.bytes if self._tokens_are_bytes else self._tokens
+        return self.slices.bytes if self._tokens_are_bytes else self._tokens
 
     @property
     def _tokens_are_bytes(self) -> bool:
@@ -76,17 +82,19 @@ class ParquetText:
     @cached_property
     def _tokens(self) -> Integers:
         """Estimates, exact for bytes in plain pages."""
-        text = np.maximum(self.units.bytes - _LENGTH_PREFIX_BYTES * self.units.rows, 0)
+        text = np.maximum(self.slices.bytes - _LENGTH_PREFIX_BYTES * self.slices.rows, 0)
         if not self._tokens_are_bytes:
             text = np.ceil(text * self._tokens_per_byte()).astype(np.int64)
         ends = 0 if self.tokenizer.separator is None else 1
-        tokens: Integers = text + ends * self.units.rows
+        tokens: Integers = text + ends * self.slices.rows
         return tokens
 
     def _tokens_per_byte(self) -> float:
         """Of some documents here and there, without their separators."""
-        starts = np.flatnonzero(self.units.first == 0)  # cheaper than what lies deep in a row group
-        among = starts if len(starts) >= _SAMPLE_UNITS else np.arange(len(self.units))
+        starts = np.flatnonzero(
+            self.slices.first == 0
+        )  # cheaper than what lies deep in a row group
+        among = starts if len(starts) >= _SAMPLE_UNITS else np.arange(len(self.slices))
         documents = self.documents()
         tokens = size = 0
         for place in np.linspace(0, len(among) - 1, _SAMPLE_UNITS).astype(np.int64):
@@ -112,7 +120,7 @@ class ParquetText:
             null_rows=int(np.maximum(index.groups[:, 3], 0).sum()),
             skipped_files=index.skipped,
             exact=False,
-            **unit_counts(self._tokens, self.held_out),
+            **token_counts(self._tokens, self.held_out),
         )
 
     @cached_property
@@ -129,7 +137,7 @@ class ParquetText:
 
     def documents(self) -> DocumentReader:
         """A new reader of the text."""
-        return DocumentReader(self.index, self.units, self.config)
+        return DocumentReader(self.index, self.slices, self.config)
 
     def reader(self) -> Reader:
         """A new reader of the tokens."""

@@ -5,10 +5,10 @@ takes its share of that list. So neither the number of processes, workers and mi
 interruption changes a batch. Workers send chunks of about 256 KB that cover many steps of some
 lanes, because a message costs more than the bytes of a small batch.
 
-Memory: one unit per lane of this process (about data.index.UNIT_BYTES, more where documents are
-long; data.tokens.UNIT_TOKENS of a token file), the chunks that are ready (`prefetch_factor`
-batches, rounded up to whole chunks), and for parquet files about 40 MB to decode one unit, most of
-which Arrow's allocator keeps for the next one.
+Memory: one unit per lane of this process (of parquet files about data.index.UNIT_BYTES, more where
+documents are long), the plan of two epochs (32 bytes a unit, twice that while it is made), the
+chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks), and for parquet files
+about 40 MB to decode one unit, most of which Arrow's allocator keeps for the next one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
-from data.dataset import Dataset, Plan, Reader, training_blocks
+from data.dataset import Dataset, Plan, Reader, Units, split_of, training_blocks
 from data.feed import Feed
 from data.order import Integers, Tokens, lane_count, rank_lanes, rank_rows
-from data.packing import Address, LaneStream, Trace, windows
+from data.packing import Address, LaneStream, RowStream, Trace, windows
 from data.tokenizer import row_dtype
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Chunk:
 
 
 class _Source:
-    """The units of a plan, for `LaneStream`."""
+    """The units of a plan, for `LaneStream` and `RowStream`."""
 
     def __init__(self, reader: Reader, plan: Plan) -> None:
         self._reader, self._plan = reader, plan
@@ -120,20 +120,19 @@ class _Source:
 class _ChunkSource(IterableDataset[Chunk]):
     """Endless chunks; worker w of n reads every n-th lane from w on."""
 
-    def __init__(
-        self, dataset: Dataset, plan: Plan, layout: _Layout, addresses: list[Address]
-    ) -> None:
-        self._dataset, self._plan = dataset, plan
+    def __init__(self, units: Units, plan: Plan, layout: _Layout, addresses: list[Address]) -> None:
+        self._units, self._plan = units, plan
         self._layout, self._addresses = layout, addresses
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = self._dataset.source.reader()
+        reader = self._units.reader()
         source = _Source(reader, self._plan)
+        stream: type[LaneStream | RowStream] = RowStream if self._units.whole_rows else LaneStream
         starts = list(zip(self._layout.lanes, self._addresses, strict=True))[worker::workers]
         try:
-            lanes = [LaneStream(source, lane, address) for lane, address in starts]
+            lanes = [stream(source, lane, address) for lane, address in starts]
             while True:
                 chunk = self._read(lanes)
                 chunk.counts = dict(reader.counts)
@@ -144,18 +143,12 @@ class _ChunkSource(IterableDataset[Chunk]):
         finally:
             reader.close()
 
-    def _read(self, lanes: list[LaneStream]) -> Chunk:
+    def _read(self, lanes: list[LaneStream | RowStream]) -> Chunk:
         layout = self._layout
-        steps, block_size = layout.chunk_steps, layout.block_size
-        shape = (steps, len(lanes), layout.rows_per_lane, block_size + 1)
-        rows = torch.from_numpy(np.empty(shape, dtype=layout.dtype))
-        flat = np.empty(steps * layout.step_tokens + 1, dtype=layout.dtype)
-        traces = []
-        for i, lane in enumerate(lanes):
-            traces.append(lane.read(flat))
-            window = windows(flat, block_size).reshape(steps, layout.rows_per_lane, block_size + 1)
-            rows.numpy()[:, i] = window
-        return Chunk(rows, traces)
+        shape = (layout.chunk_steps, len(lanes), layout.rows_per_lane, layout.block_size + 1)
+        rows = np.empty(shape, dtype=layout.dtype)
+        traces = [lane.fill(rows[:, i]) for i, lane in enumerate(lanes)]
+        return Chunk(torch.from_numpy(rows), traces)
 
 
 def _join(parts: list[Chunk], pin: bool) -> Chunk:
@@ -201,13 +194,13 @@ class StepBatch:
 
     def describe(self) -> list[str]:
         """File and rows or tokens that this batch is made of; reads parquet files again."""
-        dataset, plan, layout = self._loader.dataset, self._loader.plan, self._loader.layout
+        plan, layout = self._loader.plan, self._loader.layout
         found: dict[str, list[range]] = collections.defaultdict(list)
-        reader = dataset.source.reader()
+        reader = self._loader.units.reader()
         for lane, trace in zip(layout.lanes, self._traces, strict=True):
             begin = self._step * layout.step_tokens
             first, last = (begin + row * layout.block_size for row in layout.own_rows(lane))
-            for (epoch, place, offset), length in trace.runs(first, last + 1):
+            for (epoch, place, offset), length in trace.runs(first, last):
                 unit = int(plan.lane_units(epoch, lane)[place])
                 tokens = range(offset, offset + length)
                 name, numbers = reader.places(unit, plan.seed, epoch, plan.shuffle, tokens)
@@ -242,17 +235,18 @@ class TrainLoader:
         dataloader: DataLoaderConfig,
         cursor: dict[str, Any] | None = None,
     ) -> None:
-        self.dataset, self.spec = dataset, spec
-        if dataset.ledger.exact and dataset.ledger.train_tokens <= spec.block_size:
+        self.spec, self.units = spec, dataset.source.units(spec.block_size)
+        chosen = split_of(self.units, "train")
+        if not len(chosen):
             raise dataset.too_short("train", spec.block_size)
-        lanes = _lanes(dataset, spec, dataloader.shuffle, cursor)
+        lanes = _lanes(self.units, spec, dataloader.shuffle, cursor)
         total = spec.sequences_per_step
         assert total % (spec.world_size * spec.micro_batches) == 0
         rows = rank_rows(total, spec.world_size, spec.rank)
         mine = rank_lanes(rows, total, lanes)
         dtype = row_dtype(dataset.vocab_size)
         self.layout = _Layout(spec.block_size, rows, mine, total // lanes, dtype)
-        self.plan = Plan(dataset.source.block, dataset.train, lanes, spec.seed, dataloader.shuffle)
+        self.plan = Plan(self.units.block, chosen, lanes, spec.seed, dataloader.shuffle)
         self.left_out: collections.Counter[str] = collections.Counter()
         """Null and empty documents and NUL bytes met so far, counted by kind."""
         self._batches: Iterator[StepBatch] = iter(())
@@ -267,7 +261,7 @@ class TrainLoader:
         pin = spec.pin and dataloader.pin_memory
         ahead = -(-dataloader.prefetch_factor // self.layout.chunk_steps)
         self._begin = _starts(mine, cursor)
-        source = _ChunkSource(dataset, self.plan, self.layout, self._begin)
+        source = _ChunkSource(self.units, self.plan, self.layout, self._begin)
         self._feed: Feed[Chunk] = Feed(source, lambda parts: _join(parts, pin), workers, ahead, pin)
 
     def __iter__(self) -> TrainLoader:
@@ -322,9 +316,9 @@ class TrainLoader:
         self.close()
 
 
-def _lanes(dataset: Dataset, spec: BatchSpec, shuffle: bool, cursor: dict[str, Any] | None) -> int:
+def _lanes(units: Units, spec: BatchSpec, shuffle: bool, cursor: dict[str, Any] | None) -> int:
     """The number of lanes: the cursor's, else the spec's, else the most that fit."""
-    blocks = training_blocks(dataset)
+    blocks = training_blocks(units)
     lanes = spec.lanes or lane_count(spec.sequences_per_step, blocks)
     if cursor is not None:
         if cursor["version"] != CURSOR_VERSION:
@@ -387,24 +381,49 @@ def evaluation_rows(dataset: Dataset, split: str, block_size: int, rows: int) ->
     seed.
 
     (n, block_size + 1) uint8 or int32 with n <= `rows`: fewer where the text is short. Of a long
-    text only the first units of a fixed order are read: as many as the rows need, and at least 16.
-    Raises DataError where there is not one row.
+    text of documents only the first units of a fixed order are read: as many as the rows need, and
+    at least 16. Raises DataError where there is not one row.
     """
     assert rows > 0
-    plan = Plan(dataset.source.block, dataset.split(split), 1, _EVALUATION_SEED, shuffle=True)
-    units = plan.lane_units(0, 0)
-    size = np.cumsum(dataset.source.sizes[units])
-    enough = 1 + int(np.searchsorted(size, 2 * rows * block_size))
-    units = units[: max(_EVALUATION_UNITS, enough)]
-    reader = dataset.source.reader()
-    source = _Source(reader, plan)
-    pieces = (source.tokens(int(unit), 0) for unit in units)
-    kept = np.zeros((0, block_size + 1), dtype=row_dtype(dataset.vocab_size))
-    sample = _spread_rows(pieces, kept, rows)
-    reader.close()
+    units = dataset.source.units(block_size)
+    chosen = split_of(units, split)
+    empty = np.zeros((0, block_size + 1), dtype=row_dtype(dataset.vocab_size))
+    sample = (_even_rows if units.whole_rows else _first_rows)(units, chosen, empty, rows)
     if not len(sample):
         raise dataset.too_short(split, block_size)
     return torch.from_numpy(sample)
+
+
+def _even_rows(units: Units, chosen: Integers, empty: Tokens, rows: int) -> Tokens:
+    """At most `rows` rows, evenly spread over those of units that are whole rows.
+
+    `empty` is (0, T + 1), of the type of the result.
+    """
+    width = empty.shape[1]
+    ends = np.cumsum((units.sizes[chosen] - 1) // (width - 1))
+    total = int(ends[-1]) if len(ends) else 0
+    count = min(rows, total)
+    sample = np.empty((count, width), dtype=empty.dtype)
+    reader = units.reader()
+    for row, number in zip(sample, np.arange(count) * total // max(1, count), strict=True):
+        place = int(np.searchsorted(ends, number, side="right"))
+        tokens = reader.tokens(int(chosen[place]), _EVALUATION_SEED, 0, shuffle=False)
+        row[:] = tokens[len(tokens) - 1 - int(ends[place] - number) * (width - 1) :][:width]
+    reader.close()
+    return sample
+
+
+def _first_rows(units: Units, chosen: Integers, empty: Tokens, rows: int) -> Tokens:
+    """The same for units that are joined in a fixed order, of which the first ones are read."""
+    chosen = Plan(units.block, chosen, 1, _EVALUATION_SEED, shuffle=True).lane_units(0, 0)
+    size = np.cumsum(units.sizes[chosen])
+    enough = 1 + int(np.searchsorted(size, 2 * rows * (empty.shape[1] - 1)))
+    chosen = chosen[: max(_EVALUATION_UNITS, enough)]
+    reader = units.reader()
+    pieces = (reader.tokens(int(unit), _EVALUATION_SEED, 0, True) for unit in chosen)
+    sample = _spread_rows(pieces, empty, rows)
+    reader.close()
+    return sample
 
 
 def _spread_rows(pieces: Iterator[Tokens], kept: Tokens, rows: int) -> Tokens:

@@ -1,13 +1,14 @@
 """Files that are one long array of tokens: .bin, .ids, .npy.
 
-The one idea: only what is read is ever mapped, and only while it is read, so files of many
-gigabytes take no memory. What a file without a header holds is stated, or detected from its size
-and a sample; the sample also tells one file from another of the same size.
+The one idea: a file is mapped once and read in small pieces, whose pages go back to the system
+soon, so files of many gigabytes take no memory. What a file without a header holds is stated, or
+detected from its size and a sample; the sample also tells one file from another of the same size.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from data.order import Tokens
 ENDINGS = (".bin", ".ids", ".npy")
 _STRETCH_BYTES = 1 << 16
 _STRETCHES, _MANY_FILES = 8, 64  # stretches of a file; 2 where files are many
+_MAPPED_FILES = 128  # at a time; each takes a file descriptor
+_LOOK_READS, _LOOK_BYTES = 32, 16 << 20  # what comes first: a read may map 2 MB around its bytes
 _PREPARE = "Correct the path, or make it: python prepare.py --help"
 
 
@@ -73,21 +76,22 @@ class TokenFile:
     digest: str
     """Of some stretches of the file."""
 
-    def read(self, first: int, count: int) -> Tokens:
-        """Tokens [first, first + count), mapped; the map ends with the array.
+    def map(self) -> mmap.mmap:
+        """All of the file, read-only.
 
         Raises DataError where the file is gone or no longer the one that was opened.
         """
-        self._check()
-        offset = self.start + first * self.dtype.itemsize
+        self.check()
         try:
-            return np.asarray(np.memmap(self.path, self.dtype, "r", offset, (count,)))
-        except (OSError, ValueError) as error:
+            with open(self.path, "rb") as file:
+                return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # also where it is now shorter
             raise DataError(
                 f"{self.path}: cannot be read: {error}. Resume from the last checkpoint."
             ) from None
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises DataError where the file is gone or no longer the one that was opened."""
         try:
             stat = os.stat(self.path)
         except OSError as error:
@@ -100,6 +104,56 @@ class TokenFile:
                 f"{self.path}: changed during the run ({self.size} bytes at the start, now "
                 f"{stat.st_size}). Restore it and resume from the last checkpoint."
             )
+
+
+class TokenMaps:
+    """The tokens of files, each mapped when it is first read and kept so; of one thread.
+
+    After every few reads the pages go back to the system, and the files read are looked at again. A
+    file that is cut in between ends the process by SIGBUS if a lost page is read before that:
+    Python cannot catch it. Until then bytes written into a file in place may be read.
+    """
+
+    def __init__(self, files: Sequence[TokenFile]) -> None:
+        self._files = files
+        self._maps: dict[int, tuple[mmap.mmap, Tokens]] = {}
+        self._touched: set[int] = set()
+        self._reads = self._bytes = 0
+
+    def read(self, number: int, first: int, count: int) -> Tokens:
+        """Tokens [first, first + count) of a file as a view, to be copied at once.
+
+        Raises DataError where the file is gone or no longer the one that was opened.
+        """
+        if self._reads >= _LOOK_READS or self._bytes >= _LOOK_BYTES:
+            self._look()
+        held = self._maps.get(number) or self._map(number)
+        tokens = held[1][first : first + count]
+        self._touched.add(number)
+        self._reads, self._bytes = self._reads + 1, self._bytes + tokens.nbytes
+        return tokens
+
+    def _map(self, number: int) -> tuple[mmap.mmap, Tokens]:
+        while len(self._maps) >= _MAPPED_FILES:
+            oldest = next(iter(self._maps))
+            del self._maps[oldest]
+            self._touched.discard(oldest)
+        file = self._files[number]
+        pages = file.map()
+        self._maps[number] = pages, np.frombuffer(pages, file.dtype, file.count, file.start)
+        return self._maps[number]
+
+    def _look(self) -> None:
+        for number in self._touched:
+            self._files[number].check()
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._maps[number][0].madvise(mmap.MADV_DONTNEED)
+        self._touched.clear()
+        self._reads = self._bytes = 0
+
+    def close(self) -> None:
+        """Unmap all files."""
+        self._maps.clear()
 
 
 def open_files(paths: Sequence[str], dtype: np.dtype[Any] | None) -> tuple[TokenFile, ...]:

@@ -2,13 +2,15 @@
 
 The one idea: a lane is one endless stream of tokens, epoch after epoch, and a row is a window of
 T + 1 tokens that advances by T. Nothing is dropped and nothing is padded: what is left of a unit
-begins the next row. The state of a lane is therefore the address of its next token, three integers.
+begins the next row, or every unit is whole rows, and none joins two. The state of a lane is
+therefore the address of its next token, three integers.
 """
 
 from __future__ import annotations
 
 import bisect
 import mmap
+from itertools import product
 from typing import NoReturn, Protocol, TypeAlias
 
 import numpy as np
@@ -35,25 +37,28 @@ class TokenSource(Protocol):
 
 
 class Trace:
-    """Where the tokens of one `LaneStream.read` came from."""
+    """Where the tokens of one `fill` came from, T of each row."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.addresses: list[Address] = []
 
     def add(self, start: int, address: Address) -> None:
-        """From token `start` of the read on, tokens lie one after the other from `address`."""
+        """From token `start` of the rows on, tokens lie one after the other from `address`."""
         self.starts.append(start)
         self.addresses.append(address)
 
     def address(self, token: int) -> Address:
-        """The address of a token of the read."""
+        """The address of a token of the rows, or of the one that follows them."""
         i = bisect.bisect_right(self.starts, token) - 1
         epoch, place, offset = self.addresses[i]
         return epoch, place, offset + token - self.starts[i]
 
     def runs(self, first: int, last: int) -> list[tuple[Address, int]]:
-        """(address, length) of the pieces that tokens [first, last) of the read consist of."""
+        """(address, length) of the pieces of tokens [first, last] of the rows, the last one too."""
+        return self._pieces(first, last + 1)
+
+    def _pieces(self, first: int, last: int) -> list[tuple[Address, int]]:
         inner = [start for start in self.starts if first < start < last]
         edges = [first, *inner, last]
         return [
@@ -61,8 +66,16 @@ class Trace:
         ]
 
 
-class LaneStream:
-    """The tokens of one lane from an address on, holding one unit at a time."""
+class RowTrace(Trace):
+    """The same where the token after a row is not the first one of the next."""
+
+    def runs(self, first: int, last: int) -> list[tuple[Address, int]]:
+        """(address, length) of the pieces of tokens [first, last), each with the one after it."""
+        return [(address, length + 1) for address, length in self._pieces(first, last)]
+
+
+class _Lane:
+    """The units of one lane from an address on."""
 
     def __init__(self, source: TokenSource, lane: int, address: Address = (0, 0, 0)) -> None:
         self._source = source
@@ -73,12 +86,33 @@ class LaneStream:
         if self._place >= len(self._units) > 0:
             self._refuse(f"unit {self._place} of {len(self._units)}")
 
-    def read(self, out: Tokens) -> Trace:
-        """Fill `out` with the next len(out) tokens; the last one will be read again.
+    def _next_epoch(self) -> None:
+        self._epoch, self._place = self._epoch + 1, 0
+        self._units = self._source.lane_units(self._epoch, self._lane)
 
-        So `out` is n tokens and the one that follows them. Raises DataError where the whole lane
-        holds no text for an epoch.
+    def _refuse(self, address: str) -> NoReturn:
+        raise DataError(
+            f"lane {self._lane}, epoch {self._epoch}: the cursor asks for {address}: it belongs to "
+            "other data, or text that was there is now skipped. Restore the data."
+        )
+
+
+class LaneStream(_Lane):
+    """The rows of one lane from an address on, across all joins, holding one unit at a time."""
+
+    def fill(self, rows: Tokens) -> Trace:
+        """Fill `rows` (..., T + 1) with the next ones; raises DataError for an epoch without text.
+
+        Each begins with the last token of the one before.
         """
+        block_size = rows.shape[-1] - 1
+        flat = np.empty(rows.size // (block_size + 1) * block_size + 1, dtype=rows.dtype)
+        trace = self._read(flat)
+        rows[...] = windows(flat, block_size).reshape(rows.shape)
+        return trace
+
+    def _read(self, out: Tokens) -> Trace:
+        """Fill `out` with the next len(out) tokens; the last one will be read again."""
         trace = Trace()
         filled = 0
         while filled < len(out):
@@ -105,8 +139,7 @@ class LaneStream:
                         f"no text in the {len(self._units)} units of lane {self._lane} "
                         f"(epoch {self._epoch}): every document is null or empty, or was skipped."
                     )
-                self._epoch, self._place = self._epoch + 1, 0
-                self._units = self._source.lane_units(self._epoch, self._lane)
+                self._next_epoch()
                 continue
             tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
             self._tokens = _own_memory(tokens)
@@ -115,11 +148,37 @@ class LaneStream:
                 self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
         return self._tokens
 
-    def _refuse(self, address: str) -> NoReturn:
-        raise DataError(
-            f"lane {self._lane}, epoch {self._epoch}: the cursor asks for {address}: it belongs to "
-            "other data, or text that was there is now skipped. Restore the data."
-        )
+
+class RowStream(_Lane):
+    """The rows of one lane from an address on, where units are whole rows."""
+
+    def fill(self, rows: Tokens) -> Trace:
+        """Fill `rows` (..., T + 1) with the next ones, each from one unit."""
+        trace, block_size = RowTrace(), rows.shape[-1] - 1
+        filled = 0
+        for index in product(*map(range, rows.shape[:-1])):
+            tokens = self._load(block_size)
+            trace.add(filled, (self._epoch, self._place, self._offset))
+            rows[index] = tokens[self._offset : self._offset + block_size + 1]
+            filled += block_size
+            self._offset += block_size
+            if self._offset + 1 >= len(tokens):
+                self._next_unit()
+        trace.add(filled, (self._epoch, self._place, self._offset))
+        return trace
+
+    def _load(self, block_size: int) -> Tokens:
+        """The unit of the next row."""
+        if self._tokens is None:
+            self._tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            if self._offset % block_size or self._offset + block_size >= len(self._tokens):
+                self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
+        return self._tokens
+
+    def _next_unit(self) -> None:
+        self._place, self._offset, self._tokens = self._place + 1, 0, None
+        if self._place >= len(self._units):
+            self._next_epoch()
 
 
 def _own_memory(tokens: Tokens) -> Tokens:

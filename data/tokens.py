@@ -1,32 +1,44 @@
-"""Token files as the text of a run: their units, split, size and identity.
+"""Token files as the text of a run: their rows, split, size and identity.
 
-The one idea: the name of a unit is its number, so the data is the same wherever its files lie and
-whatever they are called. Every unit is held against the vocabulary when it is read, because files
-without a header cannot say what they hold.
+The one idea: a row is T + 1 successive tokens of one file, rows are shuffled one by one, and in
+every epoch they are cut at other places. The name of a row is its number, so the data is the same
+wherever its files lie and whatever they are called. Every row is held against the vocabulary when
+it is read, because files without a header cannot say what they hold.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig, token_paths
-from data.dataset import Ledger, Reader, unit_counts
-from data.memmap import TokenFile
-from data.order import MIN_UNITS, Integers, Keys, Tokens, combine, path_keys, split_units
+from data.dataset import Ledger, Reader, token_counts
+from data.memmap import TokenFile, TokenMaps
+from data.order import Integers, Keys, Tokens, combine, cut_hash, path_keys
 from data.tokenizer import Tokenizer, storage_dtype
 
-UNIT_TOKENS, LEAST_UNIT_TOKENS = 1 << 16, 1 << 10
-_FORMAT_VERSION = 1
+MAX_UNITS = 1 << 21  # more rows than these share units, so that a plan takes megabytes
+_FORMAT_VERSION = 2
 _LISTED_FILES = 1000
+
+
+class Stretch(NamedTuple):
+    """Successive tokens of one file that are of one split."""
+
+    file: int
+    first: int
+    length: int
+    held_out: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,40 +65,36 @@ class TokenText:
         return self.train_files + self.val_files
 
     @cached_property
-    def _units(self) -> tuple[Integers, Integers, Integers, Keys]:
-        """The file, first token, number of tokens and key of each unit."""
-        roles = [_cut(files, role) for role, files in enumerate((self.train_files, self.val_files))]
-        file, first, count, key = (np.concatenate(each) for each in zip(*roles, strict=True))
-        file[len(roles[0][0]) :] += len(self.train_files)
-        return file, first, count, key
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Those to train on, then those held out: the second files, or the end of each file.
 
-    @property
-    def block(self) -> Keys:
-        """Every unit is a block."""
-        return self._units[3]
-
-    @property
-    def sizes(self) -> Integers:
-        """How many tokens each unit holds."""
-        return self._units[2]
-
-    @cached_property
-    def held_out(self) -> npt.NDArray[np.bool_]:
-        """The units of the second text, or a share of the first."""
+        The end is what remains of n tokens behind the first int(n * (1 - test_fraction)).
+        """
+        files = list(enumerate(self.files))
         if self.val_files:
-            return self._units[0] >= len(self.train_files)
-        return split_units(self.block, self.sizes, self.config.test_fraction)
+            between = len(self.train_files)
+            return tuple(Stretch(i, 0, file.count, i >= between) for i, file in files)
+        kept = [int(file.count * (1 - self.config.test_fraction)) for _, file in files]
+        train = [Stretch(i, 0, kept[i], False) for i, _ in files]
+        ends = [Stretch(i, kept[i], file.count - kept[i], True) for i, file in files]
+        return (*train, *ends)
+
+    def units(self, block_size: int) -> RowUnits:
+        """The rows of block_size + 1 tokens."""
+        return RowUnits(self.files, self.stretches, block_size, self.tokenizer.vocab_size)
 
     @cached_property
     def ledger(self) -> Ledger:
         """What it amounts to."""
+        lengths = np.array([stretch.length for stretch in self.stretches])
+        held_out = np.array([stretch.held_out for stretch in self.stretches])
         return Ledger(
             files=len(self.files),
             file_bytes=sum(file.size for file in self.files),
             rows=0,
             skipped_files=(),
             exact=True,
-            **unit_counts(self.sizes, self.held_out),
+            **token_counts(lengths, held_out),
         )
 
     @property
@@ -96,22 +104,19 @@ class TokenText:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sizes, dtypes and samples in the order of the files, tokenizer, split, and the units."""
-        rules = (_FORMAT_VERSION, UNIT_TOKENS, LEAST_UNIT_TOKENS, MIN_UNITS)
+        """Sizes, dtypes and samples in the order of the files, tokenizer, split, and rules."""
+        rules = (_FORMAT_VERSION, MAX_UNITS)
         what = (rules, self.tokenizer.fingerprint, self._test_fraction, len(self.train_files))
         files = [(file.size, file.start, str(file.dtype), file.digest) for file in self.files]
         return hashlib.blake2b(repr((what, files)).encode()).hexdigest()[:32]
 
-    def reader(self) -> Reader:
-        """A new reader."""
-        file, first, count, _ = self._units
-        return TokenReader(self.files, np.stack((file, first, count)), self.tokenizer.vocab_size)
-
     def origin(self, split: str) -> str:
         """What decides how long the text of a split is."""
-        if not self.val_files:
-            return f"{self.paths[0]}, dataset.test_fraction {self._test_fraction}"
-        return {"train": self.paths[0], "test": str(self.paths[1])}[split]
+        second = self.val_files and split == "test"
+        path, files = self.paths[bool(second)], self.val_files if second else self.train_files
+        among = f": {len(files):,} files, each taken alone" if len(files) > 1 else ""
+        rest = "" if self.val_files else f", dataset.test_fraction {self._test_fraction}"
+        return f"{path}{among}{rest}"
 
     def lines(self) -> list[str]:
         """How many tokens, and what was found out about them."""
@@ -169,9 +174,10 @@ def check_split(text: TokenText) -> None:
             f"{sorted(both)[0]}: both trained on and held out. Name other files in "
             "dataset.val_data_path, or leave it out to hold out dataset.test_fraction."
         )
-    if text.config.test_fraction > 0 and not text.held_out.any():
+    ledger, splits = text.ledger, not text.val_files and text.config.test_fraction > 0
+    if splits and min(ledger.train_tokens, ledger.test_tokens) < 2:
         raise DataError(
-            f"{text.paths[0]}: {text.ledger.tokens:,} tokens are too few to hold out "
+            f"{text.paths[0]}: {ledger.tokens:,} tokens are too few to hold out "
             f"dataset.test_fraction {text.config.test_fraction} of them. Add text, name a "
             "dataset.val_data_path, or set dataset.test_fraction: 0"
         )
@@ -182,50 +188,110 @@ def _described(files: Sequence[TokenFile]) -> list[list[Any]]:
     return [[os.path.basename(f.path), f.size, str(f.dtype), f.digest] for f in files]
 
 
-def _cut(files: Sequence[TokenFile], role: int) -> tuple[Integers, Integers, Integers, Keys]:
-    """Equal units of about UNIT_TOKENS, of less where the text is short; none joins two files.
+@dataclass(frozen=True, eq=False)
+class RowUnits:
+    """Rows of block_size + 1 tokens, none of which joins two stretches; a unit is one or some.
 
-    The keys are of the role and the number of the unit, so names and folders do not matter.
+    T being block_size, a stretch of n tokens gives (n - T) // T rows in every epoch, at least one
+    where it holds T + 1 tokens. They lie side by side from a cut on that moves with the epoch, so
+    up to 2 T - 2 tokens before and behind them are left out, others in each epoch, and each token
+    is read in some. Without shuffling, and for evaluation, the cut is the begin of the stretch.
     """
-    counts = np.array([file.count for file in files], dtype=np.int64)
-    height = min(max(int(counts.sum()) // MIN_UNITS, LEAST_UNIT_TOKENS), UNIT_TOKENS)
-    parts = -(-counts // height)
-    file = np.repeat(np.arange(len(files)), parts)
-    number = np.arange(len(file)) - np.repeat(np.cumsum(parts) - parts, parts)
-    each = -(-counts // parts)
-    first = number * each[file]
-    count = np.minimum(each[file], counts[file] - first)
-    names = path_keys([("train", "val")[role]])
-    return file, first, count, combine(np.repeat(names, len(file)), np.arange(len(file)))
+
+    files: tuple[TokenFile, ...]
+    stretches: tuple[Stretch, ...]
+    """Those to train on first."""
+    block_size: int
+    vocab_size: int
+    whole_rows = True
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """How many rows each stretch gives."""
+        return [count_rows(stretch.length, self.block_size) for stretch in self.stretches]
+
+    @cached_property
+    def unit_rows(self) -> int:
+        """How many successive rows a unit is; the last one of a stretch may be fewer."""
+        return max(1, -(-sum(self.rows) // MAX_UNITS))
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """The number of units before each stretch, and that of all."""
+        units = (-(-rows // self.unit_rows) for rows in self.rows)
+        return list(accumulate(units, initial=0))
+
+    @property
+    def _train_units(self) -> int:
+        held_out = sum(stretch.held_out for stretch in self.stretches)
+        return self.bounds[len(self.stretches) - held_out]
+
+    @property
+    def block(self) -> Keys:
+        """Every unit is a block; keys are of role and number, so names do not matter."""
+        train, units = self._train_units, self.bounds[-1]
+        names = np.repeat(path_keys(("train", "val")), (train, units - train))
+        return combine(names, np.concatenate((np.arange(train), np.arange(units - train))))
+
+    @property
+    def held_out(self) -> npt.NDArray[np.bool_]:
+        """The units of the stretches held out."""
+        return np.arange(self.bounds[-1]) >= self._train_units
+
+    @property
+    def sizes(self) -> Integers:
+        """How many tokens each unit holds."""
+        rows = np.full(self.bounds[-1], self.unit_rows)
+        for end, count in zip(self.bounds[1:], self.rows, strict=True):
+            if count:
+                rows[end - 1] = (count - 1) % self.unit_rows + 1
+        return rows * self.block_size + 1
+
+    def reader(self) -> Reader:
+        """A new reader."""
+        return TokenReader(self)
+
+
+def count_rows(tokens: int, block_size: int) -> int:
+    """The rows that a stretch gives wherever its first one is cut."""
+    return max((tokens - block_size) // block_size, int(tokens > block_size))
 
 
 class TokenReader:
-    """Reads units of token files, rows of (file, first token, number of tokens)."""
+    """Reads rows of token files."""
 
-    def __init__(
-        self, files: Sequence[TokenFile], units: npt.NDArray[np.int64], vocab_size: int
-    ) -> None:
-        self._files, self._units, self._vocab_size = files, units, vocab_size
-        self._dtype = storage_dtype(vocab_size)
+    def __init__(self, units: RowUnits) -> None:
+        self._units, self._maps = units, TokenMaps(units.files)
+        self._dtype = storage_dtype(units.vocab_size)
         self.counts: Counter[str] = Counter()
 
+    def _place(self, unit: int, seed: int, epoch: int, shuffle: bool) -> tuple[int, int, int]:
+        """File, first token and number of tokens of a unit."""
+        units = self._units
+        number, block_size = bisect_right(units.bounds, unit) - 1, units.block_size
+        file, first, length, _ = units.stretches[number]
+        rows, before = units.rows[number], (unit - units.bounds[number]) * units.unit_rows
+        first += cut_hash(seed, epoch, shuffle) % (length - rows * block_size) + before * block_size
+        return file, first, min(units.unit_rows, rows - before) * block_size + 1
+
     def tokens(self, unit: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
-        """The tokens of a unit as they lie in the file, in every epoch.
+        """The tokens of a unit as they lie in the file.
 
         Raises DataError naming file, place and value of a token that the vocabulary does not have.
         """
-        number, first, count = self._units[:, unit].tolist()
-        tokens = self._files[number].read(first, count)
-        self._check(tokens, self._files[number], first)
-        return np.asarray(tokens, dtype=self._dtype)
+        file, first, count = self._place(unit, seed, epoch, shuffle)
+        tokens = self._maps.read(file, first, count)
+        self._check(tokens, self._units.files[file], first)
+        return tokens.astype(self._dtype)  # a copy, as the map may go
 
     def _check(self, tokens: Tokens, file: TokenFile, first: int) -> None:
+        vocab_size = self._units.vocab_size
         below = tokens.dtype.kind == "i" and int(tokens.min()) < 0
-        if int(tokens.max()) < self._vocab_size and not below:
+        if int(tokens.max()) < vocab_size and not below:
             return
-        place = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
+        place = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
         value, number = int(tokens[place]), first + place
-        fault = "is below 0" if value < 0 else f"is not below the vocabulary's {self._vocab_size}"
+        fault = "is below 0" if value < 0 else f"is not below the vocabulary's {vocab_size}"
         raise DataError(
             f"{file.path}: token {value} at offset {file.start + number * file.dtype.itemsize} "
             f"(token number {number}) {fault}. Wrong token_dtype ({file.dtype}) or "
@@ -236,9 +302,10 @@ class TokenReader:
         self, unit: int, seed: int, epoch: int, shuffle: bool, tokens: range
     ) -> tuple[str, list[range]]:
         """File and number of these tokens of the unit."""
-        number, first, _ = self._units[:, unit].tolist()
-        path = self._files[number].path
+        file, first, _ = self._place(unit, seed, epoch, shuffle)
+        path = self._units.files[file].path
         return f"{path} tokens", [range(first + tokens.start, first + tokens.stop)]
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Close all files."""
+        self._maps.close()

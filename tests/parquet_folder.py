@@ -11,8 +11,9 @@ import tokenizers
 
 import data
 from config import DatasetConfig, TokenizerConfig
-from data.dataset import Reader
+from data.dataset import Reader, split_of
 from data.folder import ParquetText
+from data.order import Integers
 
 
 def write(path: Path, texts: list[str | None], **options: Any) -> Path:
@@ -48,7 +49,17 @@ def folder_of(dataset: data.Dataset) -> ParquetText:
 
 def reader(dataset: data.Dataset) -> Reader:
     """Reads the units of a dataset."""
-    return dataset.source.reader()
+    return folder_of(dataset).reader()
+
+
+def unit_count(dataset: data.Dataset) -> int:
+    """How many units the text of a folder is."""
+    return len(folder_of(dataset).slices)
+
+
+def split(dataset: data.Dataset, name: str) -> Integers:
+    """The units of "train" or "test"."""
+    return split_of(folder_of(dataset), name)
 
 
 def encoded(folder: Path, name: str, **options: Any) -> data.Dataset:

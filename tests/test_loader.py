@@ -36,6 +36,7 @@ from tests.parquet_folder import (
     opened,
     reader,
     small_bpe,
+    split,
     write,
 )
 
@@ -79,13 +80,13 @@ def read(
 def reference(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[bytes]:
     """Slow and separate: the documents of a lane, epoch by epoch, each epoch as one string."""
     folder = folder_of(dataset)
-    units = folder.units
-    keys = units.block[dataset.train]
+    units = folder.slices
+    keys = units.block[split(dataset, "train")]
     result = []
     for epoch in range(epochs):
         plan = order.epoch_order(keys, 1337, epoch)
         text = b""
-        for unit in dataset.train[plan[order.lane_of(keys[plan], lanes) == lane]]:
+        for unit in split(dataset, "train")[plan[order.lane_of(keys[plan], lanes) == lane]]:
             file = int(folder.index.group_file[units.group[unit]])
             table = pq.read_table(folder.index.path(file))
             group = int(folder.index.group_number[units.group[unit]])
@@ -312,11 +313,11 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
 def test_evaluation_rows_never_change(corpus: Path) -> None:
     dataset = opened(corpus, test_fraction=0.3)
     state = torch.get_rng_state()
-    for split in ("train", "test"):
-        rows = data.evaluation_rows(dataset, split, T, 10)
+    for name in ("train", "test"):
+        rows = data.evaluation_rows(dataset, name, T, 10)
         assert rows.shape == (10, T + 1)
         assert rows.dtype == torch.uint8
-        again = data.evaluation_rows(opened(corpus, test_fraction=0.3), split, T, 10)
+        again = data.evaluation_rows(opened(corpus, test_fraction=0.3), name, T, 10)
         assert torch.equal(rows, again)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -325,7 +326,7 @@ def test_evaluation_rows_are_spread_over_the_whole_split(tmp_path: Path) -> None
     texts = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(120)]
     write(tmp_path / "a.parquet", [*texts])
     dataset = opened(tmp_path, test_fraction=0.1)
-    assert len(dataset.test) <= 16  # of more units, only some are read
+    assert len(split(dataset, "test")) <= 16  # of more units, only some are read
     every = data.evaluation_rows(dataset, "test", T, 10_000)
     few = data.evaluation_rows(dataset, "test", T, 4)
     assert len(every) > 2 * len(few)
@@ -339,7 +340,7 @@ def test_evaluation_uses_only_its_split_and_each_token_once(corpus: Path) -> Non
     dataset = opened(corpus, test_fraction=0.3)
     rows = data.evaluation_rows(dataset, "test", T, 10_000)
     source = reader(dataset)
-    tokens = sum(len(source.tokens(int(unit), 0, 0, True)) for unit in dataset.test)
+    tokens = sum(len(source.tokens(int(unit), 0, 0, True)) for unit in split(dataset, "test"))
     assert rows.shape[0] == (tokens - 1) // T
     starts = set(re.findall(r"<\d+>", rows[:, :-1].numpy().tobytes().decode()))
     training, _ = read(dataset, STEPS, spec())
@@ -463,8 +464,8 @@ def test_neighbours_in_a_batch_come_from_different_places(tmp_path: Path) -> Non
     marked(tmp_path, files=8, rows=200)
     dataset = opened(tmp_path)
     text = folder_of(dataset)
-    plan = Plan(text.block, dataset.train, G, 1337, True)
-    files = [text.index.group_file[text.units.group[plan.lane_units(0, v)]] for v in range(G)]
+    plan = Plan(text.block, split(dataset, "train"), G, 1337, True)
+    files = [text.index.group_file[text.slices.group[plan.lane_units(0, v)]] for v in range(G)]
     length = min(map(len, files))
     table = np.stack([row[:length] for row in files])
     same = (table[1:] == table[:-1]).mean()

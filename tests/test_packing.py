@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import DataError
-from data.packing import LaneStream, document_ids, positions, windows
+from data.packing import LaneStream, RowStream, Trace, document_ids, positions, windows
 
 Array = npt.NDArray[np.uint8]
 
@@ -38,31 +38,42 @@ class Units:
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 
 
-@given(lengths, st.lists(st.integers(1, 12), min_size=1, max_size=10))
-def test_reads_are_the_stream_with_one_token_ahead(sizes: list[int], reads: list[int]) -> None:
-    units = Units(sizes)
-    expected = units.stream(epochs=sum(reads) + 2)
-    lane, done = LaneStream(units, 0), 0
-    for count in reads:
-        out = np.empty(count + 1, dtype=np.uint8)
-        lane.read(out)
-        assert np.array_equal(out, expected[done : done + count + 1])
-        done += count
+def filled(
+    lane: LaneStream | RowStream, count: int, block_size: int, dtype: type = np.uint8
+) -> tuple[npt.NDArray[Any], Trace]:
+    """The next rows (count, T + 1), written between others, and where they came from."""
+    out: npt.NDArray[Any] = np.zeros((count, 3, block_size + 1), dtype=dtype)
+    trace = lane.fill(out[:, 1])
+    assert not out[:, ::2].any()
+    return out[:, 1], trace
 
 
-@given(lengths, st.integers(1, 40), st.data())
-def test_every_address_continues_the_stream(
-    sizes: list[int], count: int, draw: st.DataObject
+@given(lengths, st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 5))
+def test_rows_are_windows_of_the_stream_over_all_joins(
+    sizes: list[int], reads: list[int], T: int
 ) -> None:
     units = Units(sizes)
-    out = np.empty(count + 1, dtype=np.uint8)
-    trace = LaneStream(units, 0).read(out)
-    token = draw.draw(st.integers(0, count))
-    rest = np.empty(count + 1, dtype=np.uint8)
-    LaneStream(units, 0, trace.address(token)).read(rest)
-    assert np.array_equal(rest[: count + 1 - token], out[token:])
-    runs = trace.runs(0, count + 1)
-    assert sum(length for _, length in runs) == count + 1
+    expected = units.stream(epochs=sum(reads) * T + 2)
+    lane, done = LaneStream(units, 0), 0
+    for count in reads:
+        rows, _ = filled(lane, count, T)
+        assert np.array_equal(rows, windows(expected[done : done + count * T + 1], T))
+        done += count * T
+
+
+@given(lengths, st.integers(1, 9), st.integers(1, 5), st.data())
+def test_every_address_continues_the_stream(
+    sizes: list[int], count: int, T: int, draw: st.DataObject
+) -> None:
+    units = Units(sizes)
+    rows, trace = filled(LaneStream(units, 0), count, T)
+    stream = np.append(rows[:, :-1], rows[-1, -1])
+    token = draw.draw(st.integers(0, count * T))
+    rest, _ = filled(LaneStream(units, 0, trace.address(token)), count, T)
+    assert np.array_equal(
+        rest[:, :-1].flatten()[: len(stream) - token], stream[token:][: count * T]
+    )
+    assert sum(length for _, length in trace.runs(0, count * T)) == count * T + 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
@@ -71,10 +82,55 @@ def test_units_of_any_type_are_read_into_rows_of_another(dtype: type) -> None:
         def tokens(self, unit: int, epoch: int) -> npt.NDArray[Any]:
             return (super().tokens(unit, epoch).astype(np.int64) + 40_000).astype(dtype)
 
-    sizes = [3, 0, 700]
-    out = np.empty(1400, dtype=np.int32)
-    LaneStream(Large(sizes), 0).read(out)
-    assert np.array_equal(out, Units(sizes).stream(2)[:1400].astype(np.int32) + 40_000)
+    for stream, sizes in ((LaneStream, [3, 0, 701]), (RowStream, [1401, 15])):
+        rows, _ = filled(stream(Large(sizes), 0), 100, 14, np.int32)
+        expected = windows(Units(sizes).stream(2).astype(np.int32) + 40_000, 14)
+        assert np.array_equal(rows, expected[:100])
+
+
+whole = st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 4))
+"""The rows of each unit, and T."""
+
+
+def whole_rows(counts: list[int], T: int, epochs: int) -> list[tuple[tuple[int, int, int], Array]]:
+    """Slow and separate: address and tokens of every row."""
+    units = Units([count * T + 1 for count in counts])
+    return [
+        ((epoch, place, row * T), units.tokens(unit, epoch)[row * T :][: T + 1])
+        for epoch in range(epochs)
+        for place, unit in enumerate(units.lane_units(epoch, 0).tolist())
+        for row in range(counts[unit])
+    ]
+
+
+@given(whole, st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_rows_of_units_of_whole_rows_join_nothing(
+    shape: tuple[list[int], int], reads: list[int]
+) -> None:
+    counts, T = shape
+    expected = whole_rows(counts, T, sum(reads) + 2)
+    lane, done = RowStream(Units([count * T + 1 for count in counts]), 0), 0
+    for count in reads:
+        rows, trace = filled(lane, count, T)
+        for i in range(count):
+            address, row = expected[done + i]
+            assert trace.address(i * T) == address
+            assert trace.runs(i * T, (i + 1) * T) == [(address, T + 1)]
+            assert np.array_equal(rows[i], row)
+        done += count
+        assert trace.address(count * T) == expected[done][0]
+
+
+@given(whole, st.integers(1, 20), st.data())
+def test_every_row_is_the_begin_of_the_same_rows(
+    shape: tuple[list[int], int], count: int, draw: st.DataObject
+) -> None:
+    counts, T = shape
+    units = Units([n * T + 1 for n in counts])
+    rows, trace = filled(RowStream(units, 0), count, T)
+    start = draw.draw(st.integers(0, count))
+    again, _ = filled(RowStream(units, 0, trace.address(start * T)), count, T)
+    assert np.array_equal(again[: count - start], rows[start:])
 
 
 def test_a_lane_keeps_nothing_of_what_it_reads_from() -> None:
@@ -85,21 +141,26 @@ def test_a_lane_keeps_nothing_of_what_it_reads_from() -> None:
             return whole[:]
 
     kept: list[weakref.ref[Array]] = []
-    lane = LaneStream(Views([500, 500]), 0)
-    lane.read(np.empty(100, dtype=np.uint8))
+    filled(LaneStream(Views([500, 500]), 0), 9, 11)
     assert [view() for view in kept] == [None]
 
 
 def test_a_lane_without_text_is_an_error_not_a_hang() -> None:
     for sizes in ([], [0], [0, 0, 0]):
         with pytest.raises(DataError, match="no text in the"):
-            LaneStream(Units(sizes), 0).read(np.empty(2, dtype=np.uint8))
+            filled(LaneStream(Units(sizes), 0), 1, 1)
 
 
 @pytest.mark.parametrize("address", [(0, 2, 0), (0, 1, 5)])
 def test_a_cursor_of_other_data_is_refused(address: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="belongs to other data"):
-        LaneStream(Units([5, 5]), 0, address).read(np.empty(2, dtype=np.uint8))
+        filled(LaneStream(Units([5, 5]), 0, address), 1, 1)
+
+
+@pytest.mark.parametrize("address", [(0, 2, 0), (0, 1, 3), (1, 0, 4)])
+def test_a_cursor_between_whole_rows_is_refused(address: tuple[int, int, int]) -> None:
+    with pytest.raises(DataError, match="belongs to other data"):
+        filled(RowStream(Units([5, 5]), 0, address), 1, 2)
 
 
 def test_rows_overlap_by_one_token() -> None:

@@ -26,6 +26,8 @@ from tests.parquet_folder import (
     opened,
     reader,
     small_bpe,
+    split,
+    unit_count,
     write,
 )
 
@@ -33,7 +35,7 @@ from tests.parquet_folder import (
 def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
     """All documents, unit by unit."""
     source = reader(dataset)
-    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(dataset.ledger.units)]
+    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(unit_count(dataset))]
     source.close()
     return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
 
@@ -70,7 +72,7 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     dataset = opened(tmp_path)
     assert texts_of(dataset) == ["x", "y z", "w", " "]
     source = reader(dataset)
-    for unit in range(dataset.ledger.units):
+    for unit in range(unit_count(dataset)):
         source.tokens(unit, 1, 0, True)
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
     assert source.counts == expected
@@ -87,11 +89,11 @@ def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
 def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = marked(tmp_path, files=2, rows=30)
     dataset = opened(tmp_path)
-    assert dataset.ledger.units == 60  # small data is cut finely
+    assert unit_count(dataset) == 60  # small data is cut finely
     monkeypatch.setattr(index_module, "MIN_UNITS", 2)
     monkeypatch.setattr(index_module, "UNIT_ROWS", 4)
     dataset = opened(tmp_path)
-    assert folder_of(dataset).units.rows.tolist() == [4, 4, 2] * 6
+    assert folder_of(dataset).slices.rows.tolist() == [4, 4, 2] * 6
     assert texts_of(dataset) == texts
 
 
@@ -103,10 +105,10 @@ def test_large_row_groups_are_read_in_slices(
     texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
     write(tmp_path / "a.parquet", list(texts), row_group_size=250)
     dataset = opened(tmp_path)
-    assert dataset.ledger.units > 100
+    assert unit_count(dataset) > 100
     assert texts_of(dataset) == texts
     source = reader(dataset)
-    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(dataset.ledger.units))]
+    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(unit_count(dataset)))]
     joined = np.concatenate(backwards[::-1]).tobytes().decode()
     assert joined == "".join(text + "\0" for text in texts)
 
@@ -117,7 +119,7 @@ def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -
     write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
     dataset = opened(tmp_path)
     source = reader(dataset)
-    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(dataset.ledger.units)]
+    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(unit_count(dataset))]
     assert sum(sizes) == sum(len(text) + 1 for text in texts)
     assert len(long) < max(sizes) < len(long) + 1000
     assert sorted(sizes)[-2] < 1000
@@ -144,7 +146,7 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     dataset = opened(tmp_path, max_cached_files=3)
     before = len(os.listdir("/proc/self/fd"))
     source = reader(dataset)
-    for unit in random.Random(0).sample(range(dataset.ledger.units), 40):
+    for unit in random.Random(0).sample(range(unit_count(dataset)), 40):
         source.tokens(unit, 1, 0, True)
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     source.close()
@@ -157,7 +159,7 @@ def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
     source = reader(dataset)
     before = pa.total_allocated_bytes()
     for _ in range(3):
-        for unit in range(dataset.ledger.units):
+        for unit in range(unit_count(dataset)):
             tokens = source.tokens(unit, 1, 0, True)
         held = pa.total_allocated_bytes() - before
         assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
@@ -374,9 +376,10 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
     marked(tmp_path / "a")
     marked(tmp_path / "b")
     first, second = (opened(tmp_path / name, test_fraction=0.1) for name in "ab")
-    assert not set(first.train) & set(first.test)
-    assert sorted([*first.train, *first.test]) == list(range(first.ledger.units))
-    assert np.array_equal(first.test, second.test)
+    train, test = split(first, "train"), split(first, "test")
+    assert not set(train) & set(test)
+    assert sorted([*train, *test]) == list(range(unit_count(first)))
+    assert np.array_equal(test, split(second, "test"))
     assert first.summary()["fingerprint"] == second.summary()["fingerprint"]
     share = first.ledger.test_tokens / first.ledger.tokens
     assert 0.05 < share < 0.15
@@ -385,7 +388,7 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
 def test_the_default_config_opens(tmp_path: Path) -> None:
     marked(tmp_path)
     dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
-    assert dataset.ledger.test_units > 0
+    assert dataset.ledger.test_tokens > 0
 
 
 # Tokens that are not bytes.
@@ -406,7 +409,7 @@ def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> 
     assert texts_of(opened(tmp_path), shuffle=True) != texts
     source, end = reader(dataset), dataset.tokenizer.separator
     assert end is not None
-    units = [source.tokens(unit, 1, 0, True) for unit in range(dataset.ledger.units)]
+    units = [source.tokens(unit, 1, 0, True) for unit in range(unit_count(dataset))]
     stream = np.concatenate(units)
     assert stream.dtype == np.uint16
     documents = np.split(stream, np.flatnonzero(stream == end) + 1)[:-1]
@@ -422,10 +425,10 @@ def test_tokens_of_other_tokenizers_are_estimated_from_a_sample(tmp_path: Path) 
     for name in (small_bpe(tmp_path, texts[:300]), "char"):
         dataset = encoded(tmp_path, name, test_fraction=0.1)
         source = reader(dataset)
-        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(dataset.ledger.units))
+        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(unit_count(dataset)))
         assert not dataset.ledger.exact
         assert dataset.ledger.tokens == pytest.approx(exact, rel=0.03)
-        assert dataset.source.sizes.sum() == dataset.ledger.tokens
+        assert folder_of(dataset).sizes.sum() == dataset.ledger.tokens
         again = encoded(tmp_path, name, test_fraction=0.1)
         assert again.ledger == dataset.ledger
 
@@ -439,7 +442,7 @@ def test_characters_are_those_of_the_whole_text_and_kept(
     dataset = encoded(tmp_path / "data", "char", test_fraction=0.3)
     assert dataset.tokenizer.decode(range(dataset.vocab_size)) == "\nabcz\u00e9\U0001f409"
     source = reader(dataset)
-    tokens = [source.tokens(unit, 0, 0, False) for unit in range(dataset.ledger.units)]
+    tokens = [source.tokens(unit, 0, 0, False) for unit in range(unit_count(dataset))]
     assert dataset.tokenizer.decode(np.concatenate(tokens)) == "abcz\u00e9" * 20 + "\U0001f409\n"
     saved = dataset.summary()
     monkeypatch.setattr(folder_module, "_code_points", None)  # may not be called again
@@ -471,7 +474,7 @@ def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", list(texts))
     dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
     source, end = reader(dataset), dataset.tokenizer.separator
-    for unit in range(dataset.ledger.units):
+    for unit in range(unit_count(dataset)):
         tokens = source.tokens(unit, 1, 0, True)
         name, rows = source.places(unit, 1, 0, True, range(len(tokens)))
         assert re.fullmatch(r".*a\.parquet row group \d rows", name)

@@ -193,8 +193,8 @@ def test_nanogpts_checkpoint_starts_a_run_but_does_not_continue(
     words = [*SMALL, "model.name=gpt", "dataset.name=dragon", "test_freq=null", "max_iters=3"]
     assert run_here([*words, "checkpoint_dir=first"]) == 0
     model, config = load_model(only_run(here / "first"))
-    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": False}
-    arguments |= {"vocab_size": config.model.vocab_size, "dropout": 0.0}
+    arguments: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
+    arguments |= {"vocab_size": config.model.vocab_size, "dropout": 0.0, "bias": False}
     (here / "out").mkdir()
     content = {"model": model.state_dict(), "model_args": arguments, "iter_num": 3}
     torch.save(content, here / "out" / "ckpt.pt")

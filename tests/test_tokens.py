@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import random
 import re
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 import data
 from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
 from data import loader, memmap, order, tokens
+from data.dataset import split_of
 from data.meta import write_meta
 from data.tokenizer import build_tokenizer, char_tokenizer
-from data.tokens import TokenText
+from data.tokens import Stretch, TokenText
 from tests.forks import in_child
 from tests.parquet_folder import write
 
@@ -34,10 +36,8 @@ VOCABULARY = 5000
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of about 100 tokens, and three steps to a chunk."""
-    monkeypatch.setattr(tokens, "LEAST_UNIT_TOKENS", 100)
-    monkeypatch.setattr(tokens, "UNIT_TOKENS", 100)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps to a chunk."""
     monkeypatch.setattr(loader, "CHUNK_BYTES", 4 * 3 * G * (T + 1))
 
 
@@ -71,16 +71,25 @@ def text_of(dataset: data.Dataset) -> TokenText:
     return dataset.source
 
 
-def units_of(dataset: data.Dataset, split: str = "train") -> list[list[int]]:
-    """The tokens of each unit of a split."""
-    reader = dataset.source.reader()
-    return [reader.tokens(int(unit), 1, 0, True).tolist() for unit in dataset.split(split)]
+def tokens_of(dataset: data.Dataset, split: str = "train") -> list[int]:
+    """All tokens of a split, from rows of one token and its successor."""
+    text = text_of(dataset)
+    units = text.units(1)
+    reader, found = units.reader(), []
+    for stretch, (begin, end) in zip(text.stretches, itertools.pairwise(units.bounds), strict=True):
+        if stretch.held_out == (split == "test"):
+            rows = [reader.tokens(unit, 1, 0, True).tolist() for unit in range(begin, end)]
+            found += [first for first, _ in rows] + rows[-1][1:]
+    return found
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4,321 tokens, each once."""
-    return put(tmp_path_factory.mktemp("tokens") / "train.bin", ids(4321))
+    """4,321 tokens, each once, in three files."""
+    folder = tmp_path_factory.mktemp("tokens")
+    for name, first, last in (("a", 0, 2500), ("b", 2500, 2530), ("c", 2530, 4321)):
+        put(folder / f"{name}.bin", ids(last - first, first))
+    return folder
 
 
 def spec(**options: Any) -> data.BatchSpec:
@@ -119,34 +128,48 @@ def read_all(
     return torch.cat([rows for rows, _ in parts], dim=1), merged
 
 
-def lane_stream(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[list[int]]:
-    """Slow and separate: the tokens of a lane, epoch by epoch."""
-    blocks = dataset.source.block[dataset.train]
-    file = text_of(dataset).train_files[0]
-    array = np.fromfile(file.path, file.dtype)
-    sizes = dataset.source.sizes
-    begins = np.cumsum(sizes) - sizes
+Rows = list[list[int]]
+
+
+def slow_units(parts: list[list[int]], epoch: int, unit_rows: int) -> list[Rows]:
+    """Slow and separate: the units of an epoch as lists of rows, in the order of the files."""
+    units = []
+    for part in parts:
+        rows, step = list[list[int]](), T
+        count = max((len(part) - T) // T, 1 if len(part) > T else 0)
+        for row in range(count):
+            first = order.cut_hash(1337, epoch) % (len(part) - count * T) + row * step
+            rows.append(part[first : first + T + 1])
+        units += [rows[i : i + unit_rows] for i in range(0, count, unit_rows)]
+    return units
+
+
+def slow_lane(folder: Path, lane: int, lanes: int, unit_rows: int) -> list[Rows]:
+    """The rows of a lane, epoch by epoch."""
+    parts = [np.fromfile(path, np.uint16).tolist() for path in sorted(folder.iterdir())]
     result = []
-    for epoch in range(epochs):
-        plan = order.epoch_order(blocks, 1337, epoch)
-        chosen = dataset.train[plan[order.lane_of(blocks[plan], lanes) == lane]]
-        result.append([t for u in chosen for t in array[begins[u] : begins[u] + sizes[u]].tolist()])
+    for epoch in range(5):
+        units = slow_units(parts, epoch, unit_rows)
+        keys = order.combine(order.path_keys(["train"]), np.arange(len(units)))
+        plan = order.epoch_order(keys, 1337, epoch).tolist()
+        result.append([row for unit in plan[lane::lanes] for row in units[unit]])
     return result
+
+
+def slow_batches(folder: Path, lanes: int, unit_rows: int) -> torch.Tensor:
+    """The global rows of every step."""
+    each = G // lanes
+    batches = np.empty((STEPS, G, T + 1), dtype=np.int32)
+    for lane in range(lanes):
+        rows = list(itertools.chain(*slow_lane(folder, lane, lanes, unit_rows)))[: STEPS * each]
+        batches[:, lane * each : (lane + 1) * each] = np.reshape(rows, (STEPS, each, T + 1))
+    return torch.from_numpy(batches)
 
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path) -> torch.Tensor:
     """The global rows of every step, from the slow reference."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "LEAST_UNIT_TOKENS", 100)
-        patch.setattr(tokens, "UNIT_TOKENS", 100)
-        dataset = opened(corpus)
-        rows = np.empty((STEPS, G, T + 1), dtype=np.int32)
-        for lane in range(G):  # as many lanes as rows, so one row of a lane in each step
-            stream = np.concatenate(lane_stream(dataset, lane, G, 6))
-            for step in range(STEPS):
-                rows[step, lane] = stream[step * T : step * T + T + 1]
-    return torch.from_numpy(rows)
+    return slow_batches(corpus, G, 1)
 
 
 # Order and resume.
@@ -165,20 +188,69 @@ def test_the_batches_are_the_same_for_every_layout_also_interrupted(
     assert cursor == read(dataset, STEPS, spec())[1]
 
 
-@pytest.mark.parametrize("layout", [(1, 0), (1, 2), (2, 1), (4, 0)], ids=str)
-@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
-def test_every_token_comes_exactly_once_per_epoch(corpus: Path, layout: Layout, lanes: int) -> None:
+@pytest.mark.parametrize("lanes", [1, 4, 16])
+@pytest.mark.parametrize(("most", "unit_rows"), [(266, 1), (265, 2), (60, 5)])
+def test_more_rows_than_a_plan_takes_are_shuffled_by_some(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, most: int, unit_rows: int
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_UNITS", most)
     dataset = opened(corpus)
-    rows, _ = read_all(dataset, STEPS, layout, None, lanes=lanes)
+    expected = slow_batches(corpus, lanes, unit_rows)
+    first, cursor = read_all(dataset, 13, (2, 1), None, lanes=lanes)
+    second, _ = read_all(dataset, STEPS - 13, (4, 0), cursor)
+    assert torch.equal(torch.cat((first, second)), expected)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+def test_every_row_comes_exactly_once_per_epoch_and_lies_in_one_file(
+    corpus: Path, lanes: int
+) -> None:
+    rows, _ = read(opened(corpus), STEPS, spec(lanes=lanes))
     each = G // lanes
-    seen = [Counter[int](), Counter[int]()]
-    for lane in range(lanes):
-        stream = rows[:, lane * each : (lane + 1) * each, :-1].flatten().tolist()
-        for epoch, part in enumerate(lane_stream(dataset, lane, lanes, 2)):
-            now, stream = stream[: len(part)], stream[len(part) :]
-            assert len(now) == len(part)  # the run is long enough to hold the epoch
-            seen[epoch].update(now)
-    assert seen == [Counter(ids(4321).tolist())] * 2
+    cuts = []
+    for epoch in range(2):
+        seen = Counter[int]()
+        for lane in range(lanes):
+            before, now = (
+                sum(map(len, slow_lane(corpus, lane, lanes, 1)[:count]))
+                for count in (epoch, epoch + 1)
+            )
+            stream = rows[:, lane * each : (lane + 1) * each].reshape(-1, T + 1)
+            assert len(stream) >= now  # the run is long enough to hold the epoch
+            assert bool((stream.diff() == 1).all())
+            seen.update(stream[before:now, 0].tolist())
+        assert set(seen.values()) == {1}
+        starts = [sorted(set(seen) & set(range(*ends))) for ends in ((0, 2500), (2500, 2530))]
+        starts.append(sorted(set(seen) & set(range(2530, 4321))))
+        assert [len(each) for each in starts] == [155, 1, 110]
+        assert all(np.diff(each).tolist() == [T] * (len(each) - 1) for each in starts)
+        assert all(each[-1] + T < end for each, end in zip(starts, (2500, 2530, 4321), strict=True))
+        cuts.append([each[0] for each in starts])
+    assert all(one != other for one, other in zip(*cuts, strict=True))
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**63))
+def test_the_rows_of_a_stretch_fit_and_every_token_is_in_some_epoch(
+    count: int, block_size: int, seed: int
+) -> None:
+    file = memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, count, "")
+    stretches = (Stretch(0, 7, count, False), Stretch(0, 0, 0, True))
+    units = tokens.RowUnits((file,), stretches, block_size, 9)
+    reader = tokens.TokenReader(units)
+    total = len(units.block)
+    assert total == tokens.count_rows(count, block_size)
+    assert (total > 0) == (count > block_size)
+    seen, left_out = np.zeros(count, dtype=np.bool_), []
+    for epoch in range(0 if not total else 40 * block_size):
+        places = [reader._place(unit, seed, epoch, True)[1:] for unit in (0, total - 1)]
+        (first, length), (last, _) = places
+        assert length == block_size + 1
+        assert 7 <= first <= last == first + (total - 1) * block_size
+        assert last + length <= 7 + count
+        seen[first - 7 : last + length - 7] = True
+        left_out.append(count - (last + length - first))
+    assert seen.all() == (total > 0)
+    assert max(left_out, default=0) <= 2 * block_size - 2
 
 
 @settings(max_examples=10, deadline=None)
@@ -211,13 +283,14 @@ def test_a_loader_starts_where_its_cursor_says(corpus: Path, expected: torch.Ten
         assert torch.equal(read(dataset, 1, spec(), again)[0][0], expected[begin])
 
 
-def test_without_shuffling_the_tokens_come_as_they_lie(tmp_path: Path) -> None:
+def test_without_shuffling_the_rows_come_as_they_lie(tmp_path: Path) -> None:
     for part in range(3):
-        put(tmp_path / f"{part}.ids", ids(700, 700 * part))
+        put(tmp_path / f"{part}.ids", ids(700, 1000 * part))
     config = DataLoaderConfig(shuffle=False)
     with data.TrainLoader(opened(tmp_path), spec(lanes=1), config) as batches:
-        taken = [torch.cat(next(batches).micro_batches) for _ in range(7)]
-    assert torch.cat(taken)[:, :-1].flatten().tolist() == ids(7 * G * T).tolist()
+        taken = torch.cat([torch.cat(next(batches).micro_batches) for _ in range(10)])
+    begins = [1000 * part + T * row for part in range(3) for row in range(42)]
+    assert taken[:, 0].tolist() == [begins[i % len(begins)] for i in range(10 * G)]
 
 
 def test_bytes_in_a_token_file_are_the_bytes_of_parquet(tmp_path: Path) -> None:
@@ -239,8 +312,9 @@ def test_bytes_in_a_token_file_are_the_bytes_of_parquet(tmp_path: Path) -> None:
 
 
 def test_names_and_folders_do_not_matter(corpus: Path, tmp_path: Path) -> None:
-    moved = put(tmp_path / "other" / "name.ids", ids(4321))
-    first, second = opened(corpus), opened(moved)
+    for path in sorted(corpus.iterdir()):
+        put(tmp_path / "other" / f"0{path.stem}.ids", np.fromfile(path, np.uint16))
+    first, second = opened(corpus), opened(tmp_path / "other")
     second.check_unchanged(first.summary())
     assert torch.equal(read(first, 9, spec())[0], read(second, 9, spec())[0])
 
@@ -248,58 +322,41 @@ def test_names_and_folders_do_not_matter(corpus: Path, tmp_path: Path) -> None:
 # Units and splits.
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=5))
-def test_units_cover_every_token_of_every_file_once(counts: list[int]) -> None:
-    files = [memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, n, "") for n in counts]
-    file, first, count, key = tokens._cut(files, 0)
-    assert len(np.unique(key)) == len(key)
-    assert count.min() >= 1
-    assert count.max() <= 100
-    for number, size in enumerate(counts):
-        own = file == number
-        assert first[own].tolist() == np.cumsum([0, *count[own][:-1]]).tolist()
-        assert count[own].sum() == size
-        assert count[own].max() - count[own].min() < max(100, size) // own.sum() + own.sum()
-
-
 @pytest.mark.parametrize(
-    ("count", "units", "size"),
-    [
-        (500, 1, 500),  # tiny
-        (5_000, 5, 1000),
-        (300_000, 129, 2326),
-        (20_000_000, 306, 65_360),
-    ],
+    ("count", "fraction", "kept"), [(4321, 0.1, 3888), (4321, 0.05, 4104), (100, 0.25, 75)]
 )
-def test_small_files_are_cut_finely_but_not_into_crumbs(
-    monkeypatch: pytest.MonkeyPatch, count: int, units: int, size: int
+def test_the_end_of_each_file_is_held_out(
+    tmp_path: Path, count: int, fraction: float, kept: int
 ) -> None:
-    monkeypatch.undo()
-    file = memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, count, "")
-    _, _, counts, _ = tokens._cut([file], 0)
-    assert (len(counts), int(counts.max())) == (units, size)
-
-
-def test_a_share_of_one_file_is_held_out_in_whole_units(corpus: Path) -> None:
-    dataset = opened(corpus, test_fraction=0.1)
-    train, test = (sorted(itertools.chain(*units_of(dataset, s))) for s in ("train", "test"))
-    assert sorted(train + test) == list(range(4321))
-    assert 0.05 < len(test) / 4321 < 0.15
-    assert (len(train), len(test)) == (dataset.ledger.train_tokens, dataset.ledger.test_tokens)
-    assert dataset.ledger.exact
-    assert dataset.ledger.rows == 0
+    for part in range(2):
+        put(tmp_path / f"{part}.bin", ids(count, 10_000 * part), "uint32")
+    dataset = opened(tmp_path, test_fraction=fraction, token_dtype="uint32")
+    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (
+        2 * kept,
+        2 * (count - kept),
+    )
+    assert (dataset.ledger.exact, dataset.ledger.rows) == (True, 0)
+    ends = [(s.file, s.first, s.first + s.length) for s in text_of(dataset).stretches]
+    assert ends == [(0, 0, kept), (1, 0, kept), (0, kept, count), (1, kept, count)]
+    for split in ("train", "test"):
+        rows = data.evaluation_rows(dataset, split, T, 10_000)
+        assert bool((rows.diff() % VOCABULARY == 1).all())
+    whole = opened(tmp_path / "0.bin", token_dtype="uint32")
+    assert (len(tokens_of(whole)), whole.ledger.test_tokens) == (count, 0)
+    assert not len(split_of(whole.source.units(T), "test"))
+    assert len(split_of(dataset.source.units(T), "train")) == 2 * tokens.count_rows(kept, T)
 
 
 def test_a_second_file_is_held_out_whole(corpus: Path, tmp_path: Path) -> None:
     val = put(tmp_path / "val.npy", ids(333), "int64")
     dataset = opened(corpus, val, test_fraction=0.5)
-    assert list(itertools.chain(*units_of(dataset, "test"))) == ids(333).tolist()
-    assert list(itertools.chain(*units_of(dataset))) == ids(4321).tolist()
+    assert tokens_of(dataset, "test") == ids(333).tolist()
+    assert tokens_of(dataset) == ids(4321).tolist()
     assert dataset.lines() == [
         "Loading data with memory mapping...",
         "Train data size: 4,321 tokens",
         "Validation data size: 333 tokens",
-        f"Token type of {corpus}: uint16, detected (dataset.token_dtype states it)",
+        f"Token type of {corpus}/a.bin: uint16, detected (dataset.token_dtype states it)",
     ]
 
 
@@ -308,7 +365,7 @@ def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
         put(tmp_path / name, ids(100, first), "uint32")
     (tmp_path / "notes.txt").touch()
     dataset = opened(tmp_path)
-    assert list(itertools.chain(*units_of(dataset))) == list(range(300))
+    assert tokens_of(dataset) == list(range(300))
     assert dataset.ledger.files == 3
 
 
@@ -318,7 +375,7 @@ def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int16", "int32", "int64"])
 def test_npy_files_of_any_integers_are_read(tmp_path: Path, dtype: str) -> None:
     path = put(tmp_path / "a.npy", ids(700) % 120, dtype)
-    assert list(itertools.chain(*units_of(opened(path)))) == (ids(700) % 120).tolist()
+    assert tokens_of(opened(path)) == (ids(700) % 120).tolist()
 
 
 @pytest.mark.parametrize(
@@ -341,14 +398,12 @@ def test_types_are_detected(
     path = put(tmp_path / "a.bin", values, dtype)
     dataset = opened(path, vocab_size=vocab_size)
     assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1]
-    assert list(itertools.chain(*units_of(dataset))) == values.tolist()
+    assert tokens_of(dataset) == values.tolist()
 
 
 def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
     path = put(tmp_path / "a.bin", ids(701) % 250, "uint8")
-    assert list(itertools.chain(*units_of(opened(path, vocab_size=256)))) == (
-        (ids(701) % 250).tolist()
-    )
+    assert tokens_of(opened(path, vocab_size=256)) == ((ids(701) % 250).tolist())
     with pytest.raises(DataError, match=r"a\.bin: 701 bytes, an odd number.*50,257 tokens"):
         opened(path, vocab_size=50257)
 
@@ -445,13 +500,13 @@ def test_a_token_out_of_range_is_named(tmp_path: Path) -> None:
             rf"below the vocabulary's 50257\. Wrong token_dtype \(uint\d\d\) or model\.vocab_size\?"
         )
         with pytest.raises(DataError, match=message):
-            units_of(dataset)
+            tokens_of(dataset)
         for workers in (0, 2):
             with pytest.raises(DataError, match=message):
                 read(dataset, STEPS, spec(), workers=workers)
     path = put(tmp_path / "b.npy", [-1] * 300, "int16")
     with pytest.raises(DataError, match=r"token -1 at offset \d+ \(token number 0\) is below 0"):
-        units_of(opened(path))
+        tokens_of(opened(path))
 
 
 def save(path: Path, array: npt.NDArray[Any], **options: Any) -> Path:
@@ -537,12 +592,20 @@ def test_text_that_is_too_short_is_told_at_the_start(tmp_path: Path) -> None:
     assert set(rows.flatten().tolist()) == set(range(T + 1))
     with pytest.raises(DataError, match=rf"the test text \({T} tokens, {val}\) is shorter"):
         data.evaluation_rows(opened(train, val), "test", T, 4)
+    for name in "ab":
+        put(tmp_path / "both" / f"{name}.bin", ids(100))
+    message = r"the test text \(20 tokens, .*both: 2 files, each taken alone, .*0\.1\) is shorter"
+    with pytest.raises(DataError, match=message):
+        data.evaluation_rows(opened(tmp_path / "both", test_fraction=0.1), "test", T, 4)
 
 
 def test_a_split_that_cannot_be_is_explained(tmp_path: Path) -> None:
     train = put(tmp_path / "train.bin", ids(90))
-    with pytest.raises(DataError, match=r"train\.bin: 90 tokens are too few to hold out"):
-        opened(train, test_fraction=0.1)
+    with pytest.raises(DataError, match=r"train\.bin: 90 tokens are too few to hold out .* 0\.98"):
+        opened(train, test_fraction=0.98)
+    small = put(tmp_path / "small.bin", ids(2))
+    with pytest.raises(DataError, match=r"small\.bin: 2 tokens are too few to hold out"):
+        opened(small, test_fraction=0.1)
     (tmp_path / "link.bin").symlink_to(train)
     with pytest.raises(DataError, match=r"train\.bin: both trained on and held out"):
         opened(train, tmp_path / "link.bin")
@@ -601,26 +664,39 @@ def test_a_run_does_not_go_on_with_another_kind_of_data(corpus: Path, tmp_path: 
 def test_a_batch_tells_which_tokens_it_holds(corpus: Path) -> None:
     with data.TrainLoader(opened(corpus), spec(lanes=2), DataLoaderConfig()) as batches:
         for batch in itertools.islice(batches, 30):
-            (line,) = batch.describe()
-            found = re.fullmatch(rf"{corpus} tokens ([-\d, ]+)", line)
-            assert found
             named = set[int]()
-            for piece in found[1].split(", "):
-                first, _, last = piece.replace(",", "").partition("-")
-                named.update(range(int(first), int(last or first) + 1))
+            for line in batch.describe():
+                found = re.fullmatch(rf"{corpus}/([abc])\.bin tokens ([-\d, ]+)", line)
+                assert found
+                for piece in found[2].split(", "):
+                    first, last = (int(n.replace(",", "")) for n in piece.split("-"))
+                    before = {"a": 0, "b": 2500, "c": 2530}[found[1]]
+                    named.update(range(before + first, before + last + 1))
             assert named == set(torch.cat(batch.micro_batches).flatten().tolist())
 
 
-def test_evaluation_rows_are_of_one_split_and_never_change(corpus: Path) -> None:
+@pytest.mark.parametrize("most", [1000, 60])
+def test_evaluation_rows_are_spread_over_their_split_and_never_change(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_UNITS", most)
     dataset = opened(corpus, test_fraction=0.2)
-    for split in ("train", "test"):
-        rows = data.evaluation_rows(dataset, split, T, 20)
-        assert (rows.shape, rows.dtype) == ((20, T + 1), torch.int32)
-        assert set(rows.flatten().tolist()) <= set(itertools.chain(*units_of(dataset, split)))
-        again = data.evaluation_rows(opened(corpus, test_fraction=0.2), split, T, 20)
-        assert torch.equal(rows, again)
-    every = data.evaluation_rows(dataset, "test", T, 10_000)
-    assert len(every) == (dataset.ledger.test_tokens - 1) // T
+    for split, edges in (
+        ("train", [(0, 2000), (2500, 2524), (2530, 3962)]),
+        ("test", [(2000, 2500), (2524, 2530), (3962, 4321)]),
+    ):
+        every = [
+            list(range(begin + T * row, begin + T * row + T + 1))
+            for begin, end in edges
+            for row in range(tokens.count_rows(end - begin, T))
+        ]
+        for count in (1, 7, 20, 10_000):
+            rows = data.evaluation_rows(dataset, split, T, count)
+            count = min(count, len(every))
+            assert rows.dtype == torch.int32
+            assert rows.tolist() == [every[i * len(every) // count] for i in range(count)]
+    again = data.evaluation_rows(opened(corpus, test_fraction=0.2), "test", T, 10_000)
+    assert torch.equal(rows, again)
 
 
 def test_evaluation_reads_no_more_than_it_needs(
@@ -628,16 +704,69 @@ def test_evaluation_reads_no_more_than_it_needs(
 ) -> None:
     dataset = opened(put(tmp_path / "a.bin", ids(20_000)))
     spans = []
-    real = memmap.TokenFile.read
+    real = memmap.TokenMaps.read
 
-    def noted(self: memmap.TokenFile, first: int, count: int) -> npt.NDArray[Any]:
+    def noted(
+        self: memmap.TokenMaps, number: int, first: int, count: int
+    ) -> npt.NDArray[np.uint16]:
         spans.append((first, count))
-        return real(self, first, count)
+        return real(self, number, first, count)
 
-    monkeypatch.setattr(memmap.TokenFile, "read", noted)
+    monkeypatch.setattr(memmap.TokenMaps, "read", noted)
     assert len(data.evaluation_rows(dataset, "train", T, 30)) == 30
-    assert sum(count for _, count in spans) < 2000
-    assert max(first for first, _ in spans) - min(first for first, _ in spans) > 10_000
+    assert [count for _, count in spans] == [T + 1] * 30
+    assert spans[-1][0] - spans[0][0] > 19_000
+
+
+# The maps.
+
+
+def open_maps() -> int:
+    """How many token files this process has mapped."""
+    return Path("/proc/self/maps").read_text().count(".bin\n")
+
+
+def test_files_are_mapped_once_and_given_back(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = opened(corpus).source.units(T).reader()
+    opens: list[str] = []
+    real = memmap.TokenFile.map
+
+    def noted(file: memmap.TokenFile) -> mmap.mmap:
+        opens.append(file.path)
+        return real(file)
+
+    monkeypatch.setattr(memmap.TokenFile, "map", noted)
+    rows = [reader.tokens(unit, 1, 0, True) for unit in range(266)]
+    assert (len(opens), open_maps()) == (3, 3)
+    reader.close()
+    assert open_maps() == 0
+    assert rows[0][0] == rows[0][1] - 1
+    monkeypatch.setattr(memmap, "_MAPPED_FILES", 2)
+    again = [reader.tokens(unit, 1, 0, True) for unit in (0, 155, 160, 0, 156, 265, 1)]
+    assert (len(opens), open_maps()) == (7, 2)
+    assert all(np.array_equal(again[i], rows[j]) for i, j in ((1, 155), (3, 0), (5, 265), (6, 1)))
+    reader.close()
+
+
+@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
+def test_a_change_in_the_middle_of_a_run_is_noticed_soon(tmp_path: Path, change: str) -> None:
+    path = put(tmp_path / "a.bin", ids(6000))
+    units = opened(path).source.units(T)
+    reader = units.reader()
+    for unit in range(100):
+        reader.tokens(unit, 1, 0, True)
+    if change == "grown":
+        with path.open("ab") as file:
+            file.write(b"\0\0")
+    elif change == "touched":
+        os.utime(path, (1, 1))
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"a\.bin: (changed during|there at the start of) the run"):
+        for unit in range(100, 100 + memmap._LOOK_READS + 1):
+            reader.tokens(unit, 1, 0, True)
 
 
 def test_files_of_gigabytes_take_little_memory(
@@ -654,21 +783,27 @@ def test_files_of_gigabytes_take_little_memory(
 
     def work() -> str:
         # A child, as what other tests have left behind would be counted.
-        opened(put(tmp_path / "small.bin", ids(5000)))
+        with data.TrainLoader(
+            opened(put(tmp_path / "small.bin", ids(5000))), spec(), DataLoaderConfig()
+        ) as batches:
+            next(batches)
         before = peak()
         dataset = opened(path, token_dtype="uint16", test_fraction=0.1)
         most = 0
         with data.TrainLoader(dataset, spec(lanes=16), DataLoaderConfig()) as batches:
-            for _ in range(200):
+            for _ in range(300):
                 next(batches)
                 most = max(most, peak() - before)
         data.evaluation_rows(dataset, "test", 512, 400)
-        reader = dataset.source.reader()
-        for unit in range(0, dataset.ledger.units, 40):
+        units = dataset.source.units(T)
+        reader = units.reader()
+        for unit in np.random.default_rng(0).integers(0, len(units.sizes), 1500).tolist():
             reader.tokens(unit, 0, 0, True)
-            most = max(most, peak() - before)
+            if unit % 10 == 0:
+                most = max(most, peak() - before)
         return f"{dataset.ledger.tokens} {most}"
 
+    monkeypatch.setattr(tokens, "MAX_UNITS", 1 << 16)  # the plan is not what is measured here
     status, text = in_child(work)
     assert status == 0, text
     count, most = map(int, text.split())
