@@ -125,7 +125,7 @@ RULES: tuple[Rule[Any], ...] = (
     ),
     Rule(
         ("training.init_from", "training.resume_from_checkpoint"),
-        lambda c: c.training.init_from == "scratch" or c.training.resume_from_checkpoint is None,
+        lambda c: c.training.init_from != "resume" or c.training.resume_from_checkpoint is None,
         "{0} and {1} exclude each other; set one",
     ),
     Rule(
