@@ -111,7 +111,7 @@ def layers_bytes(
     packed = 3 * H * D * N * half
     kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
     wide = (2 * N + 2 * n if tiling.keep else 4 * n) * g * M * half
-    mask = (8 + half) * g * M * n if masked else 0  # hashes are computed in 32 bits
+    mask = 8 * g * M * n if masked else 0  # hashes are computed in 32 bits
     streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
     squares = 2 * g * M * C * half
     states = 2 * g * X * n * D * half if tokens[0] < X else 0
