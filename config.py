@@ -331,7 +331,8 @@ def command_line(argv: Sequence[str]) -> Request:
     try:
         return _load(arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 

@@ -107,6 +107,8 @@ def write_samples(arguments: argparse.Namespace) -> None:
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         tokens = generate(model, prompt.to(device), sampling, generators, context)
         decoders = [tokenizer.stream_decoder() for _ in numbers]
+        for decoder in decoders:
+            decoder.decode(ids)  # what follows may depend on it: a blank, half a character
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
         write_together(arguments, numbers, decoders, steps, end)
     seconds, made = time.monotonic() - began, count * arguments.max_new_tokens

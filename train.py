@@ -18,6 +18,7 @@ import sys
 from config import (
     Config,
     DataError,
+    NonFiniteError,
     Request,
     UserError,
     accumulation_steps,
@@ -79,7 +80,7 @@ from engine.session import Batch, Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_apart, seed_generators
 from engine.trackers import Tracker
-from engine.world import World, enter_world, lost_peer
+from engine.world import World, enter_world, is_main_process, lost_peer
 from model import LanguageModel, build_model, pretrained
 
 
@@ -103,8 +104,7 @@ def train(run: Session, stop: StopRequest) -> None:
             clip_gradients(run.model, norm, config.optimizer.grad_clip)
         rate = learning_rate(state.step + 1, config, run.planned_steps)
         set_learning_rate(run.optimizer, rate)
-        run.precision.step(run.optimizer)
-        run.optimizer.zero_grad(set_to_none=True)
+        run.step()
         run.advance(batch, loss_value, time.monotonic() - began)
 
         if state.step == 1 or due(state.step, config.training.log_freq):
@@ -139,6 +139,9 @@ def begin(request: Request, world: World) -> Beginning:
     say(*data.lines())
     resume = world.broadcast(find_resume(asked) if world.is_main else None)
     saved = {} if resume is None else load_checkpoint(resume.path)
+    if saved and request.config.training.init_from == "resume":  # what it began with, it keeps
+        origin = saved["config"]["training"]["init_from"]
+        asked = replace(asked, training=replace(asked.training, init_from=origin))
     weights, shape = None, dict[str, Any]()
     if asked.training.init_from != "scratch" and saved:
         shape = {key: saved["config"]["model"][key] for key in PRETRAINED}
@@ -166,6 +169,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     """
     start = begin(request, world)
     config, data = start.config, start.data
+    epoch_tokens = data.epoch_tokens(config.training.block_size)
     model = first_model(start, world)
     precision = Precision(config.low_precision, world.device)
     optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
@@ -174,19 +178,19 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     if start.saved:
         state, cursor = restore(start.saved, model, optimizer, precision, world)
     text = Text(data, config)
-    steps = planned_steps(config, world.size, data.ledger.train_tokens)
+    steps = planned_steps(config, world.size, epoch_tokens)
     trial = partial(try_model, model, precision, config, text)
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
     wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
     state.compiled, compiled = compile_model(model, wanted, world.device, trial)
-    training = will_train(config, state)
+    training = state.has_work(config.training)
     batches = open_batches(text, config, cursor, world, stack) if training else iter(())
     directory = open_directory(start, start.resume if training else None, world, stack)
     say(*directory_lines(directory, start.resume))
     say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, data.ledger.train_tokens))
+    say(*length_lines(config, world.size, epoch_tokens))
     say(f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,
@@ -205,6 +209,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
         planned_steps=steps,
         tracker=open_tracker(config, directory, state, world, stack),
         saved_step=state.step,
+        saved_evaluation=state.evaluated_step,
     )
 
 
@@ -250,7 +255,7 @@ def check_fits(
     processes = len(saved["rng"]), world_size
     lines = check_resumable(then, config, str(resume.path), processes)
     data.check_unchanged(saved["data"])
-    tokens = data.ledger.train_tokens
+    tokens = data.epoch_tokens(config.training.block_size)
     steps = [
         planned_steps(each, count, tokens)
         for each, count in ((then, len(saved["rng"])), (config, world_size))
@@ -305,13 +310,6 @@ def open_batches(
     return Replayed.for_ever(loader) if config.training.use_oracle else loader
 
 
-def will_train(config: Config, state: TrainState) -> bool:
-    """Whether there are steps, or the evaluation after the last one, to make."""
-    training = config.training
-    missing = not state.finished(training) or state.evaluation_missing(training)
-    return missing and not training.eval_only
-
-
 def open_directory(
     start: Beginning, resume: Resume | None, world: World, stack: ExitStack
 ) -> RunDirectory:
@@ -333,7 +331,7 @@ def open_tracker(
     folder = directory.path or Path(config.training.checkpoint_dir)
     tracker = Tracker.start(config, directory.name, state.tracker_run, folder)
     if tracker is not None:
-        stack.callback(tracker.close)
+        stack.push(lambda kind, *_: tracker.close(0 if kind is None else 1))
         state.tracker_run = tracker.run_id
     return tracker
 
@@ -368,7 +366,8 @@ def dry_run(request: Request, world: World) -> None:
         start = begin(request, world)
         config, resume = start.config, start.resume
         Text(start.data, config)
-        length = length_lines(config, world.size, start.data.ledger.train_tokens)
+        epoch_tokens = start.data.epoch_tokens(config.training.block_size)
+        length = length_lines(config, world.size, epoch_tokens)
     with torch.device("meta"):
         model = build_model(config)
     directory = RunDirectory.start(config)
@@ -424,7 +423,9 @@ def main(request: Request) -> int:
     except UserError as error:
         if request.config.training.debug:
             traceback.print_exc()
-        warn(str(error))
+        # What all processes find out is said once; what one of them read or computed, by itself.
+        if is_main_process() or isinstance(error, DataError | NonFiniteError):
+            warn(str(error))
         return error.exit_code
     except (MemoryError, torch.OutOfMemoryError) as error:
         warn(

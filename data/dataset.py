@@ -123,6 +123,13 @@ class Dataset:
         """What the data amounts to."""
         return self.source.ledger
 
+    def epoch_tokens(self, block_size: int) -> int:
+        """How many tokens one pass over the training text takes, in rows of so many."""
+        units = self.source.units(block_size)
+        if not units.whole_rows:
+            return self.ledger.train_tokens
+        return int((units.sizes[~units.held_out] - 1).sum())  # one more lies after each unit
+
     def lines(self) -> list[str]:
         """What the start of a run says of the data."""
         return self.source.lines()

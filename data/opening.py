@@ -7,6 +7,7 @@ not contradict it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +18,12 @@ from config import DataError, DatasetConfig, TokenizerConfig, token_paths
 from data.dataset import Dataset
 from data.folder import characters, check_row_groups, check_rows, open_folder
 from data.index import Index, build_index
-from data.memmap import TokenFile, detect_dtype, find_files, open_files
+from data.memmap import ENDINGS, TokenFile, detect_dtype, find_files, open_files
 from data.meta import Meta, read_meta
 from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
 from data.tokens import TokenText, check_split
+
+GPT2_TOKENS = 50257
 
 
 def open_dataset(
@@ -33,9 +36,25 @@ def open_dataset(
     where nothing else tells which tokens there are. Raises DataError for data that cannot be used,
     naming the file, what was found and the remedy.
     """
+    dataset = _prepared(dataset)
     if token_paths(dataset) is None:
         return _open_folder(dataset, tokenizer)
     return _open_token_files(dataset, tokenizer, vocab_size)
+
+
+def _prepared(dataset: DatasetConfig) -> DatasetConfig:
+    """A folder that holds train.bin (.ids, .npy) in place of parquet files is its token files."""
+    folder = dataset.parquet_dir
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    endings = [ending for ending in ENDINGS if f"train{ending}" in names]
+    if token_paths(dataset) or not endings or any(name.endswith(".parquet") for name in names):
+        return dataset
+    val = f"val{endings[0]}"
+    return replace(
+        dataset,
+        train_data_path=os.path.join(folder, f"train{endings[0]}"),
+        val_data_path=os.path.join(folder, val) if val in names else None,
+    )
 
 
 def _open_folder(dataset: DatasetConfig, config: TokenizerConfig) -> Dataset:
@@ -63,9 +82,10 @@ def _open_token_files(
     named = zip(options, paths, strict=True)
     found = [find_files(path, option) for option, path in named if path is not None]
     metas = [read_meta(files[0]) for files in found]
-    tokenizer = _token_tokenizer(config, metas, found[0][0], vocab_size)
+    notes = [] if any(metas) or vocab_size or config.name != "auto" else _assumed(dataset)
+    tokenizer = _token_tokenizer(config, metas, found[0][0], GPT2_TOKENS if notes else vocab_size)
     opened: list[tuple[TokenFile, ...]] = []
-    notes = [_meta_note(meta, tokenizer) for meta in metas if meta is not None]
+    notes += [_meta_note(meta, tokenizer) for meta in metas if meta is not None]
     for files, meta in zip(found, metas, strict=True):
         dtype, note = _token_dtype(files, meta, dataset.token_dtype, tokenizer)
         opened.append(open_files(files, dtype))
@@ -74,6 +94,16 @@ def _open_token_files(
     text = TokenText(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
     check_split(text)
     return Dataset(text, tokenizer)
+
+
+def _assumed(dataset: DatasetConfig) -> list[str]:
+    """What a folder of nanoGPT's holds where it does not say: its scripts write GPT-2's tokens."""
+    if dataset.name is None:
+        return []
+    return [
+        f"No meta file in data/{dataset.name}: GPT-2's {GPT2_TOKENS:,} tokens, as nanoGPT takes "
+        "it; tokenizer.name=gpt2 makes text of them"
+    ]
 
 
 def _token_tokenizer(
@@ -106,8 +136,8 @@ def _agreed(claims: Sequence[tuple[Tokenizer, str]]) -> Tokenizer:
         if other.fingerprint != first.fingerprint:
             raise DataError(
                 f"tokens of two tokenizers: {first.name} ({first.fingerprint}) by {source}, "
-                f"{other.name} ({other.fingerprint}) by {place}. Set tokenizer.name: auto, or give "
-                "files of one tokenizer."
+                f"{other.name} ({other.fingerprint}) by {place}. Set tokenizer.name: auto and "
+                "model.vocab_size: null, or give files of one tokenizer."
             )
     return first
 
@@ -119,7 +149,8 @@ def _tokens_without_text(
     if not sizes and vocab_size is None:
         raise DataError(
             f"{path}: no meta file beside it says which tokens there are. Set tokenizer.name to "
-            "the one that made them (gpt2, ...), or state model.vocab_size."
+            "the one that made them (gpt2, ...), or state model.vocab_size (50304 where nanoGPT "
+            "would take GPT-2's)."
         )
     return IdTokenizer(max(sizes) if sizes else int(vocab_size or 0))
 

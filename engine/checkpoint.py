@@ -69,7 +69,7 @@ def save_checkpoint(directory: Destination, state: dict[str, Any], keep_last: in
     folder = directory.prepare()
     path = data_path(folder, facts.step)
     kept = directory.last_checkpoint
-    if not _already_saved(path):
+    if not _already_saved(path, facts):
         needed = tensor_bytes(state)
         with explained(f"write {path}", folder, needed, kept.name if kept else ""):
             check_space(folder, needed)
@@ -96,12 +96,14 @@ def _facts(state: dict[str, Any]) -> Facts:
     )
 
 
-def _already_saved(path: Path) -> bool:
+def _already_saved(path: Path, facts: Facts) -> bool:
+    """Whether the step has a whole checkpoint that knows no less: one that was saved before its
+    evaluation is written again."""
     try:
-        verify(path)
+        manifest = verify(path)
     except CheckpointError:
         return False
-    return True
+    return manifest.val_loss is not None or facts.val_loss is None
 
 
 def _write(path: Path, content: dict[str, Any], facts: Facts) -> None:

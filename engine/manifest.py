@@ -195,6 +195,9 @@ def in_runs(path: Path) -> Path:
     `out/checkpoint_iter_500.pt` is that of step 500 of the newest run in `out` that has one."""
     named = _FOREIGN_NAME.fullmatch(path.name)
     if named and not path.exists():
+        own = data_path(path.parent, int(named[1]))
+        if manifest_path(own).exists():
+            return own
         runs = sorted(path.parent.glob("run_*"), reverse=True)
         holding = (data_path(run, int(named[1])) for run in runs)
         return next((place for place in holding if manifest_path(place).exists()), path)

@@ -84,6 +84,9 @@ class Muon(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in parameters]
+        for state in states:
+            if fused:  # a checkpoint is loaded on the CPU, and torch leaves this part there
+                state["step"] = state["step"].to(parameters[0].device)
         adamw(
             list[Tensor](parameters),
             [p.grad for p in parameters if p.grad is not None],

@@ -47,24 +47,24 @@ def origin_lines(request: Request) -> list[str]:
     return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
 
 
-def planned_steps(config: Config, world_size: int, train_tokens: int) -> int:
-    """Optimizer steps until `max_iters` or, by the data's size, the end of `epochs`."""
+def planned_steps(config: Config, world_size: int, epoch_tokens: int) -> int:
+    """Optimizer steps until `max_iters` or, by the tokens of each, the end of `epochs`."""
     training = config.training
-    if training.epochs is None:
+    if training.epochs is None or training.use_oracle:  # the first batch never ends an epoch
         return training.max_iters
-    steps = training.epochs * train_tokens / tokens_per_step(config, world_size)
+    steps = training.epochs * epoch_tokens / tokens_per_step(config, world_size)
     return min(training.max_iters, max(1, math.ceil(steps)))
 
 
-def length_lines(config: Config, world_size: int, train_tokens: int) -> list[str]:
+def length_lines(config: Config, world_size: int, epoch_tokens: int) -> list[str]:
     """Tokens per step, and how long the run is in steps, tokens and passes over the data."""
-    steps = planned_steps(config, world_size, train_tokens)
+    steps = planned_steps(config, world_size, epoch_tokens)
     planned = steps * tokens_per_step(config, world_size)
     about = "about " if steps < config.training.max_iters else ""
     return [
         tokens_line(config, world_size),
         f"Max iterations: {about}{steps} = {short(planned)} tokens, "
-        f"about {planned / max(1, train_tokens):.2f} epochs",
+        f"about {planned / max(1, epoch_tokens):.2f} epochs",
     ]
 
 

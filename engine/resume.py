@@ -92,11 +92,12 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
     A step keeps its sequences: where the number of micro-steps follows from nothing else, it does
     from that. Raises ConfigError where the sequences cannot be split so.
     """
-    training = config.training
-    per_process = training.batch_size * training.gradient_accumulation_steps
-    sequences = sequences_per_step(saved, before)
-    if now == before or training.tokens_per_step or per_process * before != sequences:
+    training, sequences = config.training, sequences_per_step(saved, before)
+    if training.tokens_per_step or sequences_per_step(config, now) == sequences:
         return config, []
+    per_process = training.batch_size * training.gradient_accumulation_steps
+    if saved.training.tokens_per_step is None and per_process * before != sequences:
+        return config, []  # it was changed on purpose, and will be refused
     tokens = sequences * training.block_size
     kept = replace(training, tokens_per_step=tokens, gradient_accumulation_steps=1)
     config = replace(config, training=kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -107,8 +108,12 @@ class Session:
     """Steps this run will make in all: `max_iters`, or fewer where `epochs` ends it."""
     tracker: Tracker | None = None
     saved_step: int = 0
+    saved_evaluation: int = 0
+    """The step of the last evaluation that a checkpoint knows of."""
     failed_saves: int = 0
     overflows: int = 0
+    torn: bool = False
+    """Whether the optimizer was stopped in the middle of a step: weights are of no step."""
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -178,11 +183,18 @@ class Session:
             "The batch held\n  " + "\n  ".join(batch.describe())
         )
 
+    def step(self) -> None:
+        """The optimizer's step; gradients are gone after it."""
+        self.torn = True
+        self.precision.step(self.optimizer)
+        self.torn = False
+        self.optimizer.zero_grad(set_to_none=True)
+
     def advance(self, batch: Batch, loss: float, seconds: float) -> None:
         """Counts a step that was taken."""
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
-        self.state.epoch = batch.epoch
+        self.state.epoch = self.world.least(batch.epoch)  # some processes read shorter lanes
         self.state.loss_sum += loss
         self.state.loss_steps += 1
         self.cursor = batch.cursor
@@ -290,7 +302,9 @@ class Session:
         A failure is retried when the next one is due; raises WriteError when it is the run's last
         save or the third failure in a row.
         """
-        if self.state.step == self.saved_step or not self.config.training.save_model:
+        state = self.state
+        known = state.step == self.saved_step and state.evaluated_step == self.saved_evaluation
+        if known or not self.config.training.save_model:
             return
         content, error = self.state_dict(), None
         if self.world.is_main:
@@ -299,7 +313,8 @@ class Session:
             except WriteError as failure:
                 error = failure
         self.saved_at = time.monotonic()
-        error = self.world.broadcast(error)
+        box = self.world.broadcast((error, self.directory.last_checkpoint))
+        error, self.directory.last_checkpoint = box
         if error is not None:
             self.failed_saves += 1
             if last or self.failed_saves == SAVE_ATTEMPTS:
@@ -307,7 +322,8 @@ class Session:
             if self.world.is_main:
                 warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
             return
-        self.failed_saves, self.saved_step = 0, self.state.step
+        self.failed_saves, self.saved_step = 0, state.step
+        self.saved_evaluation = state.evaluated_step
         say(f"Saved checkpoint to {self.directory.last_checkpoint}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,7 +354,7 @@ class Session:
             say(f"Held-out loss: {state.val_loss:.4f}, {best}")
         if self.config.training.save_model:
             say(f"Checkpoint: {self.directory.last_checkpoint}")
-            say(f"To write text: python sample.py {quoted(self.directory.path)}")
+            say(f"To write text: python {script('sample.py')} {quoted(self.directory.path)}")
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""
@@ -349,10 +365,12 @@ class Session:
         if not self.config.training.save_model:
             say(f"Stopped by {stop.name} at step {self.state.step}; save_model is false.")
             return
-        path = quoted(self.directory.path)
+        path, size = quoted(self.directory.path), self.world.size
+        start = f"torchrun --standalone --nproc_per_node={size}" if size > 1 else "python"
         say(
             f"Stopped by {stop.name} at step {self.state.step}. To go on:",
-            f"  python train.py --config {path}/config.yaml resume_from_checkpoint={path}",
+            f"  {start} {script('train.py')} --config {path}/config.yaml "
+            f"resume_from_checkpoint={path}",
         )
 
     def rescue(self) -> None:
@@ -361,9 +379,15 @@ class Session:
         Of several processes the others know nothing of the failure, and no one can gather what a
         checkpoint needs: the last one stands.
         """
-        if self.world.size == 1 and self.state.step > self.saved_step:
+        if self.world.size == 1 and self.state.step > self.saved_step and not self.torn:
             with contextlib.suppress(UserError, OSError):  # the first error is the one to report
                 self.save(last=True)
+
+
+def script(name: str) -> str:
+    """A script of this project as the user called train.py: from the same folder."""
+    called = Path(sys.argv[0])
+    return quoted(called.with_name(name)) if called.name == "train.py" else name
 
 
 def quoted(path: Path | None) -> str:

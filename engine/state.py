@@ -50,6 +50,11 @@ class TrainState:
         wanted = every is not None and (due(self.step, every) or self.finished(training))
         return wanted and self.evaluated_step < self.step
 
+    def has_work(self, training: TrainingConfig) -> bool:
+        """Whether there are steps, or the evaluation after the last one, to make."""
+        missing = not self.finished(training) or self.evaluation_missing(training)
+        return missing and not training.eval_only
+
     def record_evaluation(self, train_loss: float, val_loss: float) -> bool:
         """Keeps the losses of the present step; tells whether the held-out loss is the best."""
         self.evaluated_step, self.train_loss, self.val_loss = self.step, train_loss, val_loss

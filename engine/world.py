@@ -88,6 +88,14 @@ class World:
             return value
         return float(self.sum(torch.tensor(value, dtype=torch.float64)))
 
+    def least(self, value: int) -> int:
+        """The smallest `value` of all processes."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+        return int(box)
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in some process."""
         return bool(self.sum_number(flag))
@@ -170,6 +178,11 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})."
         ) from None
     return device
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all; also before they have joined."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -135,6 +136,17 @@ def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
     )
     assert f"Starting training from iteration {step}..." in output
     assert numbers(run, "train/loss")[0][-1] < 6
+
+
+def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
+    (np.arange(2000) % 256).astype(np.uint16).tofile(tmp_path / "train.bin")
+    words = ["model.name=gpt", "n_layer=1", "n_head=2", "n_embd=8", "block_size=32", "batch_size=2"]
+    words += [f"train_data_path={tmp_path / 'train.bin'}", "vocab_size=256", "device=cpu"]
+    words += ["test_freq=null", "test_fraction=0", "epochs=1", "token_dtype=uint16"]
+    words += [f"checkpoint_dir={tmp_path / 'runs'}"]
+    output = finish(torchrun(2, [*words, "log_freq=1"], cwd=ROOT))  # 61 rows, not the same for both
+    assert "Finished: " in output
+    assert list(only_run(tmp_path / "runs").glob("checkpoint_*.json"))
 
 
 def test_processes_started_by_hand_are_told_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

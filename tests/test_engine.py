@@ -30,7 +30,7 @@ from engine.compile import compile_model, compile_wanted
 from engine.evaluate import bits_per_byte, count_targets, next_token_loss, total_loss
 from engine.metrics import Clock, duration, iteration_line, short, size
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
-from engine.plan import settle
+from engine.plan import planned_steps, settle
 from engine.precision import Precision
 from engine.resume import on_processes
 from engine.signals import StopRequest
@@ -339,8 +339,22 @@ def test_a_step_keeps_its_sequences_on_another_number_of_processes() -> None:
         "2 processes before, 1 now: a step keeps its 12 sequences, in 4 micro-steps of each process"
     ]
     assert on_processes(saved, saved, before=2, now=2) == (saved, [])
+    # and again, from a checkpoint that was saved on those processes, with the same file
+    config, _ = on_processes(saved, saved, before=1, now=2)
+    for now in (2, 1):
+        again, _ = on_processes(saved, config, before=2, now=now)
+        assert sequences_per_step(again, now) == 6
+    changed = Config.from_dict({"training": {"batch_size": 2}})
+    assert on_processes(changed, saved, before=2, now=1) == (changed, [])  # to be refused
     with pytest.raises(ConfigError, match="tokens_per_step=6144 is not a multiple"):
         on_processes(saved, saved, before=2, now=5)
+
+
+def test_the_plan_of_an_oracle_does_not_end_with_an_epoch() -> None:
+    training = {"epochs": 1, "max_iters": 60, "block_size": 10, "batch_size": 1}
+    assert planned_steps(Config.from_dict({"training": training}), 1, epoch_tokens=320) == 32
+    oracle = Config.from_dict({"training": {**training, "use_oracle": True}})
+    assert planned_steps(oracle, 1, epoch_tokens=320) == 60
 
 
 def test_pretrained_shapes_replace_what_the_config_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from engine.checkpoint import load_checkpoint
 from engine.world import compiler_for
-from tests.conftest import write_corpus
+from tests.conftest import ROOT, write_corpus
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here, start, wait_for
 
 AUTO = "resume_from_checkpoint=auto"
@@ -36,6 +37,18 @@ def test_killed_five_times_and_resumed_it_is_the_same_run(tiny: list[str], tmp_p
     run = only_run(tmp_path / "killed")
     assert list(run.glob(".tmp-*")) == []
     assert_same_run(run, only_run(tmp_path / "straight"), step=30)
+
+
+def test_an_evaluation_made_up_after_the_end_is_kept(tiny: list[str], tmp_path: Path) -> None:
+    words = [*tiny, into(tmp_path / "runs"), "max_iters=10"]
+    words = [word for word in words if not word.startswith("test_freq")]
+    assert run_here([*words, "test_freq=null"]) == 0
+    run = only_run(tmp_path / "runs")
+    for _ in range(2):
+        assert run_here([*words, f"resume_from={run}"]) == 0
+    evaluations = [record for record in metrics(run) if "eval/val_loss" in record]
+    assert len(evaluations) == 1
+    assert json.loads((run / "checkpoint_10.json").read_text())["val_loss"] is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -83,7 +96,7 @@ def test_ctrl_c_exits_130_and_the_printed_command_goes_on(tiny: list[str], tmp_p
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 130, output
     command = output.strip().splitlines()[-1].split()
-    assert command[:2] == ["python", "train.py"]
+    assert command[:2] == ["python", os.fspath(ROOT / "train.py")]
     step = max(int(p.stem.split("_")[1]) for p in only_run(tmp_path / "runs").glob("*.pt"))
     assert run_here([*command[2:], f"max_iters={step + 5}"]) == 0
     assert (only_run(tmp_path / "runs") / f"checkpoint_{step + 5}.pt").exists()

@@ -208,6 +208,10 @@ def test_nanogpts_checkpoint_starts_a_run_but_does_not_continue(
     (here / "out" / "ckpt.pt").unlink()
     saved = [f"resume_from={started}", "max_iters=5"]
     assert run_here([os.fspath(started / "config.yaml"), *saved]) == 0
+    # in nanoGPT's way too, with a config that tells another shape
+    others = [word.replace("max_iters=3", "max_iters=6") for word in others]
+    assert run_here([*others, "init_from=resume", "checkpoint_dir=next"]) == 0
+    assert "init_from: out/ckpt.pt" in (started / "config.yaml").read_text()
 
 
 def test_with_an_oracle_one_batch_is_learnt_by_heart_and_resumes_equal(here: Path) -> None:

@@ -360,6 +360,21 @@ def test_a_second_file_is_held_out_whole(corpus: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_an_epoch_is_the_rows_it_gives(tmp_path: Path) -> None:
+    for part in range(5):
+        put(tmp_path / f"{part}.ids", ids(60))
+    assert opened(tmp_path).epoch_tokens(32) == 5 * 32
+    assert opened(tmp_path).ledger.train_tokens == 5 * 60
+
+
+def test_a_prepared_folder_may_stand_where_parquet_files_do(tmp_path: Path) -> None:
+    put(tmp_path / "train.ids", ids(900))
+    put(tmp_path / "val.ids", ids(300))
+    config = DatasetConfig(parquet_dir=str(tmp_path), token_dtype="uint16")
+    dataset = data.open_dataset(config, TokenizerConfig(name="auto"), VOCABULARY)
+    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (900, 300)
+
+
 def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
     for name, first in (("b.npy", 200), ("B.npy", 0), ("a.npy", 100), ("_x.npy", 900)):
         put(tmp_path / name, ids(100, first), "uint32")
@@ -471,6 +486,17 @@ def test_both_texts_must_be_of_one_tokenizer(tmp_path: Path) -> None:
     characters_meta(val.parent, "abcd")
     with pytest.raises(DataError, match=r"tokens of two tokenizers: char .*a/meta\.json, char "):
         opened(train, val)
+
+
+def test_a_folder_of_nanogpt_without_meta_holds_the_tokens_of_gpt2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        put(tmp_path / "data" / "web" / f"{part}.bin", ids(600))
+    dataset = data.open_dataset(DatasetConfig(name="web"), TokenizerConfig(name="auto"))
+    assert dataset.vocab_size == 50257
+    assert "No meta file in data/web: GPT-2's 50,257 tokens" in "".join(dataset.lines())
 
 
 def test_a_name_is_a_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
