@@ -80,7 +80,7 @@ from engine.session import Batch, Session
 from engine.signals import StopRequest
 from engine.state import TrainState, due, restore_rng, seed_apart, seed_generators
 from engine.trackers import Tracker
-from engine.world import World, enter_world, is_main_process, lost_peer
+from engine.world import World, end_process, enter_world, is_main_process, lost_peer
 from model import LanguageModel, build_model, pretrained
 
 
@@ -444,4 +444,4 @@ def main(request: Request) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(REQUEST))
+    end_process(main(REQUEST))

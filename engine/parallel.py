@@ -2,8 +2,7 @@
 
 The one idea: losses are sums over tokens divided by the tokens of the whole step, so gradients have
 to be added up, and how many processes share a step does not change it. DDP takes their mean, which
-`whole` makes up for. (A communication hook of ours that adds up is no way: gloo's threads would
-call it, and at the end of the process they and the interpreter can wait for each other.)
+`whole` makes up for.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.world import World
 
+_KEPT: list[nn.Module] = []  # until the process ends: see `end_process` in engine/world.py
+
 
 def parallelize(model: nn.Module, world: World) -> nn.Module:
     """The model whose backward pass averages gradients over all processes; itself if there is one.
@@ -25,7 +26,9 @@ def parallelize(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = None if world.device.type != "cuda" else [world.device]
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    _KEPT.append(wrapped)
+    return wrapped
 
 
 def whole(share: Tensor, world: World) -> Tensor:

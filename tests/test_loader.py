@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import pickle
@@ -29,6 +28,7 @@ import data
 from config import DataError, DataLoaderConfig
 from data import feed, loader, order
 from data.dataset import Plan
+from tests.batches import G, T, read, spec
 from tests.parquet_folder import (
     encoded,
     folder_of,
@@ -40,7 +40,6 @@ from tests.parquet_folder import (
     write,
 )
 
-T, G = 16, 16
 STEPS = 40  # two epochs of the corpus below, for every lane
 
 
@@ -55,26 +54,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps to a chunk, so that chunks end often."""
     monkeypatch.setattr(loader, "CHUNK_BYTES", 3 * G * (T + 1))
-
-
-def spec(**options: Any) -> data.BatchSpec:
-    options = {"micro_batches": 1, "seed": 1337, **options}
-    return data.BatchSpec(block_size=T, sequences_per_step=G, **options)
-
-
-def read(
-    dataset: data.Dataset,
-    steps: int,
-    spec: data.BatchSpec,
-    cursor: dict[str, Any] | None = None,
-    workers: int = 0,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Rows (steps, rows of this process, T + 1) and the cursor after them."""
-    config = DataLoaderConfig(num_workers=workers)
-    with data.TrainLoader(dataset, spec, config, cursor) as batches:
-        taken = list(itertools.islice(batches, steps))
-        rows = [torch.cat(batch.micro_batches) for batch in taken]
-        return torch.stack(rows), json.loads(json.dumps(taken[-1].cursor()))
 
 
 def reference(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[bytes]:

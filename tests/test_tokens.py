@@ -27,10 +27,10 @@ from data.dataset import split_of
 from data.meta import write_meta
 from data.tokenizer import build_tokenizer, char_tokenizer
 from data.tokens import Stretch, TokenText
+from tests.batches import G, T, read, spec
 from tests.forks import in_child
 from tests.parquet_folder import write
 
-T, G = 16, 16
 STEPS = 40
 VOCABULARY = 5000
 
@@ -90,26 +90,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, first, last in (("a", 0, 2500), ("b", 2500, 2530), ("c", 2530, 4321)):
         put(folder / f"{name}.bin", ids(last - first, first))
     return folder
-
-
-def spec(**options: Any) -> data.BatchSpec:
-    options = {"micro_batches": 1, "seed": 1337, **options}
-    return data.BatchSpec(block_size=T, sequences_per_step=G, **options)
-
-
-def read(
-    dataset: data.Dataset,
-    steps: int,
-    spec: data.BatchSpec,
-    cursor: dict[str, Any] | None = None,
-    workers: int = 0,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Rows (steps, rows of this process, T + 1) and the cursor after them."""
-    config = DataLoaderConfig(num_workers=workers)
-    with data.TrainLoader(dataset, spec, config, cursor) as batches:
-        taken = list(itertools.islice(batches, steps))
-        rows = [torch.cat(batch.micro_batches) for batch in taken]
-        return torch.stack(rows), json.loads(json.dumps(taken[-1].cursor()))
 
 
 Layout = tuple[int, int]
