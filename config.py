@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from settings import dialects
+from settings.constraints import FP8_MULTIPLE as FP8_MULTIPLE
 from settings.constraints import RULES, micro_step_tokens
 from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
@@ -44,6 +45,7 @@ DEFAULT_FILE_HEADER = (
 )
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
+AMAX = ("fp8.amax_history_len", "fp8.amax_compute_algo")
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
@@ -120,7 +122,7 @@ class TrainingConfig(_Section):
 class OptimizerConfig(_Section):
     """The optimizer; its learning rate and weight decay stand in training."""
 
-    name: Literal["adamw", "muon"] = option("adamw", "muon: of matrices, adamw of the rest")
+    name: Literal["adamw", "adamw_8bit", "muon"] = option("adamw", "muon: adamw but for matrices")
     beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = option(1e-8, "added to the denominator", gt=0)
@@ -176,11 +178,32 @@ class TokenizerConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowPrecisionConfig(_Section):
-    """The number format of the arithmetic; weights stay float32."""
+    """Number formats of arithmetic, weights and optimizer state; master weights stay float32."""
 
+    use_fp8: bool = option(False, "8-bit products with weights (Hopper, Blackwell)")
+    use_4bit: bool = option(True, "train weights for rounding to 4 bits")
+    use_4bit_optimizer: bool = option(False, "AdamW with moments in 4 bits")
+    quantization_type: Literal["nf4", "fp4"] = option("nf4", "4-bit weights: the 16 levels")
+    use_double_quant: bool = option(True, "4-bit weights: their scales in 8 bits")
+    quantize_embedding: bool = option(False, "4-bit weights: embeddings too")
+    quantize_head: bool = option(False, "4-bit weights: the head too")
+    quantize_after: float = option(0.8, "4-bit weights: from this share of the run on", ge=0, lt=1)
+    lora_rank: int | None = option(None, "train adapters on frozen 4-bit weights; null: off", ge=1)
+    lora_alpha: float = option(16.0, "adapters: they count alpha / rank times", gt=0)
     compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "format of matrix products"
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Config(_Section):
+    """How low_precision.use_fp8 computes."""
+
+    backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
+    recipe: Literal["current", "delayed", "block", "mxfp8"] = option("current", "choice of scales")
+    format: Literal["hybrid", "e4m3"] = option("hybrid", "hybrid: gradients in e5m2")
+    amax_history_len: int = option(1024, "delayed: maxima a scale looks back on", ge=1)
+    amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +242,7 @@ class _Sections:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     low_precision: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -229,7 +253,7 @@ SECTIONS: dict[str, type] = get_type_hints(_Sections)
 
 @cache
 def _schema() -> Schema:
-    return schema_of(SECTIONS, dialects.LATER, dialects.INERT, dialects.FOREIGN)
+    return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -320,6 +344,7 @@ class Request:
     overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
     dry_run: bool
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
+    given: frozenset[str]  # options that stand in the user's own files and words
 
 
 def command_line(argv: Sequence[str]) -> Request:
@@ -341,7 +366,8 @@ def _load(arguments: Arguments) -> Request:
     merged, files, unread = read_layers(_schema(), arguments, DEFAULT_FILE)
     config = _finish(merged, unread)
     overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
-    return Request(config, files, overrides, arguments.dry_run, tuple(merged.notes))
+    given = frozenset(key for key in merged.values if not merged.owns(key))
+    return Request(config, files, overrides, arguments.dry_run, tuple(merged.notes), given)
 
 
 def _follow(merged: Merged) -> None:
@@ -355,6 +381,13 @@ def _follow(merged: Merged) -> None:
     pretrained = init_from not in ("scratch", "resume")
     if pretrained or values.get("tokenizer.name", "bytes") != "bytes":
         values.setdefault("model.vocab_size", None)
+    if values.get("fp8.recipe") in ("block", "mxfp8"):
+        values.setdefault("fp8.format", "e4m3")  # what these are made for
+    defaults = Fp8Config()
+    if any(
+        values.get(key, getattr(defaults, key[4:])) != getattr(defaults, key[4:]) for key in AMAX
+    ):
+        values.setdefault("fp8.recipe", "delayed")  # the only one that they are for
 
 
 def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:

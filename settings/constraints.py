@@ -7,12 +7,14 @@ names them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from settings.rules import Rule, nearest_multiples
 from settings.schema import LARGEST_INT
 
+FP8_MULTIPLE = 16  # what both sides of an 8-bit product are a multiple of
 TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of those that need no file
 # Which models have an option; one that is not here belongs to all.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -58,6 +60,17 @@ def _owned_by(option_name: str, models: tuple[str, ...]) -> Rule[Any]:
         ),
         f"{{0}} is an option of {' and '.join(models)}, and {{1}}",
     )
+
+
+def _only_where(keys: tuple[str, str], holds: Callable[[Any], bool], text: str) -> Rule[Any]:
+    """The first key keeps its default except where the second one gives it a meaning."""
+    section, option_name = keys[0].split(".")
+
+    def kept(c: Any) -> bool:
+        own = getattr(c, section)
+        return getattr(own, option_name) == _default(own, option_name) or holds(c)
+
+    return Rule(keys, kept, text)
 
 
 def _default(section: Any, option_name: str) -> Any:
@@ -180,5 +193,93 @@ RULES: tuple[Rule[Any], ...] = (
         ("training.eval_only", "dataset.test_fraction"),
         lambda c: not c.training.eval_only or holds_out(c.dataset),
         "{0} evaluates on held-out text and {1} holds none out",
+    ),
+    Rule(
+        ("low_precision.use_fp8", "low_precision.compute_dtype"),
+        lambda c: not c.low_precision.use_fp8 or c.low_precision.compute_dtype == "bfloat16",
+        "{0} leaves all but its products in bfloat16, and {1}",
+    ),
+    Rule(
+        ("low_precision.use_fp8", "training.batch_size", "training.block_size"),
+        lambda c: not c.low_precision.use_fp8 or micro_step_tokens(c, 1) % FP8_MULTIPLE == 0,
+        f"{{0}} takes multiples of {FP8_MULTIPLE} tokens, which {{1}} * {{2}} is not",
+        lambda c: "batch_size " + nearest_multiples(c.training.batch_size, FP8_MULTIPLE),
+    ),
+    Rule(
+        ("fp8.recipe", "fp8.backend"),
+        lambda c: c.fp8.recipe in ("current", "delayed") or c.fp8.backend != "native",
+        "{0} is one of Transformer Engine's, and {1}",
+    ),
+    *(
+        _only_where(
+            (f"fp8.{name}", "fp8.recipe"),
+            lambda c: c.fp8.recipe == "delayed",
+            "{0} is for delayed scaling, and {1}; set fp8.recipe to delayed",
+        )
+        for name in ("amax_history_len", "amax_compute_algo")
+    ),
+    Rule(
+        ("system.compile", "fp8.recipe", "model.name"),
+        lambda c: (
+            c.system.compile is not True
+            or not c.low_precision.use_fp8
+            or c.fp8.recipe != "delayed"
+            or c.model.name == "bdh"
+        ),
+        "{0} with {1} works for model.name=bdh only, and {2}; set system.compile to auto",
+    ),
+    Rule(
+        ("low_precision.use_4bit_optimizer", "optimizer.name"),
+        lambda c: not c.low_precision.use_4bit_optimizer or c.optimizer.name == "adamw",
+        "{0} is AdamW with 4-bit moments, and {1}; set one of them",
+    ),
+    Rule(
+        (
+            "low_precision.quantize_embedding",
+            "low_precision.quantize_head",
+            "model.tie_embeddings",
+        ),
+        lambda c: (
+            not (c.model.name == "gpt" and c.model.tie_embeddings)
+            or c.low_precision.quantize_embedding == c.low_precision.quantize_head
+        ),
+        "{0} and {1} differ, but with {2} they are one matrix",
+    ),
+    Rule(
+        ("low_precision.lora_rank", "low_precision.use_4bit"),
+        lambda c: c.low_precision.lora_rank is None or c.low_precision.use_4bit,
+        "{0} adds adapters to 4-bit weights, and {1}",
+    ),
+    Rule(
+        ("low_precision.lora_rank", "training.init_from"),
+        lambda c: c.low_precision.lora_rank is None or c.training.init_from != "scratch",
+        "{0} freezes the weights it begins with, and {1} draws them at random",
+    ),
+    *(
+        Rule(
+            ("low_precision.lora_rank", key),
+            lambda c, kept=kept: c.low_precision.lora_rank is None or kept(c),  # type: ignore[misc]
+            text,
+        )
+        for key, kept, text in (
+            (
+                "low_precision.use_fp8",
+                lambda c: not c.low_precision.use_fp8,
+                "{0} computes with 4-bit weights in bfloat16, and {1}",
+            ),
+            (
+                "optimizer.name",
+                lambda c: c.optimizer.name != "muon",
+                "{0} trains adapters, and {1} is for whole matrices",
+            ),
+            *(
+                (
+                    f"low_precision.{name}",
+                    lambda c, name=name: not getattr(c.low_precision, name),
+                    "{0} freezes hidden matrices in 4 bits, and {1} is for training all weights",
+                )
+                for name in ("quantize_embedding", "quantize_head")
+            ),
+        )
     ),
 )

@@ -8,9 +8,7 @@ the option it stands for; a dotted one is exactly that key of that section.
 
 from __future__ import annotations
 
-from typing import Literal
-
-from settings.schema import Foreign, Inert, Limits
+from settings.schema import Foreign
 
 # option -> its other names
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -71,19 +69,6 @@ PRESETS: dict[str, str] = {
 # options that come with later versions -> the values that ask for nothing, so that they may stand
 LATER: dict[str, tuple[str, ...]] = {
     "optimizer.precision": ("float32",),
-    "low_precision.use_fp8": ("false",),
-    "low_precision.use_4bit": ("false",),
-    "low_precision.use_4bit_optimizer": ("false",),
     "logging.tensorboard": ("false",),
     "distributed.strategy": ("auto", "ddp"),
-}
-
-# options that come with later versions and say how to do what cannot be asked for yet
-_4BIT, _FP8 = "low_precision.use_4bit", "low_precision.use_fp8"
-INERT: dict[str, Inert] = {
-    "low_precision.quantization_type": Inert(_4BIT, Literal["nf4", "fp4"], "nf4"),
-    "low_precision.use_double_quant": Inert(_4BIT, bool, True),
-    "fp8.format": Inert(_FP8, Literal["hybrid", "e4m3"], "hybrid"),
-    "fp8.amax_history_len": Inert(_FP8, int, 1024, Limits(ge=1)),
-    "fp8.amax_compute_algo": Inert(_FP8, Literal["max", "most_recent"], "max"),
 }

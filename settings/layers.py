@@ -160,7 +160,7 @@ class _Layer:
             return
         self._given[key] = (entry, value)
         if option is None:
-            self._merged.note(_without_effect(self._schema, key, value))
+            self._merged.note(_without_effect(key, value))
             return
         self._merged.put(key, value, entry.origin)
         self._merged.spelled[key] = entry.key
@@ -217,8 +217,6 @@ def _spread(target: Target, entry: Entry) -> tuple[Value, ...]:
 
 def _read_later(schema: Schema, key: str, entry: Entry) -> Any:
     """Return a value that asks for nothing; refuse what an option still to come would do."""
-    if key in schema.inert:
-        return _read(schema.inert[key].option(key), entry.value)
     harmless = schema.later.get(key, ())
     value = entry.value.value if isinstance(entry.value, Plain) else entry.value
     word = (value.text if isinstance(value, Scalar) else to_text(value)).lower()
@@ -230,11 +228,10 @@ def _read_later(schema: Schema, key: str, entry: Entry) -> Any:
     return word
 
 
-def _without_effect(schema: Schema, key: str, value: Any) -> str:
+def _without_effect(key: str, value: Any) -> str:
     """Return the note on an option still to come whose value asks for nothing."""
-    inert = schema.inert.get(key)
-    why = f"while {inert.switch} is not available" if inert else "in this version"
-    return f"{key}={value if isinstance(value, str) else to_text(value)} changes nothing {why}"
+    text = value if isinstance(value, str) else to_text(value)
+    return f"{key}={text} changes nothing in this version"
 
 
 def _named(key: str, entry: Entry) -> str:

@@ -94,7 +94,7 @@ def guess(schema: Schema, word: str) -> str:
 
 def _outside(schema: Schema) -> list[tuple[str, str]]:
     """Return section and name of each option that is in no dataclass."""
-    keys = (key.split(".", 1) for key in (*schema.later, *schema.inert, *schema.foreign))
+    keys = (key.split(".", 1) for key in (*schema.later, *schema.foreign))
     return [(section, name) for section, name in keys]
 
 

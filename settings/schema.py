@@ -82,18 +82,6 @@ class Option:
         return f"{text}, {self.unit}" if self.unit else text
 
 
-class Inert(NamedTuple):
-    """An option still to come that changes nothing as long as something else is not there."""
-
-    switch: str  # what is not there
-    takes: Any  # the type of its values, as in a dataclass
-    default: Any
-    limits: Limits = Limits()
-
-    def option(self, key: str) -> Option:
-        return _undocumented(key, self.takes, self.default, self.limits)
-
-
 class Foreign(NamedTuple):
     """An option of another trainer that `translate` turns into options of ours."""
 
@@ -108,7 +96,6 @@ class Schema:
     sections: Mapping[str, type]
     options: Mapping[str, Option]  # by 'section.name'
     later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
-    inert: Mapping[str, Inert]  # options still to come, any good value of which asks for nothing
     foreign: Mapping[str, Option]  # options of other trainers that are more than another name
 
     def find(self, key: str) -> Option | None:
@@ -117,7 +104,7 @@ class Schema:
 
     def announces(self, key: str) -> bool:
         """Return whether `key` is an option still to come."""
-        return key in self.later or key in self.inert
+        return key in self.later
 
     def in_section(self, section: str) -> list[Option]:
         return [option for option in self.options.values() if option.section == section]
@@ -148,7 +135,6 @@ def section_options(section: str, section_class: type[Any]) -> tuple[Option, ...
 def schema_of(
     sections: Mapping[str, type],
     later: Mapping[str, tuple[str, ...]],
-    inert: Mapping[str, Inert],
     foreign: Mapping[str, Foreign],
 ) -> Schema:
     """Return the schema of `sections` (name -> dataclass), with the options that no section has."""
@@ -157,8 +143,8 @@ def schema_of(
         for name, section_class in sections.items()
         for option in section_options(name, section_class)
     }
-    others = {key: _undocumented(key, *made, Limits()) for key, made in foreign.items()}
-    return Schema(sections, options, later, inert, others)
+    others = {key: _undocumented(key, *made) for key, made in foreign.items()}
+    return Schema(sections, options, later, others)
 
 
 def title(section_class: type[Any]) -> str:
@@ -166,10 +152,10 @@ def title(section_class: type[Any]) -> str:
     return (section_class.__doc__ or "").strip().splitlines()[0]
 
 
-def _undocumented(key: str, takes: Any, default: Any, limits: Limits) -> Option:
+def _undocumented(key: str, takes: Any, default: Any) -> Option:
     """Return an option that is read and checked like others, and is in no section."""
     section, name = key.split(".", 1)
-    return Option(section, name, *_read_hint(takes), default, "", "", limits, None)
+    return Option(section, name, *_read_hint(takes), default, "", "", Limits(), None)
 
 
 def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:

@@ -1,0 +1,90 @@
+"""Tensors in 4 bits, by bitsandbytes: one of 16 levels (NF4 or FP4) for each number, and a scale for
+each 64 of them, in 8 bits where scales are quantized too ("double quantization").
+
+    packed = quantize(weight, "nf4", double=True)       # 0.52 bytes per number
+    weight = packed.dequantize(torch.bfloat16)
+
+Tensors are flattened for both ways: given more than one row, bitsandbytes 0.50 unpacks wrong numbers
+on CPUs with AVX-512, without an error, where a row is a multiple of 16 but not of the block.
+
+Source: Dettmers et al., "QLoRA", arXiv 2305.14314.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import ConfigError
+
+BLOCK = 64  # numbers with one scale
+INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
+
+
+def library() -> ModuleType:
+    """bitsandbytes' functions; ConfigError with the install command where it cannot be had."""
+    try:
+        import bitsandbytes.functional as functional
+    except Exception as error:  # besides ImportError, what a broken library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"low_precision: 4-bit weights need bitsandbytes, which cannot be imported here "
+            f"({reason[0]}). Install it: {INSTALL}, or set low_precision.use_4bit: false."
+        ) from None
+    return functional
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A tensor of any shape as codes and scales."""
+
+    codes: Tensor  # uint8 (n / 2, 1): two numbers in each, the first in the high bits
+    state: Any  # bitsandbytes' QuantState of the flat tensor
+    shape: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, in the dtype it had or in this one; rounding to it comes last."""
+        flat = library().dequantize_4bit(self.codes, self.state).view(self.shape)
+        return flat if dtype is None else flat.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales as plain tensors under bitsandbytes' names; the codes are "weight"."""
+        flat, self.state.shape = self.state.shape, torch.Size(self.shape)
+        try:
+            parts = self.state.as_dict(packed=True)
+        finally:
+            self.state.shape = flat
+        return {"weight": self.codes, **{f"weight.{name}": part for name, part in parts.items()}}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and tables."""
+        return sum(part.nbytes for part in self.tensors().values())
+
+
+def quantize(value: Tensor, kind: str, double: bool) -> FourBit:
+    """kind: "nf4" or "fp4". double: the scales in 8 bits, in blocks of 256 of their own."""
+    codes, state = library().quantize_4bit(
+        value.detach().reshape(-1), blocksize=BLOCK, quant_type=kind, compress_statistics=double
+    )
+    return FourBit(codes, state, tuple(value.shape))
+
+
+def from_tensors(parts: dict[str, Tensor]) -> FourBit:
+    """What `FourBit.tensors` gave; ValueError where parts are missing or do not fit."""
+    codes = parts["weight"]
+    stats = {name.removeprefix("weight."): p for name, p in parts.items() if name != "weight"}
+    try:
+        state = library().QuantState.from_dict(stats, device=codes.device)
+    except (KeyError, AssertionError, TypeError) as error:
+        raise ValueError(f"4-bit weight with parts {sorted(parts)}: {error!r}") from error
+    shape = tuple(state.shape)
+    if codes.dtype != torch.uint8 or codes.numel() != (math.prod(shape) + 1) // 2:
+        raise ValueError(f"4-bit weight of shape {shape} with {codes.numel()} bytes of codes")
+    state.shape = torch.Size([math.prod(shape)])
+    return FourBit(codes, state, shape)
