@@ -43,6 +43,9 @@ class LanguageModel(Protocol):
         query, key and value are 3. Neither embeddings nor the head.
         """
 
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parameters of the embedding and of the head: one where they are tied."""
+
     def notes(self, on_cpu: bool) -> list[str]:
         """Lines for the start of a run: where the model computes otherwise than the config asks."""
 

@@ -107,6 +107,10 @@ class BDH(nn.Module):
         H = self.config.n_head
         return [(self.encoder, H), (self.encoder_v, H), (self.decoder, H)]
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The embedding and the head."""
+        return self.embed.weight, self.lm_head
+
     def notes(self, on_cpu: bool) -> list[str]:
         """Nothing is computed otherwise than the config asks."""
         return []

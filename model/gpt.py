@@ -157,6 +157,10 @@ class GPT(Transformer):
                 found.append((parameter, 3 if name.endswith("c_attn.weight") else 1))
         return found
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The embedding and the head."""
+        return self.transformer.wte.weight, self.lm_head.weight
+
     def kept(self) -> Kept:
         """What a layer keeps of each token: relu leaves only what it returns."""
         width = self.config.mlp_scale_factor * self.config.n_embd

@@ -212,6 +212,10 @@ class Llama(Transformer):
                 found.append((parameter, stacked.get(name.split(".", 1)[1], 1)))
         return found
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The embedding and the head."""
+        return self.embedding.weight, self.lm_head.weight
+
     def kept(self) -> Kept:
         """What a layer keeps of each token: both parts of the gate, its silu and the product."""
         turned = self.config.n_embd + self.kv_heads * self.width

@@ -105,6 +105,10 @@ class Transformer(nn.Module, ABC):
         """Hidden weight matrices, and how many equal ones are stacked in each."""
 
     @abstractmethod
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The parameters of the embedding and of the head: one where they are tied."""
+
+    @abstractmethod
     def kept(self) -> Kept:
         """What a layer keeps of each token."""
 

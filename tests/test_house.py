@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("settings", "model", "data", "engine")
 SCRIPTS = ("train", "sample", "prepare")
 
+LOW_PRECISION = {"bitsandbytes", "transformer_engine"}
 TOKENIZERS = {"tokenizers", "tiktoken", "huggingface_hub"}
 # Which modules a room may import, besides the standard library. "model.*" is any module of model.
 DOORS = {
@@ -23,7 +24,7 @@ DOORS = {
     "settings": {"yaml", "settings.*"},
     "model": {"torch", "config", "model.*", "safetensors", "huggingface_hub"},
     "data": {"numpy", "pyarrow", "torch", "config", "data.*", *TOKENIZERS},
-    "engine": {"torch", "numpy", "config", "engine.*", "model", "wandb"},
+    "engine": {"torch", "numpy", "config", "engine.*", "model", "wandb", *LOW_PRECISION},
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
@@ -36,7 +37,7 @@ ORDERS = {
     "checkpoint, session",
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}
-LAZY |= TOKENIZERS
+LAZY |= TOKENIZERS | LOW_PRECISION
 """Packages that may be imported inside a function: slow, optional, or built on those."""
 
 
