@@ -180,16 +180,16 @@ class TokenizerConfig(_Section):
 class LowPrecisionConfig(_Section):
     """Number formats of arithmetic, weights and optimizer state; master weights stay float32."""
 
-    use_fp8: bool = option(False, "8-bit products with weights (Hopper, Blackwell)")
+    use_fp8: bool = option(False, "8-bit products (Hopper, Blackwell)")
     use_4bit: bool = option(True, "train weights for rounding to 4 bits")
     use_4bit_optimizer: bool = option(False, "AdamW with moments in 4 bits")
     quantization_type: Literal["nf4", "fp4"] = option("nf4", "4-bit weights: the 16 levels")
     use_double_quant: bool = option(True, "4-bit weights: their scales in 8 bits")
     quantize_embedding: bool = option(False, "4-bit weights: embeddings too")
     quantize_head: bool = option(False, "4-bit weights: the head too")
-    quantize_after: float = option(0.8, "4-bit weights: from this share of the run on", ge=0, lt=1)
-    lora_rank: int | None = option(None, "train adapters on frozen 4-bit weights; null: off", ge=1)
-    lora_alpha: float = option(16.0, "adapters: they count alpha / rank times", gt=0)
+    quantize_after: float = option(0.8, "4-bit weights: after this part", ge=0, lt=1)
+    lora_rank: int | None = option(None, "adapters on frozen 4-bit weights", ge=1)
+    lora_alpha: float = option(16.0, "adapters: times alpha / rank", gt=0)
     compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "format of matrix products"
     )
@@ -202,7 +202,7 @@ class Fp8Config(_Section):
     backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
     recipe: Literal["current", "delayed", "block", "mxfp8"] = option("current", "choice of scales")
     format: Literal["hybrid", "e4m3"] = option("hybrid", "hybrid: gradients in e5m2")
-    amax_history_len: int = option(1024, "delayed: maxima a scale looks back on", ge=1)
+    amax_history_len: int = option(1024, "delayed: maxima looked back on", ge=1)
     amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
 
 

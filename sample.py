@@ -2,10 +2,10 @@
 
     python sample.py checkpoints/run_20251108_143022 --prompt "def " --num-samples 3
 
-RUN_OR_CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint) or a folder of run
-directories (its newest run). Text streams to the terminal (of several samples, drawn together, the
-first); equal seeds write equal text. A model of single documents stops at the end of one. How fast
-it was goes to standard error.
+RUN_OR_CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint), a folder of run
+directories (its newest run) or an export (export.py). Text streams to the terminal (of several
+samples, drawn together, the first); equal seeds write equal text. A model of single documents stops
+at the end of one. How fast it was goes to standard error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="sample.py", description="Writes text with a trained model.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("path", metavar="RUN_OR_CHECKPOINT", help="checkpoint, run directory or folder of runs")
+    add("path", metavar="RUN_OR_CHECKPOINT", help="checkpoint, run, folder of runs or export")
     add("--prompt", metavar="TEXT", help="text to continue (default: a line break)")
     add("--num-samples", type=_number(int, 1), default=1, metavar="N", help="default: 1")
     add("--max-new-tokens", type=_number(int, 1), default=500, metavar="N", help="default: 500")

@@ -21,7 +21,6 @@ from config import (
     NonFiniteError,
     Request,
     UserError,
-    accumulation_steps,
     command_line,
 )
 
@@ -57,16 +56,16 @@ from engine.optimizer import (
 )
 from engine.parallel import parallelize, whole
 from engine.plan import (
-    cost_lines,
     length_lines,
+    model_lines,
     origin_lines,
-    parameter_lines,
     planned_steps,
     settle,
     tokens_line,
     tokens_per_step,
+    training_flops,
 )
-from engine.precision import Precision
+from engine.precision import Precision, affordable
 from engine.resume import (
     PRETRAINED,
     check_resumable,
@@ -74,7 +73,7 @@ from engine.resume import (
     on_processes,
     resume_from_folder,
 )
-from engine.run import RunDirectory
+from engine.run import RunDirectory, directory_lines
 from engine.schedule import learning_rate
 from engine.session import Batch, Session
 from engine.signals import StopRequest
@@ -93,9 +92,10 @@ def train(run: Session, stop: StopRequest) -> None:
         began = time.monotonic()
         batch = next(run.batches)
         loss = torch.zeros((), device=run.world.device)
-        for share in run.micro_losses(batch):
-            run.precision.backward(whole(share, run.world))
-            loss += share.detach()
+        with run.precision.training(state.step + 1):
+            for share in run.micro_losses(batch):
+                run.precision.backward(whole(share, run.world))
+                loss += share.detach()
         run.precision.unscale(run.optimizer)
         norm = gradient_norm(run.model)
         loss_value, grad_norm = torch.stack((run.world.sum(loss), norm)).tolist()
@@ -133,7 +133,8 @@ class Beginning:
 def begin(request: Request, world: World) -> Beginning:
     """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
     say(*origin_lines(request))
-    asked = resume_from_folder(request.config)
+    asked, notes = affordable(resume_from_folder(request.config), request.given)
+    say(*notes)
     with world.main_first():
         data = open_data(asked)
     say(*data.lines())
@@ -167,22 +168,25 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     them on their device; saved state goes into both before anything is compiled or shared between
     processes; and the run directory is opened last, so that an error before it leaves nothing.
     """
+    precision = open_precision(request.config, world)
     start = begin(request, world)
     config, data = start.config, start.data
     epoch_tokens = data.epoch_tokens(config.training.block_size)
+    steps = planned_steps(config, world.size, epoch_tokens)
     model = first_model(start, world)
-    precision = Precision(config.low_precision, world.device)
-    optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
+    covered = precision.prepare(model, steps)
+    optimizer = new_optimizer(model, config)
+    say(*model_lines(config, world, model, optimizer, precision), *covered)
     seed_apart(config.training.seed, 0, world.rank)
     state, cursor = TrainState(), None
     if start.saved:
         state, cursor = restore(start.saved, model, optimizer, precision, world)
     text = Text(data, config)
-    steps = planned_steps(config, world.size, epoch_tokens)
     trial = partial(try_model, model, precision, config, text)
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
     wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
     state.compiled, compiled = compile_model(model, wanted, world.device, trial)
+    say(*precision.prove(trial))
     training = state.has_work(config.training)
     batches = open_batches(text, config, cursor, world, stack) if training else iter(())
     directory = open_directory(start, start.resume if training else None, world, stack)
@@ -214,7 +218,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
 
 
 def first_model(start: Beginning, world: World) -> nn.Module:
-    """The model with fresh or pretrained weights, on its device; says what it amounts to."""
+    """The model with fresh or pretrained weights, on its device."""
     config = start.config
     say("Initializing model...")
     seed_generators(config.training.seed)
@@ -222,9 +226,13 @@ def first_model(start: Beginning, world: World) -> nn.Module:
     if start.weights is not None:
         pretrained.load_into(model, start.weights, config.training.block_size)
         start.weights = None  # it keeps the file mapped
-    model.to(world.device)
-    say(*model_lines(model, config, world))
-    return model
+    return model.to(world.device)
+
+
+def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that are trained."""
+    four_bit = config.low_precision.use_4bit_optimizer
+    return build_optimizer(model, config.optimizer, config.training.weight_decay, four_bit)
 
 
 def restore(
@@ -237,7 +245,7 @@ def restore(
     """Puts a checkpoint back, and lets its content go; the state and the data's cursor."""
     model.load_state_dict(saved["model"])
     load_optimizer(optimizer, saved["optimizer"])
-    precision.load_state_dict(saved["scaler"])
+    precision.load_state_dict(saved["precision"])
     state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
     if len(generators) == world.size or world.is_main:
         restore_rng(generators[world.rank], world.device)
@@ -245,6 +253,11 @@ def restore(
         seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
     saved.clear()
     return state, cursor
+
+
+def open_precision(config: Config, world: World) -> Precision:
+    """Checks that this device computes in the formats asked for; raises ConfigError."""
+    return Precision(config.low_precision, world.device, config.fp8)
 
 
 def check_fits(
@@ -273,11 +286,6 @@ def try_model(model: nn.Module, precision: Precision, config: Config, text: Text
         loss = next_token_loss(model, rows, precision.device, text.documents)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)
-
-
-def training_flops(model: nn.Module, config: Config) -> int:
-    """FLOPs per token of a training step, by the model's own count."""
-    return cast(LanguageModel, model).flops_per_token(config.training.block_size)
 
 
 def find_resume(config: Config) -> Resume | None:
@@ -336,25 +344,6 @@ def open_tracker(
     return tracker
 
 
-def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]:
-    """Where the run is kept."""
-    if resume is not None:
-        return [f"Run directory: {resume.run_dir}", *directory.notes]
-    return [f"Run directory: {directory.promise} (made with the first checkpoint)"]
-
-
-def model_lines(model: nn.Module, config: Config, world: World) -> list[str]:
-    """Parameters, memory and work."""
-    tokens = (config.training.batch_size, config.training.block_size)
-    dtype = Precision(config.low_precision, world.device).dtype
-    activations = cast(LanguageModel, model).activation_bytes(tokens, dtype, world.on_cpu)
-    if accumulation_steps(config, world.size) > 1:  # a second set of gradients
-        activations += sum(p.numel() * p.element_size() for p in model.parameters())
-    step_tokens = tokens_per_step(config, world.size)
-    costs = cost_lines(model, activations, training_flops(model, config), step_tokens)
-    return [*parameter_lines(model), *costs]
-
-
 def dry_run(request: Request, world: World) -> None:
     """Prints the resolved config and the plan; trains nothing, creates nothing."""
     if embedded_is_missing(request.config):
@@ -370,8 +359,12 @@ def dry_run(request: Request, world: World) -> None:
         length = length_lines(config, world.size, epoch_tokens)
     with torch.device("meta"):
         model = build_model(config)
+    precision = open_precision(config, world)
+    covered = precision.prepare(model, config.training.max_iters, fill=False)
+    optimizer = new_optimizer(model, config)
     directory = RunDirectory.start(config)
-    say("", config.to_yaml(), *model_lines(model, config, world), *length)
+    lines = model_lines(config, world, model, optimizer, precision)
+    say("", config.to_yaml(), *lines, *covered, *length)
     say(*directory_lines(directory, resume))
     say("Dry run: nothing was trained or created.")
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from config import CheckpointError, Config, ConfigError, WriteError
 from engine.content import check_finite, check_plain, tensor_bytes
+from engine.export import is_export, open_export
 from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
 from engine.manifest import (
     CONFIG,
@@ -281,7 +282,8 @@ def _find_run(
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and its config.
 
-    `path` is a checkpoint, a run directory (its newest valid one) or a folder of runs. Raises
+    `path` is a checkpoint, a run directory (its newest valid one), a folder of runs, or an export
+    (engine/export.py), whose 4-bit weights are those that its run evaluated. Raises
     CheckpointError.
     """
     return open_model(path, device)[:2]
@@ -293,6 +295,8 @@ def open_model(
     """As `load_model`, and what makes text of its tokens, as plain values."""
     from model import build_model  # only here: the rest of the engine names no model
 
+    if is_export(Path(path)):
+        return open_export(Path(path), lambda config: build_model(config).to(device))
     chosen = _find(Path(path))[0].path
     content = load_checkpoint(chosen, device)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from config import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 CONFIG = "config.yaml"
 """Every run directory has one; it is written before the first checkpoint."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")

@@ -8,8 +8,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from config import OptimizerConfig
+from config import ConfigError, OptimizerConfig
+from engine.adamw4bit import AdamW4bit
 from engine.muon import Muon
+
+INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 
 class HasMatrices(Protocol):
@@ -20,11 +23,12 @@ class HasMatrices(Protocol):
 
 
 def build_optimizer(
-    model: nn.Module, optimizer: OptimizerConfig, weight_decay: float
+    model: nn.Module, optimizer: OptimizerConfig, weight_decay: float, four_bit: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW, or Muon for hidden matrices beside it, by `optimizer.name`.
 
-    Weights decay in matrices only: biases, gains and other vectors are left alone.
+    Weights decay in matrices only: biases, gains and other vectors are left alone. four_bit: AdamW
+    keeps its moments in 4 bits. ConfigError where adamw_8bit lacks its library.
     """
     if optimizer.name == "muon":
         return _muon(model, optimizer, weight_decay)
@@ -33,12 +37,32 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )
+    groups = [group for group in groups if group["params"]]
+    betas, eps = (optimizer.beta1, optimizer.beta2), optimizer.eps
+    if four_bit:
+        return AdamW4bit(groups, betas, eps)
+    if optimizer.name == "adamw_8bit":
+        return _adamw_8bit(groups, betas, eps)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+
+
+def _adamw_8bit(
+    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # besides ImportError, what a broken library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"optimizer.name=adamw_8bit needs bitsandbytes, which cannot be imported here "
+            f"({reason[0]}). Install it: {INSTALL}, or set optimizer.name: adamw."
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):  # now, so that its size is known
+            cast(Any, optimizer).init_state(group, parameter, number, place)
+    return optimizer
 
 
 def _muon(model: nn.Module, optimizer: OptimizerConfig, weight_decay: float) -> Muon:
@@ -73,6 +97,35 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """(bytes of state in few bits, parameters it is of, parameters with other state), counted from
+    storages; what several parameters share counts once.
+    """
+    storages: dict[int, int] = {}
+    low = others = 0
+    for parameter, state in optimizer.state.items():
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        if any(tensor.dtype == torch.uint8 for tensor in tensors):
+            low += parameter.numel()
+            whole = (tensor.untyped_storage() for tensor in tensors)
+            storages |= {storage.data_ptr(): storage.nbytes() for storage in whole}
+        else:
+            others += parameter.numel()
+    return sum(storages.values()), low, others
+
+
+def optimizer_lines(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What a start says of moments in 4 or 8 bits: their size, as it is; nothing of others."""
+    size, low, others = state_bytes(optimizer)
+    if not size:
+        return []
+    bits = 4 if isinstance(optimizer, AdamW4bit) else 8
+    return [
+        f"AdamW with {bits}-bit moments: {size / low:.3f} bytes for each of {low:,} parameters; "
+        f"{others:,} in float32"
+    ]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

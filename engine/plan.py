@@ -5,12 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from config import Config, ConfigError, Request, accumulation_steps, sequences_per_step
 from engine.metrics import short, size
+from engine.optimizer import optimizer_lines
+from engine.precision import Precision
+from engine.world import World
+
+
+class HasCosts(Protocol):
+    """What a model tells of its costs."""
+
+    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Peak memory of a training step on tokens (B, T), weights and their gradients aside."""
+
+    def flops_per_token(self, block_size: int) -> int:
+        """FLOPs of a training step per token."""
 
 
 def settle(
@@ -99,16 +113,44 @@ def tokens_line(config: Config, world_size: int) -> str:
     )
 
 
-def cost_lines(
-    model: nn.Module, activations: int, flops_per_token: int, step_tokens: int
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Memory of weights, of gradients and of the optimizer's state once it is there."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for group in optimizer.param_groups:
+        moments = 1 if group.get("matrices") else 2
+        for parameter in group["params"]:
+            state = [
+                v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)
+            ]
+            held += parameter.nbytes
+            held += sum(v.nbytes for v in state) if state else moments * parameter.nbytes
+    return held
+
+
+def training_flops(model: nn.Module, config: Config) -> int:
+    """FLOPs per token of a training step, by the model's own count."""
+    return cast(HasCosts, model).flops_per_token(config.training.block_size)
+
+
+def model_lines(
+    config: Config,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
 ) -> list[str]:
-    """What a step takes: memory at its peak, with `activations` bytes of it, and work."""
-    held = 0  # weights; where they are trained also gradients and AdamW's two moments
-    for parameter in model.parameters():
-        held += parameter.numel() * parameter.element_size() * (4 if parameter.requires_grad else 1)
+    """Parameters, the size of low-bit moments, and what a step takes: memory at its peak, work."""
+    tokens = (config.training.batch_size, config.training.block_size)
+    activations = cast(HasCosts, model).activation_bytes(tokens, precision.dtype, world.on_cpu)
+    if accumulation_steps(config, world.size) > 1:  # a second set of gradients
+        activations += sum(parameter.nbytes for parameter in model.parameters())
+    held = held_bytes(model, optimizer) + precision.master_bytes
+    flops = training_flops(model, config)
     return [
+        *parameter_lines(model),
+        *optimizer_lines(optimizer),
         f"Memory of a step: {size(held + activations)} at its peak: {size(held)} weights, "
         f"gradients and optimizer, {size(activations)} activations",
-        f"Work: {short(flops_per_token)} FLOP per token, "
-        f"{short(flops_per_token * step_tokens)} per step",
+        f"Work: {short(flops)} FLOP per token, "
+        f"{short(flops * tokens_per_step(config, world.size))} per step",
     ]

@@ -35,6 +35,8 @@ FIXED = {
     "training.block_size",
     "training.seed",
     "optimizer.name",
+    "low_precision.use_4bit_optimizer",
+    "low_precision.lora_rank",
     "dataloader.shuffle",
 }
 PRETRAINED = {key.split(".")[1] for key in FIXED if key.startswith("model.")}

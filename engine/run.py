@@ -350,3 +350,10 @@ def _belongs(line: bytes, manifest: Manifest) -> bool:
         return line.endswith(b"\n") and known
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]:
+    """Where the run is kept."""
+    if resume is not None:
+        return [f"Run directory: {resume.run_dir}", *directory.notes]
+    return [f"Run directory: {directory.promise} (made with the first checkpoint)"]

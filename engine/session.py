@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,7 @@ class Session:
     def step(self) -> None:
         """The optimizer's step; gradients are gone after it."""
         self.torn = True
-        self.precision.step(self.optimizer)
+        self.precision.step(self.optimizer, self.world.most)
         self.torn = False
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -227,6 +228,7 @@ class Session:
             "train/iter_time_ms": seconds * 1000,
             "train/mfu": self._flops_utilization(speed),
             "train/memory_bytes": peak_memory_bytes(world.device),
+            **self.precision.metrics(),
         }
         state.loss_sum, state.loss_steps = 0.0, 0
         self.record(record)
@@ -245,11 +247,13 @@ class Session:
         An error here (memory runs out, say) must not cost the steps done: they are saved first.
         """
         say(RULE, f"Evaluating at iteration {self.state.step}...")
-        losses = []
+        train, held_out = self.text.evaluation
+        losses: list[float] = []
         try:
-            for batches in self.text.evaluation:
-                stopped = partial(self.stopping, stop)
-                total = total_loss(self.model, batches, self.loss, stopped, self.world)
+            for batches, view in self._views(train, held_out):
+                with view:
+                    stopped = partial(self.stopping, stop)
+                    total = total_loss(self.model, batches, self.loss, stopped, self.world)
                 if total is None:
                     return
                 losses.append(total / max(1, sum(self.targets(rows) for rows in batches)))
@@ -257,19 +261,30 @@ class Session:
         except Exception:
             self.rescue()
             raise
-        best = self.state.record_evaluation(*losses)
+        best = self.state.record_evaluation(*losses[:2])
         per_token = self.text.bytes_per_token
         bits = None if per_token is None else bits_per_byte(losses[1], per_token)
-        names = ("eval/train_loss", "eval/val_loss", "eval/bits_per_byte")
-        values = dict(zip(names, (*losses, bits), strict=True))
-        self.record(self.stamp() | values | shares)
+        values = {"eval/train_loss": losses[0], "eval/val_loss": losses[1]}
+        if self.precision.quantized is not None:
+            values["eval/val_loss_4bit"] = losses[2]
+        self.record(self.stamp() | values | {"eval/bits_per_byte": bits} | shares)
         parts = [f"Train loss: {losses[0]:.4f}", f"Val loss: {losses[1]:.4f}"]
+        parts += [f"in 4 bits: {loss:.4f}" for loss in losses[2:]]
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
         say(" | ".join(parts + ["best so far"] * best))
         if shares:
             means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
             say(f"Active neurons: {', '.join(means)}")
         say(RULE)
+
+    def _views(
+        self, train: tuple[Tensor, ...], held_out: tuple[Tensor, ...]
+    ) -> Iterator[tuple[tuple[Tensor, ...], AbstractContextManager[None]]]:
+        """What is evaluated, and within which context."""
+        yield train, contextlib.nullcontext()
+        yield held_out, contextlib.nullcontext()
+        if self.precision.quantized is not None:
+            yield held_out, self.precision.quantized.applied()
 
     def active_shares(self) -> dict[str, list[float]]:
         """The share of active neurons in each layer, on the first held-out batch."""
@@ -332,7 +347,7 @@ class Session:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.state_dict(),
+            "precision": self.precision.state_dict(),
             "train": asdict(self.state),
             "cursor": self.text.merge_cursors(self.world.gather(self.cursor())),
             "rng": self.world.gather(rng_state(self.world.device)),

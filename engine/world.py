@@ -96,6 +96,12 @@ class World:
         dist.all_reduce(box, dist.ReduceOp.MIN)
         return int(box)
 
+    def most(self, values: Tensor) -> Tensor:
+        """The largest of each of `values` over all processes; in place where there are several."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in some process."""
         return bool(self.sum_number(flag))

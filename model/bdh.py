@@ -32,7 +32,9 @@ from model.bdh_kernels import Call, bdh_layers
 from model.bdh_passes import EAGER, compiled
 from model.bdh_state import BDHState, step
 from model.bdh_tiles import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
+from model.bdh_written_out import Pass, Projecting, written_out, written_out_bytes
 from model.layers import product_dtype
+from model.products import PlainProducts, Products
 
 INIT_STD = 0.02
 
@@ -57,6 +59,8 @@ class BDH(nn.Module):
         self.decoder = nn.Parameter(torch.empty(H * N, D))  # F
         self.lm_head = nn.Parameter(torch.empty(D, V))
         self.fused = False  # whether the elementwise passes are compiled
+        self.products: Products = PlainProducts()
+        self.projections: Projecting | None = None  # who multiplies by the weights; None: kernels
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
 
@@ -88,18 +92,25 @@ class BDH(nn.Module):
             return x
         observed = states is not None or active is not None
         dtype = product_dtype(x)
+        weights = (self.encoder, self.encoder_v, self.decoder)
+        dropout = self.config.dropout if self.training and not observed else 0.0
+        if self.projections is not None and not observed:
+            angles = self.rotation(x.shape[1], dtype)
+            run = Pass(self.config.n_layer, dropout, angles, documents)
+            return written_out(x, self.projections(weights), run)
         tiling = self.tiling(x, dtype)
         call = Call(
             n_layer=self.config.n_layer,
-            dropout=self.config.dropout if self.training and not observed else 0.0,
+            dropout=dropout,
             rotation=self.rotation(tiling.chunk, dtype),
             tiling=tiling,
+            products=self.products,
             passes=compiled() if self.fused and not observed else EAGER,
             documents=documents,
             states=states,
             active=active,
         )
-        result: Tensor = bdh_layers(x, (self.encoder, self.encoder_v, self.decoder), call)
+        result: Tensor = bdh_layers(x, weights, call)
         return result
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
@@ -172,7 +183,7 @@ class BDH(nn.Module):
 
     def compile(self, *, disable: bool = False) -> None:
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
-        self.fused = not disable
+        self.fused = self.products.fused = not disable
 
     def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
         """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
@@ -183,6 +194,9 @@ class BDH(nn.Module):
         masked = self.config.dropout > 0 and not self.fused
         packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, masked)
         forward = packed + self.config.n_layer * kept
+        if self.projections is not None:
+            layers = (self.shape, dtype, self.config.n_layer)
+            forward, backward = written_out_bytes(tokens, *layers)
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
         logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
         return embedded + forward + max(backward, logits)

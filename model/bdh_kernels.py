@@ -20,9 +20,8 @@ least.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from model.bdh_passes import Keep, Passes, hashed
 from model.bdh_tiles import ChunkMasks, Rotation, Tile, Tiling, pack, tile_borders
+from model.products import Place, PlainProducts, Products, Sum
 
 _EPS = 1e-5  # of layer norm
 _SALT = 0x5DEECE66D  # tells the hashes of neurons from those of tokens
@@ -58,6 +58,7 @@ class Call:
     documents: Tensor | None = None
     states: Tensor | None = None
     active: Tensor | None = None
+    products: Products = field(default_factory=PlainProducts)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the passes are compiled, not this
@@ -78,7 +79,7 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, call, seed, trained = rest
-        tiles = list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs))
+        tiles = _tiles(weights, call)
         layer = _Layer(x.shape, tiles, call, seed)
         stream = layer.cut(x.to(layer.sum_dtype))
         saved: list[Tensor] = []
@@ -89,8 +90,9 @@ class _Layers(torch.autograd.Function):
             stream = _norm(stream + _norm(y))
             del y, kept
         if saved:
-            ctx.save_for_backward(*weights, *saved, *itertools.chain(*tiles))
+            ctx.save_for_backward(*weights, *saved)
             ctx.call, ctx.seed, ctx.shape, ctx.dtype = call, seed, x.shape, x.dtype
+            ctx.tiles = tiles
             ctx.per_layer = len(saved) // call.n_layer
         return layer.join(stream).to(x.dtype)
 
@@ -99,9 +101,8 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         weights, saved = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
-        packed = saved[call.n_layer * ctx.per_layer :]
-        del saved[call.n_layer * ctx.per_layer :]
-        tiles = [Tile(*packed[i : i + 3]) for i in range(0, len(packed), 3)]
+        tiles = ctx.tiles or _tiles(weights, call)  # made anew where the graph was retained
+        ctx.tiles = None  # autograd frees only what it saved itself
         layer = _Layer(ctx.shape, tiles, call, ctx.seed)
         gradients = _Gradients(weights, layer.sum_dtype, call.passes)
         dstream = layer.cut(dx.to(layer.sum_dtype))
@@ -115,21 +116,8 @@ class _Layers(torch.autograd.Function):
         return layer.join(dstream).to(ctx.dtype), *gradients.like(weights), None, None, None
 
 
-class _Sum:
-    """A sum of matrix products, (g, a, b) @ (g, b, c), in the dtype of sums."""
-
-    def __init__(self, total: Tensor, passes: Passes) -> None:
-        self.total, self.passes, self.fresh = total, passes, True
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        total = self.total.view(*left.shape[:2], right.shape[2])
-        if left.dtype == total.dtype:
-            total.baddbmm_(left, right, beta=0 if self.fresh else 1)
-        elif self.fresh:
-            total.copy_(torch.bmm(left, right))
-        else:
-            self.passes.add(total.flatten(0, 1), torch.bmm(left, right).flatten(0, 1))
-        self.fresh = False
+def _tiles(weights: Sequence[Tensor], call: Call) -> list[Tile]:
+    return list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs, call.products))
 
 
 class _Gradients:
@@ -171,7 +159,7 @@ class _Attention(NamedTuple):
     symmetric: Tensor  # of the scores, and of the same scores seen from the keys
     entering: Tensor  # da where a chunk's first document began before it
     leaving: Tensor  # x where its last document goes on
-    past: _Sum | None  # what x gets by way of the states
+    past: Sum | None  # what x gets by way of the states
 
 
 class _Layer:
@@ -187,9 +175,9 @@ class _Layer:
         self.K = -(-self.T // self.C)
         self.X, self.M = self.B * self.K, self.B * self.K * self.C
         self.H, self.N = len(tiles[0].encoder), 2 * len(call.rotation.chunk_cos)
-        self.call, self.tiles, self.passes = call, tiles, call.passes
+        self.call, self.tiles, self.passes, self.products = call, tiles, call.passes, call.products
         self.borders = tile_borders(self.N, call.tiling.pairs)
-        self.dtype, self.device = tiles[0].encoder.dtype, tiles[0].encoder.device
+        self.dtype, self.device = call.rotation.cos.dtype, call.rotation.cos.device
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         self.masks = ChunkMasks(call.documents, (self.B, self.K, self.C), self.device)
         self.has_past = self.K > 1 or call.states is not None
@@ -222,31 +210,37 @@ class _Layer:
         scores (g * X, C, C), a after its norm (g, M, D) and the inverse of its deviation (g, M, 1).
         """
         x = x.to(self.dtype)
+        rows = self.operand(x, ("x", number), shared=True)
         y = self.sum(self.g, self.M, self.D)
         kept: list[Tensor] = []
         for heads in self.groups():
-            scores, past = self.attend(x, heads, number)
+            scores, past = self.attend(x, rows, heads, number)
             a = torch.bmm(scores, self.chunks(x)).to(self.sum_dtype)
             a = a if past is None else a.add_(past)
             a, _, scale = torch.native_layer_norm(a, (self.D,), None, None, _EPS)
             a = a.to(self.dtype).view(self.g, self.M, self.D)
+            rows_a = self.products.rows(a, ("a", number), shared=True)
             for i, tile in enumerate(self.tiles):
-                u = self.encode(x, heads, i, again=True)
-                v = self.product("v", a, tile.encoder_v[heads])
+                u = self.encode(rows, heads, i, again=True)
+                v = self.products.times(rows_a, tile.encoder_v[heads], self.wide("v", i))
                 self.passes.gate(self.tokens(u), self.tokens(v), self.keep(number, heads, i))
                 if self.call.active is not None:
                     self.call.active[number] += torch.stack([(u > 0).sum(), (v > 0).sum()])
-                y.add(v, tile.decoder[heads])
+                z = self.products.rows(v, ("z", number))
+                self.products.times(z, tile.decoder[heads], y)
             kept += [scores, a, scale.view(self.g, self.M, 1)]
         return y.total.sum(0).mul_(self.scale).view(x.shape), kept
 
-    def attend(self, x: Tensor, heads: slice, number: int) -> tuple[Tensor, Tensor | None]:
-        """Scores within chunks, (g * X, C, C), and what a gets from before them, (g * X, C, D)."""
+    def attend(
+        self, x: Tensor, rows: Any, heads: slice, number: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores within chunks, (g * X, C, C), and what a gets from before them, (g * X, C, D);
+        rows: x as an operand."""
         scores = self.sum(self.g * self.X, self.C, self.C)
         past = self.sum(self.g * self.X, self.C, self.D) if self.has_past else None
         leaving = self.chunks(_where(self.masks.leaves, x))
         for i in range(len(self.tiles)):
-            r = self.turned(self.encode(x, heads, i), "v", i)
+            r = self.turned(self.encode(rows, heads, i), "v", i)
             scores.add(r, r.mT)
             if past is not None:
                 past.add(r, self.carry(torch.bmm(r.mT, leaving), i, self.states(number, heads, i)))
@@ -259,40 +253,47 @@ class _Layer:
         self, x: Tensor, dy: Tensor, kept: list[Tensor], number: int, gradients: _Gradients
     ) -> Tensor:
         """The gradient of x by way of the layer; adds to those of the weights."""
-        x, dy = x.to(self.dtype), dy.mul(self.scale).to(self.dtype)
-        x_t = x.view(1, self.M, self.D).mT.contiguous().expand(self.g, -1, -1)
+        products, x = self.products, x.to(self.dtype)
+        rows = self.operand(x, ("x", number), shared=True)
+        dy = self.operand(dy.mul(self.scale).to(self.dtype), ("dy", number))
         dx = self.sum(self.g, self.M, self.D)
         for heads in self.groups():
             scores, a, scale = kept.pop(0), kept.pop(0), kept.pop(0)
-            da, a_t = self.sum(self.g, self.M, self.D), a.mT.contiguous()
+            da, rows_a = self.sum(self.g, self.M, self.D), products.rows(a, ("a", number), True)
             for i, pairs in enumerate(self.borders):
-                z, dv, _ = self.gate_backward(x, a, dy, (number, heads, i))
-                gradients.add("decoder", heads, pairs, torch.bmm(z.mT, self.heads(dy)))
-                gradients.add("encoder_v", heads, pairs, torch.bmm(a_t, dv))
-                da.add(dv, self.tiles[i].encoder_v[heads].mT)
+                z, dv, _ = self.gate_backward((rows, rows_a, dy), (number, heads, i))
+                z = products.rows(z, ("z", number))
+                dv = products.gradient(dv, ("dv", number))
+                gradients.add("decoder", heads, pairs, products.outer(z, dy))
+                gradients.add("encoder_v", heads, pairs, products.outer(rows_a, dv))
+                products.back(dv, self.tiles[i].encoder_v[heads], da)
             attention = self.attention(x, _norm_gradient(da.total, a, scale).to(self.dtype))
             dx.add(scores.mT, attention.da)
             for i, pairs in enumerate(self.borders):
                 if self.call.tiling.keep:
                     du = self.wide(f"du{i}", i)
                 else:
-                    du = self.gate_backward(x, a, dy, (number, heads, i))[2]
-                self.attend_backward(attention, self.encode(x, heads, i, again=True), du, i)
-                gradients.add("encoder", heads, pairs, torch.bmm(x_t, du))
-                dx.add(du, self.tiles[i].encoder[heads].mT)
+                    du = self.gate_backward((rows, rows_a, dy), (number, heads, i))[2]
+                self.attend_backward(attention, self.encode(rows, heads, i, again=True), du, i)
+                du = products.gradient(du, ("du", number))
+                gradients.add("encoder", heads, pairs, products.outer(rows, du))
+                products.back(du, self.tiles[i].encoder[heads], dx)
             if attention.past is not None:
                 past = attention.past.total.view(self.g, self.X, self.C, self.D)
                 dx.total.add_(_where(self.masks.leaves, past).view(dx.total.shape))
         return dx.total.sum(0).view(x.shape)
 
     def gate_backward(
-        self, x: Tensor, a: Tensor, dy: Tensor, place: tuple[int, slice, int]
+        self, operands: tuple[Any, Any, Any], place: tuple[int, slice, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a tile: z, the gradient of v, and that of u by way of z; each (g, M, n)."""
-        _, heads, i = place
+        """Of a tile: z, the gradient of v, and that of u by way of z; each (g, M, n).
+
+        operands: x, a and the gradient of y.
+        """
+        (x, a, dy), (_, heads, i) = operands, place
         u = self.encode(x, heads, i)
-        v = self.product("v", a, self.tiles[i].encoder_v[heads])
-        dz = self.product("dz", self.heads(dy), self.tiles[i].decoder[heads].mT)
+        v = self.products.times(a, self.tiles[i].encoder_v[heads], self.wide("v", i))
+        dz = self.products.back(dy, self.tiles[i].decoder[heads], self.wide("dz", i))
         du = self.wide(f"du{i}" if self.call.tiling.keep else "du", i)
         u4, v4, dz4, du4 = (self.tokens(tile) for tile in (u, v, dz, du))
         self.passes.gate_backward(u4, v4, dz4, self.keep(*place), du4)
@@ -327,13 +328,13 @@ class _Layer:
         u4, dr4, du4 = (self.tokens(tile) for tile in (u, dr, du))
         self.passes.turn_backward(u4, dr4, cos, sin, du4)
 
-    def encode(self, x: Tensor, heads: slice, i: int, again: bool = False) -> Tensor:
+    def encode(self, x: Any, heads: slice, i: int, again: bool = False) -> Tensor:
         """u = x E of a tile, (g, M, n); `again`: what this made is taken where it was kept."""
-        if not self.call.tiling.keep:
-            return self.product("u", self.heads(x), self.tiles[i].encoder[heads])
-        if again:
-            return self.wide(f"u{i}", i)
-        return self.product(f"u{i}", self.heads(x), self.tiles[i].encoder[heads])
+        kept = self.call.tiling.keep
+        u = self.wide(f"u{i}" if kept else "u", i)
+        if again and kept:
+            return u
+        return self.products.times(x, self.tiles[i].encoder[heads], u)
 
     def turned(self, u: Tensor, name: str, i: int) -> Tensor:
         """r of a tile, (g * X, C, n), in the buffer of that name."""
@@ -388,9 +389,12 @@ class _Layer:
         """The heads, `group` at once."""
         return (slice(h, h + self.g) for h in range(0, self.H, self.g))
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(X, C, D), the same for all heads -> (g, M, D)."""
-        return x.view(1, self.M, self.D).expand(self.g, -1, -1)
+    def operand(self, x: Tensor, place: Place, shared: bool = False) -> Any:
+        """(X, C, D), the same for all heads, as an operand; gradients have a name with d."""
+        flat = x.view(1, self.M, self.D)
+        if place[0] == "dy":
+            return self.products.gradient(flat, place)
+        return self.products.rows(flat, place, shared)
 
     def chunks(self, x: Tensor) -> Tensor:
         """(..., C, D), the same for all heads -> (g * X, C, D)."""
@@ -399,11 +403,6 @@ class _Layer:
     def tokens(self, tile: Tensor) -> Tensor:
         """(g, M, n) or (g * X, C, n) -> (g, X, C, n)."""
         return tile.view(self.g, self.X, self.C, -1)
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left (g, M, D) @ right (g, D, n) into the buffer of that name."""
-        out = self.buffer(name, self.M * self.g * right.shape[2]).view(self.g, self.M, -1)
-        return torch.bmm(left, right, out=out)
 
     def wide(self, name: str, i: int) -> Tensor:
         """The buffer of that name as tile i, (g, M, n)."""
@@ -417,8 +416,8 @@ class _Layer:
             self.buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.buffers[name][:size]
 
-    def sum(self, *shape: int) -> _Sum:
-        return _Sum(torch.empty(shape, dtype=self.sum_dtype, device=self.device), self.passes)
+    def sum(self, *shape: int) -> Sum:
+        return Sum(torch.empty(shape, dtype=self.sum_dtype, device=self.device), self.passes.add)
 
 
 def _norm(x: Tensor) -> Tensor:

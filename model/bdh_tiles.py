@@ -10,10 +10,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.products import Products
 
 ROPE_THETA = 2.0**16
 _CPU_TILE = 2**22  # elements: a few tiles of them fit the second-level caches and their neighbours
@@ -120,29 +122,37 @@ def layers_bytes(
 
 
 class Tile(NamedTuple):
-    """The weights of some pairs of every head, in the dtype of the products."""
+    """The weights of some pairs of every head, ready for products."""
 
-    encoder: Tensor  # (H, D, n)
-    encoder_v: Tensor  # (H, D, n)
-    decoder: Tensor  # (H, n, D)
+    encoder: Any  # (H, D, n)
+    encoder_v: Any  # (H, D, n)
+    decoder: Any  # (H, n, D)
 
 
 def tile_borders(neurons: int, pairs: int) -> list[tuple[int, int]]:
-    """The pairs of each tile: as few tiles as `pairs` allows, as equal as can be."""
-    count = -(-neurons // (2 * pairs))
-    ends = [neurons // 2 * i // count for i in range(count + 1)]
+    """The pairs of each tile: as few tiles as `pairs` allows, as equal as can be in eights."""
+    unit = 8 if neurons % 16 == 0 and pairs >= 8 else 1
+    units, most = neurons // 2 // unit, pairs // unit
+    count = -(-units // most)
+    ends = [units * i // count * unit for i in range(count + 1)]
     return list(itertools.pairwise(ends))
 
 
-def pack(weights: Sequence[Tensor], dtype: torch.dtype, pairs: int) -> Iterator[Tile]:
-    """The weights cut into tiles, each of them contiguous."""
+def pack(
+    weights: Sequence[Tensor], dtype: torch.dtype, pairs: int, products: Products
+) -> Iterator[Tile]:
+    """The weights cut into tiles, ready for products of this dtype."""
     encoder, encoder_v, decoder = weights
     H, D, N = encoder.shape
     for start, end in tile_borders(N, pairs):
         parts = [w.view(H, D, 2, N // 2)[..., start:end] for w in (encoder, encoder_v)]
         parts.append(decoder.view(H, 2, N // 2, D)[:, :, start:end])
         packed = [torch.empty(p.shape, dtype=dtype, device=p.device).copy_(p) for p in parts]
-        yield Tile(packed[0].view(H, D, -1), packed[1].view(H, D, -1), packed[2].view(H, -1, D))
+        yield Tile(
+            products.weight(packed[0].view(H, D, -1), "encoder"),
+            products.weight(packed[1].view(H, D, -1), "encoder_v"),
+            products.weight(packed[2].view(H, -1, D), "decoder"),
+        )
 
 
 class ChunkMasks:

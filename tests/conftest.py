@@ -51,6 +51,7 @@ training:
   test_freq: 10
   eval_iters: 2
   checkpoint_freq: 10
+low_precision: {use_4bit: false}
 system: {device: cpu}
 """
 

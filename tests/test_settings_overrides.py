@@ -222,9 +222,9 @@ def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
 
 def test_every_alias_stands_for_an_option_that_exists_or_is_announced() -> None:
     options = {f"{s}.{name}" for s, names in Config().to_dict().items() for name in names}
-    announced = set(dialects.LATER) | set(dialects.INERT) | set(dialects.FOREIGN)
+    announced = set(dialects.LATER) | set(dialects.FOREIGN)
     assert not options & announced
-    assert len(announced) == len([*dialects.LATER, *dialects.INERT, *dialects.FOREIGN])
+    assert len(announced) == len([*dialects.LATER, *dialects.FOREIGN])
     assert set(dialects.ALIASES) <= options | announced
     assert not set(dialects.TARGETS) & (options | announced)
     assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(dialects.TARGETS)
@@ -247,47 +247,23 @@ def test_an_option_still_to_come_is_refused_unless_it_asks_for_nothing(
         assert request.config == Config()
 
 
-@pytest.mark.parametrize("key", dialects.INERT)
-def test_an_option_of_what_is_switched_off_takes_its_good_values_only(
-    ask: Ask, capsys: pytest.CaptureFixture[str], key: str
-) -> None:
-    inert = dialects.INERT[key]
-    option = inert.option(key)
-    for value in {*option.choices, to_text(inert.default)}:
-        request = ask(f"{key}={value}")
-        assert request.config == Config()
-        assert request.notes == (
-            f"{key}={value} changes nothing while {inert.switch} is not available",
-        )
-    assert complaint(ask, capsys, f"{key}=int3").startswith(f"command line: {key}: expected ")
-
-
 LOW_PRECISION = """
 low_precision:
   use_fp8: false
-  use_4bit: {use_4bit}
+  use_4bit: true
   use_4bit_optimizer: false
   quantization_type: "nf4"
   use_double_quant: true
   compute_dtype: "bfloat16"
-fp8: {{format: hybrid, amax_history_len: 1024, amax_compute_algo: max}}
+fp8: {format: hybrid, amax_history_len: 1024, amax_compute_algo: max}
 """
 
 
-def test_low_precision_as_documented_works_once_4_bit_is_off(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("config.yaml").write_text(LOW_PRECISION.format(use_4bit="false"))
+def test_low_precision_as_documented_is_the_default(ask: Ask) -> None:
+    Path("config.yaml").write_text(LOW_PRECISION)
     request = ask()
-    assert request.config == Config() and len(request.notes) == 8
-    assert (
-        "low_precision.quantization_type=nf4 changes nothing while low_precision.use_4bit is "
-        "not available"
-    ) in request.notes
-    Path("config.yaml").write_text(LOW_PRECISION.format(use_4bit="true"))
-    assert complaint(ask, capsys) == (
-        "config.yaml:4: low_precision.use_4bit: not available in this version. Set it to false."
-    )
+    assert request.config == Config() and not request.notes
+    assert "low_precision.use_4bit" in request.given
 
 
 LATER_MISTAKES = [

@@ -1,11 +1,11 @@
-"""Tensors in 4 bits, by bitsandbytes: one of 16 levels (NF4 or FP4) for each number, and a scale for
-each 64 of them, in 8 bits where scales are quantized too ("double quantization").
+"""Tensors in 4 bits, by bitsandbytes: one of 16 levels (NF4 or FP4) for each number, and a scale
+for each 64 of them, in 8 bits where scales are quantized too ("double quantization").
 
     packed = quantize(weight, "nf4", double=True)       # 0.52 bytes per number
     weight = packed.dequantize(torch.bfloat16)
 
-Tensors are flattened for both ways: given more than one row, bitsandbytes 0.50 unpacks wrong numbers
-on CPUs with AVX-512, without an error, where a row is a multiple of 16 but not of the block.
+Tensors are flattened for both ways: given more than one row, bitsandbytes 0.50 unpacks wrong
+numbers on CPUs with AVX-512, without an error, where a row is a multiple of 16 but not of the block.
 
 Source: Dettmers et al., "QLoRA", arXiv 2305.14314.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ BLOCK = 64  # numbers with one scale
 INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 
-def library() -> ModuleType:
+def library() -> Any:
     """bitsandbytes' functions; ConfigError with the install command where it cannot be had."""
     try:
         import bitsandbytes.functional as functional
@@ -49,8 +48,8 @@ class FourBit:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, in the dtype it had or in this one; rounding to it comes last."""
-        flat = library().dequantize_4bit(self.codes, self.state).view(self.shape)
-        return flat if dtype is None else flat.to(dtype)
+        flat: Tensor = library().dequantize_4bit(self.codes, self.state)
+        return flat.view(self.shape).to(dtype or flat.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Codes and scales as plain tensors under bitsandbytes' names; the codes are "weight"."""

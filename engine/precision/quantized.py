@@ -1,0 +1,114 @@
+"""A model whose weights are trained for rounding to 4 bits.
+
+    quantized = QuantizedWeights(model, config.low_precision)
+    with quantized.applied():          # once per optimizer step, and for an evaluation
+        loss.backward()
+    optimizer.step()                   # on the master weights, which are back
+
+The one idea: within the block the parameters hold what their 4 bits stand for, and the gradients of
+those numbers are taken for the master weights' own. Nothing else knows of it: no model, optimizer
+or compiler, and checkpoints hold the masters, from which `tensors` packs the same 4 bits again.
+
+Source: Bengio et al., arXiv 1308.3432 (straight-through gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from config import LowPrecisionConfig
+from engine.precision.four_bit import FourBit, quantize
+
+
+class HasWeights(Protocol):
+    """What quantization asks of a model."""
+
+    def matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The hidden weight matrices, each with the number stacked in it."""
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The parameters of the embedding and of the head: one where they are tied."""
+
+
+class QuantizedWeights:
+    """The parameters of a model that 4 bits are for: its matrices, and by the options its ends.
+
+    During `applied` the masters take the parameters' memory a second time.
+    """
+
+    def __init__(self, model: nn.Module, low_precision: LowPrecisionConfig) -> None:
+        weights = cast(HasWeights, model)
+        ends = dict(zip(("embedding", "head"), weights.ends(), strict=True))
+        asked = low_precision.quantize_embedding, low_precision.quantize_head
+        chosen = {id(matrix) for matrix, _ in weights.matrices()}
+        chosen |= {id(end) for end, wanted in zip(ends.values(), asked, strict=True) if wanted}
+        self.low_precision = low_precision
+        self._all = own_tensors(model)
+        self._quantized = {name: p for name, p in self._all.items() if id(p) in chosen}
+        self._left_out = [name for name, end in ends.items() if id(end) not in chosen]
+        self._masters: list[Tensor] = []
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters rounded to 4 bits, in their own memory; after it the masters, bit for bit.
+
+        Forward and backward both belong inside: autograd refuses a backward pass after it.
+        """
+        assert not self._masters, "4-bit weights are applied already"
+        try:
+            for parameter in self._quantized.values():
+                self._masters.append(parameter.detach().clone())
+                _write(parameter, self._pack(parameter).dequantize(parameter.dtype))
+            yield
+        finally:
+            # Where rounding itself failed, there are fewer masters than parameters.
+            for parameter, master in zip(self._quantized.values(), self._masters, strict=False):
+                _write(parameter, master)
+            self._masters.clear()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight by its name, tied ones once; of those in 4 bits the parts: NAME holds the
+        codes, NAME.absmax and so on are bitsandbytes' own."""
+        assert not self._masters, "4 bits are packed from masters: rounded weights round otherwise"
+        found: dict[str, Tensor] = {}
+        for name, value in self._all.items():
+            if name in self._quantized:
+                parts = self._pack(value).tensors()
+                found |= {name + part.removeprefix("weight"): t for part, t in parts.items()}
+            else:
+                found[name] = value.detach()
+        return found
+
+    def line(self, first_step: int | None = None) -> str:
+        """What is in 4 bits, counted; first_step: of those trained so."""
+        low = self.low_precision
+        how = [low.quantization_type, "double quantization" if low.use_double_quant else ""]
+        how += [f"from step {first_step}" if first_step is not None else ""]
+        counts = [sum(p.numel() for p in all_.values()) for all_ in (self._quantized, self._all)]
+        return (
+            f"4-bit weights: {len(self._quantized)} of {len(self._all)} tensors, {counts[0]:,} of "
+            f"{counts[1]:,} parameters ({', '.join(filter(None, how))})"
+            + (f"; {' and '.join(self._left_out)} left out" if self._left_out else "")
+        )
+
+    def _pack(self, weight: Tensor) -> FourBit:
+        low = self.low_precision
+        return quantize(weight, low.quantization_type, low.use_double_quant)
+
+
+@torch.no_grad()
+def _write(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict's own tensors, without copies; tied ones once, under the first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(value), (name, value))
+    return dict(first.values())

@@ -1,0 +1,271 @@
+"""FP8 by NVIDIA's Transformer Engine: its modules multiply, the weights stay the model's own.
+
+    engine = TransformerEngine(config.fp8, device, model)
+    engine.attach()
+    with engine.autocast():             # within torch.autocast, around every forward pass
+        loss = model(tokens)...
+
+The one idea: a module of Transformer Engine is held outside the model, without memory for weights,
+and called with a weight of the model in place of its own (`torch.func.functional_call`). It reads
+its weights by name at each call and quantizes what it finds, from float32 to 8 bits in one step;
+gradients flow back to the model's parameters. So names, shapes, optimizer and checkpoints are the
+same with and without FP8. The head and the embedding stay in bfloat16.
+
+Each layer has modules of its own, even in BDH, whose layers share their weights: with delayed
+scaling a module must not be called twice within one autocast, for the second call's maxima would
+mix with the first's; and the layers' activations differ in size, so each gets scales of its own.
+
+Source: Transformer Engine 2.20, module/{base,linear,grouped_linear}.py and quantization.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from config import ConfigError, Fp8Config
+
+INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
+OTHERWISE = "Set fp8.backend: native, or low_precision.use_fp8: false."
+RECIPES = {
+    "current": "Float8CurrentScaling",
+    "delayed": "DelayedScaling",
+    "block": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+AVAILABLE = {"block": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
+SCALES = ("scale", "amax_history")  # what delayed scaling remembers, forward and backward
+
+
+def library() -> tuple[ModuleType, ModuleType]:
+    """Transformer Engine's modules for torch, and its recipes; ConfigError where it is missing."""
+    try:
+        import transformer_engine.common.recipe as recipes
+        import transformer_engine.pytorch as te
+
+        te.autocast, te.is_mxfp8_available  # noqa: B018  # older ones lack these
+    except Exception as error:  # besides ImportError, what a broken or half-installed one raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            "fp8.backend=transformer_engine needs Transformer Engine 2.20 or later, which cannot "
+            f"be imported here ({reason[0]}). Install it: {INSTALL}. {OTHERWISE}"
+        ) from None
+    return te, recipes
+
+
+def checked_library(fp8: Fp8Config, device: torch.device) -> tuple[ModuleType, ModuleType]:
+    """`library`, once the device is known to compute `fp8.recipe`; ConfigError if it does not."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"fp8.backend=transformer_engine runs on CUDA only, and the device is {device}. "
+            f"{OTHERWISE}"
+        )
+    te, recipes = library()
+    torch.cuda.set_device(device)  # the one that Transformer Engine asks and keeps its scales on
+    able, reason = getattr(te, AVAILABLE.get(fp8.recipe, "is_fp8_available"))(return_reason=True)
+    if not able:
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        other = "fp8.recipe: current or " if fp8.recipe in AVAILABLE else ""
+        raise ConfigError(
+            f"low_precision.use_fp8 with fp8.recipe={fp8.recipe} does not run on {name}, of "
+            f"compute capability {capability}: {reason} Use {other}another GPU. {OTHERWISE}"
+        )
+    return te, recipes
+
+
+def recipe_for(fp8: Fp8Config, recipes: ModuleType) -> Any:
+    """What te.autocast takes."""
+    options = {"fp8_format": getattr(recipes.Format, fp8.format.upper())}
+    if fp8.recipe == "delayed":
+        options["amax_history_len"] = fp8.amax_history_len
+        options["amax_compute_algo"] = fp8.amax_compute_algo
+    return getattr(recipes, RECIPES[fp8.recipe])(**options)
+
+
+class TransformerEngine:
+    """A model's products with its hidden weights, by Transformer Engine's modules.
+
+    covered: the names of the weights computed in FP8, once attached. calls: how many calls of
+    modules Transformer Engine has computed in FP8, each of them one product with a weight (BDH's
+    encoder_v: one for all heads).
+    """
+
+    def __init__(self, fp8: Fp8Config, device: torch.device, model: nn.Module) -> None:
+        self.te, recipes = checked_library(fp8, device)
+        self.fp8, self.device, self.model = fp8, device, model
+        self.recipe = recipe_for(fp8, recipes)
+        self.multiple = 32 if fp8.recipe == "mxfp8" else 16  # of both sides of every product
+        self.modules: dict[str, Any] = {}  # by weight, and layer where layers share weights
+        self.covered: list[str] = []
+        self.calls = 0
+
+    @property
+    def summary(self) -> str:
+        """In words, for the start of a run."""
+        scaling = "mxfp8" if self.fp8.recipe == "mxfp8" else f"{self.fp8.recipe} scaling"
+        return f"transformer_engine, {scaling}"
+
+    def attach(self) -> None:
+        """Has the model multiply by its hidden weights here; ConfigError where one does not fit."""
+        model: Any = self.model
+        ends = {id(parameter) for parameter in model.ends()}
+        for name, layer in self.model.named_modules():
+            if hasattr(layer, "product") and id(layer.weight) not in ends:
+                key = f"{name}.weight"
+                self._cover(key, layer.weight)
+                sizes = (layer.in_features, layer.out_features)
+                self.modules[key] = self._made("Linear", sizes, bias=layer.bias is not None)
+                layer.product = partial(self._product, key)
+        if hasattr(model, "projections"):
+            self._attach_bdh(model)
+        with torch.inference_mode(False), torch.no_grad(), self._te_autocast():
+            # Now: made in an evaluation, scales would be tensors that cannot change in training.
+            for module in self.modules.values():
+                module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
+
+    def _attach_bdh(self, model: Any) -> None:
+        for name in ("encoder", "encoder_v", "decoder"):
+            self._cover(name, getattr(model, name))
+        heads, width, neurons = model.encoder.shape
+        sizes = (width, heads * neurons)
+        for layer in range(model.config.n_layer):
+            self.modules[f"encoder.{layer}"] = self._made("Linear", sizes)
+            grouped = self._made("GroupedLinear", (heads, width, neurons))
+            self.modules[f"encoder_v.{layer}"] = grouped
+            self.modules[f"decoder.{layer}"] = self._made("Linear", sizes[::-1])
+        model.projections = partial(BDHProjections, self.multiply)
+
+    def _made(self, kind: str, sizes: tuple[int, ...], bias: bool = False) -> Any:
+        """A module without memory of its own, which is what the device "meta" gives."""
+        made = getattr(self.te, kind)
+        return made(*sizes, bias=bias, params_dtype=torch.float32, device="meta")
+
+    def _cover(self, name: str, weight: Tensor) -> None:
+        """Notes a weight whose last two sides are those of its product."""
+        self.covered.append(name)
+        if any(size % self.multiple for size in weight.shape[-2:]):
+            raise ConfigError(
+                f"low_precision.use_fp8: {name} is {tuple(weight.shape)}, and with "
+                f"fp8.recipe={self.fp8.recipe} products take multiples of {self.multiple} in the "
+                "last two dimensions. Change the model's widths, or set "
+                "low_precision.use_fp8: false."
+            )
+
+    def _te_autocast(self) -> contextlib.AbstractContextManager[object]:
+        context: contextlib.AbstractContextManager[object]
+        context = self.te.autocast(enabled=True, recipe=self.recipe)
+        return context
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context of every forward pass, in training and evaluation.
+
+        Without gradients nothing is left behind: the maxima that delayed scaling gathers in an
+        evaluation would reach the scales of the next training step.
+        """
+        pending: list[Tensor] = []
+        if not torch.is_grad_enabled():
+            pending = [history[0] for name, history in self._state() if name.endswith("history")]
+        before = [row.clone() for row in pending]
+        with self._te_autocast():
+            yield
+        for row, value in zip(pending, before, strict=True):
+            row.copy_(value)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # their modules are too, and it counts
+    def multiply(self, key: str, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        """The module of that name on inputs, x (..., in) first, with parameters in the place of its
+        own, weights (out, in)."""
+        module, rows = self.modules[key], inputs[0].numel() // inputs[0].shape[-1]
+        if rows % self.multiple:
+            raise ConfigError(
+                f"low_precision.use_fp8: with fp8.recipe={self.fp8.recipe} products take multiples "
+                f"of {self.multiple} tokens, which {rows} is not; change training.batch_size or "
+                "training.block_size."
+            )
+        result: Tensor = functional_call(module, parameters, inputs)
+        self.calls += bool(module.fp8)  # what it found when called
+        return result
+
+    def _product(self, key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        result: Tensor = self.multiply(key, parameters, x)
+        return result
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of all that delayed scaling remembers; other recipes remember nothing."""
+        if self.fp8.recipe != "delayed":
+            return
+        for key, module in self.modules.items():
+            meta: Any = module.fp8_meta
+            for direction in ("scaling_fwd", "scaling_bwd"):
+                for part in SCALES:
+                    yield f"{key}.{direction}.{part}", getattr(meta[direction], part)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Scales and the maxima behind them, copied to the CPU; empty unless scaling is delayed."""
+        return {name: value.detach().cpu().clone() for name, value in self._state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave; nothing leaves the scales fresh, as for a run that had
+        none before. ConfigError where it belongs to another model or length of history."""
+        own = dict(self._state())
+        shapes = {name: tuple(value.shape) for name, value in own.items()}
+        if not state or not own:
+            return
+        if shapes != {name: tuple(value.shape) for name, value in state.items()}:
+            raise ConfigError(
+                f"fp8.amax_history_len={self.fp8.amax_history_len}: the checkpoint's scales are of "
+                "another length or another model. Set it as the run that wrote them did."
+            )
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+Multiply = Callable[..., Tensor]
+
+
+class BDHProjections:
+    """BDH's products with its weights in one forward pass, as modules take them.
+
+    Weights are turned to (out, in) once for all layers:
+
+        encoder (H, D, N) -> (H * N, D), whose outputs are all heads' neurons
+        encoder_v (H, D, N) -> one (N, D) per head; inputs are the rows of head 0, of head 1, ...
+        decoder (H * N, D) -> (D, H * N)
+    """
+
+    def __init__(self, multiply: Multiply, weights: tuple[Tensor, Tensor, Tensor]) -> None:
+        encoder, encoder_v, decoder = weights
+        self.multiply = multiply
+        self.heads, width, self.neurons = encoder.shape
+        self.encoder = {"weight": encoder.mT.reshape(-1, width)}
+        of_heads = encoder_v.mT.contiguous().unbind()
+        self.encoder_v = {f"weight{head}": weight for head, weight in enumerate(of_heads)}
+        self.decoder = {"weight": decoder.mT.contiguous()}
+
+    def encode(self, x: Tensor, layer: int) -> Tensor:
+        """(B, T, D) -> (B, H, T, N)."""
+        u = self.multiply(f"encoder.{layer}", self.encoder, x)
+        return u.view(*x.shape[:2], self.heads, self.neurons).transpose(1, 2)
+
+    def encode_v(self, a: Tensor, layer: int) -> Tensor:
+        """(B, H, T, D) -> (B, H, T, N)."""
+        by_head = a.transpose(0, 1)
+        rows = by_head.reshape(-1, a.shape[-1])
+        each = torch.full((self.heads,), len(rows) // self.heads)  # int64 on the CPU: no waiting
+        v = self.multiply(f"encoder_v.{layer}", self.encoder_v, rows, each)
+        return v.view(*by_head.shape[:3], self.neurons).transpose(0, 1)
+
+    def decode(self, z: Tensor, layer: int) -> Tensor:
+        """(B, H, T, N) -> (B, T, D)."""
+        return self.multiply(f"decoder.{layer}", self.decoder, z.transpose(1, 2).flatten(2))

@@ -1,0 +1,120 @@
+"""Writes a trained model for use elsewhere.
+
+    python export.py checkpoints/run_20251108_143022 my-model
+    python export.py CHECKPOINT OUT --format bnb4        # matrices in 4 bits
+    python export.py CHECKPOINT OUT --format upstream    # a BDH for its authors' code
+
+CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint) or a folder of run
+directories (its newest run). OUT is a new folder (engine/export.py says what is in it); `sample.py`
+takes it, but for upstream's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from config import CheckpointError, Config, ConfigError, SystemConfig, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_FORMATS = {
+    "safetensors": "all weights as trained",
+    "bnb4": "matrices in 4 bits, by the run's low_precision",
+    "upstream": "BDH under the reference's names",
+}
+_DEVICE = "where 4 bits are computed, best where the run was trained: auto, cpu, cuda, cuda:N, mps"
+_LOAD = "BDH(BDHConfig(**json.load(open('config.json')))).load_state_dict(load_file('{}'))"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if os.path.lexists(args.out):
+        parser.error(f"OUT: '{args.out}' exists; name another folder")
+    if args.dtype and args.format != "safetensors":
+        parser.error("--dtype is for --format safetensors")
+    try:
+        print(*export(args), sep="\n")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Writes a trained model as plain files.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint, run directory or folder of runs")
+    add("out", metavar="OUT", type=Path, help="the folder to make")
+    formats = "; ".join(f"{name}: {meaning}" for name, meaning in _FORMATS.items())
+    add("--format", choices=_FORMATS, default="safetensors", help=formats)
+    add("--dtype", choices=["float32", "bfloat16"], help="of --format safetensors (float32)")
+    add("--device", default="auto", help=_DEVICE)
+    return parser
+
+
+def export(args: argparse.Namespace) -> list[str]:
+    """Writes OUT; returns what to say of it. Raises UserError."""
+    from engine.checkpoint import open_model  # torch is slow to import
+    from engine.export import WEIGHTS, description, is_export, write_export
+    from engine.files import size_text
+    from engine.precision import DTYPES
+    from engine.precision.quantized import QuantizedWeights, own_tensors
+    from engine.world import resolve_device
+
+    if is_export(Path(args.checkpoint)):
+        raise CheckpointError(f"{args.checkpoint} is an export already; give a run's checkpoint.")
+    device = resolve_device(SystemConfig(device=args.device).device)
+    model, config, tokenizer = open_model(args.checkpoint, device)
+    weights, texts, lines = own_tensors(model), description(config, tokenizer), []
+    count = sum(value.numel() for value in weights.values())
+    following = f"Next: python sample.py {args.out}"
+    if args.format == "upstream":
+        weights, texts = _upstream(model, config)
+        following = f"Next, in {args.out} beside bdh.py: {_LOAD.format(WEIGHTS)}"
+    elif args.format == "bnb4":
+        quantized = QuantizedWeights(model, config.low_precision)
+        weights, lines = quantized.tensors(), [quantized.line()]
+    elif args.dtype:
+        weights = {name: value.to(DTYPES[args.dtype]) for name, value in weights.items()}
+    size = write_export(args.out, weights, texts)
+    sizes = f"{size_text(size)}, {size / count:.2f} bytes per parameter"
+    whole = f"{size_text(4 * count)} in float32"
+    wrote = f"Wrote {args.out}: {WEIGHTS} ({sizes}; {whole}), {', '.join(texts)}"
+    return [*lines, wrote, following]
+
+
+def _upstream(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from model.bdh import BDH, to_upstream
+
+    if not isinstance(model, BDH):
+        raise ConfigError(
+            f"--format upstream is the layout of the public BDH, and the checkpoint's model.name "
+            f"is {config.model.name}; leave it out, or use --format bnb4."
+        )
+    shape = json.dumps(asdict(config.to_bdh_config()), indent=2) + "\n"
+    return to_upstream(model), {"config.json": shape}
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leaves through the blocks that delete what is half done."""
+    del frame
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(main())
