@@ -178,11 +178,11 @@ class TokenizerConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowPrecisionConfig(_Section):
-    """Number formats of arithmetic, weights and optimizer state; master weights stay float32."""
+    """Number formats of arithmetic, weights and optimizer state."""
 
-    use_fp8: bool = option(False, "8-bit products (Hopper, Blackwell)")
-    use_4bit: bool = option(True, "train weights for rounding to 4 bits")
-    use_4bit_optimizer: bool = option(False, "AdamW with moments in 4 bits")
+    use_fp8: bool = option(False, "8-bit products (Hopper and later)")
+    use_4bit: bool = option(True, "train for 4-bit weights (default: bdh only)")
+    use_4bit_optimizer: bool = option(False, "AdamW, its moments in 4 bits")
     quantization_type: Literal["nf4", "fp4"] = option("nf4", "4-bit weights: the 16 levels")
     use_double_quant: bool = option(True, "4-bit weights: their scales in 8 bits")
     quantize_embedding: bool = option(False, "4-bit weights: embeddings too")
@@ -381,6 +381,10 @@ def _follow(merged: Merged) -> None:
     pretrained = init_from not in ("scratch", "resume")
     if pretrained or values.get("tokenizer.name", "bytes") != "bytes":
         values.setdefault("model.vocab_size", None)
+    if values.get("model.name", "bdh") != "bdh":  # those come with habits of their own
+        values.setdefault(
+            "low_precision.use_4bit", values.get("low_precision.lora_rank") is not None
+        )
     if values.get("fp8.recipe") in ("block", "mxfp8"):
         values.setdefault("fp8.format", "e4m3")  # what these are made for
     defaults = Fp8Config()

@@ -2,7 +2,9 @@
 
 Matrices of at least 4096 numbers keep both moments in 4 bits (engine/moments.py). The rest, norms
 and biases, is torch's AdamW bit for bit. Only what is kept between steps is rounded: a step itself
-is computed in float32, in pieces of a tensor, with TEMPORARY_BYTES whatever its size.
+is computed in float32, in pieces of a tensor, so that it takes 40 MB whatever the tensor's size.
+
+It saves memory, not time: a CPU takes 23 ns per parameter and step, 1 with torch's fused AdamW.
 
 Source: Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.01507, with other
 codes: theirs take steps too short where gradients are sparse, as BDH's are.
@@ -21,7 +23,7 @@ from engine.adamw import adamw_state, adamw_step
 from engine.moments import SPAN, Rounded, decode_u, decode_v, encode_u, encode_v, zeros
 
 FEWEST = 4096  # numbers; smaller tensors are too few bytes to matter
-PIECE = 32 * SPAN  # numbers of a tensor that are stepped at a time: 1,048,576
+PIECE = 16 * SPAN  # numbers of a tensor that are stepped at a time: 524,288
 SMALLEST_ROOT = 1e-18  # of v; squares of smaller gradients are subnormal in float32, or zero
 
 
@@ -120,9 +122,10 @@ def _restore(own: dict[str, Any], saved: dict[str, Any], index: int) -> None:
     for name, value in own.items():
         found = saved.get(name)
         if isinstance(value, Tensor) and isinstance(found, Tensor):
-            fits = found.shape == value.shape and found.dtype == value.dtype
-        else:
-            fits = type(found) is type(value)
-        if not fits:
-            raise ValueError(f"saved state of parameter {index} has no {name} that fits it")
-        own[name] = value.copy_(found) if isinstance(value, Tensor) else found
+            if found.shape == value.shape and found.dtype == value.dtype:
+                value.copy_(found)
+                continue
+        elif isinstance(value, int) and isinstance(found, int):
+            own[name] = found
+            continue
+        raise ValueError(f"saved state of parameter {index} has no {name} that fits it")

@@ -57,8 +57,7 @@ def write_export(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, s
         os.rename(temporary, out)
         sync_folder(out.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(f"cannot write {out}: {reason}. Name another place.") from error
+        raise WriteError(f"cannot write {out} ({error}). Name another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size

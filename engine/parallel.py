@@ -26,7 +26,12 @@ def parallelize(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = None if world.device.type != "cuda" else [world.device]
-    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=devices,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # frozen weights, equal from the start
+    )
     _KEPT.append(wrapped)
     return wrapped
 

@@ -96,7 +96,7 @@ class BDH(nn.Module):
         dropout = self.config.dropout if self.training and not observed else 0.0
         if self.projections is not None and not observed:
             angles = self.rotation(x.shape[1], dtype)
-            run = Pass(self.config.n_layer, dropout, angles, documents)
+            run = Pass(self.config.n_layer, dropout, angles, documents, self.fused)
             return written_out(x, self.projections(weights), run)
         tiling = self.tiling(x, dtype)
         call = Call(

@@ -117,7 +117,7 @@ class _Layers(torch.autograd.Function):
 
 
 def _tiles(weights: Sequence[Tensor], call: Call) -> list[Tile]:
-    return list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs, call.products))
+    return list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs, call.products.weight))
 
 
 class _Gradients:

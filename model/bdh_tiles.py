@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from model.products import Products
 
 ROPE_THETA = 2.0**16
 _CPU_TILE = 2**22  # elements: a few tiles of them fit the second-level caches and their neighbours
@@ -139,9 +137,12 @@ def tile_borders(neurons: int, pairs: int) -> list[tuple[int, int]]:
 
 
 def pack(
-    weights: Sequence[Tensor], dtype: torch.dtype, pairs: int, products: Products
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    pairs: int,
+    ready: Callable[[Tensor, str], object],
 ) -> Iterator[Tile]:
-    """The weights cut into tiles, ready for products of this dtype."""
+    """The weights cut into tiles of this dtype; `ready` makes operands of them by their names."""
     encoder, encoder_v, decoder = weights
     H, D, N = encoder.shape
     for start, end in tile_borders(N, pairs):
@@ -149,9 +150,9 @@ def pack(
         parts.append(decoder.view(H, 2, N // 2, D)[:, :, start:end])
         packed = [torch.empty(p.shape, dtype=dtype, device=p.device).copy_(p) for p in parts]
         yield Tile(
-            products.weight(packed[0].view(H, D, -1), "encoder"),
-            products.weight(packed[1].view(H, D, -1), "encoder_v"),
-            products.weight(packed[2].view(H, -1, D), "decoder"),
+            ready(packed[0].view(H, D, -1), "encoder"),
+            ready(packed[1].view(H, D, -1), "encoder_v"),
+            ready(packed[2].view(H, -1, D), "decoder"),
         )
 
 

@@ -3,7 +3,8 @@
 `bdh_kernels` multiplies by the weights within its tiles, where an engine with modules and a
 backward pass of its own has no place. Here such an engine makes the three products with weights, as
 `Projections`; all else is what the formulas in `bdh` say, differentiated by autograd. Every layer
-keeps about four tensors (B, H, T, N), and scores are T x T: memory is quadratic in T.
+keeps about four tensors (B, H, T, N), and scores are T x T: memory is quadratic in T. Time goes
+to reading and writing wide tensors, most of all where what lies between products is not compiled.
 
 B batch, T tokens, D = n_embd, H = n_head, N neurons per head
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +49,14 @@ class Pass:
     """What a forward pass is given besides tokens and projections.
 
     rotation: the angles of all T tokens, in the dtype of the products. documents: (B, T) numbers;
-    tokens see their own document only.
+    tokens see their own document only. fused: whether to compile what lies between products.
     """
 
     n_layer: int
     dropout: float
     rotation: Rotation
     documents: Tensor | None = None
+    fused: bool = False
 
 
 def written_out(x: Tensor, projections: Projections, run: Pass) -> Tensor:
@@ -71,22 +74,39 @@ def written_out(x: Tensor, projections: Projections, run: Pass) -> Tensor:
 def _layer(x: Tensor, hidden: Tensor, number: int, projections: Projections, run: Pass) -> Tensor:
     """The layer before its residual."""
     B, T, D = x.shape
-    s = projections.encode(x, number).to(x.dtype).relu()  # (B, H, T, N)
-    r = _turned(s, run.rotation)
+    between = _compiled() if run.fused else _EAGER
+    u = projections.encode(x, number).to(x.dtype)  # (B, H, T, N)
+    s, r = between.activate(u, run.rotation.cos, run.rotation.sin)
     scores = (r @ r.mT).masked_fill(hidden, 0)  # (B, H, T, T)
     a = (scores.flatten(1, 2) @ x).view(B, -1, T, D)
     a = F.layer_norm(a.to(torch.promote_types(a.dtype, torch.float32)), (D,)).to(x.dtype)
-    z = s * projections.encode_v(a, number).to(x.dtype).relu()
-    if run.dropout:
-        z = F.dropout(z, run.dropout)
-    return projections.decode(z, number)
+    v = projections.encode_v(a, number).to(x.dtype)
+    return projections.decode(between.gate(s, v, run.dropout), number)
 
 
-def _turned(s: Tensor, rotation: Rotation) -> Tensor:
-    """rope(s), (..., T, N): the halves of the neurons are the members of the rotated pairs."""
+def _activate(u: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """s and rope(s), (B, H, T, N): the halves of the neurons are the members of rotated pairs."""
+    s = u.relu()
     first, second = s.chunk(2, -1)
-    cos, sin = rotation.cos, rotation.sin  # (T, N/2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return s, torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _gate(s: Tensor, v: Tensor, dropout: float) -> Tensor:
+    z = s * v.relu()
+    return F.dropout(z, dropout) if dropout else z
+
+
+class _Between(NamedTuple):
+    activate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    gate: Callable[[Tensor, Tensor, float], Tensor]
+
+
+_EAGER = _Between(_activate, _gate)
+
+
+@cache
+def _compiled() -> _Between:
+    return _Between(torch.compile(_activate, dynamic=False), torch.compile(_gate, dynamic=False))
 
 
 def written_out_bytes(

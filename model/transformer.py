@@ -173,7 +173,13 @@ class Transformer(nn.Module, ABC):
         weights = sum(parameter.numel() for parameter, _ in self.matrices())
         weights += self.config.n_embd * self.vocab_size
         scores = 2 * self.config.n_layer * self.config.n_embd * block_size
-        return 3 * 2 * (weights + scores)
+        passes = 2 if self.frozen else 3  # frozen weights have no gradient
+        return 2 * (passes * weights + 3 * scores)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the hidden matrices are not trained, nor kept in the dtype of the others."""
+        return not any(parameter.requires_grad for parameter, _ in self.matrices())
 
     def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
         """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
@@ -187,15 +193,19 @@ class Transformer(nn.Module, ABC):
         ]
         ends = self._head_stages(math.prod(tokens), size)
         embedding = self._embedding_stage(tokens, size, on_cpu)
-        return peak_bytes([embedding, *layer * self.config.n_layer, *ends])
+        stages = [embedding, *layer * self.config.n_layer, *ends]
+        if self.frozen:  # no weight has a gradient
+            stages = [stage._replace(gradients=0, found=0) for stage in stages]
+        return peak_bytes(stages)
 
     def _part(self, rows: int, size: int, weights: int) -> Stage:
         """What attention and MLP have in common: the stream and its gradient, norm, dropout."""
         D = self.config.n_embd
-        cast = size * weights if size < 4 else 0
+        cast = size * weights if size < 4 and not self.frozen else 0
+        made = (4 + size) * weights // 2 if self.frozen else 0  # of one matrix, for its products
         dropped = size * rows * D if self.config.dropout else 0
         saved = rows * (4 * D + self.kept().statistics + size * D) + dropped + cast
-        return Stage(saved, 4 * weights, size * weights, rows * D * (4 + size) + dropped)
+        return Stage(saved, 4 * weights, size * weights, rows * D * (4 + size) + dropped + made)
 
     def _attention_stage(self, tokens: tuple[int, int], size: int, on_cpu: bool) -> Stage:
         (B, T), D = tokens, self.config.n_embd

@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "dataset.parquet_dir": ("dataset.path",),
     "dataset.name": ("dataset",),
     "low_precision.compute_dtype": ("dtype", "autocast_precision", "model.autocast_precision"),
+    "distributed.backend": ("backend",),
     "logging.wandb_log": ("use_wandb", "wandb_log"),
     "logging.wandb_run_name": ("wandb_log.name",),
 }

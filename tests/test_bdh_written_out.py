@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from config import BDHConfig
+from engine.world import compiler_for
 from model.bdh import BDH
 from tests.test_memory import peak_bytes
 
 Outcome = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost far more than these sizes gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Plain:
@@ -132,6 +142,19 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert torch.equal(evaluated, whole)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, which it hides
+def test_compiled_they_are_the_same() -> None:
+    if compiler_for(torch.device("cpu")) is None:
+        pytest.skip("no C++ compiler")
+    model, tokens = small(), torch.randint(256, (2, 12))
+    model.projections = Plain
+    eager = outcome(model, tokens)
+    model.compile()
+    for name, value in outcome(model, tokens).items():
+        assert error(value, eager[name]) < 1e-5, name
+
+
 def test_what_is_observed_goes_by_the_kernels() -> None:
     def refused(weights: object) -> Plain:
         raise AssertionError("projections are asked for")
@@ -147,7 +170,7 @@ def test_what_is_observed_goes_by_the_kernels() -> None:
 def test_predicted_memory_is_enough_and_not_twice_too_much(dtype: torch.dtype) -> None:
     model = small(n_embd=64, n_head=4, mlp_internal_dim_multiplier=32, dropout=0.1)
     model.projections = Plain
-    rows = torch.randint(256, (1, 129))
+    rows = torch.randint(256, (2, 129))
     measured = peak_bytes(model, rows, dtype) - sum(4 * p.numel() for p in model.parameters())
-    predicted = model.activation_bytes((1, 128), dtype, on_cpu=True)
+    predicted = model.activation_bytes((2, 128), dtype, on_cpu=True)
     assert measured <= predicted <= 2 * measured

@@ -58,7 +58,7 @@ def test_a_checkpoint_comes_back_equal(tmp_path: Path) -> None:
     with new_run(tmp_path) as run:
         path = save_checkpoint(run, make_state(5, val_loss=2.5), 3)
     content = load_checkpoint(path)
-    assert content.pop("format") == 2
+    assert content.pop("format") == 3
     expected = make_state(5, val_loss=2.5)
     assert torch.equal(content["model"].pop("w"), expected["model"].pop("w"))
     assert content == expected

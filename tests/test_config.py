@@ -68,6 +68,11 @@ CHANGED = {  # a value that is not the default
     "n_kv_head": 2,
     "attention": "flex",
 }
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "model": {"name": "gpt", "vocab_size": None},
+    "training": {"init_from": "gpt2"},
+}
+UNTIED = PRETRAINED | {"model": PRETRAINED["model"] | {"tie_embeddings": False}}
 RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
         {"model": {"n_embd": 250}},
@@ -157,6 +162,75 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"model": {"vocab_size": 50256}, "tokenizer": {"name": "gpt2"}},
         "model.vocab_size=50256 is too small for tokenizer.name=gpt2; it has 50257 tokens; null "
         "takes their number.",
+    ),
+    (
+        {"low_precision": {"use_fp8": True, "compute_dtype": "float16"}},
+        "low_precision.use_fp8=true leaves all but its products in bfloat16, and "
+        "low_precision.compute_dtype=float16.",
+    ),
+    (
+        {"low_precision": {"use_fp8": True}, "training": {"batch_size": 3, "block_size": 100}},
+        "low_precision.use_fp8=true takes multiples of 16 tokens, which training.batch_size=3 * "
+        "training.block_size=100 is not; batch_size nearest: 16.",
+    ),
+    (
+        {"fp8": {"recipe": "mxfp8", "backend": "native"}},
+        "fp8.recipe=mxfp8 is one of Transformer Engine's, and fp8.backend=native.",
+    ),
+    *(
+        (
+            {"fp8": {name: value, "recipe": "current"}},
+            f"fp8.{name}={value} is for delayed scaling, and fp8.recipe=current; set fp8.recipe to "
+            "delayed.",
+        )
+        for name, value in (("amax_history_len", 16), ("amax_compute_algo", "most_recent"))
+    ),
+    (
+        {
+            "system": {"compile": True},
+            "fp8": {"recipe": "delayed"},
+            "low_precision": {"use_fp8": True},
+            "model": {"name": "gpt"},
+        },
+        "system.compile=true with fp8.recipe=delayed works for model.name=bdh only, and "
+        "model.name=gpt; set system.compile to auto.",
+    ),
+    (
+        {"low_precision": {"use_4bit_optimizer": True}, "optimizer": {"name": "muon"}},
+        "low_precision.use_4bit_optimizer=true is AdamW with 4-bit moments, and "
+        "optimizer.name=muon; set one of them.",
+    ),
+    (
+        {"low_precision": {"quantize_head": True}, "model": {"name": "gpt"}},
+        "low_precision.quantize_embedding=false and low_precision.quantize_head=true differ, but "
+        "with model.tie_embeddings=true they are one matrix.",
+    ),
+    (
+        {"low_precision": {"lora_rank": 4, "use_4bit": False}, **PRETRAINED},
+        "low_precision.lora_rank=4 adds adapters to 4-bit weights, and "
+        "low_precision.use_4bit=false.",
+    ),
+    (
+        {"low_precision": {"lora_rank": 4}, "model": {"name": "gpt"}},
+        "low_precision.lora_rank=4 freezes the weights it begins with, and "
+        "training.init_from=scratch draws them at random.",
+    ),
+    (
+        {"low_precision": {"lora_rank": 4, "use_fp8": True}, **PRETRAINED},
+        "low_precision.lora_rank=4 computes with 4-bit weights in bfloat16, and "
+        "low_precision.use_fp8=true.",
+    ),
+    (
+        {"low_precision": {"lora_rank": 4}, "optimizer": {"name": "muon"}, **PRETRAINED},
+        "low_precision.lora_rank=4 trains adapters, and optimizer.name=muon is for whole matrices.",
+    ),
+    *(
+        (
+            {"low_precision": {"lora_rank": 4, name: True}, **UNTIED},
+            "low_precision.lora_rank=4 freezes hidden matrices in 4 bits, and "
+            f"low_precision.{name}=true is for training all weights.",
+        )
+        for name in ("quantize_embedding", "quantize_head")
     ),
     *(
         (
@@ -313,8 +387,8 @@ def test_unknown_names_in_a_checkpoint_are_refused() -> None:
         Config.from_dict({"training": {"sede": 3}}, source="x.json")
     with pytest.raises(ConfigError, match="expected a section"):
         Config.from_dict({"training": 3})
-    with pytest.raises(ConfigError, match="low_precision.use_fp8: not available in this version"):
-        Config.from_dict({"low_precision": {"use_fp8": True}})
+    with pytest.raises(ConfigError, match="distributed.strategy: not available in this version"):
+        Config.from_dict({"distributed": {"strategy": "fsdp"}})
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3)])
@@ -409,6 +483,10 @@ def configs(draw: st.DrawFn) -> Config:
     dataset.update(draw(st.sampled_from([{"name": None}, {"train_data_path": None}])))
     dataset.update({} if dataset["train_data_path"] else {"val_data_path": None})
     values["schedule"].update(warmup_iters=0, lr_decay_iters=None, min_lr=0.0)
+    low, fp8 = values["low_precision"], values["fp8"]
+    low.update(use_fp8=False, use_4bit_optimizer=False, lora_rank=None)
+    low.update(quantize_embedding=low["quantize_head"])
+    fp8.update(backend="auto", recipe="delayed")
     return Config.from_dict(values)
 
 

@@ -97,9 +97,9 @@ def test_float16_skips_an_overflowed_step_and_lowers_the_scale() -> None:
     optimizer = build_optimizer(model, OptimizerConfig(), weight_decay=0.0)
     precision.backward((model(torch.ones(1, 2)) * torch.inf).sum())
     precision.unscale(optimizer)
-    precision.step(optimizer)
+    precision.step(optimizer, torch.clone)
     assert torch.equal(model.weight, before)
-    assert precision.state_dict()["scale"] == 32768.0
+    assert precision.state_dict()["scaler"]["scale"] == 32768.0
     other = Precision(LowPrecisionConfig(compute_dtype="float16"), CPU)
     other.load_state_dict(precision.state_dict())
     assert other.state_dict() == precision.state_dict()

@@ -35,6 +35,15 @@ TOKENS = torch.arange(48).view(2, 24) * 7 % V
 LOW = LowPrecisionConfig()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(name: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
     model = replace(MODELS[name], dropout=0.0, **options)  # type: ignore[arg-type]  # any option
@@ -206,6 +215,7 @@ def test_the_line_counts_what_is_covered() -> None:
     )
     low = LowPrecisionConfig(quantize_head=True)
     assert QuantizedWeights(model, low).line().endswith("; embedding left out")
+    assert QuantizedWeights(model, LOW).nbytes == 4 * 13_824
 
 
 def test_a_tied_embedding_is_one_tensor() -> None:

@@ -148,7 +148,11 @@ VALUES = [  # section, line of the section, message
     ("model", "mlp_bias: maybe", "expected true or false, got 'maybe'. The default is null."),
     ("model", "activation: swish", "expected one of gelu, gelu_tanh, relu, got 'swish'."),
     ("model", "attention: falsh", "got 'falsh'. Did you mean flash?"),
-    ("optimizer", "name: adam", "expected one of adamw, muon, got 'adam'. Did you mean adamw?"),
+    (
+        "optimizer",
+        "name: adam",
+        "expected one of adamw, adamw_8bit, muon, got 'adam'. Did you mean adamw?",
+    ),
     ("distributed", "backend: mpi", "expected one of auto, nccl, gloo, got 'mpi'. The default is"),
     ("dataset", "token_dtype: uint64", "expected one of auto, uint8, uint16, uint32, got 'uint64'"),
     ("dataset", "on_bad_shard: skp", "expected one of error, skip, got 'skp'. Did you mean skip?"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BDHConfig, ConfigError, Fp8Config, ModelConfig
-from engine.precision.transformer_engine import INSTALL, TransformerEngine
+from engine.precision.transformer_engine import INSTALL, TransformerEngineBackend
 from model.bdh import BDH
 from model.gpt import GPT
 from model.llama import Llama
@@ -55,6 +56,15 @@ COVERED = {
 NAMES = tuple(EXPECTED)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost far more than these sizes gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> te_stub.Stub:
     return te_stub.install(monkeypatch)
@@ -84,13 +94,13 @@ def small(name: str, **changes: Any) -> Any:
     return Llama(ModelConfig(**{**options, "name": "llama", **changes}))
 
 
-def attached(model: nn.Module, **fp8: Any) -> TransformerEngine:
-    engine = TransformerEngine(Fp8Config(**fp8), CUDA, model)
-    engine.attach()
-    return engine
+def attached(model: nn.Module, **fp8: Any) -> TransformerEngineBackend:
+    return TransformerEngineBackend(Fp8Config(**fp8), CUDA, model)
 
 
-def step(model: nn.Module, tokens: Tensor, engine: TransformerEngine | None) -> dict[str, Tensor]:
+def step(
+    model: nn.Module, tokens: Tensor, engine: TransformerEngineBackend | None
+) -> dict[str, Tensor]:
     """Logits and the gradient of every parameter."""
     model.zero_grad()
     if engine is None:
@@ -186,7 +196,7 @@ def test_outside_its_autocast_nothing_counts_as_fp8(name: str, stub: te_stub.Stu
 @pytest.mark.parametrize("form", ["hybrid", "e4m3"])
 def test_recipes_are_made_of_the_options(recipe: str, form: str, stub: te_stub.Stub) -> None:
     fp8 = {"amax_history_len": 16, "amax_compute_algo": "most_recent"}
-    engine = TransformerEngine(
+    engine = TransformerEngineBackend(
         Fp8Config(recipe=cast(Any, recipe), format=cast(Any, form), **cast(Any, fp8)),
         CUDA,
         small("gpt"),
@@ -205,18 +215,31 @@ def test_recipes_are_made_of_the_options(recipe: str, form: str, stub: te_stub.S
     assert engine.summary.startswith(f"transformer_engine, {recipe}")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, which it hides
+def test_a_compiled_model_calls_the_same_modules(stub: te_stub.Stub) -> None:
+    """Traced, but not turned into machine code."""
+    model, tokens = small("gpt"), torch.randint(256, ROWS)
+    expected = step(model, tokens, None)
+    engine = attached(model)
+    model.compile(backend="eager")
+    for _ in range(3):
+        found = step(model, tokens, engine)
+    assert engine.calls == 24 and len(stub.calls) == 24
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
 # Delayed scaling
 
 
-def trained(engine: TransformerEngine, model: nn.Module, seeds: range) -> dict[str, Tensor]:
+def trained(engine: TransformerEngineBackend, model: nn.Module, seeds: range) -> dict[str, Tensor]:
     """The weights after one step of SGD for each seed."""
     for seed in seeds:
         tokens = torch.randint(256, ROWS, generator=torch.Generator().manual_seed(seed))
-        step(model, tokens, engine)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter -= 0.5 * parameter.grad
+        with engine.training():
+            step(model, tokens, engine)
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+        engine.end_step(lambda values: values)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -246,7 +269,7 @@ def test_scales_resume_bit_for_bit(name: str, stub: te_stub.Stub) -> None:
         resumed.load_state_dict(weights)
         engine = attached(resumed, **options)
         if kind == "with":
-            engine.load_state_dict(state)
+            assert engine.load_state_dict(state)
             again = engine.state_dict()
             assert again.keys() == state.keys()
             assert all(torch.equal(again[key], value) for key, value in state.items())
@@ -255,34 +278,42 @@ def test_scales_resume_bit_for_bit(name: str, stub: te_stub.Stub) -> None:
     assert not all(torch.equal(others["without"][key], value) for key, value in expected.items())
 
 
-def test_state_can_be_loaded_between_steps(stub: te_stub.Stub) -> None:
-    """As when a trial step is undone."""
+@pytest.mark.parametrize("kind", ["trial", "no_grad", "inference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_only_training_leaves_a_trace_in_scales(name: str, kind: str, stub: te_stub.Stub) -> None:
+    """Neither a trial step nor an evaluation does, also before the first step."""
+    states, ones = [], torch.ones(ROWS, dtype=torch.long)
+    for disturbed in (False, True):
+        model = small(name)
+        engine = attached(model, recipe="delayed", amax_history_len=4)
+        for seed in range(2):
+            if disturbed and kind == "trial":
+                step(model, ones, engine)
+            elif disturbed:
+                context = torch.no_grad() if kind == "no_grad" else torch.inference_mode()
+                with context, engine.autocast():
+                    model(ones)
+            states.append(engine.state_dict())
+            trained(engine, model, range(seed, seed + 1))
+        states.append(engine.state_dict())
+    for undisturbed, other in zip(states[:3], states[3:], strict=True):
+        assert undisturbed.keys() == other.keys()
+        assert all(torch.equal(other[key], value) for key, value in undisturbed.items())
+    assert any(not torch.equal(states[2][key], value) for key, value in states[1].items())
+
+
+def test_a_state_loaded_after_an_evaluation_stays(stub: te_stub.Stub) -> None:
     model = small("bdh")
     engine = attached(model, recipe="delayed", amax_history_len=4)
     trained(engine, model, range(2))
     before = engine.state_dict()
     trained(engine, model, range(2, 4))
-    assert any(not torch.equal(engine.state_dict()[key], value) for key, value in before.items())
-    engine.load_state_dict(before)
-    assert all(torch.equal(engine.state_dict()[key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluation_leaves_no_trace_in_scales(name: str, context: Any, stub: te_stub.Stub) -> None:
-    """Also when it comes before the first step."""
-    states = []
-    for evaluated in (False, True):
-        model = small(name)
-        engine = attached(model, recipe="delayed", amax_history_len=4)
-        for seed in range(2):
-            if evaluated:
-                with context(), engine.autocast():
-                    model(torch.zeros(ROWS, dtype=torch.long))
-            trained(engine, model, range(seed, seed + 1))
-        states.append(engine.state_dict())
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    with torch.inference_mode(), engine.autocast():
+        model(torch.zeros(ROWS, dtype=torch.long))
+    assert engine.load_state_dict(before)
+    with engine.training():
+        now = engine.state_dict()
+    assert all(torch.equal(now[key], value) for key, value in before.items())
 
 
 def test_the_stub_refuses_a_module_that_is_called_twice(stub: te_stub.Stub) -> None:
@@ -298,16 +329,18 @@ def test_the_stub_refuses_a_module_that_is_called_twice(stub: te_stub.Stub) -> N
 @pytest.mark.parametrize("recipe", ["current", "block", "mxfp8"])
 def test_other_recipes_have_no_state(recipe: str, stub: te_stub.Stub) -> None:
     engine = attached(small("llama"), recipe=recipe)
-    assert engine.state_dict() == {}
-    engine.load_state_dict({"of another recipe": torch.ones(1)})
+    assert engine.state_dict() == engine.metrics() == {}
+    assert engine.load_state_dict({}) and engine.load_state_dict({"delayed": torch.ones(1)})
 
 
-def test_scales_of_another_length_are_refused(stub: te_stub.Stub) -> None:
-    state = attached(small("bdh"), recipe="delayed", amax_history_len=8).state_dict()
+def test_scales_of_another_run_are_not_taken_over(stub: te_stub.Stub) -> None:
     engine = attached(small("bdh"), recipe="delayed", amax_history_len=4)
-    with pytest.raises(ConfigError, match="fp8.amax_history_len=4.*another length"):
-        engine.load_state_dict(state)
-    engine.load_state_dict({})
+    own = engine.state_dict()
+    others: list[dict[str, Any]] = [{}, {"history": 4, "scale": torch.ones(3)}]
+    for name, length in (("bdh", 8), ("gpt", 4)):
+        others.append(attached(small(name), recipe="delayed", amax_history_len=length).state_dict())
+    assert not any(engine.load_state_dict(other) for other in others)
+    assert all(torch.equal(engine.state_dict()[key], value) for key, value in own.items())
 
 
 # What it refuses
@@ -315,7 +348,7 @@ def test_scales_of_another_length_are_refused(stub: te_stub.Stub) -> None:
 
 def test_a_cpu_is_refused_with_what_runs_there(stub: te_stub.Stub) -> None:
     with pytest.raises(ConfigError, match="runs on CUDA only, and the device is cpu.*native"):
-        TransformerEngine(Fp8Config(), torch.device("cpu"), small("gpt"))
+        TransformerEngineBackend(Fp8Config(), torch.device("cpu"), small("gpt"))
 
 
 @pytest.mark.parametrize("broken", ["missing", "old"])
@@ -327,7 +360,7 @@ def test_without_the_library_the_command_that_installs_it_is_named(
     else:
         monkeypatch.delattr(sys.modules["transformer_engine.pytorch"], "autocast")
     with pytest.raises(ConfigError) as refusal:
-        TransformerEngine(Fp8Config(), CUDA, small("gpt"))
+        TransformerEngineBackend(Fp8Config(), CUDA, small("gpt"))
     assert INSTALL in str(refusal.value) and "fp8.backend: native" in str(refusal.value)
 
 
@@ -345,7 +378,7 @@ def test_a_gpu_that_cannot_is_named_with_the_reason(
 ) -> None:
     stub.unavailable[function] = "Device compute capability 8.9 or higher required."
     with pytest.raises(ConfigError) as refusal:
-        TransformerEngine(Fp8Config(recipe=cast(Any, recipe)), CUDA, small("gpt"))
+        TransformerEngineBackend(Fp8Config(recipe=cast(Any, recipe)), CUDA, small("gpt"))
     text = str(refusal.value)
     assert f"low_precision.use_fp8 with fp8.recipe={recipe}" in text
     assert "NVIDIA Stub 100, of compute capability 8.0: Device compute capability 8.9" in text
@@ -378,15 +411,15 @@ def test_tokens_that_do_not_fit_are_counted(
 
 
 def real_step(name: str, recipe: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """A step in bfloat16, the same in FP8, and the calls of modules counted by the second."""
+    """A step in bfloat16, the same in FP8, and the calls that the second counted."""
     sizes = {"n_embd": 128, "n_head": 4}
     device, tokens = torch.device("cuda", 0), torch.randint(256, (4, 64)).cuda()
     model = small(name, **(sizes if name != "llama" else {**sizes, "n_kv_head": 2})).to(device)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = step(model, tokens, None)
-        engine = TransformerEngine(Fp8Config(recipe=cast(Any, recipe)), device, model)
-        engine.attach()
-        found = step(model, tokens, engine)
+        engine = TransformerEngineBackend(Fp8Config(recipe=cast(Any, recipe)), device, model)
+        with engine.training():
+            found = step(model, tokens, engine)
     return expected, found, engine.calls
 
 
@@ -395,7 +428,6 @@ def real_step(name: str, recipe: str) -> tuple[dict[str, Tensor], dict[str, Tens
 @pytest.mark.parametrize("recipe", ["current", "delayed", "block", "mxfp8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_fp8_errs_by_its_rounding(name: str, recipe: str) -> None:
-    pytest.importorskip("transformer_engine.pytorch", reason=INSTALL, exc_type=Exception)
     try:
         expected, found, calls = real_step(name, recipe)
     except ConfigError as refusal:

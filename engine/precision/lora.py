@@ -7,7 +7,7 @@
 
 W (out, in) is dequantized for each product and its gradient, never kept; A (rank, in) and
 B (out, rank) are float32, and B begins at 0: training starts from the model as it is in 4 bits.
-Fused matrices (queries, keys and values; both halves of a gated MLP) have one adapter and share its A.
+Fused matrices (queries, keys and values; both halves of a gated MLP) have one adapter, one A.
 
 Sources: Hu et al., arXiv 2106.09685 (LoRA); Dettmers et al., arXiv 2305.14314 (QLoRA).
 """
@@ -135,7 +135,7 @@ def add_adapters(model: nn.Module, low_precision: LowPrecisionConfig, fill: bool
 
     `model` needs `matrices()`, all of them in linear layers; A is drawn from torch's generator.
     fill: whether 4-bit weights are made of the model's; else they are unset, for load_state_dict.
-    `matrices()` goes on to tell shapes, for counts of work and memory: W has no storage in it.
+    `matrices()` goes on to tell the shapes of W, without storage, for counts of work and memory.
     Raises ConfigError where the model has other matrices, the rank is more than a side of one, or
     bitsandbytes is missing.
     """
@@ -143,15 +143,14 @@ def add_adapters(model: nn.Module, low_precision: LowPrecisionConfig, fill: bool
     hidden: list[tuple[Tensor, int]] = cast(Any, model).matrices()
     linears = _linears(model, [weight for weight, _ in hidden], low_precision.lora_rank or 0)
     model.requires_grad_(False)
-    shapes = [(weight.detach().to("meta"), count) for weight, count in hidden]
+    shapes = {id(weight): (weight.detach().to("meta"), count) for weight, count in hidden}
     for linear in linears.values():
         adapter = Adapter(linear.weight, low_precision, fill)
-        weight = linear.weight.detach().to("meta")
+        shape, _ = shapes[id(linear.weight)]
         del linear.weight
-        linear.weight, linear.product = weight, adapter.forward
+        linear.weight, linear.product = shape, adapter.forward
         cast(nn.Module, linear).add_module(NAME, adapter)
-        shapes += [(adapter.lora_a, 1), (adapter.lora_b, 1)]
-    vars(model)["matrices"] = lambda: shapes
+    vars(model)["matrices"] = lambda: list(shapes.values())
 
 
 def _linears(model: nn.Module, weights: list[Tensor], rank: int) -> dict[str, HasProduct]:

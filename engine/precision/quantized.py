@@ -36,10 +36,7 @@ class HasWeights(Protocol):
 
 
 class QuantizedWeights:
-    """The parameters of a model that 4 bits are for: its matrices, and by the options its ends.
-
-    During `applied` the masters take the parameters' memory a second time.
-    """
+    """The parameters of a model that 4 bits are for: its matrices, and by the options its ends."""
 
     def __init__(self, model: nn.Module, low_precision: LowPrecisionConfig) -> None:
         weights = cast(HasWeights, model)
@@ -83,6 +80,11 @@ class QuantizedWeights:
             else:
                 found[name] = value.detach()
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the masters during `applied`."""
+        return sum(parameter.nbytes for parameter in self._quantized.values())
 
     def line(self, first_step: int | None = None) -> str:
         """What is in 4 bits, counted; first_step: of those trained so."""

@@ -1,9 +1,10 @@
 """FP8 by NVIDIA's Transformer Engine: its modules multiply, the weights stay the model's own.
 
-    engine = TransformerEngine(config.fp8, device, model)
-    engine.attach()
-    with engine.autocast():             # within torch.autocast, around every forward pass
-        loss = model(tokens)...
+    backend = TransformerEngineBackend(config.fp8, device, model)
+    with backend.training():
+        with backend.autocast(), torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = ...
+        loss.backward()
 
 The one idea: a module of Transformer Engine is held outside the model, without memory for weights,
 and called with a weight of the model in place of its own (`torch.func.functional_call`). It reads
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from config import ConfigError, Fp8Config
+from config import FP8_MULTIPLE, ConfigError, Fp8Config
 
 INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
 OTHERWISE = "Set fp8.backend: native, or low_precision.use_fp8: false."
@@ -42,6 +44,9 @@ RECIPES = {
 }
 AVAILABLE = {"block": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
 SCALES = ("scale", "amax_history")  # what delayed scaling remembers, forward and backward
+
+Multiply = Callable[..., Tensor]
+"""`TransformerEngineBackend.multiply`."""
 
 
 def library() -> tuple[ModuleType, ModuleType]:
@@ -90,34 +95,31 @@ def recipe_for(fp8: Fp8Config, recipes: ModuleType) -> Any:
     return getattr(recipes, RECIPES[fp8.recipe])(**options)
 
 
-class TransformerEngine:
+class TransformerEngineBackend:
     """A model's products with its hidden weights, by Transformer Engine's modules.
 
-    covered: the names of the weights computed in FP8, once attached. calls: how many calls of
-    modules Transformer Engine has computed in FP8, each of them one product with a weight (BDH's
-    encoder_v: one for all heads).
+    covered: the names of the weights whose products are computed in FP8. calls: how many calls of
+    modules Transformer Engine has computed in FP8; each is one product with a weight, that with
+    BDH's encoder_v being one for all heads, and is followed by two products in backward.
     """
 
     def __init__(self, fp8: Fp8Config, device: torch.device, model: nn.Module) -> None:
+        """Has the model multiply here; ConfigError where library, device or a weight do not fit."""
         self.te, recipes = checked_library(fp8, device)
-        self.fp8, self.device, self.model = fp8, device, model
-        self.recipe = recipe_for(fp8, recipes)
-        self.multiple = 32 if fp8.recipe == "mxfp8" else 16  # of both sides of every product
+        self.fp8, self.recipe = fp8, recipe_for(fp8, recipes)
+        scaling = "mxfp8" if fp8.recipe == "mxfp8" else f"{fp8.recipe} scaling"
+        self.summary = f"transformer_engine, {scaling}"
+        self.multiple = 2 * FP8_MULTIPLE if fp8.recipe == "mxfp8" else FP8_MULTIPLE
         self.modules: dict[str, Any] = {}  # by weight, and layer where layers share weights
         self.covered: list[str] = []
         self.calls = 0
+        self._active = self._training = False
+        self._settled: dict[str, Tensor] = {}  # scales as training left them, if others were made
+        self._attach(model)
 
-    @property
-    def summary(self) -> str:
-        """In words, for the start of a run."""
-        scaling = "mxfp8" if self.fp8.recipe == "mxfp8" else f"{self.fp8.recipe} scaling"
-        return f"transformer_engine, {scaling}"
-
-    def attach(self) -> None:
-        """Has the model multiply by its hidden weights here; ConfigError where one does not fit."""
-        model: Any = self.model
+    def _attach(self, model: Any) -> None:
         ends = {id(parameter) for parameter in model.ends()}
-        for name, layer in self.model.named_modules():
+        for name, layer in model.named_modules():
             if hasattr(layer, "product") and id(layer.weight) not in ends:
                 key = f"{name}.weight"
                 self._cover(key, layer.weight)
@@ -159,33 +161,45 @@ class TransformerEngine:
                 "low_precision.use_fp8: false."
             )
 
-    def _te_autocast(self) -> contextlib.AbstractContextManager[object]:
-        context: contextlib.AbstractContextManager[object]
+    def _te_autocast(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object]
         context = self.te.autocast(enabled=True, recipe=self.recipe)
         return context
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """The context of every forward pass, in training and evaluation.
+        """The context of every forward pass, in training and evaluation."""
+        if not self._training and not self._settled:
+            self._settled = {name: value.clone() for name, value in self._state()}
+        self._active = True
+        try:
+            with self._te_autocast():
+                yield
+        finally:
+            self._active = False
 
-        Without gradients nothing is left behind: the maxima that delayed scaling gathers in an
-        evaluation would reach the scales of the next training step.
-        """
-        pending: list[Tensor] = []
-        if not torch.is_grad_enabled():
-            pending = [history[0] for name, history in self._state() if name.endswith("history")]
-        before = [row.clone() for row in pending]
-        with self._te_autocast():
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the forward and backward passes of a step: only these leave a trace in scales."""
+        self._settle()
+        self._training = True
+        try:
             yield
-        for row, value in zip(pending, before, strict=True):
-            row.copy_(value)
+        finally:
+            self._training = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # their modules are too, and it counts
+    def _settle(self) -> None:
+        for name, value in self._state():
+            if name in self._settled:
+                value.copy_(self._settled[name])
+        self._settled = {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as their modules are; and it counts
     def multiply(self, key: str, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         """The module of that name on inputs, x (..., in) first, with parameters in the place of its
-        own, weights (out, in)."""
+        own, weights (out, in). ConfigError for a number of tokens that does not fit."""
         module, rows = self.modules[key], inputs[0].numel() // inputs[0].shape[-1]
-        if rows % self.multiple:
+        if self._active and rows % self.multiple:
             raise ConfigError(
                 f"low_precision.use_fp8: with fp8.recipe={self.fp8.recipe} products take multiples "
                 f"of {self.multiple} tokens, which {rows} is not; change training.batch_size or "
@@ -211,27 +225,29 @@ class TransformerEngine:
                 for part in SCALES:
                     yield f"{key}.{direction}.{part}", getattr(meta[direction], part)
 
+    def end_step(self, maximum: Callable[[Tensor], Tensor]) -> None:
+        """Nothing: Transformer Engine has updated scales, with the maxima of all processes."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Scales and the maxima behind them, copied to the CPU; empty unless scaling is delayed."""
-        return {name: value.detach().cpu().clone() for name, value in self._state()}
+        state = self._settled or dict(self._state())
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave; nothing leaves the scales fresh, as for a run that had
-        none before. ConfigError where it belongs to another model or length of history."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Whether this is what `state_dict` gave, of such a model and such a length of history, and
+        was restored; else scales stay as they are. Without scales there is nothing to restore."""
         own = dict(self._state())
-        shapes = {name: tuple(value.shape) for name, value in own.items()}
-        if not state or not own:
-            return
-        if shapes != {name: tuple(value.shape) for name, value in state.items()}:
-            raise ConfigError(
-                f"fp8.amax_history_len={self.fp8.amax_history_len}: the checkpoint's scales are of "
-                "another length or another model. Set it as the run that wrote them did."
-            )
+        shapes = {name: value.shape for name, value in own.items()}
+        if shapes != {name: getattr(value, "shape", None) for name, value in state.items()}:
+            return not own
+        self._settled = {}
         for name, value in own.items():
             value.copy_(state[name])
-
-
-Multiply = Callable[..., Tensor]
+        return True
 
 
 class BDHProjections:
