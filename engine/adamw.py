@@ -24,10 +24,14 @@ def adamw_step(
     states: Mapping[Tensor, dict[str, Tensor]],
     group: dict[str, Any],
 ) -> None:
-    """Moves those with a gradient by the group's lr, betas, eps and weight_decay."""
+    """Moves those with a gradient by the group's lr, betas, eps and weight_decay; state that is
+    empty is made."""
     moving = [parameter for parameter in parameters if parameter.grad is not None]
     if not moving:
         return
+    for parameter in moving:
+        if not states[parameter]:
+            states[parameter].update(adamw_state(parameter))
     fused = moving[0].device.type in ("cpu", "cuda")
     own = [states[parameter] for parameter in moving]
     if fused:  # a checkpoint is loaded on the CPU, and torch leaves this part there

@@ -42,6 +42,8 @@ from engine.manifest import (
     verify,
 )
 from engine.metrics import warn
+from engine.precision import restructure
+from engine.precision.lora import merge_adapters
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
 
@@ -302,7 +304,12 @@ def open_model(
     try:
         config = Config.from_dict(content["config"], str(chosen))
         model = build_model(config)
-        model.load_state_dict(content["model"])
+        if restructure(model, config.low_precision, fill=False):
+            model.load_state_dict(content["model"])
+            weights, model = merge_adapters(model), build_model(config)
+        else:
+            weights = content["model"]
+        model.load_state_dict(weights)
         return model.to(device).eval(), config, content["tokenizer"]
     except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from engine.adamw import adamw_step
 from engine.world import supports_fast_bfloat16
 
 MOMENTUM = 0.95
@@ -50,12 +50,12 @@ class Muon(torch.optim.Optimizer):
         """One step on every parameter that has a gradient; takes no closure."""
         assert closure is None
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
             if not group["matrices"]:
-                self._adamw(parameters, group)
+                adamw_step(group["params"], self.state, group)
                 continue
-            for parameter in parameters:
-                self._muon(parameter, group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._muon(parameter, group)
 
     def _muon(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
@@ -70,39 +70,6 @@ class Muon(torch.optim.Optimizer):
         scale = STEP_RMS * math.sqrt(max(stacked.shape[1:]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
-
-    def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """As torch.optim.AdamW with the same options does, bit for bit."""
-        if not parameters:
-            return
-        fused = parameters[0].device.type in ("cpu", "cuda")
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                device = parameter.device if fused else None
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        for state in states:
-            if fused:  # a checkpoint is loaded on the CPU, and torch leaves this part there
-                state["step"] = state["step"].to(parameters[0].device)
-        adamw(
-            list[Tensor](parameters),
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=fused,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,11 +8,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, OptimizerConfig
+from config import OptimizerConfig
 from engine.adamw4bit import AdamW4bit
 from engine.muon import Muon
-
-INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
+from engine.precision.four_bit import bitsandbytes
 
 
 class HasMatrices(Protocol):
@@ -50,15 +49,8 @@ def build_optimizer(
 def _adamw_8bit(
     groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # besides ImportError, what a broken library raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"optimizer.name=adamw_8bit needs bitsandbytes, which cannot be imported here "
-            f"({reason[0]}). Install it: {INSTALL}, or set optimizer.name: adamw."
-        ) from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)
+    library = bitsandbytes("optimizer.name=adamw_8bit", "optimizer.name: adamw")
+    optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=betas, eps=eps)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):  # now, so that its size is known
             cast(Any, optimizer).init_state(group, parameter, number, place)

@@ -229,12 +229,12 @@ def test_reasons_are_named(tmp_path: Path) -> None:
     two.write_bytes(b"short")
     manifest_path(three).unlink()
     manifest_path(four).write_text("{}")
-    manifest_with(five, format=3)
+    manifest_with(five, format=2)
     six.unlink()
     _, rejects = newest_valid(folder)
     text = "\n".join(rejects)
     assert "checkpoint_6.pt: not found; run has 1, 2, 4, 5, 6." in text
-    assert "checkpoint_5.pt: format 3; this version reads 2." in text
+    assert "checkpoint_5.pt: format 2; this version reads 3." in text
     assert "checkpoint_4.pt: its manifest checkpoint_4.json is damaged." in text
     assert "checkpoint_3.pt was not completed (no manifest checkpoint_3.json)." in text
     assert "checkpoint_2.pt: size differs (manifest " in text
@@ -420,7 +420,7 @@ def with_manifest(path: Path) -> Path:
 @pytest.mark.parametrize("completed", [False, True])
 def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, completed: bool) -> None:
     path, marker = tmp_path / "evil.pt", tmp_path / "executed"
-    torch.save({"format": 2, "model": Evil(marker)}, path)
+    torch.save({"format": 3, "model": Evil(marker)}, path)
     if completed:
         with_manifest(path)
     with pytest.raises(CheckpointError) as caught:
@@ -445,7 +445,7 @@ def write_tar(path: Path) -> None:
     [
         (lambda p: torch.save({"model": {}}, p), "has no format field: not a checkpoint of this"),
         (lambda p: torch.save(torch.ones(3), p), "has no format field"),
-        (lambda p: torch.save({"format": 2}, p), "was not completed (no manifest foreign.json)"),
+        (lambda p: torch.save({"format": 3}, p), "was not completed (no manifest foreign.json)"),
         (lambda p: p.write_bytes(b""), "(0 bytes) is not a checkpoint: no complete zip archive"),
         (lambda p: p.write_text("hello"), "(5 bytes) is not a checkpoint: no complete zip"),
         (write_bomb, "is not a checkpoint: it is compressed."),
@@ -467,7 +467,7 @@ def test_foreign_files_are_named(
 def test_format_inside_the_file_counts_too(tmp_path: Path) -> None:
     path = tmp_path / "new.pt"
     torch.save({"format": 1}, path)
-    with pytest.raises(CheckpointError, match="format 1; this version reads 2"):
+    with pytest.raises(CheckpointError, match="format 1; this version reads 3"):
         load_checkpoint(with_manifest(path))
 
 

@@ -34,7 +34,7 @@ ORDERS = {
     "data": "order, vocabulary, tokenizer, meta, dataset, index, parquet, folder, memmap, tokens, "
     "opening, packing, feed, loader, __init__, corpus, text, sources, writer, convert, download",
     "engine": "world, parallel, files, metrics, state, content, manifest, environment, resume, "
-    "schedule, adamw, muon, moments, adamw4bit, optimizer, trackers, precision, compile, signals, "
+    "schedule, precision, adamw, muon, moments, adamw4bit, optimizer, trackers, compile, signals, "
     "evaluate, plan, run, export, checkpoint, session",
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}

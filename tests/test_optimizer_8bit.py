@@ -101,7 +101,7 @@ def test_hyperparameters_after_a_resume_are_those_of_the_config() -> None:
 
 
 def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError) as caught:
         build_optimizer(Toy(), EIGHT_BIT, 0.1)
     message = str(caught.value)

@@ -11,7 +11,6 @@ import pytest
 
 from config import Config, ConfigError, Request, command_line
 from settings import dialects
-from settings.values import to_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Ask = Callable[..., Request]

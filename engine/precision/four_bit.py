@@ -25,17 +25,22 @@ BLOCK = 64  # numbers with one scale
 INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 
-def library() -> Any:
-    """bitsandbytes' functions; ConfigError with the install command where it cannot be had."""
+def bitsandbytes(needed_by: str, otherwise: str) -> Any:
+    """The library; ConfigError with the install command where it cannot be had."""
     try:
-        import bitsandbytes.functional as functional
+        import bitsandbytes as library
     except Exception as error:  # besides ImportError, what a broken library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"low_precision: 4-bit weights need bitsandbytes, which cannot be imported here "
-            f"({reason[0]}). Install it: {INSTALL}, or set low_precision.use_4bit: false."
+            f"{needed_by} needs bitsandbytes, which cannot be imported here ({reason[0]}). "
+            f"Install it: {INSTALL}, or set {otherwise}."
         ) from None
-    return functional
+    return library
+
+
+def library() -> Any:
+    """Its functions for weights; raises ConfigError."""
+    return bitsandbytes("low_precision.use_4bit=true", "low_precision.use_4bit: false").functional
 
 
 @dataclass(frozen=True)
