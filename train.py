@@ -174,7 +174,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     epoch_tokens = data.epoch_tokens(config.training.block_size)
     steps = planned_steps(config, world.size, epoch_tokens)
     model = first_model(start, world)
-    covered = precision.prepare(model, steps)
+    covered = precision.prepare(model, steps, fill=not start.saved)
     optimizer = new_optimizer(model, config)
     say(*model_lines(config, world, model, optimizer, precision), *covered)
     seed_apart(config.training.seed, 0, world.rank)

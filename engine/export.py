@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from config import CheckpointError, Config, ConfigError, WriteError
 from engine.files import TEMPORARY, check_space, sync_folder, write_text
-from engine.precision.four_bit import BLOCK, from_tensors
+from engine.precision.four_bit import BLOCK, SCALES, bitsandbytes, from_tensors
 from engine.precision.quantized import own_tensors
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.yaml", "vocabulary.json"
 INSTALL = "pip install safetensors"
-BLOCK_OF_SCALES = 256  # scales with one scale of their own, in double quantization
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATE = ".quant_state.bitsandbytes__"
 
@@ -156,6 +155,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
 def _unpacked(path: Path, name: str, weight: Tensor, found: dict[str, Tensor]) -> Tensor:
     """Takes a weight's parts out of `found`; they are checked first, since bitsandbytes reads as
     far as the description says, past the end of a tensor too."""
+    bitsandbytes(f"{path}: {name} in 4 bits")
     names = [other for other in found if other == name or other.startswith(f"{name}.")]
     parts = {"weight" + other.removeprefix(name): found.pop(other) for other in names}
     try:
@@ -176,7 +176,7 @@ def _check_parts(parts: dict[str, Tensor], shape: tuple[int, ...]) -> None:
     described: dict[str, Any] = {"blocksize": BLOCK, "shape": list(shape)}
     described |= {"quant_type": kind, "dtype": dtype}
     if nested:
-        described |= {"nested_blocksize": BLOCK_OF_SCALES, "nested_dtype": "float32"}
+        described |= {"nested_blocksize": SCALES, "nested_dtype": "float32"}
         described |= {"nested_offset": offset}
     known = dtype in [str(each).removeprefix("torch.") for each in FLOATS]
     if state != described or not known or states != [f"weight{STATE}{kind}"]:
@@ -199,6 +199,6 @@ def _layout(count: int, nested: bool) -> dict[str, tuple[tuple[int, ...], torch.
         "weight.quant_map": ((16,), torch.float32),
     }
     if nested:
-        layout["weight.nested_absmax"] = ((-(-blocks // BLOCK_OF_SCALES),), torch.float32)
+        layout["weight.nested_absmax"] = ((-(-blocks // SCALES),), torch.float32)
         layout["weight.nested_quant_map"] = ((256,), torch.float32)
     return layout

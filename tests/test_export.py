@@ -370,7 +370,7 @@ def test_without_bitsandbytes_the_install_command_is_said_and_nothing_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert export.main([os.fspath(run), os.fspath(tmp_path / "out"), "--format", "bnb4"]) == 2
     assert "pip install 'bitsandbytes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from config import ConfigError
 from engine.precision.four_bit import BLOCK, FourBit, from_tensors, library, quantize
 
 KINDS = [(kind, double) for kind in ("nf4", "fp4") for double in (False, True)]
-# bitsandbytes unpacks (1000, 32), (1000, 96) and (10, 160) wrongly where they are not flat.
+# With AVX-512, bitsandbytes unpacks (1000, 32), (1000, 96), (10, 160) wrongly where not flat.
 SHAPES = [(1000, 32), (1000, 96), (10, 160), (40, 34), (3, 7, 48), (7, 13), (64,), (1,)]
 
 
@@ -41,6 +41,12 @@ def test_every_shape_is_unpacked_as_its_codes_and_scales_say(
 ) -> None:
     packed = quantize(draw(*shape), kind, double)
     torch.testing.assert_close(packed.dequantize(), decoded(packed), rtol=1e-6, atol=1e-7)
+
+
+def test_bitsandbytes_sees_one_row_since_with_more_some_cpus_unpack_wrongly() -> None:
+    packed = quantize(draw(1000, 32), "nf4", double=True)
+    for state in (packed.state, from_tensors(packed.tensors()).state):
+        assert state.shape[-1] == state.shape.numel() == 32_000
 
 
 @pytest.mark.parametrize(("kind", "worst"), [("nf4", 0.1), ("fp4", 0.13)])
@@ -105,6 +111,20 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
 def test_a_missing_bitsandbytes_is_named_with_its_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"pip install 'bitsandbytes>=0\.50,<1'"):
         library()
+
+
+def test_scales_do_not_depend_on_the_number_of_threads() -> None:
+    weight = torch.randn(6_000_000, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            found.append(quantize(weight, "nf4", double=True).tensors())
+    finally:
+        torch.set_num_threads(before)
+    for parts in found[1:]:
+        for name, part in parts.items():
+            assert torch.equal(part, found[0][name]), name

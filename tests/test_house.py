@@ -29,8 +29,8 @@ DOORS = {
 }
 # Inside a room, each module may import only those before it.
 ORDERS = {
-    "model": "layers, products, bdh_passes, bdh_tiles, bdh_kernels, bdh_state, bdh_written_out, bdh, "
-    "transformer, gpt, llama, __init__, decode, pretrained",
+    "model": "layers, products, bdh_passes, bdh_tiles, bdh_kernels, bdh_state, bdh_written_out, "
+    "bdh, transformer, gpt, llama, __init__, decode, pretrained",
     "data": "order, vocabulary, tokenizer, meta, dataset, index, parquet, folder, memmap, tokens, "
     "opening, packing, feed, loader, __init__, corpus, text, sources, writer, convert, download",
     "engine": "world, parallel, files, metrics, state, content, manifest, environment, resume, "

@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from config import Config, ConfigError, Fp8Config, LowPrecisionConfig
 from engine.precision import four_bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import adapter_line, add_adapters
-from engine.precision.quantized import QuantizedWeights
+from engine.precision.quantized import HasWeights, QuantizedWeights
 from engine.world import supports_fast_bfloat16
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -80,11 +80,18 @@ class Precision:
             lines.append(self.quantized.line(self.first_quantized))
         if self._fp8_config is not None:
             self.fp8 = bind(self._fp8_config, model, self.device, self.dtype)
-            covered, name = len(self.fp8.covered), self.name.replace("float", "f")
-            lines.append(
-                f"fp8: {covered} of {covered + 1} matmuls, {self.fp8.summary}; head {name}"
-            )
+            lines.append(self._fp8_line(model))
         return lines
+
+    def _fp8_line(self, model: nn.Module) -> str:
+        assert self.fp8 is not None
+        covered, head = len(self.fp8.covered), cast(HasWeights, model).ends()[1]
+        every = model.named_parameters(remove_duplicate=False)
+        name = [name for name, parameter in every if parameter is head][-1].removesuffix(".weight")
+        dtype = self.name.replace("bfloat", "bf").replace("float", "fp")
+        line = f"fp8: {covered} of {covered + 1} matmuls, {self.fp8.summary}; {name} {dtype}"
+        slow = " (a CPU computes it slowly: for trying)" if self.device.type == "cpu" else ""
+        return line + slow
 
     @property
     def master_bytes(self) -> int:

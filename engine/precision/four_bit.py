@@ -5,7 +5,7 @@ for each 64 of them, in 8 bits where scales are quantized too ("double quantizat
     weight = packed.dequantize(torch.bfloat16)
 
 Tensors are flattened for both ways: given more than one row, bitsandbytes 0.50 unpacks wrong
-numbers on CPUs with AVX-512, without an error, where a row is a multiple of 16 but not of the block.
+numbers on CPUs with AVX-512, silently, where a row is a multiple of 16 but not of the block.
 
 Source: Dettmers et al., "QLoRA", arXiv 2305.14314.
 """
@@ -22,10 +22,11 @@ from torch import Tensor
 from config import ConfigError
 
 BLOCK = 64  # numbers with one scale
+SCALES = 256  # scales with one scale of their own
 INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 
-def bitsandbytes(needed_by: str, otherwise: str) -> Any:
+def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
     """The library; ConfigError with the install command where it cannot be had."""
     try:
         import bitsandbytes as library
@@ -33,7 +34,7 @@ def bitsandbytes(needed_by: str, otherwise: str) -> Any:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"{needed_by} needs bitsandbytes, which cannot be imported here ({reason[0]}). "
-            f"Install it: {INSTALL}, or set {otherwise}."
+            f"Install it: {INSTALL}{otherwise and f', or set {otherwise}'}."
         ) from None
     return library
 
@@ -72,10 +73,16 @@ class FourBit:
 
 
 def quantize(value: Tensor, kind: str, double: bool) -> FourBit:
-    """kind: "nf4" or "fp4". double: the scales in 8 bits, in blocks of 256 of their own."""
-    codes, state = library().quantize_4bit(
-        value.detach().reshape(-1), blocksize=BLOCK, quant_type=kind, compress_statistics=double
+    """kind: "nf4" or "fp4". double: the scales in 8 bits."""
+    functional = library()
+    codes, state = functional.quantize_4bit(
+        value.detach().reshape(-1), blocksize=BLOCK, quant_type=kind
     )
+    if double:  # by the library itself, the mean would depend on the number of threads
+        state.offset = state.absmax.mean(dtype=torch.float64).float()
+        centred = state.absmax - state.offset
+        state.absmax, state.state2 = functional.quantize_blockwise(centred, blocksize=SCALES)
+        state.nested = True
     return FourBit(codes, state, tuple(value.shape))
 
 

@@ -28,6 +28,7 @@ from engine.precision.native import (
     scaled_product,
 )
 
+ITS_RECIPES = ("block", "mxfp8")  # Transformer Engine's alone
 CAPABLE = (8, 9)  # compute capability of the first GPUs with 8-bit products
 
 
@@ -73,7 +74,11 @@ class Fp8Backend(Protocol):
 
 
 def check_device(fp8: Fp8Config, device: torch.device) -> None:
-    """Raises ConfigError where `device` cannot multiply 8-bit floats."""
+    """Raises ConfigError where `device` cannot multiply 8-bit floats as asked."""
+    if fp8.backend == "transformer_engine" or fp8.recipe in ITS_RECIPES:
+        from engine.precision.transformer_engine import checked_library
+
+        checked_library(fp8, device)
     switch, off = "low_precision.use_fp8=true", "Set low_precision.use_fp8: false."
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"{switch}: {device} has no products of 8-bit floats. {off}")
@@ -94,10 +99,9 @@ def bind(fp8: Fp8Config, model: nn.Module, device: torch.device, dtype: torch.dt
     `backend: auto` takes Transformer Engine for its own recipes, and for models of linear layers
     where it is installed; else plain torch. Raises ConfigError.
     """
-    check_device(fp8, device)
     backend = fp8.backend
     if backend == "auto":
-        needed = fp8.recipe not in ("current", "delayed")
+        needed = fp8.recipe in ITS_RECIPES
         layers = device.type == "cuda" and not hasattr(model, "products")
         found = find_spec("transformer_engine") is not None
         backend = "transformer_engine" if needed or (layers and found) else "native"

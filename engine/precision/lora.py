@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, LowPrecisionConfig
-from engine.precision.four_bit import BLOCK, FourBit, library, quantize
+from engine.precision.four_bit import BLOCK, SCALES, FourBit, library, quantize
 
-SCALES = 256  # scales with one scale of their own
 NAME = "adapter"  # of the module within the linear layer
 
 

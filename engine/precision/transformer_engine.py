@@ -35,7 +35,7 @@ from torch.func import functional_call
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
 
 INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
-OTHERWISE = "Set fp8.backend: native, or low_precision.use_fp8: false."
+OTHERWISE = "Otherwise: fp8.backend: native with fp8.recipe: current, or no use_fp8."
 RECIPES = {
     "current": "Float8CurrentScaling",
     "delayed": "DelayedScaling",
@@ -49,7 +49,13 @@ Multiply = Callable[..., Tensor]
 """`TransformerEngineBackend.multiply`."""
 
 
-def library() -> tuple[ModuleType, ModuleType]:
+def _asked(fp8: Fp8Config) -> str:
+    if fp8.recipe in AVAILABLE:
+        return f"fp8.recipe={fp8.recipe} needs"
+    return "fp8.backend=transformer_engine needs"
+
+
+def library(asked: str) -> tuple[ModuleType, ModuleType]:
     """Transformer Engine's modules for torch, and its recipes; ConfigError where it is missing."""
     try:
         import transformer_engine.common.recipe as recipes
@@ -59,8 +65,8 @@ def library() -> tuple[ModuleType, ModuleType]:
     except Exception as error:  # besides ImportError, what a broken or half-installed one raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            "fp8.backend=transformer_engine needs Transformer Engine 2.20 or later, which cannot "
-            f"be imported here ({reason[0]}). Install it: {INSTALL}. {OTHERWISE}"
+            f"{asked} Transformer Engine 2.20 or later, which cannot be "
+            f"imported here ({reason[0]}). Install it: {INSTALL}. {OTHERWISE}"
         ) from None
     return te, recipes
 
@@ -69,10 +75,10 @@ def checked_library(fp8: Fp8Config, device: torch.device) -> tuple[ModuleType, M
     """`library`, once the device is known to compute `fp8.recipe`; ConfigError if it does not."""
     if device.type != "cuda":
         raise ConfigError(
-            f"fp8.backend=transformer_engine runs on CUDA only, and the device is {device}. "
-            f"{OTHERWISE}"
+            f"{_asked(fp8)} Transformer Engine, which runs on CUDA only, and the device is "
+            f"{device}. {OTHERWISE}"
         )
-    te, recipes = library()
+    te, recipes = library(_asked(fp8))
     torch.cuda.set_device(device)  # the one that Transformer Engine asks and keeps its scales on
     able, reason = getattr(te, AVAILABLE.get(fp8.recipe, "is_fp8_available"))(return_reason=True)
     if not able:
