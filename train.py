@@ -133,8 +133,7 @@ class Beginning:
 def begin(request: Request, world: World) -> Beginning:
     """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
     say(*origin_lines(request))
-    asked, notes = affordable(resume_from_folder(request.config), request.given)
-    say(*notes)
+    asked = resume_from_folder(request.config)
     with world.main_first():
         data = open_data(asked)
     say(*data.lines())
@@ -371,6 +370,7 @@ def dry_run(request: Request, world: World) -> None:
 
 def run_to_the_end(request: Request, stop: StopRequest) -> int:
     """Builds, trains, finishes; the exit code."""
+    request = affordable(request)
     with ExitStack() as stack:
         system, distributed = request.config.system, request.config.distributed
         world = stack.enter_context(enter_world(system, distributed))

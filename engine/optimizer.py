@@ -102,7 +102,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
         if any(tensor.dtype == torch.uint8 for tensor in tensors):
             low += parameter.numel()
             whole = (tensor.untyped_storage() for tensor in tensors)
-            storages |= {storage.data_ptr(): storage.nbytes() for storage in whole}
+            storages |= {storage._cdata: storage.nbytes() for storage in whole}
         else:
             others += parameter.numel()
     return sum(storages.values()), low, others

@@ -13,7 +13,7 @@ then optimizer, saved state, compiler, processes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from config import Config, ConfigError, Fp8Config, LowPrecisionConfig
+from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
 from engine.precision import four_bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import adapter_line, add_adapters
@@ -197,19 +197,18 @@ def restructure(model: nn.Module, config: LowPrecisionConfig, fill: bool) -> boo
     return True
 
 
-def affordable(config: Config, given: Collection[str]) -> tuple[Config, list[str]]:
-    """The config without 4-bit weights where they cannot be had here and nobody asked for them,
-    and a line that says so; `given`: the options that the user gave. Raises ConfigError."""
-    low, switch = config.low_precision, "low_precision.use_4bit"
+def affordable(request: Request) -> Request:
+    """The request without 4-bit weights where they cannot be had here and were not asked for, and
+    with a note that says so. Raises ConfigError where they were."""
+    low, switch = request.config.low_precision, "low_precision.use_4bit"
     if not low.use_4bit:
-        return config, []
+        return request
     try:
         four_bit.library()
     except ConfigError:
-        if switch in given:
+        if switch in request.given:
             raise
-        low = replace(low, use_4bit=False)
-        return replace(config, low_precision=low), [
-            f"{switch}: off, since bitsandbytes cannot be imported here ({four_bit.INSTALL})"
-        ]
-    return config, []
+        config = replace(request.config, low_precision=replace(low, use_4bit=False))
+        note = f"{switch}: off, bitsandbytes cannot be imported here ({four_bit.INSTALL})"
+        return replace(request, config=config, notes=(*request.notes, note))
+    return request
