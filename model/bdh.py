@@ -191,8 +191,9 @@ class BDH(nn.Module):
         dtype: of the matrix products.
         """
         tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
-        masked = self.config.dropout > 0 and not self.fused
-        packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, masked)
+        masks = 8 if self.config.dropout > 0 and not self.fused else 0  # hashes take 32 bits
+        beside = max(masks, self.products.operand_bytes)
+        packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, beside)
         forward = packed + self.config.n_layer * kept
         if self.projections is not None:
             layers = (self.shape, dtype, self.config.n_layer)

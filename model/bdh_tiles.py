@@ -96,12 +96,13 @@ def layers_bytes(
     shape: tuple[int, int, int],
     tiling: Tiling,
     dtype: torch.dtype,
-    masked: bool,
+    beside: int,
 ) -> tuple[int, int, int]:
     """Memory of the layers besides weights and gradients: (all of them, each of them, backward's).
 
     What all share and what each keeps is there from forward on; backward needs its own at the last
-    layer, when all of that still is. `masked`: dropout by passes that are not fused.
+    layer, when all of that still is. `beside`: bytes per element of a tile that masks or operands
+    take for a moment.
     """
     H, D, N = shape
     X, C, g = tokens[0] * tiling.padded(tokens[1]) // tiling.chunk, tiling.chunk, tiling.group
@@ -111,12 +112,11 @@ def layers_bytes(
     packed = 3 * H * D * N * half
     kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
     wide = (2 * N + 2 * n if tiling.keep else 4 * n) * g * M * half
-    mask = 8 * g * M * n if masked else 0  # hashes are computed in 32 bits
     streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
     squares = 2 * g * M * C * half
     states = 2 * g * X * n * D * half if tokens[0] < X else 0
     products = g * max(M, n) * D * (half + full)
-    return packed, kept, wide + streams + max(mask, squares + states + products)
+    return packed, kept, wide + streams + max(beside * g * M * n, squares + states + products)
 
 
 class Tile(NamedTuple):

@@ -28,10 +28,12 @@ from engine.precision.native import (
     largest,
     scaled_product,
 )
+from engine.world import supports_fast_bfloat16
 from model import build_model
 from model.products import PlainProducts, Sum
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
+FAST = BF16 if supports_fast_bfloat16(CPU) else torch.float32  # of what is not in 8 bits
 ERROR = {E4M3: 2**-4, E5M2: 2**-3}  # half a step between neighbours, relative
 NAMES = ("bdh", "gpt", "llama")
 
@@ -45,13 +47,13 @@ def model_of(name: str, **options: Any) -> nn.Module:
 
 
 def bound(model: nn.Module, **fp8: Any) -> NativeBackend:
-    return NativeBackend(Fp8Config(**fp8), model, CPU, BF16)
+    return NativeBackend(Fp8Config(**fp8), model, CPU, FAST)
 
 
 def train_once(model: nn.Module, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the gradients of one pass in bfloat16."""
+    """The loss and the gradients of one pass."""
     model.zero_grad()
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast("cpu", dtype=BF16, enabled=FAST is BF16):
         logits = model(tokens[:, :-1])
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     torch.autograd.backward(loss)
@@ -201,7 +203,7 @@ def test_every_product_with_a_hidden_weight_is_made_in_8_bits_and_counted(
     train_once(model, TOKENS)
     assert backend.calls == launched(model, name, training=True)
     before = backend.calls
-    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16, enabled=FAST is BF16):
         model.eval()(TOKENS[:, :-1])
     assert backend.calls - before == launched(model, name, training=False)
 
@@ -228,7 +230,7 @@ def test_several_tiles_chunks_and_documents_train_in_8_bits() -> None:
     documents = (torch.arange(1024) // 300).expand(2, -1)
     grads = []
     for each in (plain, model):
-        with torch.autocast("cpu", dtype=BF16):
+        with torch.autocast("cpu", dtype=BF16, enabled=FAST is BF16):
             logits = each(tokens, documents)
         logits.float().square().mean().backward()
         (grad,) = (p.grad for n, p in each.named_parameters() if n == "encoder")
@@ -371,7 +373,7 @@ def test_only_the_passes_of_a_step_count_for_later_scales() -> None:
     assert backend.scales.present.count_nonzero() == len(backend.scales.present)
     backend.end_step(lambda values: values)
     history = backend.scales.history.clone()
-    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16, enabled=FAST is BF16):
         model.eval()(TOKENS[:, :-1])
     assert torch.equal(backend.scales.history, history)
     assert backend.scales.present.count_nonzero() == 0

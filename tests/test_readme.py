@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import export
 import prepare
 import sample
 from config import Config, command_line
@@ -61,6 +62,7 @@ def check_python(arguments: list[str]) -> None:
         "train.py": check_train,
         "sample.py": sample.read_arguments,
         "prepare.py": check_prepare,
+        "export.py": export.read_arguments,
         "-m": check_module,
     }
     assert arguments[0] in scripts, f"python {arguments[0]}: this test does not know it"

@@ -1,0 +1,284 @@
+"""Low precision: what each mode costs in loss, what it takes in bytes and in time.
+
+    python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--only PARTS]
+        [--gpu] [--quick] [--output]
+
+Loss: small models trained from the same weights on the same batches, once per mode and seed; gaps
+are of one seed to the mode compared with, their mean is held against a limit. Times: the rivals
+take turns, once a round each; ratios are the median of the rounds' ratios. With CUDA, or --gpu,
+speed and memory are measured there instead (bench/precision_gpu.py). --output writes
+bench/results/precision-cpu.md, or precision-gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.bdh_measure import hardware, seconds, table
+from bench.precision_gpu import gpu
+from bench.precision_loss import emulated, loss
+from bench.precision_modes import (
+    ADAMW_4BIT,
+    ADAMW_8BIT,
+    BF16,
+    CPU,
+    FLOAT32,
+    FP8_CURRENT,
+    FP8_DELAYED,
+    KINDS,
+    Mode,
+    Sections,
+    Trainer,
+    bdh,
+    gpt,
+    late,
+    low_precision,
+    shape_of,
+)
+from config import LowPrecisionConfig
+from engine.export import write_export
+from engine.optimizer import state_bytes
+from engine.precision import Precision
+from engine.precision.quantized import QuantizedWeights, own_tensors
+from model import build_model
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def size(options: argparse.Namespace) -> Iterator[str]:
+    models = {
+        "BDH, D 64, multiplier 128": bdh(64, 128),
+        "BDH, D 256, multiplier 128": bdh(256, 128),
+        "GPT, 6 layers of 384": gpt(384, 6),
+    }
+    if options.quick:
+        models = {"BDH, D 64, multiplier 16": bdh(64, 16)}
+    state, weights = [], []
+    for title, model in models.items():
+        shape = shape_of(model, 1e-3, 10)
+        state += [[title, *state_row(shape, mode)] for mode in (BF16, ADAMW_8BIT, ADAMW_4BIT)]
+        weights += [[title, *weights_row(shape, kind)] for kind in KINDS]
+    yield "State of the optimizer after a step, counted from storages."
+    yield ""
+    columns = "in few bits", "bytes of each in few bits", "bytes per parameter, all"
+    yield from table(("model", "optimizer", "parameters", *columns), state)
+    yield ""
+    yield "Weights in 4 bits with 8-bit scales, embedding and head left out; files by the export."
+    yield ""
+    columns = "bytes of each in 4 bits", "file, MB", "float32 file, MB"
+    yield from table(("model", "kind", "in 4 bits", *columns, "share"), weights)
+
+
+def state_row(shape: Sections, mode: Mode) -> list[str]:
+    trainer = Trainer(shape, mode, CPU)
+    fill_gradients(trainer)
+    trainer.optimizer.step()
+    found = {
+        storage._cdata: storage.nbytes()
+        for state in trainer.optimizer.state.values()
+        for storage in (v.untyped_storage() for v in state.values() if isinstance(v, Tensor))
+    }
+    low, covered, _ = state_bytes(trainer.optimizer)
+    title = "AdamW" if mode is BF16 else mode.title
+    share = [f"{covered:,}", f"{low / covered:.4f}"] if covered else ["-", "-"]
+    each = sum(found.values()) / trainer.parameters
+    return [title, f"{trainer.parameters:,}", *share, f"{each:.4f}"]
+
+
+def fill_gradients(trainer: Trainer) -> None:
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+
+
+def weights_row(shape: Sections, kind: str) -> list[str]:
+    model = build_model(BF16.config(shape))
+    quantized, own = QuantizedWeights(model, low_precision(kind)), own_tensors(model)
+    parts = quantized.tensors()
+    packed = {name for name in own if f"{name}.absmax" in parts}
+    taken = sum(
+        t.nbytes
+        for name, t in parts.items()
+        if name.split(".absmax")[0] in packed or any(name.startswith(f"{p}.") for p in packed)
+    )
+    count = sum(own[name].numel() for name in packed)
+    with tempfile.TemporaryDirectory() as folder:
+        small = write_export(Path(folder) / "low", parts, {})
+        large = write_export(Path(folder) / "whole", own, {})
+    sizes = [f"{small / 1e6:.3f}", f"{large / 1e6:.3f}", f"{small / large:.1%}"]
+    return [kind, f"{count:,}", f"{taken / count:.4f}", *sizes]
+
+
+def take_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in every round; one round more warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            spent = seconds(work, CPU)
+            taken[name] += [spent] if turn else []
+    return taken
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def time(options: argparse.Namespace) -> Iterator[str]:
+    rounds = 2 if options.quick else options.rounds
+    note = Precision(LowPrecisionConfig(), CPU).note
+    if note is not None:
+        yield f"{note[0].upper()}{note[1:]}."
+    yield f"Whole training steps, {rounds} rounds, not compiled; 4-bit weights at work, which they"
+    yield "are in the last fifth of a run: the last column is over a whole run."
+    yield ""
+    cases = [("BDH, 2 layers, D 64, multiplier 16, 8 x 64", bdh(64, 16), (8, 64), 10)]
+    if not options.quick:
+        cases.append(("BDH, 2 layers, D 256, multiplier 128, 2 x 128", bdh(256, 128), (2, 128), 1))
+        cases.append(("GPT, 3 layers of 128, 8 x 64", gpt(128, 3), (8, 64), 10))
+    lines: list[list[str]] = []
+    for title, model, batch, steps in cases:
+        lines += step_rows((title, model), batch, steps, rounds)
+    yield from table(("model", "mode", "ms", "x float32", "x bf16", "of a run, x bf16"), lines)
+    yield ""
+    large = bdh(64, 16) if options.quick else bdh(256, 128)
+    yield from optimizer_times(shape_of(large, 1e-3, 10), rounds)
+
+
+def step_rows(
+    model: tuple[str, dict[str, Any]], batch: tuple[int, int], steps: int, rounds: int
+) -> Iterator[list[str]]:
+    title, described = model
+    shape = shape_of(described, 1e-3, 10_000)
+    weights = [late(kind, 0.0) for kind in KINDS]
+    modes = [FLOAT32, BF16, *weights, ADAMW_8BIT, ADAMW_4BIT, FP8_CURRENT, FP8_DELAYED]
+    data = torch.randint(256, (batch[0], batch[1] + 1))
+
+    def run(trainer: Trainer) -> None:
+        for _ in range(steps):
+            trainer.step(data)
+
+    trainers = {mode.title: Trainer(shape, mode, CPU) for mode in modes}
+    taken = take_turns({name: partial(run, each) for name, each in trainers.items()}, rounds)
+    for name, spent in taken.items():
+        trainers[name].products_per_step()
+        base = ratio(spent, taken[BF16.title])
+        of_run = f"{0.8 + 0.2 * base:.2f}" if name in {w.title for w in weights} else ""
+        each = statistics.median(spent) / steps * 1000
+        against = ratio(spent, taken[FLOAT32.title])
+        yield [title, name, f"{each:.1f}", f"{against:.2f}", f"{base:.2f}", of_run]
+
+
+def optimizer_times(shape: Sections, rounds: int) -> Iterator[str]:
+    trainers = {}
+    for name, mode in {"AdamW": BF16, "8-bit": ADAMW_8BIT, "4-bit": ADAMW_4BIT}.items():
+        trainers[name] = Trainer(shape, mode, CPU)
+        fill_gradients(trainers[name])
+    works: dict[str, Callable[[], object]] = {n: t.optimizer.step for n, t in trainers.items()}
+    model = trainers["AdamW"].model
+    for kind in KINDS:
+        works[f"rounding to {kind}"] = partial(
+            round_once, QuantizedWeights(model, low_precision(kind))
+        )
+    taken = take_turns(works, rounds)
+    count = trainers["AdamW"].parameters
+    yield f"Optimizer steps, and rounding weights once and back, of {count:,} parameters."
+    yield ""
+    lines = []
+    for name, spent in taken.items():
+        each, best = (f(spent) / count * 1e9 for f in (statistics.median, min))
+        against = ratio(spent, taken["AdamW"])
+        lines.append([name, f"{each:.2f}", f"{best:.2f}", f"{against:.1f}"])
+    yield from table(("work", "ns per parameter, median", "minimum", "x AdamW"), lines)
+
+
+def round_once(quantized: QuantizedWeights) -> None:
+    with quantized.applied():
+        pass
+
+
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
+    "loss": ("Loss", loss),
+    "emulated": ("Loss of fp8 against bf16", emulated),
+    "size": ("Size", size),
+    "time": ("Time on a CPU", time),
+    "gpu": ("Speed and memory on a GPU", gpu),
+}
+
+
+CPU_PARTS = ("loss", "emulated", "size", "time")
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("bitsandbytes", "torchao", "transformer_engine"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def report(options: argparse.Namespace, device: torch.device) -> None:
+    """Each part is printed and written when it is done."""
+    names = ["gpu"] if options.gpu else options.only.split(",")
+    whole: list[str] = []
+
+    def say(lines: Iterator[str] | Sequence[str]) -> None:
+        for line in lines:
+            print(line, flush=True)
+            whole.append(line)
+
+    say([f"# Low precision on a {device.type.replace('cuda', 'gpu').upper()}", ""])
+    say([f"{datetime.date.today()}. {hardware(device)}; {versions()},"])
+    say([f"{torch.get_num_threads()} threads. Written by `python -m bench.precision`.", ""])
+    for name in names:
+        title, part = PARTS[name]
+        say([f"## {title} (load {os.getloadavg()[0]:.1f} before)", ""])
+        say(part(options))
+        say([""])
+        if options.output:
+            kind = "gpu" if options.gpu else "cpu"
+            text = "\n".join(whole).rstrip() + "\n"
+            (RESULTS / f"precision-{kind}.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300, help="of a run for its loss")
+    parser.add_argument("--emulated", type=int, default=60, help="steps of a run beside bf16")
+    parser.add_argument("--models", default="bdh,gpt", help="whose losses are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="of times")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this, not on Python's")
+    parser.add_argument("--only", default=",".join(CPU_PARTS), help="parts of the CPU's")
+    parser.add_argument("--gpu", action="store_true", default=torch.cuda.is_available())
+    parser.add_argument("--shapes", help="of the GPU's, by the beginning of their names")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the bench itself")
+    parser.add_argument("--output", action="store_true", help="write bench/results/precision-*.md")
+    options = parser.parse_args()
+    unknown = set(options.only.split(",")) - set(CPU_PARTS)
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))}; there are {', '.join(CPU_PARTS)}")
+    if options.gpu and not (torch.cuda.is_available() or options.quick):
+        parser.error("--gpu: no CUDA here; with --quick its code is tried on the CPU")
+    report(options, torch.device("cuda" if options.gpu and torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    main()
