@@ -350,16 +350,18 @@ def dry_run(request: Request, world: World) -> None:
         say(*origin_lines(request))
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
         length, resume = [tokens_line(config, world.size)], None
+        steps = config.training.max_iters
     else:
         start = begin(request, world)
         config, resume = start.config, start.resume
         Text(start.data, config)
         epoch_tokens = start.data.epoch_tokens(config.training.block_size)
         length = length_lines(config, world.size, epoch_tokens)
+        steps = planned_steps(config, world.size, epoch_tokens)
     with torch.device("meta"):
         model = build_model(config)
     precision = open_precision(config, world)
-    covered = precision.prepare(model, config.training.max_iters, fill=False)
+    covered = precision.prepare(model, steps, fill=False)
     optimizer = new_optimizer(model, config)
     directory = RunDirectory.start(config)
     lines = model_lines(config, world, model, optimizer, precision)

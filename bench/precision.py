@@ -1,7 +1,8 @@
 """Low precision: what each mode costs in loss, what it takes in bytes and in time.
 
-    python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--only PARTS]
-        [--gpu] [--quick] [--output]
+    python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--output]
+    python -m bench.precision --only loss --models bdh    # parts: loss, emulated, size, time
+    python -m bench.precision --gpu --shapes "BDH 25M"    # its tables: bench/precision_gpu.py
 
 Loss: small models trained from the same weights on the same batches, once per mode and seed; gaps
 are of one seed to the mode compared with, their mean is held against a limit. Times: the rivals
@@ -48,11 +49,10 @@ from bench.precision_modes import (
     low_precision,
     shape_of,
 )
-from config import LowPrecisionConfig
 from engine.export import write_export
 from engine.optimizer import state_bytes
-from engine.precision import Precision
 from engine.precision.quantized import QuantizedWeights, own_tensors
+from engine.world import supports_fast_bfloat16
 from model import build_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -108,11 +108,8 @@ def weights_row(shape: Sections, kind: str) -> list[str]:
     quantized, own = QuantizedWeights(model, low_precision(kind)), own_tensors(model)
     parts = quantized.tensors()
     packed = {name for name in own if f"{name}.absmax" in parts}
-    taken = sum(
-        t.nbytes
-        for name, t in parts.items()
-        if name.split(".absmax")[0] in packed or any(name.startswith(f"{p}.") for p in packed)
-    )
+    rest = sum(value.nbytes for name, value in own.items() if name not in packed)
+    taken = sum(part.nbytes for part in parts.values()) - rest
     count = sum(own[name].numel() for name in packed)
     with tempfile.TemporaryDirectory() as folder:
         small = write_export(Path(folder) / "low", parts, {})
@@ -137,11 +134,11 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 def time(options: argparse.Namespace) -> Iterator[str]:
     rounds = 2 if options.quick else options.rounds
-    note = Precision(LowPrecisionConfig(), CPU).note
-    if note is not None:
-        yield f"{note[0].upper()}{note[1:]}."
-    yield f"Whole training steps, {rounds} rounds, not compiled; 4-bit weights at work, which they"
-    yield "are in the last fifth of a run: the last column is over a whole run."
+    base = BF16 if supports_fast_bfloat16(CPU) else FLOAT32
+    if base is FLOAT32:
+        yield "This CPU has no bf16 products, and the trainer takes float32 for what is not fp8."
+    yield f"Whole training steps, {rounds} rounds, not compiled. 4-bit weights are at work in those"
+    yield "measured, and in the last fifth of a run: the last column is over a whole run."
     yield ""
     cases = [("BDH, 2 layers, D 64, multiplier 16, 8 x 64", bdh(64, 16), (8, 64), 10)]
     if not options.quick:
@@ -149,20 +146,23 @@ def time(options: argparse.Namespace) -> Iterator[str]:
         cases.append(("GPT, 3 layers of 128, 8 x 64", gpt(128, 3), (8, 64), 10))
     lines: list[list[str]] = []
     for title, model, batch, steps in cases:
-        lines += step_rows((title, model), batch, steps, rounds)
-    yield from table(("model", "mode", "ms", "x float32", "x bf16", "of a run, x bf16"), lines)
+        taken = step_times(model, batch, steps, rounds)
+        lines += [[title, *cells] for cells in step_rows(taken, base, steps)]
+    columns = "model", "mode", "ms", f"x {base.title}", "over a run"
+    yield from table(columns, lines)
     yield ""
     large = bdh(64, 16) if options.quick else bdh(256, 128)
     yield from optimizer_times(shape_of(large, 1e-3, 10), rounds)
 
 
-def step_rows(
-    model: tuple[str, dict[str, Any]], batch: tuple[int, int], steps: int, rounds: int
-) -> Iterator[list[str]]:
-    title, described = model
-    shape = shape_of(described, 1e-3, 10_000)
+def step_times(
+    model: dict[str, Any], batch: tuple[int, int], steps: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of so many steps of each mode, in every round."""
+    shape, fast = shape_of(model, 1e-3, 10_000), supports_fast_bfloat16(CPU)
     weights = [late(kind, 0.0) for kind in KINDS]
-    modes = [FLOAT32, BF16, *weights, ADAMW_8BIT, ADAMW_4BIT, FP8_CURRENT, FP8_DELAYED]
+    modes = [FLOAT32, *([BF16] if fast else []), *weights]
+    modes += [ADAMW_8BIT, ADAMW_4BIT, FP8_CURRENT, FP8_DELAYED]
     data = torch.randint(256, (batch[0], batch[1] + 1))
 
     def run(trainer: Trainer) -> None:
@@ -171,13 +171,17 @@ def step_rows(
 
     trainers = {mode.title: Trainer(shape, mode, CPU) for mode in modes}
     taken = take_turns({name: partial(run, each) for name, each in trainers.items()}, rounds)
+    for trainer in trainers.values():
+        trainer.products_per_step()
+    return taken
+
+
+def step_rows(taken: dict[str, list[float]], base: Mode, steps: int) -> Iterator[list[str]]:
+    late_ones = {late(kind).title for kind in KINDS}
     for name, spent in taken.items():
-        trainers[name].products_per_step()
-        base = ratio(spent, taken[BF16.title])
-        of_run = f"{0.8 + 0.2 * base:.2f}" if name in {w.title for w in weights} else ""
-        each = statistics.median(spent) / steps * 1000
-        against = ratio(spent, taken[FLOAT32.title])
-        yield [title, name, f"{each:.1f}", f"{against:.2f}", f"{base:.2f}", of_run]
+        against = ratio(spent, taken[base.title])
+        of_run = f"{0.8 + 0.2 * against:.2f}" if name in late_ones else ""
+        yield [name, f"{statistics.median(spent) / steps * 1000:.1f}", f"{against:.2f}", of_run]
 
 
 def optimizer_times(shape: Sections, rounds: int) -> Iterator[str]:
@@ -242,7 +246,8 @@ def report(options: argparse.Namespace, device: torch.device) -> None:
 
     say([f"# Low precision on a {device.type.replace('cuda', 'gpu').upper()}", ""])
     say([f"{datetime.date.today()}. {hardware(device)}; {versions()},"])
-    say([f"{torch.get_num_threads()} threads. Written by `python -m bench.precision`.", ""])
+    count = torch.get_num_threads()
+    say([f"{count} thread{'s' * (count > 1)}. Written by `python -m bench.precision`.", ""])
     for name in names:
         title, part = PARTS[name]
         say([f"## {title} (load {os.getloadavg()[0]:.1f} before)", ""])

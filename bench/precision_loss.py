@@ -214,8 +214,11 @@ def loss(options: argparse.Namespace) -> Iterator[str]:
 
 
 def emulated(options: argparse.Namespace) -> Iterator[str]:
-    """FP8 beside bf16 where the CPU computes that slowly."""
-    yield f"As above, {options.emulated} steps; bf16 is computed as such, by software if need be."
+    """FP8 beside bf16 where the CPU has none."""
+    if supports_fast_bfloat16(CPU):
+        yield "As above: this CPU computes bf16."
+        return
+    yield f"As above, {options.emulated} steps; bf16 is computed as such, by software."
     for name in options.models.split(","):
         model = MODELS[name]
         losses, notes = measured(model, [BF16, FP8_CURRENT, FP8_DELAYED], options, emulated=True)

@@ -86,6 +86,8 @@ def parameter_lines(model: nn.Module) -> list[str]:
     """Total and trainable parameters, and the part of each weight or module at the top, or below
     it where all of them lie in one."""
     total = sum(p.numel() for p in model.parameters())
+    hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
+    frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     named = dict(model.named_parameters())
     level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
@@ -93,8 +95,13 @@ def parameter_lines(model: nn.Module) -> list[str]:
     for name, parameter in named.items():
         part = name.split(".")[level]
         parts[part] = parts.get(part, 0) + parameter.numel()
+    if frozen:
+        parts["frozen matrices"] = frozen
     listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
-    return [f"Total parameters: {total:,} ({listed})", f"Trainable parameters: {trainable:,}"]
+    return [
+        f"Total parameters: {total + frozen:,} ({listed})",
+        f"Trainable parameters: {trainable:,}",
+    ]
 
 
 def tokens_per_step(config: Config, world_size: int) -> int:
