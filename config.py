@@ -202,7 +202,7 @@ class Fp8Config(_Section):
     backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
     recipe: Literal["current", "delayed", "block", "mxfp8"] = option("current", "choice of scales")
     format: Literal["hybrid", "e4m3"] = option("hybrid", "hybrid: gradients in e5m2")
-    amax_history_len: int = option(1024, "delayed: maxima looked back on", ge=1)
+    amax_history_len: int = option(1024, "delayed: steps looked back on", ge=1)
     amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
 
 

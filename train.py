@@ -184,6 +184,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     trial = partial(try_model, model, precision, config, text)
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
     wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
+    wanted = wanted and precision.compiles
     state.compiled, compiled = compile_model(model, wanted, world.device, trial)
     say(*precision.prove(trial))
     training = state.has_work(config.training)
@@ -244,7 +245,7 @@ def restore(
     """Puts a checkpoint back, and lets its content go; the state and the data's cursor."""
     model.load_state_dict(saved["model"])
     load_optimizer(optimizer, saved["optimizer"])
-    precision.load_state_dict(saved["precision"])
+    say(*precision.load_state_dict(saved["precision"]))
     state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
     if len(generators) == world.size or world.is_main:
         restore_rng(generators[world.rank], world.device)

@@ -43,6 +43,7 @@ from engine.manifest import (
 )
 from engine.metrics import warn
 from engine.precision import restructure
+from engine.precision.four_bit import bitsandbytes
 from engine.precision.lora import merge_adapters
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
@@ -303,6 +304,11 @@ def open_model(
     content = load_checkpoint(chosen, device)
     try:
         config = Config.from_dict(content["config"], str(chosen))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error
+    if config.low_precision.lora_rank is not None:
+        bitsandbytes(f"{chosen}: its 4-bit weights")
+    try:
         model = build_model(config)
         if restructure(model, config.low_precision, fill=False):
             model.load_state_dict(content["model"])
@@ -311,5 +317,5 @@ def open_model(
             weights = content["model"]
         model.load_state_dict(weights)
         return model.to(device).eval(), config, content["tokenizer"]
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error

@@ -155,7 +155,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
 def _unpacked(path: Path, name: str, weight: Tensor, found: dict[str, Tensor]) -> Tensor:
     """Takes a weight's parts out of `found`; they are checked first, since bitsandbytes reads as
     far as the description says, past the end of a tensor too."""
-    bitsandbytes(f"{path}: {name} in 4 bits")
+    bitsandbytes(f"{path}: its 4-bit weights")
     names = [other for other in found if other == name or other.startswith(f"{name}.")]
     parts = {"weight" + other.removeprefix(name): found.pop(other) for other in names}
     try:

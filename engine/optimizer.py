@@ -49,7 +49,7 @@ def build_optimizer(
 def _adamw_8bit(
     groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    library = bitsandbytes("optimizer.name=adamw_8bit", "optimizer.name: adamw")
+    library = bitsandbytes("8-bit moments", "optimizer.name: adamw")
     optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=betas, eps=eps)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):  # now, so that its size is known
@@ -110,10 +110,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
 
 def optimizer_lines(optimizer: torch.optim.Optimizer) -> list[str]:
     """What a start says of moments in 4 or 8 bits: their size, as it is; nothing of others."""
-    size, low, others = state_bytes(optimizer)
-    if not size:
+    bits = {"AdamW4bit": 4, "AdamW8bit": 8}.get(type(optimizer).__name__)
+    if bits is None:
         return []
-    bits = 4 if isinstance(optimizer, AdamW4bit) else 8
+    size, low, others = state_bytes(optimizer)
+    if not low:
+        return [f"AdamW with {bits}-bit moments: none, {others:,} parameters are in small tensors"]
     return [
         f"AdamW with {bits}-bit moments: {size / low:.3f} bytes for each of {low:,} parameters; "
         f"{others:,} in float32"

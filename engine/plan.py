@@ -150,7 +150,7 @@ def model_lines(
     tokens = (config.training.batch_size, config.training.block_size)
     activations = cast(HasCosts, model).activation_bytes(tokens, precision.dtype, world.on_cpu)
     if accumulation_steps(config, world.size) > 1:  # a second set of gradients
-        activations += sum(parameter.nbytes for parameter in model.parameters())
+        activations += sum(p.nbytes for p in model.parameters() if p.requires_grad)
     held = held_bytes(model, optimizer) + precision.master_bytes
     flops = training_flops(model, config)
     return [

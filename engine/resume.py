@@ -39,6 +39,12 @@ FIXED = {
     "low_precision.lora_rank",
     "dataloader.shuffle",
 }
+OF_ADAPTERS = {
+    "low_precision.quantization_type",
+    "low_precision.use_double_quant",
+    "low_precision.lora_alpha",
+}
+"""What saved 4-bit weights and adapters mean something by."""
 PRETRAINED = {key.split(".")[1] for key in FIXED if key.startswith("model.")}
 """Options of the model that come with pretrained weights."""
 FREE = {
@@ -143,7 +149,8 @@ def check_resumable(
     sequences = sequences_per_step(saved, processes[0]), sequences_per_step(present, processes[1])
     if sequences[0] != sequences[1]:
         changed[STEP] = sequences
-    refused = sorted(set(changed) & (FIXED | {STEP}))
+    fixed = FIXED | {STEP} | (set() if saved.low_precision.lora_rank is None else OF_ADAPTERS)
+    refused = sorted(set(changed) & fixed)
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(

@@ -202,7 +202,7 @@ class Transformer(nn.Module, ABC):
         """What attention and MLP have in common: the stream and its gradient, norm, dropout."""
         D = self.config.n_embd
         cast = size * weights if size < 4 and not self.frozen else 0
-        made = (4 + size) * weights // 2 if self.frozen else 0  # of one matrix, for its products
+        made = (4 + size % 4) * weights // 2 if self.frozen else 0  # one matrix, for its products
         dropped = size * rows * D if self.config.dropout else 0
         saved = rows * (4 * D + self.kept().statistics + size * D) + dropped + cast
         return Stage(saved, 4 * weights, size * weights, rows * D * (4 + size) + dropped + made)

@@ -224,6 +224,7 @@ RULES: tuple[Rule[Any], ...] = (
             c.system.compile is not True
             or not c.low_precision.use_fp8
             or c.fp8.recipe != "delayed"
+            or c.fp8.backend == "transformer_engine"
             or c.model.name == "bdh"
         ),
         "{0} with {1} works for model.name=bdh only, and {2}; set system.compile to auto",
@@ -244,6 +245,11 @@ RULES: tuple[Rule[Any], ...] = (
             or c.low_precision.quantize_embedding == c.low_precision.quantize_head
         ),
         "{0} and {1} differ, but with {2} they are one matrix",
+    ),
+    _only_where(
+        ("low_precision.quantize_after", "low_precision.lora_rank"),
+        lambda c: c.low_precision.lora_rank is None,
+        "{0} is for training all weights, and {1}",
     ),
     Rule(
         ("low_precision.lora_rank", "low_precision.use_4bit"),

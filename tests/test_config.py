@@ -206,6 +206,11 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
         "with model.tie_embeddings=true they are one matrix.",
     ),
     (
+        {"low_precision": {"lora_rank": 4, "quantize_after": 0.5}, **PRETRAINED},
+        "low_precision.quantize_after=0.5 is for training all weights, and "
+        "low_precision.lora_rank=4.",
+    ),
+    (
         {"low_precision": {"lora_rank": 4, "use_4bit": False}, **PRETRAINED},
         "low_precision.lora_rank=4 adds adapters to 4-bit weights, and "
         "low_precision.use_4bit=false.",

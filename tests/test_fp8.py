@@ -110,6 +110,10 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     x[0, 0, 3] = bad
     rows, inverse, _ = cast_by_own(x, E4M3)
     assert not (rows.float() * inverse).isfinite().all()
+    scales = scales_of()  # nor by clipping it to an old scale
+    scales.advance(lambda values: values)
+    delayed = NativeProducts((E4M3, E5M2, BF16), scales)
+    assert not values_of(delayed.rows(x, ("x", 0))).isfinite().all()
 
 
 # ---- products
@@ -183,6 +187,34 @@ def test_weights_are_cast_by_head_and_taken_by_heads() -> None:
 # ---- models
 
 
+@pytest.mark.parametrize("fmt", ["hybrid", "e4m3"])
+def test_products_by_delayed_scales_are_those_of_what_the_bits_stand_for(fmt: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    backward = E5M2 if fmt == "hybrid" else E4M3
+    slots = {("x", 0): E4M3, ("w", 0): E4M3, ("dy", 0): backward}
+    scales = DelayedScales(Fp8Config(recipe="delayed"), slots, CPU)
+    products = NativeProducts((E4M3, backward, torch.float32), scales)
+    products.recording = True
+    x, w = torch.randn(1, 64, 32, generator=draw), torch.randn(3, 32, 48, generator=draw)
+    dy = torch.randn(3, 64, 48, generator=draw) * 1e-6
+    for _ in range(2):
+        ready = (
+            products.rows(x, ("x", 0)),
+            products.weight(w, "w"),
+            products.gradient(dy, ("dy", 0)),
+        )
+        scales.advance(lambda values: values)
+    a, b, g = ready  # by the maxima of the first step, which are the same
+    assert (values_of(a) - x).norm() < 0.05 * x.norm()
+    assert (values_of(g) - dy).norm() < 0.1 * dy.norm()
+    for product, exact in (
+        (products.times(a, b), values_of(a) @ values_of(b)),
+        (products.back(g, b), values_of(g) @ values_of(b).mT),
+        (products.outer(a, g), values_of(a).mT @ values_of(g)),
+    ):
+        assert (product.double() - exact).norm() < 1e-5 * exact.norm()
+
+
 def launched(model: nn.Module, name: str, training: bool) -> int:
     """The 8-bit products of one pass, by the definition of the model."""
     if name == "bdh":  # every head: s, v, y forward; s, v, dz, dF, dG, da, dE, dx backward
@@ -214,7 +246,12 @@ def test_every_product_with_a_hidden_weight_is_made_in_8_bits_and_counted(
 def test_loss_and_gradients_are_near_those_of_bfloat16(name: str, recipe: str, fmt: str) -> None:
     loss, grads = train_once(model_of(name), TOKENS)
     model = model_of(name)
-    bound(model, recipe=recipe, format=fmt)
+    backend = bound(model, recipe=recipe, format=fmt)
+    if recipe == "delayed":  # the second step is the first one with scales of the past
+        with backend.training():
+            train_once(model, TOKENS)
+        backend.end_step(lambda values: values)
+        assert backend.scales is not None and backend.scales.steps == 1
     loss8, grads8 = train_once(model, TOKENS)
     assert abs(loss8 - loss) < 0.01 and loss8 != loss
     for parameter, grad in grads.items():
@@ -410,9 +447,15 @@ def test_delayed_scales_come_back_bit_for_bit(name: str) -> None:
     other.load_state_dict(weights)
     assert resumed.load_state_dict(state)
     assert steps(other, resumed, 4) == on
-    afresh = bound(model_of(name, n_layer=1), recipe="delayed", amax_history_len=4)
-    assert not afresh.load_state_dict(state) and afresh.scales is not None
-    assert afresh.scales.steps == 0
+    others = [
+        bound(model_of(name, n_layer=1), recipe="delayed", amax_history_len=4),
+        bound(model_of(name), recipe="delayed", amax_history_len=5),
+        bound(model_of(name), recipe="delayed", amax_history_len=4, format="e4m3"),
+    ]
+    for afresh in others:
+        assert not afresh.load_state_dict(state)
+        assert not afresh.load_state_dict({"encoder.0": {}})  # of another backend
+        assert afresh.scales is not None and afresh.scales.steps == 0
 
 
 # ---- devices, proof

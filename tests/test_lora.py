@@ -203,14 +203,14 @@ def test_generation_with_caches_gives_the_logits_of_the_whole_text(name: str) ->
 
 
 @both
-def test_counts_of_work_and_memory_still_know_the_matrices(name: str) -> None:
+def test_counts_of_work_still_know_the_matrices(name: str) -> None:
     before, after = small(name, **MODELS[name]), adapted(name)
     assert [(w.shape, n) for w, n in after.matrices()] == [
         (w.shape, n) for w, n in before.matrices()
     ]
-    assert after.flops_per_token(20) == before.flops_per_token(20)
-    step = (3, 20), torch.bfloat16, True
-    assert after.activation_bytes(*step) == before.activation_bytes(*step)
+    weights = sum(weight.numel() for weight, _ in before.matrices()) + before.ends()[1].numel()
+    saved = 2 * weights  # frozen weights have no gradients of their own
+    assert after.flops_per_token(20) == before.flops_per_token(20) - saved
     assert [end.shape for end in after.ends()] == [end.shape for end in before.ends()]
 
 

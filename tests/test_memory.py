@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from config import BDHConfig, ModelConfig
+from config import BDHConfig, Fp8Config, LowPrecisionConfig, ModelConfig
 from engine.evaluate import DocumentIds, next_token_loss
+from engine.precision.fp8 import NativeBackend
+from engine.precision.lora import add_adapters
 from engine.world import supports_fast_bfloat16
 from model import LanguageModel
 from model.bdh import BDH
@@ -60,7 +62,7 @@ def ratio(
     model: nn.Module, rows: torch.Tensor, dtype: torch.dtype, documents: DocumentIds | None = None
 ) -> float:
     """Predicted by measured, weights and gradients aside."""
-    gradients = sum(4 * p.numel() for p in model.parameters())
+    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     measured = peak_bytes(model, rows, dtype, documents) - gradients
     shape = (rows.shape[0], rows.shape[1] - 1)
     return cast(LanguageModel, model).activation_bytes(shape, dtype, on_cpu=True) / measured
@@ -122,3 +124,38 @@ def test_so_are_those_of_transformers(
     rows = torch.randint(V, (B, T + 1))
     documents = (lambda rows: (rows % 7 == 0).cumsum(1)) if "mask" in options else None
     assert 0.87 < ratio(model, rows, dtype, documents) < 1.15
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4, 256, 3, 256, 4, 256), (8, 128, 2, 256, 4, 256)], ids=str)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_so_are_those_of_frozen_weights_with_adapters(
+    name: str, shape: Shape, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    B, T, layers, D, H, V = shape
+    config = ModelConfig(
+        name=cast(Any, name), n_layer=layers, n_embd=D, n_head=H, vocab_size=V, dropout=0.0
+    )
+    model = GPT(config, T) if name == "gpt" else Llama(config)
+    add_adapters(model, LowPrecisionConfig(lora_rank=4))
+    assert 0.87 < ratio(model, torch.randint(V, (B, T + 1)), dtype) < 1.2
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed"])
+@pytest.mark.parametrize("case", [case for case in GRID if not case[0] * case[1] % 16], ids=str)
+def test_so_are_those_of_8_bit_products(case: Case, recipe: Any) -> None:
+    B, T, layers, D, H, multiplier, V, dtype = case
+    if not supports_fast_bfloat16(torch.device("cpu")):
+        dtype = FLOAT32  # what the trainer takes there for all that is not in 8 bits
+    shape = BDHConfig(
+        n_layer=layers,
+        n_embd=D,
+        dropout=0.0,
+        n_head=H,
+        mlp_internal_dim_multiplier=multiplier,
+        vocab_size=V,
+    )
+    model = BDH(shape)
+    NativeBackend(Fp8Config(recipe=recipe), model, torch.device("cpu"), dtype)
+    assert 0.8 < ratio(model, torch.randint(V, (B, T + 1)), dtype) < 1.2

@@ -105,6 +105,6 @@ def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError) as caught:
         build_optimizer(Toy(), EIGHT_BIT, 0.1)
     message = str(caught.value)
-    assert message.startswith("optimizer.name=adamw_8bit needs bitsandbytes, which cannot be")
+    assert message.startswith("8-bit moments need bitsandbytes, which cannot be")
     assert "pip install 'bitsandbytes>=0.50,<1'" in message
     assert message.endswith("or set optimizer.name: adamw.")

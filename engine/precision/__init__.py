@@ -81,6 +81,8 @@ class Precision:
         if self._fp8_config is not None:
             self.fp8 = bind(self._fp8_config, model, self.device, self.dtype)
             lines.append(self._fp8_line(model))
+            if not self.fp8.compiles:
+                lines.append("fp8: delayed scaling of linear layers goes without torch.compile")
         return lines
 
     def _fp8_line(self, model: nn.Module) -> str:
@@ -166,12 +168,18 @@ class Precision:
         scales = {} if self.fp8 is None else self.fp8.state_dict()
         return {"scaler": self.scaler.state_dict(), "fp8": scales}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave; a state of another format starts afresh."""
+    @property
+    def compiles(self) -> bool:
+        """Whether the model may be compiled."""
+        return self.fp8 is None or self.fp8.compiles
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Restores what `state_dict` gave; a line where 8-bit scales start afresh."""
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        if self.fp8 is not None:
-            self.fp8.load_state_dict(state["fp8"])
+        if self.fp8 is None or self.fp8.load_state_dict(state["fp8"]):
+            return []
+        return ["fp8: scales start afresh, since the checkpoint has none of these operands"]
 
 
 @contextlib.contextmanager

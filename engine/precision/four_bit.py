@@ -33,7 +33,7 @@ def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
     except Exception as error:  # besides ImportError, what a broken library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"{needed_by} needs bitsandbytes, which cannot be imported here ({reason[0]}). "
+            f"{needed_by} need bitsandbytes, which cannot be imported here ({reason[0]}). "
             f"Install it: {INSTALL}{otherwise and f', or set {otherwise}'}."
         ) from None
     return library
@@ -41,7 +41,7 @@ def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
 
 def library() -> Any:
     """Its functions for weights; raises ConfigError."""
-    return bitsandbytes("low_precision.use_4bit=true", "low_precision.use_4bit: false").functional
+    return bitsandbytes("4-bit weights", "low_precision.use_4bit: false").functional
 
 
 @dataclass(frozen=True)

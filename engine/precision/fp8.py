@@ -27,19 +27,10 @@ from engine.precision.native import (
     Place,
     scaled_product,
 )
+from engine.precision.quantized import HasWeights
 
 ITS_RECIPES = ("block", "mxfp8")  # Transformer Engine's alone
 CAPABLE = (8, 9)  # compute capability of the first GPUs with 8-bit products
-
-
-class Fp8Model(Protocol):
-    """What a backend asks of a model, besides being an `nn.Module`."""
-
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The hidden weight matrices."""
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The parameters of the embedding and of the head."""
 
 
 class Fp8Backend(Protocol):
@@ -49,10 +40,12 @@ class Fp8Backend(Protocol):
     """Such as "native, current scaling"."""
     covered: list[str]
     """Names of the weights whose products are computed in 8 bits."""
+    compiles: bool
+    """Whether the model can be compiled around the products."""
 
     @property
     def calls(self) -> int:
-        """8-bit products made so far."""
+        """8-bit products made so far; of Transformer Engine, calls of its modules."""
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around every forward pass."""
@@ -133,7 +126,7 @@ class NativeBackend:
         self.covered: list[str] = []
         self._began = Made.count
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        hidden = [weight for weight, _ in cast(Fp8Model, model).matrices()]
+        hidden = [weight for weight, _ in cast(HasWeights, model).matrices()]
         for weight in hidden:
             check_sides(names[id(weight)], tuple(weight.shape[-2:]))
             self.covered.append(names[id(weight)])
@@ -144,6 +137,7 @@ class NativeBackend:
         kinds = {slot: backward if _is_gradient(slot) else E4M3 for slot in slots}
         self.scales = DelayedScales(fp8, kinds, device) if fp8.recipe == "delayed" else None
         self.products = NativeProducts((E4M3, backward, dtype), self.scales)
+        self.compiles = tiled or self.scales is None  # BDH compiles what is between products
         if tiled:
             cast(Any, model).products = self.products
             return

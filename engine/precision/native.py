@@ -121,12 +121,13 @@ def _compiled(expression: Callable[..., Any]) -> Callable[..., Any]:
 class DelayedScales:
     """A scale for each operand of each layer, from its largest numbers in earlier steps.
 
-    A step, all its micro-steps together, is one entry of the history. In the first one, and where
-    all numbers were zero so far, operands are scaled by themselves.
+    A step, all its micro-steps together, is one entry of the history. In the first one operands are
+    scaled by themselves; the scale of one that was all zeros so far is 1.
     """
 
     def __init__(self, fp8: Fp8Config, slots: dict[Place, torch.dtype], device: Any) -> None:
         self.index = {place: number for number, place in enumerate(slots)}
+        self.operands = [f"{n}.{layer} {dtype}" for (n, layer), dtype in slots.items()]
         self.limits = torch.tensor([largest(dtype) for dtype in slots.values()], device=device)
         self.history = torch.zeros(fp8.amax_history_len, len(slots), device=device)
         self.scale, self.present = torch.zeros_like(self.limits), torch.zeros_like(self.limits)
@@ -158,10 +159,6 @@ class DelayedScales:
         self.scale.copy_(torch.where(most > 0, fresh, kept))
         present.zero_()
 
-    def forget(self) -> None:
-        """Drops the maxima of this step so far: a trial is none."""
-        self.present.zero_()
-
     def take_clipped(self) -> float | None:
         """The share of operands whose largest number was clipped, since the last call."""
         if not self._counted:
@@ -173,23 +170,25 @@ class DelayedScales:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and values."""
-        names = [f"{name}.{layer}" for name, layer in self.index]
         return {
-            "operands": names,
+            "operands": self.operands,
             "history": self.history,
             "scale": self.scale,
             "steps": self.steps,
+            "clipped": self._clipped,
+            "counted": self._counted,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Whether what `state_dict` gave belongs to the same operands and was taken over."""
-        if state["operands"] != self.state_dict()["operands"]:
+        if state.get("operands") != self.operands:  # of another model, format or backend
             return False
         if state["history"].shape != self.history.shape:
             return False
         self.history.copy_(state["history"])
         self.scale.copy_(state["scale"])
-        self.steps = state["steps"]
+        self._clipped.copy_(state["clipped"])
+        self.steps, self._counted = state["steps"], state["counted"]
         return True
 
 
@@ -264,7 +263,8 @@ class NativeProducts:
         else:
             expression = _compiled(cast_by) if self.fused else cast_by
             rows, most = expression(value, scale, dtype)
-            inverse = scale.reciprocal().expand(len(value))
+            unclear = most - most  # 0, but NaN where clipping would hide an infinity
+            inverse = (scale.reciprocal() + unclear).expand(len(value))
         if self.scales is not None and self.recording:
             self.scales.note(place, most)
         return Cast(rows.contiguous(), inverse)

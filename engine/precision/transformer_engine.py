@@ -35,7 +35,7 @@ from torch.func import functional_call
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
 
 INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
-OTHERWISE = "Otherwise: fp8.backend: native with fp8.recipe: current, or no use_fp8."
+OTHERWISE = "Otherwise set fp8.backend: native (current, delayed), or low_precision.use_fp8: false."
 RECIPES = {
     "current": "Float8CurrentScaling",
     "delayed": "DelayedScaling",
@@ -108,6 +108,8 @@ class TransformerEngineBackend:
     modules Transformer Engine has computed in FP8; each is one product with a weight, that with
     BDH's encoder_v being one for all heads, and is followed by two products in backward.
     """
+
+    compiles = True  # around its modules
 
     def __init__(self, fp8: Fp8Config, device: torch.device, model: nn.Module) -> None:
         """Has the model multiply here; ConfigError where library, device or a weight do not fit."""
