@@ -25,7 +25,8 @@ from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
 from engine.precision import four_bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import adapter_line, add_adapters
-from engine.precision.quantized import HasWeights, QuantizedWeights
+from engine.precision.quantized import QuantizedWeights
+from engine.precision.weights import HasWeights
 from engine.world import supports_fast_bfloat16
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -27,7 +27,7 @@ from engine.precision.native import (
     Place,
     scaled_product,
 )
-from engine.precision.quantized import HasWeights
+from engine.precision.weights import HasWeights
 
 ITS_RECIPES = ("block", "mxfp8")  # Transformer Engine's alone
 CAPABLE = (8, 9)  # compute capability of the first GPUs with 8-bit products

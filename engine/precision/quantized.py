@@ -16,23 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from config import LowPrecisionConfig
 from engine.precision.four_bit import FourBit, quantize
-
-
-class HasWeights(Protocol):
-    """What quantization asks of a model."""
-
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The hidden weight matrices, each with the number stacked in it."""
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The parameters of the embedding and of the head: one where they are tied."""
+from engine.precision.weights import HasWeights
 
 
 class QuantizedWeights:
