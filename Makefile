@@ -34,7 +34,7 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.loop
-	$(BIN)/python -m bench.precision --output
+	$(BIN)/python -m bench.precision --only size,time
 	$(BIN)/python -m bench.bdh $(if $(REFERENCE),--reference $(REFERENCE)) --output
 ifneq ($(TEXT),)
 	$(BIN)/python -m bench.gpt $(if $(NANOGPT),--reference $(NANOGPT)) --text $(TEXT) --output
