@@ -133,6 +133,8 @@ def test_so_are_those_of_frozen_weights_with_adapters(
     name: str, shape: Shape, dtype: torch.dtype
 ) -> None:
     pytest.importorskip("bitsandbytes")
+    if dtype is BF16 and not supports_fast_bfloat16(torch.device("cpu")):
+        pytest.skip("takes a minute on a CPU without products in 16 bits")
     B, T, layers, D, H, V = shape
     config = ModelConfig(
         name=cast(Any, name), n_layer=layers, n_embd=D, n_head=H, vocab_size=V, dropout=0.0
@@ -143,7 +145,9 @@ def test_so_are_those_of_frozen_weights_with_adapters(
 
 
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
-@pytest.mark.parametrize("case", [case for case in GRID if not case[0] * case[1] % 16], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in GRID if case[0] * case[1] % 16 == 0 and case[5] < 128], ids=str
+)
 def test_so_are_those_of_8_bit_products(case: Case, recipe: Any) -> None:
     B, T, layers, D, H, multiplier, V, dtype = case
     if not supports_fast_bfloat16(torch.device("cpu")):
