@@ -1,7 +1,7 @@
 """Low precision: what each mode costs in loss, what it takes in bytes and in time.
 
     python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--output]
-    python -m bench.precision --only loss --models bdh    # parts: loss, emulated, size, time
+    python -m bench.precision --only loss --models bdh  # loss, longer, emulated, size, time
     python -m bench.precision --gpu --shapes "BDH 25M"    # its tables: bench/precision_gpu.py
 
 Loss: small models trained from the same weights on the same batches, once per mode and seed; gaps
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench.bdh_measure import hardware, seconds, table
 from bench.precision_gpu import gpu
-from bench.precision_loss import emulated, loss
+from bench.precision_loss import emulated, longer, loss
 from bench.precision_modes import (
     ADAMW_4BIT,
     ADAMW_8BIT,
@@ -214,6 +214,7 @@ def round_once(quantized: QuantizedWeights) -> None:
 
 PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
     "loss": ("Loss", loss),
+    "longer": ("Loss of 4-bit weights in longer runs", longer),
     "emulated": ("Loss of fp8 against bf16", emulated),
     "size": ("Size", size),
     "time": ("Time on a CPU", time),
@@ -221,7 +222,7 @@ PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
 }
 
 
-CPU_PARTS = ("loss", "emulated", "size", "time")
+CPU_PARTS = ("loss", "longer", "emulated", "size", "time")
 
 
 def versions() -> str:

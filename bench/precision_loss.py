@@ -45,6 +45,7 @@ from engine.world import supports_fast_bfloat16
 
 COLUMNS = "mode", "held-out loss", "against", "gap", "gap of each seed", "limit", "verdict"
 EVALUATION = (24, (16, 64))  # batches, and their shape
+LONG = 900  # steps
 FOIL = "AdamW 4-bit of torchao"
 AFTERWARDS = ", rounded afterwards to "
 IN_FILE = ": its file in 4 bits"
@@ -226,3 +227,12 @@ def emulated(options: argparse.Namespace) -> Iterator[str]:
         found = [Row(BF16.title, BF16.title), *fp8_rows(BF16.title)]
         yield from table(COLUMNS, (row.cells(losses) for row in found))
         yield from ["", *(f"{mode}: {note}." for mode, note in notes.items())]
+
+
+def longer(options: argparse.Namespace) -> Iterator[str]:
+    """4-bit weights in runs long enough for rounding to cost something."""
+    yield f"As above, {LONG} steps of BDH in float32; the limits are meant for this length."
+    model, options = MODELS["bdh"], argparse.Namespace(**vars(options) | {"steps": LONG})
+    losses, _ = measured(model, [FLOAT32, *(late(kind).in_float32() for kind in KINDS)], options)
+    found = [row for row in rows(model, FLOAT32.title, foil=False) if row.of in losses]
+    yield from ["", *table(COLUMNS, (row.cells(losses) for row in found))]

@@ -30,7 +30,7 @@ def parallelize(model: nn.Module, world: World) -> nn.Module:
         model,
         device_ids=devices,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # frozen weights, equal from the start
+        forward_sync_buffers=False,  # frozen weights: equal from the start
     )
     _KEPT.append(wrapped)
     return wrapped

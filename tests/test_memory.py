@@ -74,9 +74,8 @@ def test_predicted_activations_are_within_a_seventh_of_the_measured(
     case: Case, dropout: float
 ) -> None:
     B, T, layers, D, H, multiplier, V, dtype = case
-    work = 18 * D * D * multiplier * B * T * layers  # FLOPs
-    if dtype is BF16 and work > 1e10 and not supports_fast_bfloat16(torch.device("cpu")):
-        pytest.skip("takes minutes on a CPU without products in 16 bits")
+    if dtype is BF16 and not supports_fast_bfloat16(torch.device("cpu")):
+        dtype = FLOAT32  # as the trainer does; in 16 bits such a CPU takes minutes
     config = BDHConfig(
         n_layer=layers,
         n_embd=D,
