@@ -163,9 +163,10 @@ def begin(request: Request, world: World) -> Beginning:
 
 
 def build(request: Request, world: World, stack: ExitStack) -> Session:
-    """Builds a run. The order matters: weights are drawn right after seeding; the optimizer sees
-    them on their device; saved state goes into both before anything is compiled or shared between
-    processes; and the run directory is opened last, so that an error before it leaves nothing.
+    """Builds a run. The order matters: weights are drawn right after seeding; number formats take
+    charge of them on their device, then the optimizer; saved state goes into all before anything is
+    compiled or shared between processes; and the run directory is opened last, so that an error
+    before it leaves nothing.
     """
     precision = open_precision(request.config, world)
     start = begin(request, world)

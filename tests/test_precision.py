@@ -152,10 +152,22 @@ def test_where_nobody_asked_for_4_bits_the_run_says_so_and_goes_on(
     config.write_text(config.read_text().replace("low_precision: {use_4bit: false}\n", ""))
     assert run_here([*changed(small, "max_iters=2"), f"checkpoint_dir={tmp_path / 'runs'}"]) == 0
     output = capsys.readouterr().out
-    line = "low_precision.use_4bit: off, bitsandbytes cannot be imported here (pip install "
+    line = "low_precision.use_4bit: off, since 4-bit weights need bitsandbytes, which cannot be "
     assert output.count(line) == 1
     run = only_run(tmp_path / "runs")
     assert not Config.from_yaml(run / "config.yaml").low_precision.use_4bit  # what it really did
+
+
+def test_where_4_bits_do_not_run_on_the_device_it_is_said_before_anything_else(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = torch.device("mps")  # torch has none here, as bitsandbytes may not
+    monkeypatch.setattr("engine.precision.resolve_device", lambda name: elsewhere)
+    assert run_here([*small, "use_4bit=true", f"checkpoint_dir={tmp_path / 'runs'}"]) == 2
+    assert "4-bit weights: bitsandbytes does not run on mps" in capsys.readouterr().err
 
 
 def test_another_format_of_moments_is_refused_at_resume(

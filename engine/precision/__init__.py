@@ -27,7 +27,7 @@ from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import adapter_line, add_adapters
 from engine.precision.quantized import QuantizedWeights
 from engine.precision.weights import HasWeights
-from engine.world import supports_fast_bfloat16
+from engine.world import resolve_device, supports_fast_bfloat16
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -75,7 +75,6 @@ class Precision:
         if restructure(model, self.config, fill):
             lines.append(adapter_line(model))
         elif self.config.use_4bit:
-            four_bit.library()
             self.quantized = QuantizedWeights(model, self.config)
             self.first_quantized = int(planned_steps * self.config.quantize_after) + 1
             lines.append(self.quantized.line(self.first_quantized))
@@ -213,11 +212,11 @@ def affordable(request: Request) -> Request:
     if not low.use_4bit:
         return request
     try:
-        four_bit.library()
-    except ConfigError:
+        four_bit.check(resolve_device(request.config.system.device))
+    except ConfigError as error:
         if switch in request.given:
             raise
         config = replace(request.config, low_precision=replace(low, use_4bit=False))
-        note = f"{switch}: off, bitsandbytes cannot be imported here ({four_bit.INSTALL})"
+        note = f"{switch}: off, since {error}"
         return replace(request, config=config, notes=(*request.notes, note))
     return request

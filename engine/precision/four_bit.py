@@ -44,6 +44,20 @@ def library() -> Any:
     return bitsandbytes("4-bit weights", "low_precision.use_4bit: false").functional
 
 
+def check(device: torch.device) -> None:
+    """Raises ConfigError where weights cannot be taken to 4 bits on this device."""
+    library()
+    if device.type in ("cpu", "cuda"):  # what bitsandbytes is made for
+        return
+    try:
+        quantize(torch.ones(BLOCK, device=device), "nf4", double=True).dequantize()
+    except Exception as error:  # its own and torch's, of many kinds
+        raise ConfigError(
+            f"4-bit weights: bitsandbytes does not run on {device} ({type(error).__name__}). Set "
+            "low_precision.use_4bit: false."
+        ) from None
+
+
 @dataclass(frozen=True)
 class FourBit:
     """A tensor of any shape as codes and scales."""
