@@ -70,6 +70,18 @@ def words_of(mode: str, small: list[str]) -> list[str]:
     return words
 
 
+def gone_on_from_step_4(words: list[str], folder: Path) -> Path:
+    """The directory of a run of 10 steps whose later checkpoints were lost once."""
+    words = [*words, f"checkpoint_dir={folder}", "keep_last=null"]
+    assert run_here(words) == 0
+    run = only_run(folder)
+    for step in (8, 10):
+        for end in ("pt", "json"):
+            (run / f"checkpoint_{step}.{end}").unlink()
+    assert run_here([*words, f"resume_from_checkpoint={run}"]) == 0
+    return run
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_is_told_and_an_interrupted_run_equals_the_straight_one(
     small: list[str], tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
@@ -80,13 +92,7 @@ def test_a_mode_is_told_and_an_interrupted_run_equals_the_straight_one(
     for line in TOLD[mode]:
         assert line in output, line
     straight = only_run(tmp_path / "straight")
-    stopped = [*words, f"checkpoint_dir={tmp_path / 'stopped'}"]
-    assert run_here([*stopped, "keep_last=null"]) == 0
-    run = only_run(tmp_path / "stopped")
-    for step in (8, 10):
-        for end in ("pt", "json"):
-            (run / f"checkpoint_{step}.{end}").unlink()
-    assert run_here([*stopped, "keep_last=null", f"resume_from_checkpoint={run}"]) == 0
+    run = gone_on_from_step_4(words, tmp_path / "stopped")
     assert "Resumed from checkpoint_4.pt" in capsys.readouterr().out
     one, other = (load_checkpoint(each / "checkpoint_10.pt") for each in (run, straight))
     for state in (one, other):
@@ -255,13 +261,7 @@ def test_adapters_on_4_bit_weights_train_resume_and_load(
     output = capsys.readouterr().out
     assert "Adapters of rank 4 on 8 matrices: " in output and " in nf4 (" in output
     straight = only_run(tmp_path / "straight")
-    stopped = [*words, f"checkpoint_dir={tmp_path / 'stopped'}"]
-    assert run_here([*stopped, "keep_last=null"]) == 0
-    run = only_run(tmp_path / "stopped")
-    for step in (8, 10):
-        for end in ("pt", "json"):
-            (run / f"checkpoint_{step}.{end}").unlink()
-    assert run_here([*stopped, "keep_last=null", f"resume_from_checkpoint={run}"]) == 0
+    run = gone_on_from_step_4(words, tmp_path / "stopped")
     assert metrics(run) == metrics(straight)
     losses = [record["train/loss"] for record in metrics(run) if "train/loss" in record]
     assert losses[-1] < losses[0]
@@ -273,7 +273,7 @@ def test_adapters_on_4_bit_weights_train_resume_and_load(
     trained.load_state_dict(saved)
     tokens = torch.arange(32).view(2, 16)
     torch.testing.assert_close(model(tokens), trained.eval()(tokens), rtol=1e-4, atol=1e-4)
-    again = [*stopped, f"resume_from_checkpoint={run}"]
+    again = [*words, f"checkpoint_dir={tmp_path / 'stopped'}", f"resume_from_checkpoint={run}"]
     for change in ("quantization_type=fp4", "use_double_quant=false", "lora_alpha=3"):
         assert run_here([*again, change]) == 3
         assert f"low_precision.{change.split('=')[0]} was " in capsys.readouterr().err
