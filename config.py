@@ -94,7 +94,7 @@ class TrainingConfig(_Section):
     """The run: sizes, length, evaluation and checkpoints."""
 
     block_size: int = option(512, "length of a training sequence", ge=1, unit="tokens")
-    batch_size: int = option(8, "sequences per process and micro-step", ge=1)
+    batch_size: int | Literal["auto"] = option(8, "sequences per process and micro-step", ge=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per step, each process", ge=1)
     tokens_per_step: int | None = option(None, "size of a step, all processes", ge=1, unit="tokens")
     max_iters: int = option(3000, "length of the run", ge=1, unit="optimizer steps")
@@ -114,6 +114,8 @@ class TrainingConfig(_Section):
     resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
     init_from: str = option("scratch", "scratch, resume, gpt2, gpt2-xl, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", ge=0)
+    sample_prompt: str | None = option(None, "write on from this at each evaluation")
+    sample_tokens: int = option(100, "length of that sample", ge=1, unit="tokens")
     use_oracle: bool = option(False, "one batch for ever: loss falls to 0")
     debug: bool = option(False, "show tracebacks")
 
@@ -220,6 +222,7 @@ class LoggingConfig(_Section):
     wandb_log: bool = option(False, "send metrics to Weights & Biases")
     wandb_project: str = option("hatchery", "project there")
     wandb_run_name: str | None = option(None, "name there; null: the folder's")
+    tensorboard: bool = option(False, "event files in the run directory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +259,13 @@ def _schema() -> Schema:
     return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
 
 
+def micro_batch(config: Config) -> int:
+    """Return the sequences per process and micro-step, once `auto` has become a number."""
+    size = config.training.batch_size
+    assert isinstance(size, int), "training.batch_size: auto has not been settled"
+    return size
+
+
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Return the micro-steps of each process per optimizer step; ConfigError if not whole."""
     tokens, micro_step = config.training.tokens_per_step, micro_step_tokens(config, world_size)
@@ -272,7 +282,10 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 def sequences_per_step(config: Config, world_size: int) -> int:
     """Return the sequences of one optimizer step, over all processes."""
-    return accumulation_steps(config, world_size) * config.training.batch_size * world_size
+    if config.training.batch_size == "auto":
+        assert config.training.tokens_per_step is not None  # a rule
+        return config.training.tokens_per_step // config.training.block_size
+    return accumulation_steps(config, world_size) * micro_batch(config) * world_size
 
 
 @dataclass(frozen=True)
@@ -343,6 +356,7 @@ class Request:
     files: tuple[str, ...]  # as they were applied, a base first
     overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
     dry_run: bool
+    check_resume: int | None  # steps to train straight and interrupted
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
     given: frozenset[str]  # options that stand in the user's own files and words
 
@@ -367,7 +381,15 @@ def _load(arguments: Arguments) -> Request:
     config = _finish(merged, unread)
     overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
     given = frozenset(key for key in merged.values if not merged.owns(key))
-    return Request(config, files, overrides, arguments.dry_run, tuple(merged.notes), given)
+    return Request(
+        config=config,
+        files=files,
+        overrides=overrides,
+        dry_run=arguments.dry_run,
+        check_resume=arguments.check_resume,
+        notes=tuple(merged.notes),
+        given=given,
+    )
 
 
 def _follow(merged: Merged) -> None:

@@ -19,6 +19,7 @@ import train
 from config import command_line
 from engine.signals import StopRequest
 from engine.world import enter_world
+from launch.build import build
 
 QUICKSTART = "configs/quickstart.yaml"
 STEPS = 60
@@ -51,8 +52,8 @@ def measure(config: str, folder: str) -> tuple[float, float]:
     inner = Timed()
     with ExitStack() as stack, StopRequest() as stop:
         world = stack.enter_context(enter_world(request.config.system, request.config.distributed))
-        run = train.build(request, world, stack)
-        next(run.batches)  # the first batch opens files; a run pays that once
+        run = build(request, world, stack)
+        run.next_batch()  # the first batch opens files; a run pays that once
         run.loss = inner.wrap(run.loss)  # type: ignore[method-assign]  # timed in place
         for name in ("backward", "step"):
             setattr(run.precision, name, inner.wrap(getattr(run.precision, name)))

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Config, ConfigError, accumulation_steps, sequences_per_step, token_paths
+from config import (
+    Config,
+    ConfigError,
+    accumulation_steps,
+    micro_batch,
+    sequences_per_step,
+    token_paths,
+)
 from data import corpus
 from data.dataset import Dataset
 from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
@@ -98,11 +105,12 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     training = config.training
     if training.test_freq is None and not training.eval_only:
         return ()
-    count = training.eval_iters * training.batch_size
+    size = micro_batch(config)
+    count = training.eval_iters * size
     rows = (
         evaluation_rows(dataset, name, training.block_size, count) for name in ("train", "test")
     )
-    return tuple(torch.split(each, training.batch_size) for each in rows)
+    return tuple(torch.split(each, size) for each in rows)
 
 
 def _document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:

@@ -31,17 +31,18 @@ def compile_wanted(
 
 def compile_model(
     model: nn.Module, wanted: bool, device: torch.device, trial: Callable[[], object]
-) -> tuple[bool, str]:
-    """Compiles in place, so that saved weights keep their names; whether it did, and in words.
+) -> tuple[float | None, str]:
+    """Compiles in place, so that saved weights keep their names; the seconds it took, None where it
+    did not, and in words.
 
     `trial` runs the model once: compilers fail then, and the run goes on without. It must leave no
     trace but draws of torch's generators, which are put back.
     """
     if not wanted:
-        return False, "not compiled"
+        return None, "not compiled"
     compiler = compiler_for(device)
     if compiler is None:
-        return False, f"not compiled: no compiler for {device.type} on this machine"
+        return None, f"not compiled: no compiler for {device.type} on this machine"
     model.compile()
     began = time.monotonic()
     devices = [device] if device.type == "cuda" else []
@@ -52,5 +53,6 @@ def compile_model(
         model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # a backward pass that failed leaves some behind
         reason = str(error).strip().splitlines()[0]
-        return False, f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
-    return True, f"compiled with {compiler} in {time.monotonic() - began:.0f}s"
+        return None, f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
+    seconds = time.monotonic() - began
+    return seconds, f"compiled with {compiler} in {seconds:.0f}s"

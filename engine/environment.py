@@ -17,10 +17,12 @@ _PROJECT = Path(__file__).resolve().parents[1]
 
 
 def describe_session(device: str) -> dict[str, Any]:
-    """One session of a run: time, command line, versions, machine, revision of this project."""
+    """One session of a run: time, command line and where it was given, versions, machine, revision
+    of this project."""
     return {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "time": now(),
         "command": sys.argv,
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
         "git": _git_revision(),
@@ -30,6 +32,11 @@ def describe_session(device: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": device,
     }
+
+
+def now() -> str:
+    """Local time with its zone, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

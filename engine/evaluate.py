@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -45,30 +47,47 @@ def count_targets(rows: Tensor, documents: DocumentIds | None = None) -> int:
 
 
 @torch.inference_mode()
-def total_loss(
+def batch_losses(
     model: nn.Module,
     batches: tuple[Tensor, ...],
     loss: Callable[[Tensor], Tensor],
     stopped: Callable[[], bool],
     world: World,
-) -> float | None:
-    """Sum of `loss` over all batches (B, T+1), with dropout off.
+) -> list[float] | None:
+    """The `loss` of each of the batches (B, T+1), with dropout off.
 
     The processes share the batches. None when `stopped()`, asked by all of them together, became
     true on the way. Draws nothing from any random generator.
     """
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    mine = batches[world.rank :: world.size]
-    try:
-        for turn in range(math.ceil(len(batches) / world.size)):
+    losses = torch.zeros(len(batches), dtype=torch.float64)
+    with evaluating(model):
+        for first in range(0, len(batches), world.size):
             if stopped():
                 return None
-            total += loss(mine[turn]).item() if turn < len(mine) else 0.0
+            if (mine := first + world.rank) < len(batches):
+                losses[mine] = loss(batches[mine]).item()
+    values: list[float] = world.sum(losses).tolist()
+    return values
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return world.sum_number(total)
+
+
+def fingerprint(batches: tuple[Tensor, ...], documents: DocumentIds | None) -> str:
+    """Twelve hex digits that only equal rows, counted alike, have: losses on them compare."""
+    digest = hashlib.sha256(b"apart" if documents else b"whole")
+    for rows in batches:
+        digest.update(str(tuple(rows.shape)).encode())
+        digest.update(rows.long().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -20,6 +20,10 @@ from config import CheckpointError
 FORMAT = 3
 CONFIG = "config.yaml"
 """Every run directory has one; it is written before the first checkpoint."""
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+"""Locked by the process that writes the directory."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
 _FOREIGN_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)\.pt")
 _LARGEST_MANIFEST = 1 << 20

@@ -5,12 +5,20 @@ Training prints through `say` and `warn` alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 RULE = "-" * 80
+
+LOCAL = ("eval/val_losses", "eval/rows")
+"""Keys of records that stay in metrics.jsonl: no curve can be drawn of them."""
+
+_PLAIN: Callable[[str], None] = partial(print, flush=True)
+_line = _PLAIN
 
 
 def say(*lines: str) -> None:
@@ -20,7 +28,7 @@ def say(*lines: str) -> None:
     """
     try:
         for line in lines:
-            print(line, flush=True)
+            _line(line)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
@@ -28,25 +36,21 @@ def say(*lines: str) -> None:
 
 def warn(text: str) -> None:
     """Prints to standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr.isatty() and _line is not _PLAIN:  # both share one terminal
+        _line(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
-@dataclass
-class Clock:
-    """Time of the training steps since the last log line, without evaluation and saving."""
-
-    seconds: float = 0.0
-    steps: int = 0
-
-    def add(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.steps += 1
-
-    def take(self) -> float:
-        """Mean seconds per step; starts a new interval."""
-        mean = self.seconds / self.steps
-        self.seconds, self.steps = 0.0, 0
-        return mean
+@contextlib.contextmanager
+def printing(line: Callable[[str], None]) -> Iterator[None]:
+    """Has `say` print its lines by this function, for a terminal that shows more than lines."""
+    global _line
+    before, _line = _line, line
+    try:
+        yield
+    finally:
+        _line = before
 
 
 def iteration_line(record: dict[str, Any], eta_s: float) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from config import CheckpointError, Config, accumulation_steps, sequences_per_step
+from config import CheckpointError, Config, accumulation_steps, micro_batch, sequences_per_step
 
 FIXED = {
     "model.name",
@@ -74,6 +74,9 @@ FREE = {
     "logging.wandb_log",
     "logging.wandb_project",
     "logging.wandb_run_name",
+    "logging.tensorboard",
+    "training.sample_prompt",
+    "training.sample_tokens",
 }
 # How a step's sequences are split over micro-batches; only their number, STEP, counts.
 STEP = "sequences per step"
@@ -103,7 +106,7 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
     training, sequences = config.training, sequences_per_step(saved, before)
     if training.tokens_per_step or sequences_per_step(config, now) == sequences:
         return config, []
-    per_process = training.batch_size * training.gradient_accumulation_steps
+    per_process = micro_batch(config) * training.gradient_accumulation_steps
     if saved.training.tokens_per_step is None and per_process * before != sequences:
         return config, []  # it was changed on purpose, and will be refused
     tokens = sequences * training.block_size

@@ -9,14 +9,16 @@ resume can be repeated.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from config import CheckpointError, Config, ConfigError, WriteError
-from engine.environment import describe_session
+from engine.environment import describe_session, now
 from engine.files import (
     check_writable,
     explained,
@@ -35,12 +37,18 @@ from engine.files import (
     write_text,
     write_whole,
 )
-from engine.manifest import CONFIG, Manifest, Resume, data_path, manifest_path, steps_in
+from engine.manifest import (
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    METRICS,
+    Manifest,
+    Resume,
+    data_path,
+    manifest_path,
+    steps_in,
+)
 from engine.metrics import say
-
-METRICS = "metrics.jsonl"
-ENVIRONMENT = "environment.json"
-LOCK = ".lock"
 
 
 class RunDirectory:
@@ -49,7 +57,9 @@ class RunDirectory:
     `start` promises a new directory, made by the first `prepare`; `reopen` continues one.
     """
 
-    def __init__(self, config: Config, origin: Sequence[str], device: str) -> None:
+    def __init__(
+        self, config: Config, origin: Sequence[str], facts: Mapping[str, Any] | None = None
+    ) -> None:
         self.path: Path | None = None
         self.last_checkpoint: Path | None = None
         self.resumed_step: int | None = None
@@ -58,28 +68,39 @@ class RunDirectory:
         training = replace(config.training, resume_from_checkpoint=None)
         self._config = replace(config, training=training)
         self._origin = origin
-        self._device = device
+        self._facts = dict(facts or {})
+        self._ended: dict[str, Any] | None = None
         self._started = datetime.now()
         self._held = ExitStack()
         self._unwritten: list[str] = []
         self._metrics_error: WriteError | None = None
 
     @classmethod
-    def start(cls, config: Config, origin: Sequence[str] = (), device: str = "") -> RunDirectory:
+    def start(
+        cls,
+        config: Config,
+        origin: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> RunDirectory:
         """A run that has no directory yet; raises WriteError where none can be created.
 
         `origin` are the comment lines of the saved config: the files and overrides it came from.
+        `facts` are for environment.json: `device` of this session, `run` and `data` in numbers.
         """
         check_writable(Path(config.training.checkpoint_dir))
-        return cls(config, origin, device)
+        return cls(config, origin, facts)
 
     @classmethod
     def reopen(
-        cls, resume: Resume, config: Config, origin: Sequence[str] = (), device: str = ""
+        cls,
+        resume: Resume,
+        config: Config,
+        origin: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
     ) -> RunDirectory:
         """Continues in the directory of `resume`; raises CheckpointError while another process
         does, and WriteError."""
-        run = cls(config, origin, device)
+        run = cls(config, origin, facts)
         folder = run.path = resume.run_dir
         run.last_checkpoint, run.resumed_step = resume.path, resume.step
         with ExitStack() as undo, explained(f"continue in {folder}", folder):
@@ -112,7 +133,12 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        if kind is not None:
+            first = (str(error).strip().splitlines() or [""])[0]
+            self.end("failed", f"{kind.__name__}: {first}")
         try:
             self.close()
         except WriteError as error:
@@ -136,6 +162,10 @@ class RunDirectory:
         self._unwritten.append(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._write_metrics()
 
+    def end(self, state: str, reason: str = "") -> None:
+        """Notes how this session ended, for environment.json: done, stopped or failed."""
+        self._ended = {"state": state, "reason": reason, "time": now()}
+
     def close(self) -> None:
         """Writes what is left, gives up the lock; raises WriteError if metrics were lost.
 
@@ -148,6 +178,10 @@ class RunDirectory:
                 shutil.rmtree(self.path, ignore_errors=True)
                 return
             self._write_metrics(durable=True)
+            if self._ended is not None:
+                with contextlib.suppress(OSError, WriteError):  # only a word in a list of runs
+                    known = _read_json(self.path / ENVIRONMENT)
+                    _write_json(self.path / ENVIRONMENT, known | {"ended": self._ended})
             if self._metrics_error is not None:
                 raise self._metrics_error
 
@@ -160,7 +194,8 @@ class RunDirectory:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             self._take_lock(folder)
             write_text(folder / CONFIG, self._config.to_yaml(self._origin))
-            _write_json(folder / ENVIRONMENT, describe_session(self._device) | {"resumed": []})
+            session = self._session() | {"resumed": []}
+            _write_json(folder / ENVIRONMENT, session | self._known(folder))
             sync_folder(parent)
             undo.pop_all()
         return folder
@@ -207,14 +242,21 @@ class RunDirectory:
         write_text(place, self._config.to_yaml(self._origin))
 
     def _renew_environment(self, folder: Path) -> None:
-        place = folder / ENVIRONMENT
-        try:
-            known = json.loads(place.read_bytes())
-            known["resumed"] = [*known["resumed"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            known = {"resumed": []}
-        known["resumed"].append({"step": self.resumed_step, **describe_session(self._device)})
-        _write_json(place, known)
+        known = _read_json(folder / ENVIRONMENT)
+        known.pop("ended", None)
+        before = known.get("resumed")
+        sessions = before if isinstance(before, list) else []
+        known["resumed"] = [*sessions, {"step": self.resumed_step, **self._session()}]
+        _write_json(folder / ENVIRONMENT, known | self._known(folder))
+
+    def _session(self) -> dict[str, Any]:
+        return describe_session(str(self._facts.get("device", "")))
+
+    def _known(self, folder: Path) -> dict[str, Any]:
+        """What of a run a list of runs wants to know, so that it need not work it out."""
+        saved = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+        facts = {key: value for key, value in self._facts.items() if key != "device"}
+        return facts | {"config": {"sha256": saved, "values": self._config.to_dict()}}
 
     def _write_metrics(self, durable: bool = False) -> None:
         if self.path is None or not (self._unwritten or durable):
@@ -249,6 +291,15 @@ def _free_name(folder: Path, stem: str, suffix: str = "") -> Path:
         number += 1
         path = folder / f"{stem}_{number:02d}{suffix}"
     return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,78 +10,40 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from textwrap import indent
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError, WriteError
 from engine.checkpoint import save_checkpoint
-from engine.evaluate import DocumentIds, bits_per_byte, count_targets, next_token_loss, total_loss
-from engine.metrics import RULE, Clock, duration, iteration_line, say, short, warn
+from engine.evaluate import (
+    batch_losses,
+    bits_per_byte,
+    count_targets,
+    fingerprint,
+    next_token_loss,
+)
+from engine.interfaces import Batch, Text, Tracker
+from engine.metrics import RULE, duration, iteration_line, say, short, warn
 from engine.parallel import without_sync
 from engine.plan import tokens_per_step
 from engine.precision import Precision
+from engine.progress import LiveLine, Pace
 from engine.run import RunDirectory
 from engine.signals import StopRequest
-from engine.state import TrainState, due, rng_state
+from engine.state import TrainState, due, rng_state, times_due
 from engine.world import World, peak_flops, peak_memory_bytes
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
 OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
-
-
-class Text(Protocol):
-    """What a run needs of its text besides batches."""
-
-    @property
-    def documents(self) -> DocumentIds | None:
-        """Tells documents apart where tokens may see only their own."""
-
-    @property
-    def evaluation(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The fixed rows of the training and of the held-out text, in batches."""
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Of the held-out rows; None where tokens stand for no text."""
-
-    def identity(self) -> dict[str, Any]:
-        """`data`, which identifies it, and `tokenizer`, which makes text of tokens: plain."""
-
-    def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
-        """One cursor of those of all processes."""
-
-
-class Tracker(Protocol):
-    """Where records go besides metrics.jsonl."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Sends one record; never raises."""
-
-
-class Batch(Protocol):
-    """The data of one optimizer step."""
-
-    @property
-    def micro_batches(self) -> tuple[Tensor, ...]:
-        """Rows (B, T+1) of each micro-step."""
-
-    @property
-    def epoch(self) -> int:
-        """Times the data has been seen whole after this batch."""
-
-    def cursor(self) -> dict[str, Any]:
-        """Where the data stands after this batch, as plain values."""
-
-    def describe(self) -> list[str]:
-        """The documents of this batch."""
 
 
 @dataclass
@@ -107,7 +69,11 @@ class Session:
     """Where the data stands after the last batch trained on."""
     planned_steps: int
     """Steps this run will make in all: `max_iters`, or fewer where `epochs` ends it."""
-    tracker: Tracker | None = None
+    trackers: Sequence[Tracker] = ()
+    sample: Callable[[], str] | None = None
+    """What the model writes on from `training.sample_prompt`; None where none is asked for."""
+    compile_s: float | None = None
+    """What compiling took, until a record has told of it."""
     saved_step: int = 0
     saved_evaluation: int = 0
     """The step of the last evaluation that a checkpoint knows of."""
@@ -115,12 +81,20 @@ class Session:
     overflows: int = 0
     torn: bool = False
     """Whether the optimizer was stopped in the middle of a step: weights are of no step."""
-    clock: Clock = field(default_factory=Clock)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
-        self.first_step = self.state.step
-        self.started = self.counted = self.saved_at = time.monotonic()
+        self.counted = self.saved_at = time.monotonic()
         self.tokens_per_step = tokens_per_step(self.config, self.world.size)
+        self.live = LiveLine(self.world.is_main, self.planned_steps)
+        self.waited_s = 0.0
+
+    def next_batch(self) -> Batch:
+        """The data of the next step."""
+        began = time.monotonic()
+        batch = next(self.batches)
+        self.waited_s = time.monotonic() - began
+        return batch
 
     def micro_losses(self, batch: Batch) -> Iterator[Tensor]:
         """The share of each micro-step in the step's loss; to be taken backward at once.
@@ -199,7 +173,8 @@ class Session:
         self.state.loss_sum += loss
         self.state.loss_steps += 1
         self.cursor = batch.cursor
-        self.clock.add(seconds)
+        self.pace.step(seconds, self.waited_s)
+        self.live.show(self.state.step, loss, self.tokens_per_step / self.pace.step_s, self.left_s)
 
     def stamp(self) -> dict[str, Any]:
         """What every record begins with; brings the elapsed time up to date."""
@@ -209,16 +184,16 @@ class Session:
         return {"step": self.state.step, "time": self.state.elapsed_s, "tokens": self.state.tokens}
 
     def record(self, values: dict[str, Any]) -> None:
-        """Keeps one record in metrics.jsonl and sends it to the tracker."""
+        """Keeps one record in metrics.jsonl and sends it to the trackers."""
         if self.world.is_main:
             self.directory.append_metrics(values)
-            if self.tracker is not None:
-                self.tracker.log(values)
+            for tracker in self.trackers:
+                tracker.log(values)
 
     def log(self, learning_rate: float, grad_norm: float) -> None:
         """One line, one record: the mean loss since the last one; speed without evaluation."""
         state, world = self.state, self.world
-        seconds = self.clock.take()
+        seconds, waited = self.pace.take()
         speed = self.tokens_per_step / seconds
         record = self.stamp() | {
             "train/loss": state.loss_sum / state.loss_steps,
@@ -227,16 +202,28 @@ class Session:
             "train/tokens_per_sec": speed,
             "train/iter_time_ms": seconds * 1000,
             "train/mfu": self._flops_utilization(speed),
+            "train/data_wait": waited,
             "train/memory_bytes": peak_memory_bytes(world.device),
             **self.precision.metrics(),
         }
+        if self.compile_s is not None:
+            record["train/compile_s"], self.compile_s = self.compile_s, None
         state.loss_sum, state.loss_steps = 0.0, 0
         self.record(record)
-        pace = (time.monotonic() - self.started) / (state.step - self.first_step)
-        say(iteration_line(record, pace * max(0, self.planned_steps - state.step)))
+        say(iteration_line(record, self.left_s))
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the end of the run, with its evaluations and saves."""
+        training, done, end = self.config.training, self.state.step, self.planned_steps
+        evaluations = times_due(done, end, training.test_freq)
+        saves = times_due(done, end, training.checkpoint_freq or end) * training.save_model
+        rows = sum(len(rows) for batches, _ in self._views() for rows in batches)
+        forward = rows * training.block_size / (3 * self.tokens_per_step)  # a third of a step
+        return self.pace.left(max(0, end - done), evaluations, saves, forward)
 
     def _flops_utilization(self, tokens_per_second: float) -> float | None:
-        peak = peak_flops(self.world.device)
+        peak = peak_flops(self.world.device, self.precision.products)
         if peak is None:
             return None
         return tokens_per_second * self.flops_per_token / (peak * self.world.size)
@@ -247,27 +234,49 @@ class Session:
         An error here (memory runs out, say) must not cost the steps done: they are saved first.
         """
         say(RULE, f"Evaluating at iteration {self.state.step}...")
-        train, held_out = self.text.evaluation
-        losses: list[float] = []
+        self.live.tell("evaluating")
+        began = time.monotonic()
+        measured: list[list[float]] = []
         try:
-            for batches, view in self._views(train, held_out):
+            for batches, view in self._views():
                 with view:
                     stopped = partial(self.stopping, stop)
-                    total = total_loss(self.model, batches, self.loss, stopped, self.world)
-                if total is None:
+                    sums = batch_losses(self.model, batches, self.loss, stopped, self.world)
+                if sums is None:
                     return
-                losses.append(total / max(1, sum(self.targets(rows) for rows in batches)))
+                counts = [self.targets(rows) for rows in batches]
+                measured.append([sum(sums) / max(1, sum(counts))])
+                measured[-1] += [one / max(1, n) for one, n in zip(sums, counts, strict=True)]
             shares = self.active_shares()
+            sample = self.sample() if self.sample and self.world.is_main else None
         except Exception:
             self.rescue()
             raise
-        best = self.state.record_evaluation(*losses[:2])
+        self.pace.evaluations.add(time.monotonic() - began)
+        self._tell_evaluation(measured, shares, sample)
+
+    def _tell_evaluation(
+        self, measured: list[list[float]], shares: dict[str, list[float]], sample: str | None
+    ) -> None:
+        """Records the losses of each view, first the mean and then those of its batches."""
+        losses, state = [each[0] for each in measured], self.state
+        best = state.record_evaluation(*losses[:2])
         per_token = self.text.bytes_per_token
         bits = None if per_token is None else bits_per_byte(losses[1], per_token)
-        values = {"eval/train_loss": losses[0], "eval/val_loss": losses[1]}
-        if self.precision.quantized is not None:
-            values["eval/val_loss_4bit"] = losses[2]
-        self.record(self.stamp() | values | {"eval/bits_per_byte": bits} | shares)
+        record = self.stamp() | {
+            "eval/train_loss": losses[0],
+            "eval/val_loss": losses[1],
+            **({"eval/val_loss_4bit": losses[2]} if losses[2:] else {}),
+            "eval/bits_per_byte": bits,
+            "eval/best_loss": state.best_val_loss,
+            "eval/best_step": state.best_step,
+            "eval/seconds": self.pace.evaluations.last,
+            **shares,
+            **({} if sample is None else {"eval/sample": sample}),
+            "eval/val_losses": measured[1][1:],
+            "eval/rows": fingerprint(self.text.evaluation[1], self.text.documents),
+        }
+        self.record(record)
         parts = [f"Train loss: {losses[0]:.4f}", f"Val loss: {losses[1]:.4f}"]
         parts += [f"in 4 bits: {loss:.4f}" for loss in losses[2:]]
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
@@ -275,12 +284,15 @@ class Session:
         if shares:
             means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
             say(f"Active neurons: {', '.join(means)}")
+        if sample is not None:
+            say("Sample:", indent(sample, "  "))
         say(RULE)
 
-    def _views(
-        self, train: tuple[Tensor, ...], held_out: tuple[Tensor, ...]
-    ) -> Iterator[tuple[tuple[Tensor, ...], AbstractContextManager[None]]]:
+    def _views(self) -> Iterator[tuple[tuple[Tensor, ...], AbstractContextManager[None]]]:
         """What is evaluated, and within which context."""
+        if not self.text.evaluation:
+            return
+        train, held_out = self.text.evaluation
         yield train, contextlib.nullcontext()
         yield held_out, contextlib.nullcontext()
         if self.precision.quantized is not None:
@@ -321,6 +333,8 @@ class Session:
         known = state.step == self.saved_step and state.evaluated_step == self.saved_evaluation
         if known or not self.config.training.save_model:
             return
+        self.live.tell("saving")
+        began = time.monotonic()
         content, error = self.state_dict(), None
         if self.world.is_main:
             try:
@@ -339,6 +353,7 @@ class Session:
             return
         self.failed_saves, self.saved_step = 0, state.step
         self.saved_evaluation = state.evaluated_step
+        self.pace.saves.add(time.monotonic() - began)
         say(f"Saved checkpoint to {self.directory.last_checkpoint}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,6 +377,7 @@ class Session:
             losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
             self.record(self.stamp() | losses)
         self.save(last=True)
+        self.directory.end("done")
         took = duration(state.elapsed_s)
         say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
         if state.evaluated_step == state.step:
@@ -377,6 +393,7 @@ class Session:
             say("Stopped before the first step; nothing to save.")
             return
         self.save(last=True)
+        self.directory.end("stopped", stop.name)
         if not self.config.training.save_model:
             say(f"Stopped by {stop.name} at step {self.state.step}; save_model is false.")
             return

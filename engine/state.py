@@ -69,6 +69,13 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step > 0 and step % every == 0
 
 
+def times_due(step: int, end: int, every: int | None) -> int:
+    """How often something is due after `step` and until `end`, there in any case; None: never."""
+    if every is None or step >= end:
+        return 0
+    return end // every - step // every + (end % every > 0)
+
+
 def seed_generators(seed: int) -> None:
     """Seeds every generator that `rng_state` saves."""
     torch.manual_seed(seed)

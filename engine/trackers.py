@@ -1,24 +1,27 @@
-"""The records of metrics.jsonl sent to Weights & Biases too, where `logging.wandb_log` asks for it.
+"""The records of metrics.jsonl for Weights & Biases and TensorBoard, where `logging` asks for it.
 
 The one idea: a tracker is company, never a condition. Whatever is missing or fails (the package, a
-key, the network) costs one warning line; the run goes on, and records wait on the disk where wandb
-can. It never asks for input. Keys are wandb's business and are neither read nor saved here.
+key, the network, the disk) costs one warning line; the run goes on, and records wait on the disk
+where wandb can. It never asks for input. Keys are wandb's business, neither read nor saved here.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from config import Config
-from engine.metrics import warn
+from engine.metrics import LOCAL, warn
 
 CONNECT_S, FINISH_S = 30, 60  # how long a network that is gone holds up the start and the end
 
 
-class Tracker:
+class Wandb:
     """A run at Weights & Biases; `run_id` names it there, and a resumed run gives it again."""
 
     def __init__(self, run: Any, run_id: str) -> None:
@@ -26,7 +29,7 @@ class Tracker:
         self.run_id = run_id
 
     @staticmethod
-    def start(config: Config, name: str, run_id: str | None, folder: Path | None) -> Tracker | None:
+    def start(config: Config, name: str, run_id: str | None, folder: Path | None) -> Wandb | None:
         """None where the config asks for none or where it cannot be.
 
         `name` is for a run without `logging.wandb_run_name`. wandb keeps its files in
@@ -52,7 +55,7 @@ class Tracker:
         except Exception as error:  # anything: it must not end the run
             warn(f"wandb: {_reason(error)}; training goes on without it.")
         else:
-            return Tracker(run, run_id)
+            return Wandb(run, run_id)
         return None
 
     def log(self, record: dict[str, Any]) -> None:
@@ -60,7 +63,7 @@ class Tracker:
         values = {
             key: fmean(value) if isinstance(value, list) else value
             for key, value in record.items()
-            if value is not None and value != []
+            if value is not None and value != [] and key not in LOCAL
         }
         self._attempt("log", values)
 
@@ -77,6 +80,88 @@ class Tracker:
         except Exception as error:  # anything: it must not end the run
             self._run = None
             warn(f"wandb: {_reason(error)}; training goes on without it.")
+
+
+class TensorBoard:
+    """Event files in the folder `tensorboard` of a run directory, once there is one.
+
+    place: tells the run directory, None until it is made; records wait for it.
+    """
+
+    def __init__(self, config: Config, place: Callable[[], Path | None], first_step: int) -> None:
+        self._text = config.to_yaml()
+        self._place = place
+        self._first_step = first_step
+        self._waiting: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self._failed = False
+
+    @staticmethod
+    def start(
+        config: Config, place: Callable[[], Path | None], first_step: int
+    ) -> TensorBoard | None:
+        """None where the config asks for none or the package is missing.
+
+        first_step: the first that this session will make; what a resumed run wrote of it and of
+        later ones is hidden.
+        """
+        if not config.logging.tensorboard:
+            return None
+        if find_spec("tensorboard") is None:
+            warn(
+                "tensorboard is not installed; training goes on without it. "
+                "Install: pip install tensorboard"
+            )
+            return None
+        return TensorBoard(config, place, first_step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes a record under the same keys: numbers, lists as their mean, text."""
+        self._waiting.append(record)
+        self._write()
+
+    def close(self, _exit_code: int = 0) -> None:
+        """Writes what is left."""
+        self._write()
+        if self._writer is not None:
+            self._attempt(self._writer.close)
+
+    def _write(self) -> None:
+        folder = self._place()
+        if folder is None or self._failed:
+            return
+        if self._writer is None:
+            self._attempt(partial(self._open, folder))
+        waiting, self._waiting = self._waiting, []
+        for record in waiting:
+            self._attempt(partial(self._add, record))
+
+    def _open(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = self._first_step if self._first_step > 1 else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        fenced = "\n".join(f"    {line}" for line in self._text.splitlines())
+        self._writer.add_text("config", fenced, self._first_step - 1)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key in LOCAL or key == "step" or value is None or value == []:
+                continue
+            if isinstance(value, str):
+                self._writer.add_text(key, value, record["step"])
+            else:
+                number = fmean(value) if isinstance(value, list) else value
+                self._writer.add_scalar(key, number, record["step"])
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:  # anything: it must not end the run
+            self._failed = True
+            warn(f"tensorboard: {_reason(error)}; training goes on without it.")
 
 
 def _connected(options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import resource
 import shutil
 import sys
@@ -27,16 +28,22 @@ from config import ConfigError, DistributedConfig, SystemConfig
 
 T = TypeVar("T")
 
-# Dense bf16 matrix rate in FLOP/s by the makers' data sheets; a device that is not here has no MFU.
-PEAK_BF16_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+# Dense matrix rates in TFLOP/s by the makers' data sheets, of products in 16 bits, in FP8 and in
+# float32 (not TF32, which torch leaves off). What is not here has no MFU.
+_HOPPER: dict[str, float] = {"16": 989, "fp8": 1979, "float32": 67}
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "A100": {"16": 312, "float32": 19.5},
+    "H100 PCIe": {"16": 756, "fp8": 1513, "float32": 51},
+    "H100 NVL": {"16": 835, "fp8": 1671, "float32": 60},
+    "H100": _HOPPER,
+    "H200 NVL": {"16": 835, "fp8": 1671, "float32": 60},
+    "H200": _HOPPER,
+    "GH200": _HOPPER,
+    "B200": {"16": 2250, "fp8": 4500},
+    "L40S": {"16": 362, "fp8": 733, "float32": 91.6},
+    "RTX 4090": {"16": 165, "fp8": 330, "float32": 82.6},
+    "RTX 4090 D": {},  # smaller ones with a longer name
+    "RTX 4090 Laptop": {},
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _LAUNCHER = (
@@ -259,13 +266,21 @@ def compiler_for(device: torch.device) -> str | None:
     return None
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 rate in FLOP/s, or None where it is unknown."""
+def peak_flops(device: torch.device, products: str) -> float | None:
+    """The device's dense matrix rate in FLOP/s, or None where it is unknown.
+
+    products: "fp8", "bfloat16", "float16" or "float32".
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_BF16_FLOPS if key in name]
-    return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
+    known = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    if not known or " MIG " in name:  # a slice of a GPU: how much of it, the name does not say
+        return None
+    rate = PEAK_TFLOPS[max(known, key=len)].get(
+        "16" if products in ("bfloat16", "float16") else products
+    )
+    return None if rate is None else rate * 1e12
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -46,8 +46,10 @@ def warmup_steps(config: Any, total: int | None = None) -> int:
 
 
 def micro_step_tokens(config: Any, world_size: int) -> int:
-    """Return the tokens that all processes together take in one micro-step."""
-    return int(config.training.block_size * config.training.batch_size * world_size)
+    """Return the tokens that all processes together take in one micro-step, at the least where
+    `batch_size` is still to be found."""
+    size = config.training.batch_size
+    return int(config.training.block_size * (1 if size == "auto" else size) * world_size)
 
 
 def _owned_by(option_name: str, models: tuple[str, ...]) -> Rule[Any]:
@@ -179,6 +181,30 @@ RULES: tuple[Rule[Any], ...] = (
         "{0} and {1} exclude each other; set one",
     ),
     Rule(
+        ("training.batch_size", "training.tokens_per_step"),
+        lambda c: c.training.batch_size != "auto" or c.training.tokens_per_step is not None,
+        "{0} needs the size of a step, and {1}; set training.tokens_per_step",
+    ),
+    Rule(
+        ("logging.tensorboard", "training.save_model"),
+        lambda c: not c.logging.tensorboard or c.training.save_model,
+        "{0} writes into the run directory, which there is none of with {1}",
+    ),
+    _only_where(
+        ("training.sample_tokens", "training.sample_prompt"),
+        lambda c: c.training.sample_prompt is not None,
+        "{0} is the length of a sample, which there is none of with {1}",
+    ),
+    Rule(
+        ("training.sample_prompt", "training.test_freq"),
+        lambda c: (
+            c.training.sample_prompt is None
+            or c.training.test_freq is not None
+            or c.training.eval_only
+        ),
+        "{0} is for evaluations, which there are none of with {1}",
+    ),
+    Rule(
         ("training.tokens_per_step", "training.block_size", "training.batch_size"),
         lambda c: (c.training.tokens_per_step or 0) % micro_step_tokens(c, 1) == 0,
         "{0} is not a multiple of {1} * {2}",
@@ -201,7 +227,11 @@ RULES: tuple[Rule[Any], ...] = (
     ),
     Rule(
         ("low_precision.use_fp8", "training.batch_size", "training.block_size"),
-        lambda c: not c.low_precision.use_fp8 or micro_step_tokens(c, 1) % FP8_MULTIPLE == 0,
+        lambda c: (
+            not c.low_precision.use_fp8
+            or c.training.batch_size == "auto"
+            or micro_step_tokens(c, 1) % FP8_MULTIPLE == 0
+        ),
         f"{{0}} takes multiples of {FP8_MULTIPLE} tokens, which {{1}} * {{2}} is not",
         lambda c: "batch_size " + nearest_multiples(c.training.batch_size, FP8_MULTIPLE),
     ),

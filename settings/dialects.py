@@ -70,6 +70,5 @@ PRESETS: dict[str, str] = {
 # options that come with later versions -> the values that ask for nothing, so that they may stand
 LATER: dict[str, tuple[str, ...]] = {
     "optimizer.precision": ("float32",),
-    "logging.tensorboard": ("false",),
     "distributed.strategy": ("auto", "ddp"),
 }

@@ -1,4 +1,5 @@
-"""The command line: files, --config, overrides in every spelling, --dry-run, --help.
+"""The command line: files, --config, overrides in every spelling, and what is not training:
+--dry-run, --check-resume, --help.
 
 `key=value`, `section.key=value`, `--key=value`, `--key value` and `--section.key=value` mean the
 same; dashes in a key equal underscores; a boolean flag alone means true.
@@ -17,6 +18,7 @@ from settings.schema import Schema
 from settings.values import RefusedError, Scalar, shown
 
 COMMAND_LINE = "command line"
+CHECK_STEPS = 10  # of --check-resume
 
 _ASSIGNMENT = re.compile(r"(--)?([A-Za-z][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
 _FLAG = re.compile(r"--([A-Za-z][A-Za-z0-9_.-]*)")
@@ -30,6 +32,7 @@ class Arguments:
     files: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str]] = field(default_factory=list)  # key as written, text
     dry_run: bool = False
+    check_resume: int | None = None
     help: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -63,6 +66,8 @@ class _Parser:
             self.found.help = True
         elif word in ("--dry-run", "--dry_run"):
             self.found.dry_run = True
+        elif word in ("--check-resume", "--check_resume"):
+            self.found.check_resume = CHECK_STEPS
         elif assignment:
             self._assign(assignment[2].replace("-", "_"), assignment[3])
         elif flag:
@@ -77,10 +82,18 @@ class _Parser:
             self._add_file(text)
         elif key == "dry_run":
             self._problem("--dry-run takes no value")
+        elif key == "check_resume":
+            self._check_resume(text)
         elif not text:
             self._problem(f"{key}=: empty value. Write {key}=null to clear an optional value")
         else:
             self.found.overrides.append((key, text))
+
+    def _check_resume(self, text: str) -> None:
+        if text.isdecimal() and int(text) >= 2:
+            self.found.check_resume = int(text)
+        else:
+            self._problem(f"--check-resume={text}: a number of steps, at least 2")
 
     def _take_flag(self, key: str) -> None:
         if key == "config":

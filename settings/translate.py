@@ -148,6 +148,8 @@ class _Nanogpt:
             merged.note(f"{_TOKENS} takes the place of gradient_accumulation_steps={steps}")
             return
         factors = [steps, self._value("training.batch_size"), self._value("training.block_size")]
+        if "auto" in factors:
+            return  # a rule asks for tokens_per_step
         merged.put(_TOKENS, prod(factors), origin)
         merged.put(_STEPS, 1, origin)
         merged.note(

@@ -17,7 +17,16 @@ from config import command_line
 from engine.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 
-TIMED = {"time", "train/tokens_per_sec", "train/iter_time_ms", "train/mfu", "train/memory_bytes"}
+TIMED = {
+    "time",
+    "train/tokens_per_sec",
+    "train/iter_time_ms",
+    "train/mfu",
+    "train/memory_bytes",
+    "train/data_wait",
+    "train/compile_s",
+    "eval/seconds",
+}
 
 
 def run_here(arguments: Iterable[str]) -> int:

@@ -75,6 +75,26 @@ PRETRAINED: dict[str, dict[str, Any]] = {
 UNTIED = PRETRAINED | {"model": PRETRAINED["model"] | {"tie_embeddings": False}}
 RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
+        {"training": {"batch_size": "auto"}},
+        "training.batch_size=auto needs the size of a step, and training.tokens_per_step=null; set "
+        "training.tokens_per_step.",
+    ),
+    (
+        {"logging": {"tensorboard": True}, "training": {"save_model": False}},
+        "logging.tensorboard=true writes into the run directory, which there is none of with "
+        "training.save_model=false.",
+    ),
+    (
+        {"training": {"sample_tokens": 50}},
+        "training.sample_tokens=50 is the length of a sample, which there is none of with "
+        "training.sample_prompt=null.",
+    ),
+    (
+        {"training": {"sample_prompt": "the", "test_freq": None}},
+        "training.sample_prompt=the is for evaluations, which there are none of with "
+        "training.test_freq=null.",
+    ),
+    (
         {"model": {"n_embd": 250}},
         "model.n_embd=250 is not divisible by model.n_head=4; nearest: 248, 252.",
     ),
@@ -359,10 +379,10 @@ def test_a_broken_rule_says_where_each_value_came_from(
         (
             TrainingConfig,
             {"batch_size": "8"},
-            "training.batch_size: expected a whole number, got 8",
+            "training.batch_size: expected a whole number or auto, got 8",
         ),
-        (TrainingConfig, {"batch_size": True}, "expected a whole number, got true"),
-        (TrainingConfig, {"batch_size": 8.0}, "expected a whole number, got 8.0"),
+        (TrainingConfig, {"batch_size": True}, "expected a whole number or auto, got true"),
+        (TrainingConfig, {"batch_size": 8.0}, "expected a whole number or auto, got 8.0"),
         (TrainingConfig, {"learning_rate": math.nan}, "must be finite, got nan"),
         (TrainingConfig, {"learning_rate": 10**400}, "expected a number, got 1000"),
         (TrainingConfig, {"seed": 2**63}, "must be at most 2**63 - 1, got 9223372036854775808"),
@@ -485,6 +505,9 @@ def configs(draw: st.DrawFn) -> Config:
             model[option.name] = option.default
     model["vocab_size"] = model["vocab_size"] and max(50257, model["vocab_size"])
     training.update(tokens_per_step=None, test_freq=None, eval_only=False, init_from="scratch")
+    training.update(sample_prompt=None, sample_tokens=100, save_model=True)
+    if training["batch_size"] == "auto":
+        training.update(tokens_per_step=training["block_size"], gradient_accumulation_steps=1)
     dataset.update(draw(st.sampled_from([{"name": None}, {"train_data_path": None}])))
     dataset.update({} if dataset["train_data_path"] else {"val_data_path": None})
     values["schedule"].update(warmup_iters=0, lr_decay_iters=None, min_lr=0.0)

@@ -27,8 +27,8 @@ from config import (
 )
 from data.packing import document_ids
 from engine.compile import compile_model, compile_wanted
-from engine.evaluate import bits_per_byte, count_targets, next_token_loss, total_loss
-from engine.metrics import Clock, duration, iteration_line, short, size
+from engine.evaluate import batch_losses, bits_per_byte, count_targets, next_token_loss
+from engine.metrics import duration, iteration_line, short, size
 from engine.optimizer import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.plan import planned_steps, settle
 from engine.precision import Precision
@@ -175,19 +175,20 @@ def test_due_counts_from_step_one_and_null_is_never() -> None:
 ALONE = World(rank=0, size=1, device=CPU)
 
 
-def test_total_loss_sums_all_batches_and_draws_no_random_number() -> None:
+def test_every_batch_has_its_loss_and_no_random_number_is_drawn() -> None:
     model = nn.Dropout(0.5)
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     before = torch.get_rng_state()
     batches = torch.split(rows, 2)
-    total = total_loss(model, batches, lambda batch: model(batch).sum(), lambda: False, ALONE)
-    assert total == 9.0 and model.training
+    losses = batch_losses(model, batches, lambda batch: model(batch).sum(), lambda: False, ALONE)
+    assert losses == [3.0, 6.0] and model.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_total_loss_ends_early_when_stopped() -> None:
+def test_losses_of_batches_end_early_when_stopped() -> None:
     ones = (torch.ones(1),)
-    assert total_loss(nn.Identity(), ones, lambda batch: batch.sum(), lambda: True, ALONE) is None
+    stopped = batch_losses(nn.Identity(), ones, lambda batch: batch.sum(), lambda: True, ALONE)
+    assert stopped is None
 
 
 def test_documents_are_scored_as_if_each_stood_alone() -> None:
@@ -247,15 +248,6 @@ def test_iteration_line_has_the_form_of_the_contract() -> None:
     )
 
 
-def test_clock_gives_the_mean_and_starts_anew() -> None:
-    clock = Clock()
-    clock.add(1.0)
-    clock.add(3.0)
-    assert clock.take() == 2.0
-    clock.add(5.0)
-    assert clock.take() == 5.0
-
-
 def test_durations_and_counts_are_short() -> None:
     assert [duration(s) for s in (7, 243, 7500, 273600)] == ["7s", "4m03s", "2h05m", "3d04h"]
     assert [short(n) for n in (950, 25_296_896, 1.24e9)] == ["950", "25.3 M", "1.24 B"]
@@ -271,8 +263,34 @@ def test_unknown_devices_are_refused_with_a_remedy() -> None:
 
 
 def test_unknown_peaks_are_none_never_a_guess() -> None:
-    assert peak_flops(CPU) is None
+    assert peak_flops(CPU, "float32") is None
     assert peak_memory_bytes(CPU) > 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979),
+        ("NVIDIA H100 80GB HBM3", "float32", 67),
+        ("NVIDIA H100 PCIe", "float16", 756),
+        ("NVIDIA GH200 480GB", "fp8", 1979),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA A100-SXM4-80GB", "fp8", None),  # it has none
+        ("NVIDIA RTX A1000", "bfloat16", None),  # no A100
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("Tesla T4", "float16", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_and_the_precision(
+    monkeypatch: pytest.MonkeyPatch, name: str, products: str, tflops: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    expected = None if tflops is None else tflops * 1e12
+    assert peak_flops(torch.device("cuda", 0), products) == expected
 
 
 @pytest.mark.parametrize(
@@ -307,7 +325,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
         raise RuntimeError("no such instruction\nand a long trace")
 
     told = compile_model(model, True, CPU, trial)
-    assert told == (False, "not compiled: g++ failed (RuntimeError: no such instruction)")
+    assert told == (None, "not compiled: g++ failed (RuntimeError: no such instruction)")
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
     assert model(torch.ones(1, 2)).shape == (1, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -10,17 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from config import CheckpointError, Config, WriteError
+from config import CheckpointError, Config, DataError, WriteError
 from engine.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
 from engine.environment import describe_session
 from engine.manifest import data_path, newest_valid, steps_in, verify
 from engine.run import RunDirectory
 from tests.faults import die, failing
 from tests.forks import in_child
+from tests.runs import only_run, run_here
 from tests.states import finished_run, make_config, make_state, new_run, reopen, save_steps
 
 
@@ -81,12 +85,67 @@ def test_the_environment_is_told_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with RunDirectory.start(make_config(tmp_path), device="cpu") as run:
+    with RunDirectory.start(make_config(tmp_path), facts={"device": "cpu"}) as run:
         text = (run.prepare() / "environment.json").read_text()
     told = json.loads(text)
     assert told["torch"] == torch.__version__
     assert (told["device"], told["resumed"], told["command"]) == ("cpu", [], sys.argv)
     assert "hf_secret" not in text
+
+
+def told_of(run: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((run / "environment.json").read_text())
+    return read
+
+
+def test_a_list_of_runs_finds_config_sizes_data_and_end_in_the_environment(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}"]) == 0
+    run = only_run(tmp_path / "runs")
+    told, config = told_of(run), Config.from_yaml(run / "config.yaml")
+    assert told["config"]["values"] == config.to_dict()
+    saved = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert told["config"]["sha256"] == saved
+    assert told["run"] == {
+        "parameters": 11264,
+        "trainable_parameters": 11264,
+        "tokens_per_step": 128,
+        "planned_steps": 30,
+        "flops_per_token": told["run"]["flops_per_token"],
+        "processes": 1,
+        "precision": told["run"]["precision"],
+    }
+    manifest = json.loads((run / "checkpoint_30.json").read_text())
+    assert told["data"]["fingerprint"] == manifest["fingerprint"]
+    assert told["data"]["lines"][0].startswith("Data: ")
+    assert (told["ended"]["state"], told["ended"]["reason"]) == ("done", "")
+    resuming = [f"resume_from_checkpoint={run}", "max_iters=40", "learning_rate=1e-3"]
+    assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}", *resuming]) == 0
+    told, config = told_of(run), Config.from_yaml(run / "config.yaml")
+    assert told["config"]["values"] == config.to_dict()
+    assert told["run"]["planned_steps"] == 40 and told["ended"]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (DataError("part_2.parquet: cut\nmore"), "failed", "DataError: part_2.parquet: cut"),
+        (None, None, None),
+    ],
+)
+def test_the_end_of_a_session_is_noted_and_a_new_one_takes_it_back(
+    tmp_path: Path, error: Exception | None, state: str | None, reason: str | None
+) -> None:
+    with contextlib.suppress(DataError), RunDirectory.start(make_config(tmp_path)) as run:
+        save_steps(run, 1)
+        if error is not None:
+            raise error
+    assert run.path is not None
+    ended = told_of(run.path).get("ended", {})
+    assert (ended.get("state"), ended.get("reason")) == (state, reason)
+    with reopen(run.path, tmp_path) as again:
+        assert again.path is not None and "ended" not in told_of(again.path)
 
 
 def test_the_revision_is_null_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

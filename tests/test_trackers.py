@@ -1,18 +1,22 @@
-"""wandb on request: every record arrives, and nothing that fails there ends a run."""
+"""Trackers on request: every record arrives, and nothing that fails there ends a run."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from config import Config
-from engine.trackers import Tracker
+from engine.metrics import LOCAL
+from engine.trackers import TensorBoard, Wandb
+from tests.runs import only_run, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Config.from_dict({"logging": {"wandb_log": True, "wandb_project": "dragons"}})
@@ -78,8 +82,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, **behaviour: Any) -> FakeWandb:
     return module
 
 
-def started(config: Config = CONFIG, run_id: str | None = None) -> Tracker:
-    tracker = Tracker.start(config, "run_20251108_143022", run_id, Path("runs"))
+def started(config: Config = CONFIG, run_id: str | None = None) -> Wandb:
+    tracker = Wandb.start(config, "run_20251108_143022", run_id, Path("runs"))
     assert tracker is not None
     return tracker
 
@@ -92,7 +96,7 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_wandb_is_not_imported_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert Tracker.start(Config(), "run", None, None) is None
+    assert Wandb.start(Config(), "run", None, None) is None
 
 
 def test_every_record_arrives_under_its_keys_at_its_step(
@@ -175,7 +179,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert Tracker.start(CONFIG, "run", None, None) is None
+    assert Wandb.start(CONFIG, "run", None, None) is None
     assert warnings(capsys) == [
         "wandb is not installed; training goes on without it. Install: pip install wandb"
     ]
@@ -188,7 +192,7 @@ def test_a_start_that_fails_costs_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, reason: str
 ) -> None:
     fake(monkeypatch, breaks=verb)
-    assert Tracker.start(CONFIG, "run", None, None) is None
+    assert Wandb.start(CONFIG, "run", None, None) is None
     assert warnings(capsys) == [f"wandb: {reason}; training goes on without it."]
 
 
@@ -209,9 +213,11 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from config import Config
-from engine.trackers import Tracker
+from engine.metrics import LOCAL
+from engine.trackers import TensorBoard, Wandb
+from tests.runs import only_run, run_here
 config = Config.from_dict({"logging": {"wandb_log": True}})
-tracker = Tracker.start(config, "run", "a1b2c3", Path(sys.argv[1]))
+tracker = Wandb.start(config, "run", "a1b2c3", Path(sys.argv[1]))
 for step in range(1, 5):
     tracker.log({"step": step, "train/loss": 1 / step, "eval/active_s": [0.5, 0.25]})
 tracker.close()
@@ -235,3 +241,95 @@ def test_the_real_package_keeps_all_records_offline_and_in_silence(tmp_path: Pat
     content = kept.read_bytes()
     assert content.count(b"train/loss") >= 4
     assert b"0.375" in content  # the mean of the list
+
+
+# TensorBoard.
+
+BOARD = Config.from_dict({"logging": {"tensorboard": True}})
+
+
+def board(folder: Path | None, first_step: int = 1) -> TensorBoard:
+    tracker = TensorBoard.start(BOARD, lambda: folder, first_step)
+    assert tracker is not None
+    return tracker
+
+
+def events(folder: Path) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = accumulator.EventAccumulator(os.fspath(folder / "tensorboard"))
+    return read.Reload()
+
+
+def scalars(folder: Path, key: str) -> dict[int, float]:
+    return {event.step: event.value for event in events(folder).Scalars(key)}
+
+
+def test_without_being_asked_for_there_is_no_tensorboard(tmp_path: Path) -> None:
+    assert TensorBoard.start(Config(), lambda: tmp_path, 1) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_has_the_same_names_steps_and_values_and_the_config(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    options = ["tensorboard=true", "sample_prompt=the", "sample_tokens=4"]
+    assert run_here([*tiny, f"checkpoint_dir={tmp_path}", *options]) == 0
+    run = only_run(tmp_path)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for record in records for key in record} - {"step", *LOCAL, "train/mfu"}
+    tags = events(run).Tags()
+    assert set(tags["scalars"]) == keys - {"eval/sample"}
+    assert set(tags["tensors"]) == {"config/text_summary", "eval/sample/text_summary"}
+    for key in keys - {"eval/sample"}:
+        told = {r["step"]: r[key] for r in records if key in r}
+        means = {s: fmean(v) if isinstance(v, list) else v for s, v in told.items()}
+        assert scalars(run, key) == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_resumed_run_makes_again_is_shown_once(tiny: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    options = [f"checkpoint_dir={tmp_path}", "tensorboard=true"]
+    assert run_here([*tiny, *options]) == 0
+    run = only_run(tmp_path)
+    again = [f"resume_from_checkpoint={run / 'checkpoint_20.pt'}", "learning_rate=1e-4"]
+    assert run_here([*tiny, *options, *again]) == 0
+    losses = [(event.step, event.value) for event in events(run).Scalars("train/loss")]
+    assert [step for step, _ in losses] == [1, 5, 10, 15, 20, 25, 30]
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record["train/loss"] for record in written if "train/loss" in record][-2:]
+    assert [value for _, value in losses[-2:]] == pytest.approx(last, rel=1e-5)
+
+
+def test_an_aborted_run_leaves_no_event_files(tmp_path: Path) -> None:
+    tracker = board(None)
+    tracker.log({"step": 1, "train/loss": 2.0})
+    tracker.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_that_is_not_installed_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engine.trackers.find_spec", lambda name: None)
+    assert TensorBoard.start(BOARD, lambda: None, 1) is None
+    assert warnings(capsys) == [
+        "tensorboard is not installed; training goes on without it. "
+        "Install: pip install tensorboard"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_that_cannot_write_costs_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file where its folder belongs")
+    tracker = board(tmp_path)
+    for step in range(3):
+        tracker.log({"step": step, "train/loss": 1.0})
+    tracker.close()
+    (line,) = warnings(capsys)
+    assert line.startswith("tensorboard: ") and line.endswith("; training goes on without it.")

@@ -60,8 +60,9 @@ def test_metrics_have_the_names_of_the_contract(tiny: list[str], tmp_path: Path)
     records = [json.loads(line) for line in lines]
     common = {"step", "time", "tokens"}
     training = {"loss", "learning_rate", "grad_norm", "tokens_per_sec", "iter_time_ms"}
-    training |= {"mfu", "memory_bytes"}
-    evaluation = {"train_loss", "val_loss", "bits_per_byte", "active_s", "active_z"}
+    training |= {"mfu", "memory_bytes", "data_wait"}
+    evaluation = {"train_loss", "val_loss", "bits_per_byte", "active_s", "active_z", "seconds"}
+    evaluation |= {"best_loss", "best_step", "val_losses", "rows"}
     kinds = {frozenset(record) for record in records}
     assert kinds == {
         frozenset(common | {f"train/{name}" for name in training}),
@@ -211,7 +212,7 @@ def test_an_error_in_an_evaluation_does_not_cost_the_steps_done(
     def out_of_memory(*arguments: object) -> None:
         raise MemoryError("evaluation needs more than there is")
 
-    monkeypatch.setattr("engine.session.total_loss", out_of_memory)
+    monkeypatch.setattr("engine.session.batch_losses", out_of_memory)
     arguments = ["test_freq=30", "checkpoint_freq=null"]
     assert run_here([*tiny, into(tmp_path / "runs"), *arguments]) == 1
     assert "Lower training.batch_size" in capsys.readouterr().err

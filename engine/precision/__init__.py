@@ -64,6 +64,11 @@ class Precision:
         """The dtype's name, as in the config."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def products(self) -> str:
+        """What most products are computed in: "fp8", else the dtype's name."""
+        return self.name if self._fp8_config is None else "fp8"
+
     def prepare(self, model: nn.Module, planned_steps: int, fill: bool = True) -> list[str]:
         """Takes charge of a model on its device, whose weights are drawn or loaded; lines for the
         start of the run that tell what is covered. Raises ConfigError.

@@ -12,6 +12,7 @@ Source: Dettmers et al., "QLoRA", arXiv 2305.14314.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
     """The library; ConfigError with the install command where it cannot be had."""
+    # On some CPUs it warns of a kernel for inference that is not there and that nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes as library
     except Exception as error:  # besides ImportError, what a broken library raises

@@ -1,0 +1,111 @@
+"""What is known before a model is built: the text, where the run begins, the whole config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from config import Config, Request
+from data import Dataset, corpus, open_dataset
+from data.text import embedded_is_missing
+from engine.checkpoint import Resume, load_checkpoint, resolve_resume
+from engine.metrics import say
+from engine.plan import origin_lines, planned_steps, settle
+from engine.resume import (
+    PRETRAINED,
+    check_resumable,
+    experiment_differences,
+    on_processes,
+    resume_from_folder,
+)
+from engine.schedule import learning_rate
+from engine.world import World
+from model import pretrained
+
+
+@dataclass
+class Beginning:
+    """What is known before a model is built: the text, where the run begins, the whole config."""
+
+    request: Request
+    """As given, with the model's shape and vocabulary: what the run directory keeps."""
+    config: Config
+    """The same, with the micro-steps of this many processes."""
+    data: Dataset
+    weights: pretrained.Pretrained | None
+    resume: Resume | None
+    saved: dict[str, Any]
+    """The checkpoint's content; empty where none is resumed."""
+
+
+def begin(request: Request, world: World) -> Beginning:
+    """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
+    say(*origin_lines(request))
+    asked = resume_from_folder(request.config)
+    with world.main_first():
+        data = open_data(asked)
+    say(*data.lines())
+    resume = world.broadcast(find_resume(asked) if world.is_main else None)
+    saved = {} if resume is None else load_checkpoint(resume.path)
+    if saved and request.config.training.init_from == "resume":  # what it began with, it keeps
+        origin = saved["config"]["training"]["init_from"]
+        asked = replace(asked, training=replace(asked.training, init_from=origin))
+    weights, shape = None, dict[str, Any]()
+    if asked.training.init_from != "scratch" and saved:
+        shape = {key: saved["config"]["model"][key] for key in PRETRAINED}
+    elif asked.training.init_from != "scratch":
+        say(f"Reading the weights of {asked.training.init_from}...")
+        with world.main_first():
+            weights = pretrained.read(asked.training.init_from)
+        say(weights.source)
+        shape = weights.options
+    settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
+    config = settled
+    if resume is not None:
+        then, before = Config.from_dict(saved["config"]), len(saved["rng"])
+        config, more = on_processes(settled, then, before, world.size)
+        fits = check_fits(saved, resume, data, config, world.size)
+        lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
+    say(*lines)
+    return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
+
+
+def open_data(config: Config) -> Dataset:
+    """The indexed text; the embedded corpus is built where it is missing."""
+    if embedded_is_missing(config):
+        folder = Path(config.dataset.parquet_dir)
+        say(f"{folder} is missing: building it from the Python standard library...")
+        built = corpus.build(folder)
+        say(f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s")
+    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size)
+
+
+def find_resume(config: Config) -> Resume | None:
+    """The checkpoint that `resume_from_checkpoint` means; says which were rejected and why."""
+    wanted = config.training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    folder = Path(config.training.checkpoint_dir)
+    resume, notes = resolve_resume(wanted, folder, partial(experiment_differences, present=config))
+    say(*notes)
+    return resume
+
+
+def check_fits(
+    saved: dict[str, Any], resume: Resume, data: Dataset, config: Config, world_size: int
+) -> list[str]:
+    """Lines that tell what differs from the checkpoint; raises CheckpointError and DataError."""
+    then = Config.from_dict(saved["config"])
+    processes = len(saved["rng"]), world_size
+    lines = check_resumable(then, config, str(resume.path), processes)
+    data.check_unchanged(saved["data"])
+    tokens = data.epoch_tokens(config.training.block_size)
+    steps = [
+        planned_steps(each, count, tokens)
+        for each, count in ((then, len(saved["rng"])), (config, world_size))
+    ]
+    before = learning_rate(resume.step, then, steps[0])
+    after = learning_rate(resume.step + 1, config, steps[1])
+    return [*lines, f"Learning rate: {before:.2e} before, {after:.2e} from here"]
