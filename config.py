@@ -24,6 +24,7 @@ from settings.dump import dump
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
 from settings.errors import DataError as DataError
+from settings.errors import MemoryShortError as MemoryShortError
 from settings.errors import NonFiniteError as NonFiniteError
 from settings.errors import UserError as UserError
 from settings.errors import WriteError as WriteError

@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from config import DataError, NonFiniteError, Request, UserError, command_line
+from config import DataError, MemoryShortError, NonFiniteError, Request, UserError, command_line
 
 if __name__ == "__main__":  # --help and config errors are answered before torch is imported
     REQUEST = command_line(sys.argv[1:])
@@ -31,6 +31,7 @@ import torch
 
 from data import TrainLoader
 from engine.interfaces import Batch
+from engine.memory import out_of_memory_lines, ran_out
 from engine.metrics import say, warn
 from engine.optimizer import clip_gradients, gradient_norm, set_learning_rate
 from engine.parallel import whole
@@ -104,8 +105,9 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
         try:
             with run.live:
                 train(run, stop)
-        except (DataError, OSError, MemoryError, torch.OutOfMemoryError):
-            run.rescue()
+        except Exception as error:
+            if isinstance(error, (DataError, OSError)) or ran_out(error):
+                run.rescue()
             raise
         say(*left_out_lines(run.batches))
         if run.finished and not run.evaluation_missing:
@@ -130,19 +132,16 @@ def main(request: Request) -> int:
         if request.config.training.debug:
             traceback.print_exc()
         # What all processes find out is said once; what one of them read or computed, by itself.
-        if is_main_process() or isinstance(error, DataError | NonFiniteError):
+        if is_main_process() or isinstance(error, DataError | MemoryShortError | NonFiniteError):
             warn(str(error))
         return error.exit_code
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        warn(
-            f"Out of memory: {error}\nLower training.batch_size; gradient_accumulation_steps can "
-            "make up for it without more memory."
-        )
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
+    except (MemoryError, RuntimeError) as error:
+        if ran_out(error):
+            warn("\n".join(out_of_memory_lines(error)))
+        elif lost_peer(error):
+            warn("Another process of this run has ended, so this one does; checkpoints are whole.")
+        else:
             raise
-        warn("Another process of this run has ended, so this one does; checkpoints are whole.")
         return 1
     except BrokenPipeError:
         warn("Standard output was closed; stopped after saving what was done.")

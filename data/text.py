@@ -39,7 +39,7 @@ class Text:
 
     def __init__(self, dataset: Dataset, config: Config) -> None:
         self._dataset, self._config = dataset, config
-        self.documents = _document_reader(dataset, config)
+        self.documents = document_reader(dataset, config)
         """Numbers the documents in rows of tokens; None where tokens may see all before them."""
         self.evaluation = _evaluation_batches(dataset, config)
         self.bytes_per_token = self._count_bytes()
@@ -113,7 +113,9 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     return tuple(torch.split(each, size) for each in rows)
 
 
-def _document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
+def document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
+    """Numbers the documents in rows of tokens; None where tokens may see all before them. Raises
+    ConfigError where no token ends a document."""
     if config.model.mask == "causal":
         return None
     separator = dataset.tokenizer.separator
@@ -125,4 +127,4 @@ def _document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Ten
     return partial(document_ids, separator=separator)
 
 
-__all__ = ["Replayed", "StepBatch", "Text", "embedded_is_missing"]
+__all__ = ["Replayed", "StepBatch", "Text", "document_reader", "embedded_is_missing"]

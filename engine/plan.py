@@ -1,4 +1,5 @@
-"""What a run is made of, said before it starts: vocabulary, parameters, memory, work, steps."""
+"""What a run is made of, said before it starts: vocabulary, parameters, memory, work, steps, and
+the learning rate over them."""
 
 from __future__ import annotations
 
@@ -8,20 +9,28 @@ from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from config import Config, ConfigError, Request, accumulation_steps, sequences_per_step
-from engine.metrics import short, size
+from config import (
+    Config,
+    ConfigError,
+    Request,
+    accumulation_steps,
+    sequences_per_step,
+    warmup_steps,
+)
+from engine.memory import Needs, Room, memory_lines
+from engine.metrics import short
 from engine.optimizer import optimizer_lines
 from engine.precision import Precision
+from engine.schedule import learning_rate
 from engine.world import World
+
+BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
 
 
 class HasCosts(Protocol):
-    """What a model tells of its costs."""
-
-    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Peak memory of a training step on tokens (B, T), weights and their gradients aside."""
+    """What a model tells of its work."""
 
     def flops_per_token(self, block_size: int) -> int:
         """FLOPs of a training step per token."""
@@ -85,9 +94,7 @@ def length_lines(config: Config, world_size: int, epoch_tokens: int) -> list[str
 def parameter_lines(model: nn.Module) -> list[str]:
     """Total and trainable parameters, and the part of each weight or module at the top, or below
     it where all of them lie in one."""
-    total = sum(p.numel() for p in model.parameters())
-    hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
-    frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
+    total, frozen = _parameter_counts(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     named = dict(model.named_parameters())
     level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
@@ -102,6 +109,13 @@ def parameter_lines(model: nn.Module) -> list[str]:
         f"Total parameters: {total + frozen:,} ({listed})",
         f"Trainable parameters: {trainable:,}",
     ]
+
+
+def _parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Of parameters, and of matrices that are frozen and so no parameters to torch."""
+    hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
+    frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
+    return sum(p.numel() for p in model.parameters()), frozen
 
 
 def tokens_per_step(config: Config, world_size: int) -> int:
@@ -120,20 +134,6 @@ def tokens_line(config: Config, world_size: int) -> str:
     )
 
 
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Memory of weights, of gradients and of the optimizer's state once it is there."""
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    for group in optimizer.param_groups:
-        moments = 1 if group.get("matrices") else 2
-        for parameter in group["params"]:
-            state = [
-                v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)
-            ]
-            held += parameter.nbytes
-            held += sum(v.nbytes for v in state) if state else moments * parameter.nbytes
-    return held
-
-
 def training_flops(model: nn.Module, config: Config) -> int:
     """FLOPs per token of a training step, by the model's own count."""
     return cast(HasCosts, model).flops_per_token(config.training.block_size)
@@ -146,18 +146,51 @@ def model_lines(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
 ) -> list[str]:
+    """The same as `cost_lines`, of a run that is not compiled, with the memory that is free now."""
+    return cost_lines(Needs(config, model, precision, world), Room.of(world), optimizer)
+
+
+def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> list[str]:
     """Parameters, the size of low-bit moments, and what a step takes: memory at its peak, work."""
-    tokens = (config.training.batch_size, config.training.block_size)
-    activations = cast(HasCosts, model).activation_bytes(tokens, precision.dtype, world.on_cpu)
-    if accumulation_steps(config, world.size) > 1:  # a second set of gradients
-        activations += sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = held_bytes(model, optimizer) + precision.master_bytes
-    flops = training_flops(model, config)
+    flops = training_flops(needs.model, needs.config)
     return [
-        *parameter_lines(model),
+        *parameter_lines(needs.model),
         *optimizer_lines(optimizer),
-        f"Memory of a step: {size(held + activations)} at its peak: {size(held)} weights, "
-        f"gradients and optimizer, {size(activations)} activations",
+        *memory_lines(needs, room),
         f"Work: {short(flops)} FLOP per token, "
-        f"{short(flops * tokens_per_step(config, world.size))} per step",
+        f"{short(flops * tokens_per_step(needs.config, needs.world.size))} per step",
     ]
+
+
+def ratio_line(config: Config, world: World, steps: int, model: nn.Module) -> str:
+    """Tokens per parameter; frozen ones are counted."""
+    tokens = steps * tokens_per_step(config, world.size)
+    count = sum(_parameter_counts(model))
+    return (
+        f"Tokens per parameter: {tokens / count:.3g} ({short(tokens)} tokens, {short(count)} "
+        "parameters)"
+    )
+
+
+def learning_rate_plot(config: Config, steps: int, width: int = 60, height: int = 6) -> list[str]:
+    """The learning rate over a run of so many steps, as text; from zero to its peak."""
+    columns = [1 + (steps - 1) * place // max(1, width - 1) for place in range(width)]
+    rates = [learning_rate(step, config, steps) for step in columns]
+    warmup, final = warmup_steps(config, steps), learning_rate(steps, config, steps)
+    peak = max(*rates, learning_rate(max(1, min(warmup, steps)), config, steps))
+    eighths = [round(rate / peak * 8 * height) for rate in rates]
+    lines = [
+        f"Learning rate: {peak:.2e} at its peak, {final:.2e} at the end"
+        + (f", warm-up over {warmup:,} steps" if warmup else ", no warm-up")
+    ]
+    for row in reversed(range(height)):
+        label = f"{peak:.1e}" if row == height - 1 else ""
+        bars = "".join(BARS[min(8, max(0, value - 8 * row))] for value in eighths)
+        lines.append(f"{label:>8} │{bars}".rstrip())
+    ends = [place for place, step in enumerate(columns) if step >= warmup > 0]
+    axis = ["─"] * width
+    if ends:
+        axis[ends[0]] = "┴"
+    first, last = "1", f"{steps:,} steps"
+    lines.append(f"{'0':>8} └{''.join(axis)}")
+    return [*lines, f"{'':>10}{first}{last:>{width - len(first)}}"]

@@ -66,6 +66,12 @@ class Pace:
         """Seconds per step, without the first where there are others."""
         return self.steps.mean or self.first.mean
 
+    def describe(self) -> str:
+        """Where the time went, in words."""
+        steps = duration(self.first.seconds + self.steps.seconds)
+        evaluations, saves = duration(self.evaluations.seconds), duration(self.saves.seconds)
+        return f"steps {steps}, evaluations {evaluations}, saves {saves}"
+
     def left(self, steps: int, evaluations: int, saves: int, evaluation_steps: float) -> float:
         """Seconds that so much work will take. An evaluation that was never made is taken for
         `evaluation_steps` steps."""

@@ -280,6 +280,7 @@ class Session:
         parts = [f"Train loss: {losses[0]:.4f}", f"Val loss: {losses[1]:.4f}"]
         parts += [f"in 4 bits: {loss:.4f}" for loss in losses[2:]]
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
+        parts.append(f"{self.pace.evaluations.last:.1f}s")
         say(" | ".join(parts + ["best so far"] * best))
         if shares:
             means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
@@ -380,12 +381,15 @@ class Session:
         self.directory.end("done")
         took = duration(state.elapsed_s)
         say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
+        say(f"Time of this session: {self.pace.describe()}")
         if state.evaluated_step == state.step:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
             say(f"Held-out loss: {state.val_loss:.4f}, {best}")
         if self.config.training.save_model:
             say(f"Checkpoint: {self.directory.last_checkpoint}")
-            say(f"To write text: python {script('sample.py')} {quoted(self.directory.path)}")
+            path = quoted(self.directory.path)
+            say(f"To write text: python {script('sample.py')} {path}")
+            say(f"To see its curves: python {script('runs.py')} report {path}")
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""

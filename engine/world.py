@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -46,6 +47,9 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 4090 Laptop": {},
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 _LAUNCHER = (
     "RANK",
     "LOCAL_RANK",
@@ -251,10 +255,15 @@ def keep_freed_memory() -> None:
     fresh pages then, one fault for each 4 KB. Keeping them made BDH's training step on a CPU 8 %
     faster. Without effect where the C library is not glibc.
     """
-    library = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):
+    if keeps_freed_memory():
+        library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` has an effect."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
 def compiler_for(device: torch.device) -> str | None:
@@ -287,5 +296,75 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak device memory on CUDA; elsewhere the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # getrusage would count a large parent that started this
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now: of the device's memory on CUDA, elsewhere of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    return peak_memory_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process can still get of the device's memory; None where nobody tells.
+
+    On a CPU the least of what the machine has available and what its control groups allow.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    known = [*_available(Path("/proc/meminfo")), *_allowed(Path("/proc/self"), _CONTROL_GROUPS)]
+    return max(0, min(known)) if known else None
+
+
+def _available(meminfo: Path) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        if found:
+            yield int(found[1]) * 1024
+
+
+def _allowed(process: Path, root: Path) -> Iterator[int]:
+    """What is left of each limit on the control groups of a process, by version 1 or 2.
+
+    Cached pages of files that nobody has used for a while are given up first, so they are free. A
+    container may show its own group as the root.
+    """
+    try:
+        lines = (process / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "memory" if controllers else root
+        names = _GROUP_V1 if controllers else _GROUP_V2
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            yield from _left(folder, *names)
+            if folder == top:
+                break
+
+
+def _left(folder: Path, limit: str, usage: str, idle: str) -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError):
+        allowed = (folder / limit).read_text().strip()
+        if allowed == "max":
+            return
+        used = int((folder / usage).read_text())
+        found = re.search(rf"^{idle} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        yield int(allowed) - used + (int(found[1]) if found else 0)

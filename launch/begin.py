@@ -11,6 +11,7 @@ from config import Config, Request
 from data import Dataset, corpus, open_dataset
 from data.text import embedded_is_missing
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
+from engine.memory import with_batch
 from engine.metrics import say
 from engine.plan import origin_lines, planned_steps, settle
 from engine.resume import (
@@ -39,6 +40,16 @@ class Beginning:
     saved: dict[str, Any]
     """The checkpoint's content; empty where none is resumed."""
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of one pass over the training text."""
+        return self.data.epoch_tokens(self.config.training.block_size)
+
+    def take_batch(self, batch: int) -> None:
+        """Puts a number in the place of `training.batch_size: auto`."""
+        self.config = with_batch(self.config, batch)
+        self.request = replace(self.request, config=with_batch(self.request.config, batch))
+
 
 def begin(request: Request, world: World) -> Beginning:
     """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
@@ -62,6 +73,8 @@ def begin(request: Request, world: World) -> Beginning:
         say(weights.source)
         shape = weights.options
     settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
+    if saved and settled.training.batch_size == "auto":
+        settled = _batch_as_before(settled, saved["config"]["training"]["batch_size"], world)
     config = settled
     if resume is not None:
         then, before = Config.from_dict(saved["config"]), len(saved["rng"])
@@ -70,6 +83,14 @@ def begin(request: Request, world: World) -> Beginning:
         lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
     say(*lines)
     return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
+
+
+def _batch_as_before(config: Config, batch: int, world: World) -> Config:
+    """With the micro-batch of the checkpoint, if so many processes can have it: other ones round
+    differently."""
+    micro_step = batch * config.training.block_size * world.size
+    fits = (config.training.tokens_per_step or 0) % micro_step == 0
+    return with_batch(config, batch) if fits else config
 
 
 def open_data(config: Config) -> Dataset:

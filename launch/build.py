@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,20 +14,29 @@ import torch
 from torch import nn
 
 from config import Config, DataError, Request, micro_batch
-from data.text import Replayed, Text
+from data.text import Replayed, Text, document_reader
 from data.tokenizer import Tokenizer
 from engine.checkpoint import Resume
 from engine.compile import compile_model, compile_wanted
-from engine.evaluate import evaluating, next_token_loss
+from engine.evaluate import DocumentIds, evaluating, next_token_loss
 from engine.interfaces import Batch, Tracker
+from engine.memory import (
+    Needs,
+    Room,
+    confirmed,
+    explained_memory,
+    largest_batch,
+    with_batch,
+)
 from engine.metrics import RULE, say
 from engine.optimizer import build_optimizer, load_optimizer
 from engine.parallel import parallelize
 from engine.plan import (
+    cost_lines,
     length_lines,
-    model_lines,
     origin_lines,
     planned_steps,
+    ratio_line,
     tokens_per_step,
     training_flops,
 )
@@ -35,7 +45,7 @@ from engine.run import RunDirectory, directory_lines
 from engine.session import Session
 from engine.state import TrainState, restore_rng, seed_apart, seed_generators
 from engine.trackers import TensorBoard, Wandb
-from engine.world import World, is_main_process
+from engine.world import World, held_bytes, is_main_process
 from launch.begin import Beginning, begin
 from model import LanguageModel, build_model, pretrained
 from model.decode import Sampling, generate
@@ -49,24 +59,26 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     compiled or shared between processes; and the run directory is opened last, so that an error
     before it leaves nothing.
     """
+    room, base = Room.of(world), held_bytes(world.device)
     precision = open_precision(request.config, world)
     start = begin(request, world)
-    config, data = start.config, start.data
-    epoch_tokens = data.epoch_tokens(config.training.block_size)
-    steps = planned_steps(config, world.size, epoch_tokens)
+    data, epoch_tokens = start.data, start.epoch_tokens
+    steps = planned_steps(start.config, world.size, epoch_tokens)
     model = first_model(start, world)
     covered = precision.prepare(model, steps, fill=not start.saved)
-    optimizer = new_optimizer(model, config)
-    say(*model_lines(config, world, model, optimizer, precision), *covered)
+    optimizer = new_optimizer(model, start.config)
+    wanted = wants_compiler(start.config, start.saved, model, steps, world) and precision.compiles
+    needs = Needs(start.config, model, precision, world, wanted, base)
+    stack.enter_context(explained_memory(needs, room))
+    needs = settle_batch(start, needs, room, precision)
+    config = start.config
+    say(*cost_lines(needs, room, optimizer), *covered)
     seed_apart(config.training.seed, 0, world.rank)
     state, cursor = TrainState(), None
     if start.saved:
         state, cursor = restore(start.saved, model, optimizer, precision, world)
     text, sample = Text(data, config), sampler(model, config, precision, data.tokenizer)
-    trial = partial(try_model, model, precision, config, text)
-    run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
-    wanted = compile_wanted(config.system, world.device, run_flops, state.compiled)
-    wanted = wanted and precision.compiles
+    trial = partial(try_model, model, precision, config, text.documents)
     compile_s, compiled = compile_model(model, wanted, world.device, trial)
     state.compiled = compile_s is not None
     say(*precision.prove(trial))
@@ -78,7 +90,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, epoch_tokens))
+    say(*length_lines(config, world.size, epoch_tokens), ratio_line(config, world, steps, model))
     say(f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,
@@ -169,12 +181,45 @@ def open_precision(config: Config, world: World) -> Precision:
     return Precision(config.low_precision, world.device, config.fp8)
 
 
-def try_model(model: nn.Module, precision: Precision, config: Config, text: Text) -> None:
+def wants_compiler(
+    config: Config, saved: dict[str, Any], model: nn.Module, steps: int, world: World
+) -> bool:
+    """Whether `system.compile` asks to compile a run of so many steps, resumed from `saved`."""
+    run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
+    before = saved["train"]["compiled"] if saved else None
+    return compile_wanted(config.system, world.device, run_flops, before)
+
+
+def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precision) -> Needs:
+    """Makes a number of `training.batch_size: auto` in `start`: the largest that fits, by the
+    prediction, and on a GPU by trial. Raises ConfigError where none does."""
+    if start.config.training.batch_size != "auto":
+        return needs
+    world, model = needs.world, needs.model
+    sizes, line = largest_batch(needs, room)
+    most = world.least(sizes[0])
+    sizes = [each for each in sizes if each <= most]
+    batch = sizes[0]
+    if not world.on_cpu:
+        documents = document_reader(start.data, start.config)
+
+        def attempt(each: int) -> None:
+            try_model(model, precision, with_batch(start.config, each), documents)
+
+        batch = confirmed(sizes, attempt, world)
+    say(line, *([f"Batch size: {batch}, after a trial on all processes"] if batch < most else []))
+    start.take_batch(batch)
+    return replace(needs, config=start.config)
+
+
+def try_model(
+    model: nn.Module, precision: Precision, config: Config, documents: DocumentIds | None
+) -> None:
     """One forward and backward pass over a batch of ones; leaves no gradients."""
     shape = (micro_batch(config), config.training.block_size + 1)
     with precision.autocast():
         rows = torch.ones(shape, dtype=torch.uint8)
-        loss = next_token_loss(model, rows, precision.device, text.documents)
+        loss = next_token_loss(model, rows, precision.device, documents)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)
 

@@ -58,8 +58,16 @@ class LanguageModel(Protocol):
     def extend(self, tokens: torch.Tensor, state: Any) -> torch.Tensor:
         """Feeds tokens (B, T) to the state: the logits after them (B, V), without gradients."""
 
-    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Peak memory of a training step on tokens (B, T), weights and their gradients aside."""
+    def activation_bytes(
+        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
+    ) -> int:
+        """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
+
+        adding: to the gradients of micro-steps before.
+        """
+
+    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Memory of what stays between steps, such as angles of positions."""
 
     def flops_per_token(self, block_size: int) -> int:
         """FLOPs of forward and backward per token at this context length, as the model counts."""

@@ -185,10 +185,12 @@ class BDH(nn.Module):
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
         self.fused = self.products.fused = not disable
 
-    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+    def activation_bytes(
+        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
+    ) -> int:
         """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
 
-        dtype: of the matrix products.
+        dtype: of the matrix products. adding: to the gradients of micro-steps before.
         """
         tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
         masks = 8 if self.config.dropout > 0 and not self.fused else 0  # hashes take 32 bits
@@ -200,7 +202,14 @@ class BDH(nn.Module):
             forward, backward = written_out_bytes(tokens, *layers)
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
         logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
+        if adding:  # those of all layers come together, at the end
+            backward += sum(weight.nbytes for weight, _ in self.matrices())
         return embedded + forward + max(backward, logits)
+
+    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Memory of what stays between steps: the angles of a chunk."""
+        tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
+        return tiling.chunk * self.shape[2] * dtype.itemsize
 
     def flops_per_token(self, block_size: int) -> int:
         """Forward and backward (three times forward), each token seeing those before it once.

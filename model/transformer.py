@@ -181,10 +181,13 @@ class Transformer(nn.Module, ABC):
         """Whether the hidden matrices are not trained, nor kept in the dtype of the others."""
         return not any(parameter.requires_grad for parameter, _ in self.matrices())
 
-    def activation_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+    def activation_bytes(
+        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
+    ) -> int:
         """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
 
-        dtype: of the matrix products; weights that are cast to it for a step count.
+        dtype: of the matrix products; weights that are cast to it for a step count. adding: to the
+        gradients of micro-steps before, which are there from the start.
         """
         size = dtype.itemsize
         layer = [
@@ -196,7 +199,13 @@ class Transformer(nn.Module, ABC):
         stages = [embedding, *layer * self.config.n_layer, *ends]
         if self.frozen:  # no weight has a gradient
             stages = [stage._replace(gradients=0, found=0) for stage in stages]
+        if adding:  # each is added at once, and gone
+            stages = [stage._replace(gradients=0, found=max(stage[1:3])) for stage in stages]
         return peak_bytes(stages)
+
+    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Memory of what stays between steps; angles of positions are too few to count."""
+        return 0
 
     def _part(self, rows: int, size: int, weights: int) -> Stage:
         """What attention and MLP have in common: the stream and its gradient, norm, dropout."""

@@ -37,6 +37,12 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+class MemoryShortError(UserError):
+    """Memory ran out."""
+
+    exit_code = 1
+
+
 class WriteError(UserError):
     """A file cannot be written: disk full, no permission, read-only."""
 

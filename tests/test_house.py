@@ -41,7 +41,7 @@ ORDERS = {
     "opening, packing, feed, loader, __init__, corpus, text, sources, writer, convert, download",
     "engine": "world, parallel, files, metrics, state, content, manifest, environment, resume, "
     "schedule, precision, adamw, muon, moments, adamw4bit, optimizer, trackers, progress, compile, "
-    "signals, evaluate, interfaces, plan, run, export, checkpoint, session",
+    "signals, evaluate, interfaces, memory, forecast, plan, run, export, checkpoint, session",
     "launch": "__init__, begin, build, dry_run, check_resume",
     "compare": "__init__, run, differences, table, paired, curves, figure, page",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -240,7 +241,60 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(
     assert "Total parameters: 11,264" in output
     assert "Tokens per step: 4 sequences x 32 tokens" in output
     assert "FLOP per token" in output and "Data: " in output
+    assert "Tokens per parameter: 0.341 " in output
+    assert "Learning rate: 2.99e-03 at its peak" in output and "█" in output
+    assert re.search(
+        r"^Time: about \d+s on this device: 30 steps of .* 3 evaluations of", output, re.M
+    )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_plans_while_the_embedded_text_is_not_yet_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ["n_layer=1", "n_embd=16", "n_head=2", "mlp_internal_dim_multiplier=4"]
+    words = ["block_size=32", "eval_iters=2", "use_4bit=false", "max_iters=40", *sizes]
+    assert run_here([str(ROOT / "config.yaml"), *words, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "Data: data/python-stdlib is missing; the run will build it" in output
+    assert "Memory of a step: " in output and "Time: about " in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_batch_is_found_and_kept_for_repeats_and_resuming(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = into(tmp_path / "auto")
+    words = [*tiny, "batch_size=auto", "tokens_per_step=192"]
+    assert run_here([*words, place]) == 0
+    output = capsys.readouterr().out
+    assert "Batch size: 6 of 6 sequences" in output and "(a whole step at once)" in output
+    run = only_run(tmp_path / "auto")
+    assert Config.from_yaml(run / "config.yaml").training.batch_size == 6
+    by_hand = [*tiny, into(tmp_path / "six"), "batch_size=6"]
+    assert run_here(by_hand) == 0
+    assert metrics(run) == metrics(only_run(tmp_path / "six"))
+    again = [place, f"resume_from_checkpoint={run / 'checkpoint_20.pt'}"]
+    assert run_here([*words, *again]) == 0
+    assert metrics(run) == metrics(only_run(tmp_path / "six"))
+
+
+def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("engine.session.next_token_loss", out_of_memory)
+    assert run_here([*tiny, into(tmp_path / "runs"), "batch_size=64", "block_size=256"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Out of memory: DefaultCPUAllocator")
+    assert re.search(r"A step needs .* activations", told)
+    assert "What would fit: training.batch_size=" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class NativeProducts:
     """The products of a layer's weights in 8 bits (the protocol is that of model/products.py)."""
 
     fused = False
-    operand_bytes = 8  # a cast in float32, and two operands in both layouts
+    operand_bytes = 12  # a cast in float32, two operands in both layouts, and what products take
 
     def __init__(
         self, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], scales: DelayedScales | None
