@@ -10,10 +10,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # PyTorch's CPU wheels (pytorch.org, Get Started): make TORCH_INDEX=https://... demo
 TORCH_INDEX ?=
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check browser bench clean
 
 help:
-	@echo "make demo    install, train a small BDH for two minutes, print a sample"
+	@echo "make demo    install, train a small BDH for two minutes, print a sample, write a report"
 	@echo "make test    install, then lint, types and all tests"
 	@echo "make check   lint and types only"
 	@echo "make bench   speed and memory against the physical limits (minutes)"
@@ -21,14 +21,24 @@ help:
 demo: $(VENV)/run
 	$(BIN)/python train.py --config configs/quickstart.yaml
 	$(BIN)/python sample.py checkpoints --prompt "def " --max-new-tokens 400 --temperature 0.7 --seed 1
+	$(BIN)/python runs.py report checkpoints -o checkpoints/report.html
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+
+# The report is tested in a real browser where there is one. As root on Debian, as in a container for
+# tests, Chromium is installed for that; `make NO_BROWSER=1 test` leaves the machine as it is.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || [ -n "$(NO_BROWSER)" ] \
+	|| [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+	|| { echo "Installing Chromium for the tests of the report..."; \
+	apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } \
+	|| echo "Chromium could not be installed: the tests that need it will be skipped."
 
 bench: $(VENV)/run
 	$(BIN)/python -m bench.loader

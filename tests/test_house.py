@@ -30,7 +30,7 @@ DOORS = {
     | {"rich", "tensorboard"},
     "launch": {"torch", "config", "model.*", "data.*", "engine.*", "launch.*"},
     "compare": {"numpy", "yaml", "config", "settings.*", "compare.*"}
-    | {"engine.manifest", "engine.metrics"}
+    | {"engine.files", "engine.manifest", "engine.metrics"}
     | PLOTS,
 }
 # Inside a room, each module may import only those before it.
@@ -43,7 +43,7 @@ ORDERS = {
     "schedule, precision, adamw, muon, moments, adamw4bit, optimizer, trackers, progress, compile, "
     "signals, evaluate, interfaces, memory, forecast, plan, run, export, checkpoint, session",
     "launch": "__init__, begin, build, dry_run, check_resume",
-    "compare": "__init__, run, differences, table, paired, curves, figure, page",
+    "compare": "__init__, records, run, differences, table, paired, curves, output, figure, page",
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}
 LAZY |= TOKENIZERS | LOW_PRECISION | PLOTS | {"rich"}

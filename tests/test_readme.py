@@ -15,6 +15,7 @@ import pytest
 
 import export
 import prepare
+import runs
 import sample
 from config import Config, command_line
 from tests.conftest import ROOT
@@ -63,6 +64,7 @@ def check_python(arguments: list[str]) -> None:
         "sample.py": sample.read_arguments,
         "prepare.py": check_prepare,
         "export.py": export.read_arguments,
+        "runs.py": runs.read_arguments,
         "-m": check_module,
     }
     assert arguments[0] in scripts, f"python {arguments[0]}: this test does not know it"

@@ -1,0 +1,184 @@
+"""Curves as a picture for a paper: PNG or SVG, by matplotlib.
+
+The one idea: the legend stands beside the curves in the order in which they end, with the value
+they end at, so that it reads like labels on the lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compare.curves import AXES, COLOURS, Curve, curve, described, metrics_of
+from compare.output import check_folder, write
+from compare.run import Run, labels
+from config import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+_MARKERS = "osD^vPXp"
+_DASHES = ("-", "--", ":")
+_INK, _FAINT = "#24282D", "#6B7178"
+_LOSS = ("train/loss", "eval/val_loss")
+_TRAINING, _EVALUATION = 0, 1
+_MARKED = 40  # an evaluation curve of more points is a line
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": "#B4B9BF",
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8EAED",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#B4B9BF",
+    "ytick.color": "#B4B9BF",
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hatchery",
+}
+
+
+def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str = "step") -> None:
+    """Writes curves over `x`: both losses in one panel, or each of `metrics` in its own.
+
+    Raises ConfigError for a suffix, a metric or a matplotlib that is not there, and WriteError.
+    """
+    if output.suffix not in SUFFIXES:
+        raise ConfigError(f"{output}: a picture ends in .png or .svg; runs.py report makes a page.")
+    panels = _panels(runs, metrics)
+    check_folder(output)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    picture = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 0.5 + 2.9 * len(panels)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, panel in zip(all_axes, panels, strict=True):
+            _draw_panel(axes, runs, panel, x)
+        _label_x(all_axes[-1], x)
+        _save(figure, picture, output.suffix[1:])
+    write(output, picture.getvalue())
+
+
+def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]]:
+    """The metrics of each panel; raises ConfigError with what there is."""
+    known = metrics_of(runs)
+    if not known:
+        raise ConfigError("nothing to draw: no run has a record with a number.")
+    unknown = [metric for metric in metrics if metric not in known]
+    if unknown:
+        raise ConfigError("\n".join(_unknown(metric, known) for metric in unknown))
+    if metrics:
+        return [(metric,) for metric in dict.fromkeys(metrics)]
+    return [tuple(metric for metric in _LOSS if metric in known) or (known[0],)]
+
+
+def _unknown(metric: str, known: Sequence[str]) -> str:
+    tails = {name.partition("/")[2]: name for name in known}
+    near = difflib.get_close_matches(metric, [*known, *tails], n=2, cutoff=0.5)
+    meant = " or ".join(dict.fromkeys(tails.get(name, name) for name in near))
+    asked = f" Did you mean {meant}?" if meant else ""
+    return f"{metric}: no run has this metric.{asked} There is: {', '.join(known)}."
+
+
+def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: str) -> None:
+    last = described(metrics[-1])
+    ends: list[tuple[float, Any, str]] = []
+    drawn: list[Curve] = []
+    for index, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+        end: tuple[float, Any, str] | None = None
+        for metric in metrics:
+            drawn.append(curve(run, metric, x))
+            line = _draw_curve(axes, drawn[-1], index, metric)
+            known = [value for value in drawn[-1].y if value is not None]
+            if known:
+                end = known[-1], line, f"{_literal(name)}  {known[-1] * last.scale:.4g}"
+        ends += [end] if end else []
+    loss = len(metrics) > 1
+    axes.set_ylabel("Loss (nats per token)" if loss else last.label)
+    if loss:
+        axes.set_title("thin: training   bold: held-out", fontsize=8, color=_FAINT, loc="left")
+        _crop_start(axes, drawn)
+    ends.sort(key=lambda end: -end[0])
+    handles, texts = [end[1] for end in ends], [end[2] for end in ends]
+    axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
+
+
+def _literal(name: str) -> str:
+    """A name as it is: matplotlib reads mathematics between dollar signs and hides `_names`."""
+    return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _draw_curve(axes: Axes, points: Curve, index: int, metric: str) -> Any:
+    scale = described(metric).scale
+    nan = float("nan")
+    places = [nan if place is None else place for place in points.x]
+    values = [nan if value is None else value * scale for value in points.y]
+    held_out = metric.startswith("eval/")
+    (line,) = axes.plot(
+        places,
+        values,
+        _DASHES[index // len(COLOURS) % len(_DASHES)],
+        color=COLOURS[index % len(COLOURS)],
+        linewidth=1.8 if held_out else 0.8,
+        alpha=1.0 if held_out else 0.55,
+        marker=_MARKERS[index % len(_MARKERS)] if held_out and len(values) <= _MARKED else "",
+        markersize=4,
+        zorder=3 if held_out else 2,
+    )
+    return line
+
+
+def _crop_start(axes: Axes, drawn: Sequence[Curve]) -> None:
+    """Frames what follows the first steep fall, and says so."""
+    top, bottom, highest = frame(drawn)
+    if highest > top:
+        axes.set_ylim(bottom, top)
+        note = f"\N{UPWARDS ARROW} the start lies above: up to {highest:.3g}"
+        axes.annotate(
+            note, (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color=_FAINT
+        )
+
+
+def frame(drawn: Sequence[Curve]) -> tuple[float, float, float]:
+    """(top, bottom, highest): a frame of losses that leaves the first twentieth aside if it towers
+    over the rest."""
+    late, values = [], []
+    for points in drawn:
+        known = [(x, y) for x, y in zip(points.x, points.y, strict=True) if None not in (x, y)]
+        values += [y for _, y in known if y is not None]
+        end = max((x for x, _ in known if x is not None), default=0.0)
+        late += [y for x, y in known if x is not None and y is not None and x >= end / 20]
+    if not late:
+        return 0.0, 0.0, 0.0
+    bottom, top, highest = min(late), max(late), max(values)
+    margin = (top - bottom) * 0.06
+    towers = highest - bottom > 1.25 * (top - bottom)
+    return (top if towers else highest) + margin, bottom - margin, highest
+
+
+def _label_x(axes: Axes, x: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel("Time (s)" if x == "time" else AXES[x].capitalize())
+    if x == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _save(figure: Figure, picture: io.BytesIO, form: str) -> None:
+    metadata = {"Date": None} if form == "svg" else {}
+    figure.savefig(picture, format=form, dpi=200, metadata=metadata)

@@ -1,0 +1,25 @@
+"""Pictures and pages on the disk: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from config import WriteError
+from engine.files import explained, write_whole
+
+
+def check_folder(output: Path) -> None:
+    """Raises WriteError before work is done for a file that cannot be written."""
+    if output.is_dir():
+        raise WriteError(f"cannot write {output}: it is a folder. Name a file in it.")
+    if not output.parent.is_dir():
+        raise WriteError(f"cannot write {output}: there is no folder {output.parent}. Create it.")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"cannot write in {output.parent}: no permission, or it is read-only.")
+
+
+def write(output: Path, data: bytes) -> None:
+    """Creates or replaces a file; on an error nothing has changed. Raises WriteError."""
+    with explained(f"write {output}", output.parent):
+        write_whole(output, lambda out: out.write(data))

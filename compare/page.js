@@ -1,0 +1,422 @@
+"use strict";
+// Draws the report from the JSON beside it. Names and samples are text of others: they reach the
+// page as text nodes only, and Plotly, which reads markup in labels, through `literal`.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const form = document.getElementById("controls");
+const view = {x: "step", logX: false, logY: false, crop: true, smooth: 0, hidden: new Set()};
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "x", "star"];
+const DASHES = ["solid", "dash", "dot"];
+const SHAPES = {  // the same symbols in an 18 x 10 picture
+  circle: "M12.5 5a3.5 3.5 0 1 1-7 0a3.5 3.5 0 1 1 7 0Z", square: "M6 2h6v6h-6Z",
+  diamond: "M9 .5L13.5 5L9 9.5L4.5 5Z", "triangle-up": "M9 1L13 8.5H5Z",
+  "triangle-down": "M9 9L5 1.5h8Z", pentagon: "M9 1l4 3-1.5 5h-5L5 4Z",
+  x: "M6 2h2l1 1.8L10 2h2l-1.8 3L12 8h-2L9 6.2 8 8H6l1.8-3Z", star: "M9 .8l1.3 2.9 3.2.3-2.4 2.1.7 3.1L9 7.6 6.2 9.2l.7-3.1L4.5 4l3.2-.3Z",
+};
+const MARKED = 60; // an evaluation curve of more points is a line
+
+// ---- small things
+
+function make(tag, attributes, ...children) {
+  const svg = ["svg", "path", "line", "circle"].includes(tag);
+  const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.flat().filter(child => child !== null && child !== undefined));
+  return made;
+}
+const place = id => document.getElementById(id);
+const show = (id, ...children) => { place(id).append(...children); place(id).hidden = false; };
+const literal = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const isDark = () => (document.documentElement.dataset.theme || system()) === "dark";
+const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+const colour = index => data.colours[isDark() ? "dark" : "light"][index % data.colours.light.length];
+const symbol = index => SYMBOLS[index % SYMBOLS.length];
+const dash = index => DASHES[Math.floor(index / data.colours.light.length) % DASHES.length];
+
+const tint = index => `--run: var(--run-${index})`; // which `paint` sets
+function swatch(index) {
+  return make("svg", {class: "swatch", style: tint(index), viewBox: "0 0 18 10", "aria-hidden": "true"},
+    make("line", {x1: 0, x2: 18, y1: 5, y2: 5, "stroke-dasharray": {solid: null, dash: "4 2", dot: "1.5 2"}[dash(index)]}),
+    make("path", {d: SHAPES[symbol(index)]}));
+}
+const runName = index => make("span", {class: "run", title: runs[index].name}, swatch(index),
+  make("span", {class: "name"}, runs[index].short));
+
+function copyButton(text, name) {
+  const button = make("button", {type: "button", class: "copy", "aria-label": `Copy the command of ${name}`}, "Copy");
+  button.addEventListener("click", async () => {
+    const done = await copy(text);
+    button.textContent = done ? "Copied" : "Select and copy";
+    place("live").textContent = done ? `Command of ${name} copied` : "Copying is not allowed here";
+    setTimeout(() => { button.textContent = "Copy"; }, 1800);
+  });
+  return button;
+}
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = make("textarea", {class: "unseen"});
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
+// ---- the answer
+
+function drawAnswer() {
+  place("overline").textContent = data.overline;
+  place("headline").textContent = data.headline;
+  place("answer").append(...data.answer.map((line, index) => make("p", {class: index ? "aside" : "lead"}, line)));
+  const troubled = runs.flatMap((run, index) => run.problems.map(problem => make("li", {}, make("b", {}, run.name), `: ${problem}`)));
+  if (troubled.length) {
+    place("answer").append(make("details", {class: "notice", open: troubled.length < 4},
+      make("summary", {}, `Not everything could be read (${troubled.length})`), make("ul", {}, troubled)));
+  }
+  place("footer").textContent = data.footer;
+}
+
+// ---- tables
+
+function cell(column, index) {
+  const text = column.texts[index], best = column.best === index;
+  const classes = [column.numeric && "number", best && "best", column.others && column.others[index] && "other", text === "" && "none"];
+  const shown = column.states ? make("span", {class: `state ${column.states[index]}`}, text) : text || "\u2013";
+  return make("td", {class: classes.filter(Boolean).join(" ") || null}, shown,
+    column.notes && column.notes[index] ? make("small", {}, column.notes[index]) : null,
+    best ? make("span", {class: "unseen"}, " (best)") : null);
+}
+const heading = column => [column.section && column.section !== column.title ? make("small", {}, column.section) : null, column.title];
+
+function drawResults() {
+  const columns = data.columns;
+  place("results-title").textContent = runs.length > 1 ? "Results and the settings that differ" : "Results";
+  const wide = runs.length > 6;
+  const table = runs.length === 1 ? cards(columns) : scrolled(wide ? asRows(columns) : asColumns(columns));
+  const legend = runs.length > 1 && columns.some(column => column.group === "Settings")
+    ? make("p", {class: "hint"}, make("b", {class: "key best"}, "bold"), ": best of all runs. ",
+      make("span", {class: "key other"}, "tinted"), ": other than in ", make("span", {class: "name"}, runs[0].name), ".") : null;
+  place("results").append(table, ...(legend ? [legend] : []));
+}
+const scrolled = table => make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Table, scrolls sideways"}, table);
+const cards = columns => make("dl", {class: "cards"}, columns.map(column => {
+  const note = column.notes && column.notes[0];
+  return make("div", {}, make("dt", {}, column.title),
+    make("dd", {}, column.texts[0] || "\u2013", note ? make("small", {}, note) : null));
+}));
+
+function asColumns(columns) {
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runName(index))));
+  const rows = columns.flatMap((column, number) => {
+    const starts = number > 0 && columns[number - 1].group !== column.group;
+    return make("tr", {class: starts ? "starts" : null},
+      make("th", {scope: "row"}, heading(column)), runs.map((_, index) => cell(column, index)));
+  });
+  return make("table", {class: "upright"}, make("thead", {}, head), make("tbody", {}, rows));
+}
+
+function asRows(columns) {
+  const body = make("tbody");
+  const fill = order => body.replaceChildren(...order.map(index => make("tr", {class: index === data.best ? "winner" : null},
+    make("th", {scope: "row"}, runName(index)), columns.map(column => cell(column, index)))));
+  fill(runs.map((_, index) => index));
+  const head = make("tr", {}, make("th", {scope: "col"}, "Run"), columns.map(column => sorter(column, fill)));
+  return make("table", {class: "lying"}, make("thead", {}, head), body);
+}
+
+function sorter(column, fill) {
+  const button = make("button", {type: "button", title: "Sort"}, heading(column));
+  const th = make("th", {scope: "col", class: column.numeric ? "number" : null}, button);
+  button.addEventListener("click", () => {
+    const up = th.getAttribute("aria-sort") !== "ascending";
+    for (const other of th.parentNode.children) other.removeAttribute("aria-sort");
+    th.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const order = runs.map((_, index) => index).sort((a, b) => {
+      const [one, two] = [column.texts[a], column.texts[b]], [less, more] = [column.values[a], column.values[b]];
+      if ((one === "") !== (two === "")) return one === "" ? 1 : -1; // unknown last
+      return (up ? 1 : -1) * (less !== null && more !== null ? less - more : one.localeCompare(two));
+    });
+    fill(order);
+  });
+  return th;
+}
+
+// ---- the paired comparison: a dot and its interval, one line per run
+
+function drawPairs() {
+  const pairs = data.pairs;
+  if (!pairs.length) return;
+  const known = pairs.filter(pair => pair.low !== null);
+  const ends = known.map(pair => Math.max(Math.abs(pair.low), Math.abs(pair.high))).sort((a, b) => a - b);
+  const reach = known.length > 2 ? 4 * ends[Math.floor((ends.length - 1) / 2)] : Infinity; // one far away must not hide the rest
+  const low = Math.max(-reach, Math.min(0, ...known.map(pair => pair.low)));
+  const high = Math.min(reach, Math.max(0, ...known.map(pair => pair.high)));
+  const margin = (high - low) * 0.06 || 1;
+  const x = value => 100 * (value - low + margin) / (high - low + 2 * margin);
+  const rows = pairs.map(pair => make("tr", {}, make("th", {scope: "row"}, runName(pair.run)),
+    pair.low === null
+      ? make("td", {colspan: 3, class: "reason"}, pair.verdict)
+      : [make("td", {class: "number"}, pair.text, make("small", {}, `95 %: ${pair.interval}`)),
+        make("td", {class: "forest"}, forest(pair, x)), make("td", {class: "verdict"}, pair.verdict, make("small", {}, pair.where))]));
+  const head = make("tr", {}, ["Run", "Held-out loss", "", ""].map((title, index) =>
+    (title ? make("th", {scope: "col", class: index === 1 ? "number" : null}, title) : make("td"))));
+  show("paired", make("p", {class: "explained"}, data.pairs_told), scrolled(make("table", {class: "pairs"}, make("thead", {}, head), make("tbody", {}, rows))));
+}
+function forest(pair, x) {
+  const at = value => `${Math.min(100, Math.max(0, x(value)))}%`;
+  const middle = x(pair.difference), beyond = middle > 100 ? true : middle < 0 ? false : null;
+  return make("svg", {style: tint(pair.run), role: "img", "aria-label": `${pair.text}, ${pair.interval}`},
+    make("line", {class: "zero", x1: at(0), x2: at(0), y1: "0", y2: "100%"}),
+    make("line", {class: "interval", x1: at(pair.low), x2: at(pair.high), y1: "50%", y2: "50%"}),
+    beyond === null ? make("circle", {cx: at(pair.difference), cy: "50%", r: 4.5})
+      : make("svg", {x: beyond ? "99%" : "1%", y: "50%", overflow: "visible"}, make("path", {d: beyond ? "M0 0L-9 -5V5Z" : "M0 0L9 -5V5Z"})));
+}
+
+// ---- curves
+
+const panels = data.panels.map((panel, number) => ({...panel, number, plot: null}));
+
+function drawLegend() {
+  place("legend").append(...runs.map((run, index) => {
+    const button = make("button", {type: "button", "aria-pressed": "true", title: run.path}, runName(index));
+    button.addEventListener("click", () => {
+      if (!view.hidden.delete(index)) view.hidden.add(index);
+      redraw();
+    });
+    button.addEventListener("dblclick", () => {
+      const others = runs.map((_, other) => other).filter(other => other !== index);
+      const alone = !view.hidden.has(index) && others.every(other => view.hidden.has(other));
+      view.hidden = new Set(alone ? [] : others);
+      redraw();
+    });
+    return button;
+  }));
+  place("legend").hidden = runs.length === 1;
+}
+
+function buildPanels() {
+  for (const panel of panels) {
+    panel.plot = make("div", {class: "plot", role: "img", "aria-label": panel.label});
+    panel.note = make("small", {class: "note"});
+    const unit = panel.unit ? make("span", {class: "unit"}, panel.unit) : null;
+    const key = panel.loss ? make("span", {class: "key"}, make("i", {class: "thin"}), "training", make("i", {class: "bold"}), "held-out") : null;
+    place("panels").append(make("figure", {class: panel.loss ? "panel main" : "panel"},
+      make("figcaption", {}, make("h3", {}, panel.title), unit, key, panel.note), panel.plot));
+  }
+}
+
+function timeUnit() {
+  if (view.x !== "time") return [1, data.axes[view.x]];
+  const longest = runs.reduce((most, run) => run.axes.time.reduce((a, b) => Math.max(a, b || 0), most), 0);
+  if (longest > 3 * 3600) return [3600, "Time (h)"];
+  return longest > 300 ? [60, "Time (min)"] : [1, "Time (s)"];
+}
+
+// Exponential, corrected for its start; a gap stays a gap.
+function smoothed(values, weight) {
+  let mean = 0, mass = 0;
+  return values.map(value => {
+    if (value === null) return null;
+    mean = weight * mean + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return mean / mass;
+  });
+}
+
+function tracesOf(panel) {
+  const [unit] = timeUnit();
+  return runs.flatMap((run, index) => panel.metrics.flatMap(metric => {
+    const curve = run.curves[metric.key];
+    if (!curve) return [];
+    const x = curve.at.map(row => (run.axes[view.x][row] === null ? null : run.axes[view.x][row] / unit));
+    const y = curve.y.map(value => (value === null ? null : value * panel.scale));
+    const name = literal(run.short) + (panel.metrics.length > 1 && !metric.bold ? ", training" : "");
+    const base = {x, y, name, meta: index, type: "scatter", mode: "lines", visible: !view.hidden.has(index),
+      hovertemplate: "%{y:.5~g}", line: {color: colour(index), dash: dash(index), width: metric.bold ? 2.6 : 1.4}, opacity: metric.bold ? 1 : 0.8};
+    if (metric.bold) {
+      return [{...base, mode: y.length <= MARKED ? "lines+markers" : "lines", marker: {size: 7, symbol: symbol(index), color: colour(index)}}];
+    }
+    if (!metric.smooth || view.smooth === 0) return [base];
+    return [{...base, opacity: 0.22, hoverinfo: "skip", hovertemplate: null, line: {...base.line, width: 1}},
+      {...base, y: smoothed(y, view.smooth)}];
+  }));
+}
+
+// The losses after the first twentieth of the run; null where the start does not tower over them.
+function frame(traces) {
+  const seen = traces.filter(trace => trace.visible && trace.hoverinfo !== "skip");
+  const late = [], all = [];
+  for (const {x, y} of seen) {
+    const end = x.reduce((a, b) => Math.max(a, b || 0), 0);
+    y.forEach((value, index) => {
+      if (value === null || x[index] === null) return;
+      all.push(value);
+      if (x[index] >= end / 20) late.push(value);
+    });
+  }
+  if (!late.length) return null;
+  const extreme = values => values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
+  const [bottom, top] = extreme(late), [, highest] = extreme(all);
+  if (highest - bottom <= 1.25 * (top - bottom)) return null;
+  const margin = (top - bottom) * 0.06;
+  return {range: [Math.max(bottom - margin, bottom * 0.5), top + margin], highest};
+}
+
+function layoutOf(panel, traces, style) {
+  const axis = {gridcolor: style.grid, linecolor: style.line, zeroline: false, automargin: true, exponentformat: "B",
+    tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: false};
+  const framed = panel.loss && view.crop ? frame(traces) : null;
+  const range = framed && (view.logY ? framed.range.map(Math.log10) : framed.range);
+  panel.note.textContent = framed ? `start above the frame, up to ${framed.highest.toPrecision(3)}` : "";
+  return {
+    autosize: true, margin: {l: 46, r: 10, t: 6, b: 42}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {family: style.font, size: 12, color: style.ink}, showlegend: false, hovermode: "x unified", hoverdistance: 40,
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    hoverlabel: {bgcolor: style.paper, bordercolor: style.line, font: {size: 12, color: style.ink, family: style.font}, namelength: -1},
+    uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop]),
+    xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: timeUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
+      showline: true, hoverformat: view.x === "time" ? ".4~g" : ",.6~g", showspikes: true, spikethickness: -2, spikedash: "solid", spikecolor: style.line, nticks: 8},
+    yaxis: {...axis, type: view.logY && panel.log ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
+      ...(panel.zero && !view.logY ? {rangemode: "tozero"} : {})},
+  };
+}
+
+function styleNow() {
+  const computed = getComputedStyle(document.body);
+  const read = name => {
+    const probe = make("i", {style: `color: var(--${name})`});
+    document.body.append(probe);
+    const value = getComputedStyle(probe).color;
+    probe.remove();
+    return value;
+  };
+  return {font: computed.fontFamily, ink: read("ink"), soft: read("soft"), line: read("line"), grid: read("grid"), paper: read("paper")};
+}
+
+const CONFIG = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "autosize", scrollZoom: false};
+
+function redraw() {
+  const style = styleNow();
+  document.querySelectorAll("#legend button").forEach((button, index) => button.setAttribute("aria-pressed", String(!view.hidden.has(index))));
+  form.querySelector("output").textContent = view.smooth.toFixed(2);
+  for (const panel of panels) {
+    const traces = tracesOf(panel);
+    const first = !panel.plot.data;
+    Plotly.react(panel.plot, traces, layoutOf(panel, traces, style), CONFIG);
+    if (first) panel.plot.on("plotly_relayout", change => follow(panel, change));
+  }
+}
+
+// A zoom along x, or its end, is that of all panels.
+let following = false;
+async function follow(panel, change) {
+  const zoomed = "xaxis.range[0]" in change, ended = "xaxis.autorange" in change;
+  if (following || !(zoomed || ended)) return;
+  following = true;
+  const update = ended ? {"xaxis.autorange": true} : {"xaxis.range": [change["xaxis.range[0]"], change["xaxis.range[1]"]]};
+  await Promise.all(panels.filter(other => other !== panel).map(other => Plotly.relayout(other.plot, {...update})));
+  following = false;
+}
+
+function readControls() {
+  view.x = new FormData(form).get("x");
+  for (const name of ["logX", "logY", "crop"]) view[name] = form.elements[name].checked;
+  view.smooth = Number(form.elements.smooth.value);
+}
+
+function startControls() {
+  const longest = Math.max(0, ...runs.map(run => (run.curves["train/loss"] || {at: []}).at.length));
+  form.elements.smooth.defaultValue = longest > 400 ? 0.9 : longest > 80 ? 0.7 : 0;
+  form.elements.smooth.value = form.elements.smooth.defaultValue;
+  for (const axis of form.elements.x) axis.disabled = !runs.some(run => run.axes[axis.value].some(value => value !== null));
+  form.addEventListener("input", () => { readControls(); redraw(); });
+  form.addEventListener("submit", event => event.preventDefault());
+  form.addEventListener("reset", () => setTimeout(() => {
+    view.hidden.clear();
+    readControls();
+    redraw();
+    panels.forEach(panel => Plotly.relayout(panel.plot, {"xaxis.autorange": true}));
+  }));
+  readControls();
+}
+
+// ---- samples, contexts, commands
+
+function drawSamples() {
+  const talking = runs.map((run, index) => ({run, index})).filter(({run}) => run.samples.length);
+  const steps = [...new Set(talking.flatMap(({run}) => run.samples.map(([step]) => step)))].sort((a, b) => a - b);
+  if (!steps.length) return;
+  const slider = make("input", {type: "range", id: "sample-step", min: 0, max: steps.length - 1, step: 1});
+  slider.value = steps.length - 1;
+  const told = make("output", {for: "sample-step"});
+  const columns = talking.map(({run, index}) => {
+    const at = make("small"), text = make("pre", {tabindex: 0});
+    return {run, at, text, box: make("article", {class: "sample"}, make("h3", {}, runName(index), at), text)};
+  });
+  const fill = () => {
+    const step = steps[slider.value];
+    told.textContent = `step ${step.toLocaleString("en")}`;
+    slider.setAttribute("aria-valuetext", told.textContent);
+    for (const {run, at, text} of columns) {
+      const sample = run.samples.filter(([when]) => when <= step).pop();
+      at.textContent = sample ? `step ${sample[0].toLocaleString("en")}` : "";
+      text.textContent = sample ? sample[1] : "no sample yet";
+    }
+  };
+  slider.addEventListener("input", fill);
+  fill();
+  const chooser = steps.length > 1 ? [make("label", {class: "slider"}, "Evaluation at ", slider, told)] : [];
+  show("samples", ...chooser, make("div", {class: "samples"}, columns.map(column => column.box)));
+}
+
+function drawContexts() {
+  if (!data.contexts.length) return;
+  const rows = data.contexts.map(([key, values]) => make("tr", {}, make("th", {scope: "row"}, key),
+    values.map(value => make("td", {class: value === "" ? "none" : null}, value || "\u2013"))));
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runName(index))));
+  show("contexts", scrolled(make("table", {class: "upright wordy"}, make("thead", {}, head), make("tbody", {}, rows))));
+}
+
+const folded = (title, pairs) => (pairs.length ? make("details", {}, make("summary", {}, title),
+  make("dl", {class: "settings"}, pairs.map(([key, value]) => [make("dt", {}, key), make("dd", {}, value || "\u2013")]))) : null);
+
+function drawRuns() {
+  place("runs").append(...runs.map((run, index) => make("article", {class: "again"},
+    make("h3", {}, runName(index), make("span", {class: `state ${run.state}`}, run.told)),
+    make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
+    make("p", {class: "path"}, run.path),
+    folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment))));
+}
+
+// ---- light and dark
+
+function paint() {
+  runs.forEach((_, index) => document.documentElement.style.setProperty(`--run-${index}`, colour(index)));
+  place("theme").textContent = isDark() ? "Light" : "Dark";
+  place("theme").setAttribute("aria-label", isDark() ? "Show in light colours" : "Show in dark colours");
+  redraw();
+}
+place("theme").addEventListener("click", () => {
+  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+  paint();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+
+drawAnswer();
+drawResults();
+drawPairs();
+drawLegend();
+buildPanels();
+startControls();
+drawSamples();
+drawContexts();
+drawRuns();
+paint();

@@ -1,0 +1,359 @@
+"""One run directory as it lies on disk, whatever its age and whatever is missing. Imports no torch.
+
+The one idea: a thousand runs are listed in a second, because of `metrics.jsonl` only the end is
+read, and YAML only where `environment.json` does not hold the same values already. What cannot be
+read becomes a line in `problems`, never an exception. Nothing is written, no lock is taken.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from compare.records import mapping, number, read_records, read_tail, reason, text, whole
+from config import SECTIONS, Config, ConfigError, DataError
+from engine.manifest import CONFIG, ENVIRONMENT, LOCK, METRICS, steps_in
+from settings import dialects
+from settings.names import resolve
+from settings.reader import Group, read_file
+from settings.schema import Schema, schema_of
+from settings.values import RefusedError, Scalar, read_scalar
+
+FOLDER = Path("checkpoints")
+"""Where runs are looked for by name."""
+_FRESH_S = 120  # a run elsewhere, whose lock cannot be seen, logs more often than this
+_CHECKPOINT = re.compile(r"checkpoint_\d+\.(pt|json)")
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What is known of a run without reading its curves."""
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    """Flat (`training.learning_rate`), defaults filled in; empty if it cannot be read."""
+    environment: Mapping[str, Any]
+    state: str
+    """done, stopped, crashed or running."""
+    last: Mapping[str, Any]
+    """The newest value of each metric at the end of metrics.jsonl."""
+    best_loss: float | None
+    """The lowest held-out loss of any evaluation."""
+    best_step: int | None
+    problems: tuple[str, ...]
+    """What could not be read, one line each."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, by the newest record."""
+        return whole(self.last.get("step")) or 0
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Length of the whole run; None where only its epochs are known."""
+        known = whole(self.facts.get("planned_steps"))
+        if known is None and self.config.get("training.epochs") is None:
+            known = whole(self.config.get("training.max_iters"))
+        return known
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens trained on, over all processes."""
+        per_step, known = whole(self.facts.get("tokens_per_step")), whole(self.last.get("tokens"))
+        return self.step * per_step if known is None and per_step is not None else known
+
+    @property
+    def last_loss(self) -> float | None:
+        """The newest held-out loss."""
+        value = number(self.last.get("eval/val_loss"))
+        return number(self.last.get("final/val_loss")) if value is None else value
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the newest evaluation: comparable over tokenizers."""
+        return number(self.last.get("eval/bits_per_byte"))
+
+    @property
+    def tokens_per_sec(self) -> float | None:
+        """Of the newest log line."""
+        return number(self.last.get("train/tokens_per_sec"))
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has trained, all sessions together."""
+        return number(self.last.get("time"))
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the run wrote down of its size at its start; empty for older runs."""
+        return mapping(self.environment.get("run"))
+
+    @property
+    def parameters(self) -> int | None:
+        return whole(self.facts.get("parameters"))
+
+    @property
+    def model(self) -> str:
+        """`bdh`, `gpt`, ...; empty if unknown."""
+        return text(self.config.get("model.name"))
+
+    @property
+    def precision(self) -> str:
+        """What it computes and keeps in: `bf16, nf4 weights`; empty if unknown."""
+        low = {k.partition(".")[2]: v for k, v in self.config.items() if k.startswith("low_")}
+        computed = text(self.facts.get("precision")) or text(low.get("compute_dtype"))
+        parts = ["fp8" if low.get("use_fp8") is True else _SHORT.get(computed, computed)]
+        if low.get("use_4bit") is True:
+            adapters = " with LoRA" if low.get("lora_rank") is not None else ""
+            parts.append(f"{text(low.get('quantization_type'))} weights{adapters}")
+        if low.get("use_4bit_optimizer") is True:
+            parts.append("4-bit AdamW")
+        elif self.config.get("optimizer.name") == "adamw_8bit":
+            parts.append("8-bit AdamW")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: `SIGINT`, an error; empty if it says nothing of that."""
+        return text(mapping(self.environment.get("ended")).get("reason"))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All of metrics.jsonl in order, read once; broken lines are left out."""
+        return self._read[0]
+
+    @property
+    def problems_of_records(self) -> tuple[str, ...]:
+        """What `records` left out, one line."""
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        return read_records(self.path)
+
+
+def read_run(path: Path) -> Run:
+    """Reads what there is; DataError if `path` is no run directory.
+
+    Not for the process that writes the run: looking at a POSIX lock file gives up one's own lock.
+    """
+    names = _listed(path)
+    if not _is_run(path, names):
+        raise DataError(f"{path} is not a run directory: it holds no {METRICS} and no checkpoint.")
+    problems: list[str] = []
+    environment = _read_environment(path, problems)
+    config = _read_config(path, environment, problems)
+    last, best, changed = read_tail(path, problems)
+    name = os.path.basename(os.path.abspath(path))
+    run = Run(path, name, config, environment, "", last, *best, tuple(problems))
+    return replace(run, state=_state(run, changed))
+
+
+def find_runs(paths: Sequence[Path] = ()) -> list[Path]:
+    """Each path is a run, a file in one or a folder of them (checkpoints); raises DataError."""
+    found: dict[Path, Path] = {}
+    for path in paths or [FOLDER]:
+        runs = runs_in(path.parent, depth=0) if path.is_file() else runs_in(path)
+        if not runs:
+            raise DataError(f"{path}: {'holds no runs' if path.is_dir() else 'no such run'}.")
+        found |= {run.resolve(): run for run in runs}
+    return list(found.values())
+
+
+def runs_in(folder: Path, depth: int = 2) -> list[Path]:
+    """The folder itself if it is a run, else those in it and in its folders, sorted by name."""
+    names = _listed(folder)
+    if _is_run(folder, names):
+        return [folder]
+    inside = sorted(name for name in names if not name.startswith("."))
+    return [run for name in inside if depth for run in runs_in(folder / name, depth - 1)]
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that no other has: its folder's, else its path."""
+    names = Counter(run.name for run in runs)
+    return [run.name if names[run.name] == 1 else os.path.relpath(run.path) for run in runs]
+
+
+def short_labels(runs: Sequence[Run]) -> list[str]:
+    """Labels without what all of them begin with, such as `run_20251108_`."""
+    names = labels(runs)
+    return [name[len(shared_start(names)) :] for name in names]
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """What all names begin with, up to an underscore; empty for one name."""
+    return "".join(os.path.commonprefix(list(names)).rpartition("_")[:2]) if len(names) > 1 else ""
+
+
+def restart_command(run: Run) -> str:
+    """What to type to make the run again: its own first command, where it was given; else its saved
+    config."""
+    command = run.environment.get("command")
+    words = command if isinstance(command, list) else []
+    if not words or not all(isinstance(word, str) for word in words) or words[0][-3:] != ".py":
+        words = ["train.py", "--config", os.fspath(run.path / CONFIG)]
+    processes = whole(run.facts.get("processes")) or 1
+    several = f"torchrun --standalone --nproc_per_node={processes}"
+    folder = text(run.environment.get("folder"))
+    there = f"cd {shlex.quote(folder)} && " if folder and folder != os.getcwd() else ""
+    return f"{there}{several if processes > 1 else 'python'} {shlex.join(words)}"
+
+
+@cache
+def schema() -> Schema:
+    """The options of this version."""
+    return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
+
+
+# ---- which directories
+
+
+def _listed(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def _is_run(folder: Path, names: Iterable[str]) -> bool:
+    """A config.yaml alone makes a run only of a folder that is called like one."""
+    known = {METRICS, ENVIRONMENT, LOCK} | ({CONFIG} if folder.name.startswith("run_") else set())
+    return any(name in known or _CHECKPOINT.fullmatch(name) for name in names)
+
+
+# ---- environment.json and config.yaml
+
+
+def _read_environment(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    try:
+        value = json.loads((path / ENVIRONMENT).read_bytes())
+    except OSError as error:
+        problems.append(f"{ENVIRONMENT}: {reason(error)}")
+        return {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        problems.append(f"{ENVIRONMENT}: damaged, not a JSON object")
+    return mapping(value)
+
+
+def _read_config(
+    path: Path, environment: Mapping[str, Any], problems: list[str]
+) -> Mapping[str, Any]:
+    try:
+        data = (path / CONFIG).read_bytes()
+    except OSError as error:
+        problems.append(f"{CONFIG}: {reason(error)}")
+        return {}
+    copy = mapping(environment.get("config"))
+    same = copy.get("sha256") == hashlib.sha256(data).hexdigest()
+    values = _flat(mapping(copy.get("values"))) if same else {}
+    values = values or _read_yaml(path / CONFIG, data, problems)
+    if not values:
+        return {}
+    known = schema().options
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        problems.append(f"{CONFIG}: options unknown to this version: {', '.join(unknown)}")
+    return {key: option.default for key, option in known.items()} | values
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, options in values.items()
+        for name, value in mapping(options).items()
+    }
+
+
+def _read_yaml(path: Path, data: bytes, problems: list[str]) -> dict[str, Any]:
+    """By the reader of `train.py`; where it refuses the file, each option by itself."""
+    if not data.strip():  # an empty file means the defaults to it, and damage here
+        problems.append(f"{CONFIG}: empty")
+        return {}
+    try:
+        with redirect_stderr(io.StringIO()):  # the notes on aliases
+            return _flat(Config.from_yaml(path).to_dict())
+    except ConfigError as error:
+        refused = str(error).removeprefix(f"{path}:").splitlines()
+    entries, _ = read_file(path, 1)
+    values: dict[str, Any] = {}
+    for section in entries:
+        if isinstance(section.value, Group):
+            for entry in section.value.entries:
+                if isinstance(entry.value, Scalar):
+                    _take(values, f"{section.key}.{entry.key}", entry.value)
+    more = f" (and {len(refused) - 1} more lines)" if len(refused) > 1 else ""
+    what = "taken option by option, because" if values else "cannot be read:"
+    problems.append(f"{CONFIG}: {what} {refused[0]}{more}")
+    return values
+
+
+def _take(values: dict[str, Any], key: str, value: Scalar) -> None:
+    """Keeps one option under its name of today; as the text that it is where nothing takes it."""
+    try:
+        for target in resolve(schema(), key).keys:
+            values[target] = read_scalar(schema().options[target], value)
+    except (RefusedError, KeyError):
+        values[key] = value.text
+
+
+# ---- state
+
+
+def _state(run: Run, changed: float) -> str:
+    lock = _lock(run.path / LOCK)
+    if lock == "held":
+        return "running"
+    ended = mapping(run.environment.get("ended")).get("state")
+    if ended in ("done", "stopped", "failed"):
+        return "crashed" if ended == "failed" else str(ended)
+    if any(key.startswith("final/") for key in run.last):
+        return "done"
+    if lock == "unseen" and abs(time.time() - changed) < _FRESH_S:
+        return "running"
+    # Before runs wrote down how they ended: a save at an odd step is what a stop leaves behind.
+    saved, every = max(steps_in(run.path), default=-1), run.config.get("training.checkpoint_freq")
+    return "stopped" if saved >= run.step and saved % (whole(every) or saved + 1) else "crashed"
+
+
+def _lock(path: Path) -> str:
+    """held, free (by a process of this machine), or unseen: of another machine, or not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return "unseen"
+    try:
+        if _is_locked(descriptor):
+            return "held"
+        owner = os.read(descriptor, 300).split()
+    except OSError:
+        return "unseen"
+    finally:
+        os.close(descriptor)
+    return "free" if owner[:2] == [b"host", os.uname().nodename.encode()] else "unseen"
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether another process holds the whole file: asks (F_GETLK), takes nothing."""
+    layout, at = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
+    request = [fcntl.F_WRLCK if field == at else 0 for field in range(5)]  # 0: from the start on
+    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(layout, *request))
+    return bool(struct.unpack(layout, answer)[at] != fcntl.F_UNLCK)
