@@ -3,9 +3,11 @@
     python train.py                                             # config.yaml
     python train.py --config my_experiment.yaml max_iters=1000
     torchrun --standalone --nproc_per_node=8 train.py my_experiment.yaml
+    python train.py my_experiment.yaml --dry-run                # memory, time, data: no training
+    python train.py my_experiment.yaml --check-resume           # is a resumed run the same run?
     python train.py --help
 
-Reads the config, builds the run in one written order (`build`), then runs `train`, the loop. The
+Reads the config, builds the run in one written order (launch/), then runs `train`, the loop. The
 run directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly.
 Under torchrun every process runs all of it; the main one speaks and writes.
 """

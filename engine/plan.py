@@ -94,7 +94,7 @@ def length_lines(config: Config, world_size: int, epoch_tokens: int) -> list[str
 def parameter_lines(model: nn.Module) -> list[str]:
     """Total and trainable parameters, and the part of each weight or module at the top, or below
     it where all of them lie in one."""
-    total, frozen = _parameter_counts(model)
+    total, frozen = parameter_counts(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     named = dict(model.named_parameters())
     level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
@@ -111,7 +111,7 @@ def parameter_lines(model: nn.Module) -> list[str]:
     ]
 
 
-def _parameter_counts(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Of parameters, and of matrices that are frozen and so no parameters to torch."""
     hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
     frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
@@ -165,7 +165,7 @@ def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> li
 def ratio_line(config: Config, world: World, steps: int, model: nn.Module) -> str:
     """Tokens per parameter; frozen ones are counted."""
     tokens = steps * tokens_per_step(config, world.size)
-    count = sum(_parameter_counts(model))
+    count = sum(parameter_counts(model))
     return (
         f"Tokens per parameter: {tokens / count:.3g} ({short(tokens)} tokens, {short(count)} "
         "parameters)"

@@ -91,6 +91,11 @@ class LiveLine:
         if self._bar is not None:
             self._task = self._bar.add_task("", total=steps, note="")
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a terminal that shows it."""
+        return self._bar is not None
+
     def __enter__(self) -> LiveLine:
         if self._bar is not None:
             console = self._held.enter_context(self._bar).console
@@ -102,13 +107,13 @@ class LiveLine:
 
     def show(self, step: int, loss: float, tokens_per_s: float, left_s: float) -> None:
         """After a step."""
-        if self._bar is not None:
+        if self.shown:
             note = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {duration(left_s)} left"
             self._bar.update(self._task, completed=step, note=note)
 
     def tell(self, what: str) -> None:
         """What goes on between steps."""
-        if self._bar is not None:
+        if self.shown:
             self._bar.update(self._task, note=what)
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from textwrap import indent
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ from engine.world import World, peak_flops, peak_memory_bytes
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
 OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
+
+
+class Losses(NamedTuple):
+    """Of an evaluation, in nats per token."""
+
+    mean: float
+    batches: list[float]
 
 
 @dataclass
@@ -174,7 +181,9 @@ class Session:
         self.state.loss_steps += 1
         self.cursor = batch.cursor
         self.pace.step(seconds, self.waited_s)
-        self.live.show(self.state.step, loss, self.tokens_per_step / self.pace.step_s, self.left_s)
+        if self.live.shown:
+            speed = self.tokens_per_step / self.pace.step_s
+            self.live.show(self.state.step, loss, speed, self.left_s)
 
     def stamp(self) -> dict[str, Any]:
         """What every record begins with; brings the elapsed time up to date."""
@@ -236,7 +245,7 @@ class Session:
         say(RULE, f"Evaluating at iteration {self.state.step}...")
         self.live.tell("evaluating")
         began = time.monotonic()
-        measured: list[list[float]] = []
+        measured: list[Losses] = []
         try:
             for batches, view in self._views():
                 with view:
@@ -245,8 +254,8 @@ class Session:
                 if sums is None:
                     return
                 counts = [self.targets(rows) for rows in batches]
-                measured.append([sum(sums) / max(1, sum(counts))])
-                measured[-1] += [one / max(1, n) for one, n in zip(sums, counts, strict=True)]
+                each = [one / max(1, n) for one, n in zip(sums, counts, strict=True)]
+                measured.append(Losses(sum(sums) / max(1, sum(counts)), each))
             shares = self.active_shares()
             sample = self.sample() if self.sample and self.world.is_main else None
         except Exception:
@@ -256,10 +265,10 @@ class Session:
         self._tell_evaluation(measured, shares, sample)
 
     def _tell_evaluation(
-        self, measured: list[list[float]], shares: dict[str, list[float]], sample: str | None
+        self, measured: list[Losses], shares: dict[str, list[float]], sample: str | None
     ) -> None:
-        """Records the losses of each view, first the mean and then those of its batches."""
-        losses, state = [each[0] for each in measured], self.state
+        """Records and prints the losses of each view."""
+        losses, state = [each.mean for each in measured], self.state
         best = state.record_evaluation(*losses[:2])
         per_token = self.text.bytes_per_token
         bits = None if per_token is None else bits_per_byte(losses[1], per_token)
@@ -273,7 +282,7 @@ class Session:
             "eval/seconds": self.pace.evaluations.last,
             **shares,
             **({} if sample is None else {"eval/sample": sample}),
-            "eval/val_losses": measured[1][1:],
+            "eval/val_losses": measured[1].batches,
             "eval/rows": fingerprint(self.text.evaluation[1], self.text.documents),
         }
         self.record(record)

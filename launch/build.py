@@ -35,6 +35,7 @@ from engine.plan import (
     cost_lines,
     length_lines,
     origin_lines,
+    parameter_counts,
     planned_steps,
     ratio_line,
     tokens_per_step,
@@ -120,13 +121,11 @@ def facts(
 ) -> dict[str, Any]:
     """What environment.json tells of a run in numbers, so that a list of runs need not count."""
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    held = [*model.parameters(), *(m for m, _ in cast(LanguageModel, model).matrices())]
-    sizes = {id(weight): weight.numel() for weight in held}  # frozen ones are no parameters
     config, data = start.config, start.data
     return {
         "device": world.device_name,
         "run": {
-            "parameters": sum(sizes.values()),
+            "parameters": sum(parameter_counts(model)),
             "trainable_parameters": sum(trained),
             "tokens_per_step": tokens_per_step(config, world.size),
             "planned_steps": steps,
