@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from config import WriteError
-from engine.files import explained, write_whole
+from engine.files import write_whole
 
 
 def check_folder(output: Path) -> None:
@@ -21,5 +21,7 @@ def check_folder(output: Path) -> None:
 
 def write(output: Path, data: bytes) -> None:
     """Creates or replaces a file; on an error nothing has changed. Raises WriteError."""
-    with explained(f"write {output}", output.parent):
+    try:
         write_whole(output, lambda out: out.write(data))
+    except OSError as error:
+        raise WriteError(f"cannot write {output}: {error.strerror}.") from error

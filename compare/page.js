@@ -274,7 +274,8 @@ function layoutOf(panel, traces, style) {
   const axis = {gridcolor: style.grid, linecolor: style.line, zeroline: false, automargin: true, exponentformat: "B",
     tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: false};
   const framed = panel.loss && view.crop ? frame(traces) : null;
-  const range = framed && (view.logY ? framed.range.map(Math.log10) : framed.range);
+  const logarithmic = view.logY && !panel.zero;
+  const range = framed && (logarithmic ? framed.range.map(Math.log10) : framed.range);
   panel.note.textContent = framed ? `start above the frame, up to ${framed.highest.toPrecision(3)}` : "";
   return {
     autosize: true, margin: {l: 46, r: 10, t: 6, b: 42}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -284,8 +285,8 @@ function layoutOf(panel, traces, style) {
     uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop]),
     xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: timeUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
       showline: true, hoverformat: view.x === "time" ? ".4~g" : ",.6~g", showspikes: true, spikethickness: -2, spikedash: "solid", spikecolor: style.line, nticks: 8},
-    yaxis: {...axis, type: view.logY && panel.log ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
-      ...(panel.zero && !view.logY ? {rangemode: "tozero"} : {})},
+    yaxis: {...axis, type: logarithmic ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
+      ...(panel.zero ? {rangemode: "tozero"} : {})},
   };
 }
 
@@ -410,6 +411,8 @@ place("theme").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
+place("zooming").textContent += runs.length > 1 ? " Double-click a run above to see it alone." : "";
+place("curves").hidden = panels.length === 0;
 drawAnswer();
 drawResults();
 drawPairs();

@@ -112,6 +112,10 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
 Measure = Callable[[Run], float | None]
 
 
+def _several_tokenizers(runs: Sequence[Run]) -> bool:
+    return len({run.config.get("tokenizer.name") for run in runs}) > 1
+
+
 def _best_loss(run: Run) -> float | None:
     return run.best_loss
 
@@ -123,10 +127,8 @@ def _bits(run: Run) -> float | None:
 def ranked(runs: Sequence[Run]) -> tuple[list[Run], Measure]:
     """The runs, best first, and what they are ordered by: the lowest held-out loss, or, where
     their tokenizers differ, bits per byte."""
-    several = len({run.config.get("tokenizer.name") for run in runs}) > 1
-    measure: Measure = (
-        _bits if several and all(_bits(run) is not None for run in runs) else _best_loss
-    )
+    bits_known = all(_bits(run) is not None for run in runs)
+    measure: Measure = _bits if _several_tokenizers(runs) and bits_known else _best_loss
 
     def order(run: Run) -> tuple[bool, float]:
         value = measure(run)
@@ -170,7 +172,7 @@ def _runner_up(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> s
         )
     pair = paired.compare(runs[0], runs[1], "best")
     if isinstance(pair, str):
-        return f"{second - first:.4f} below {names[1]} ({_figure(second)}). {_sentence(pair)}"
+        return f"{second - first:.4f} below {names[1]} ({_figure(second)}); no interval: {pair}."
     interval = f"{_interval(pair)}, over {pair.batches} batches"
     if pair.low > 0:
         return f"{pair.difference:.4f} below {names[1]} ({interval})."
@@ -179,10 +181,6 @@ def _runner_up(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> s
 
 def _interval(pair: paired.Paired) -> str:
     return f"95 % interval {pair.low:.4f} to {pair.high:.4f}"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def _listed(words: Sequence[str], most: int = 6) -> str:
@@ -221,10 +219,11 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     losses, bits = [run.best_loss for run in runs], [run.bits_per_byte for run in runs]
     at = ["" if run.best_step is None else f"at step {run.best_step:,}" for run in runs]
     speeds = [run.tokens_per_sec for run in runs]
+    lowest = None if _several_tokenizers(runs) else min  # else losses per token do not compare
     return [
         _column("State", [_state(run) for run in runs]) | {"states": [run.state for run in runs]},
-        _numbers("Held-out loss, best", losses, _figure, min) | {"notes": at},
-        _numbers("Held-out loss, newest", [run.last_loss for run in runs], _figure, min),
+        _numbers("Held-out loss, best", losses, _figure, lowest) | {"notes": at},
+        _numbers("Held-out loss, newest", [run.last_loss for run in runs], _figure, lowest),
         _numbers("Bits per byte", bits, _figure, min),
         _numbers("Tokens/s", speeds, lambda speed: f"{speed:,.0f}", max),
         _numbers("Tokens", [run.tokens for run in runs], short),
@@ -364,7 +363,9 @@ def _run(run: Run, name: str) -> dict[str, Any]:
         "path": _plain(str(run.path)),
         "state": run.state,
         "told": ": ".join(part for part in (_state(run), run.reason) if part),
-        "problems": [_plain(problem) for problem in (*run.problems, *run.problems_of_records)],
+        "problems": [
+            _plain(problem) for problem in dict.fromkeys((*run.problems, *run.problems_of_records))
+        ],
         "command": _plain(restart_command(run)),
         "settings": [(key, value_text(value)) for key, value in run.config.items()],
         "environment": _environment(run.environment),

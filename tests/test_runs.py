@@ -476,7 +476,7 @@ def test_plot_and_report_get_the_runs_and_what_was_asked(
     monkeypatch.setattr(runs, "draw", lambda *given: calls.append(given[1:]))
     monkeypatch.setattr(runs, "write_report", lambda *given: calls.append(len(given[0])))
     out = told(capsys, "plot", "a", "--metric", "train/loss", "--x", "tokens", "-o", "x.svg")
-    assert told(capsys, "report", "a", "b") == "Wrote report.html\n"
+    assert told(capsys, "report", "a", "b") == "Wrote report.html: open it in a browser\n"
     assert out == "Wrote x.svg\n"
     assert calls == [(Path("x.svg"), ["train/loss"], "tokens"), 2]
 
