@@ -105,6 +105,7 @@ class TrainingConfig(_Section):
     log_freq: int = option(100, "logging interval", ge=1, unit="steps")
     test_freq: int | None = option(500, "evaluation interval; null: never", ge=1, unit="steps")
     eval_iters: int = option(50, "batches per evaluation and split", ge=1)
+    eval_batch_size: int | None = option(None, "sequences in these; null: batch_size", ge=1)
     eval_only: bool = option(False, "evaluate once and leave")
     checkpoint_freq: int | None = option(500, "save interval; null: at the end", ge=1, unit="steps")
     save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
@@ -265,6 +266,11 @@ def micro_batch(config: Config) -> int:
     size = config.training.batch_size
     assert isinstance(size, int), "training.batch_size: auto has not been settled"
     return size
+
+
+def eval_batch(config: Config) -> int:
+    """Return the sequences of an evaluation's batch."""
+    return config.training.eval_batch_size or micro_batch(config)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -65,7 +65,7 @@ def predicted(words: list[str]) -> Forecast:
         precision.prepare(model, steps)
         optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
         rates = measure(model, optimizer, precision, config)
-        return forecast(config, rates, model, steps, world.size)
+        return forecast(config, rates, model, range(steps), world.size)
 
 
 def taken(words: list[str], folder: Path) -> float:

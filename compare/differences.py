@@ -20,6 +20,14 @@ WITHOUT_EFFECT = (
     "logging.",
 )
 """Options, or sections of them, that change nothing of what a run computes."""
+_TEXT = (
+    "dataset.parquet_dir",
+    "dataset.train_data_path",
+    "dataset.val_data_path",
+    "dataset.name",
+    "dataset.text_column",
+    "dataset.test_fraction",
+)
 _NOT_OF_THE_MACHINE = {
     "time",
     "command",
@@ -72,6 +80,15 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return _known(known, ["fingerprint"]) | ({"ledger": rest} if any(rest) else {})
 
 
+def texts_differ(runs: Sequence[Run]) -> bool:
+    """Whether runs were held against other text: their options say so, or, with one tokenizer, what
+    identifies their data."""
+    said = {tuple(run.config.get(key) for key in _TEXT) for run in runs if run.config}
+    tokenizers = {run.config.get("tokenizer.name") for run in runs if run.config}
+    prints = {_fingerprint(run, mapping(run.environment.get("data"))) for run in runs} - {""}
+    return len(said) > 1 or (len(tokenizers) == 1 and len(prints) > 1)
+
+
 def _all_differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     unknown = sorted({key for run in runs for key in run.config} - set(schema().options))
     columns = [_of_its_model(run.config) for run in runs]
@@ -105,7 +122,7 @@ def _newest_session(run: Run) -> dict[str, Any]:
         revision, *dirty = text(session["git"]).split("-")
         session["git"] = "-".join([revision[:12], *dirty])
     processes = run.facts.get("processes")
-    return session | ({} if processes is None else {"processes": processes})
+    return ({} if processes is None else {"processes": processes}) | session
 
 
 def _fingerprint(run: Run, data: Mapping[str, Any]) -> str:

@@ -88,9 +88,12 @@ def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]
 
 
 def _unknown(metric: str, known: Sequence[str]) -> str:
-    tails = {name.partition("/")[2]: name for name in known}
+    tails: dict[str, list[str]] = {}
+    for name in known:
+        tails.setdefault(name.partition("/")[2], []).append(name)
     near = difflib.get_close_matches(metric, [*known, *tails], n=2, cutoff=0.5)
-    meant = " or ".join(dict.fromkeys(tails.get(name, name) for name in near))
+    close = tails.get(metric) or [name for one in near for name in tails.get(one, [one])]
+    meant = " or ".join(dict.fromkeys(close))
     asked = f" Did you mean {meant}?" if meant else ""
     return f"{metric}: no run has this metric.{asked} There is: {', '.join(known)}."
 

@@ -116,6 +116,10 @@ def _several_tokenizers(runs: Sequence[Run]) -> bool:
     return len({run.config.get("tokenizer.name") for run in runs}) > 1
 
 
+def _nothing(run: Run) -> None:
+    return None
+
+
 def _best_loss(run: Run) -> float | None:
     return run.best_loss
 
@@ -126,7 +130,9 @@ def _bits(run: Run) -> float | None:
 
 def ranked(runs: Sequence[Run]) -> tuple[list[Run], Measure]:
     """The runs, best first, and what they are ordered by: the lowest held-out loss, or, where
-    their tokenizers differ, bits per byte."""
+    their tokenizers differ, bits per byte; nothing where their texts differ."""
+    if differences.texts_differ(runs):
+        return list(runs), _nothing
     bits_known = all(_bits(run) is not None for run in runs)
     measure: Measure = _bits if _several_tokenizers(runs) and bits_known else _best_loss
 
@@ -142,7 +148,10 @@ def _answer(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> dict
     known = [run for run in runs if measure(run) is not None]
     counted = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     said: list[str] = []
-    if not known:
+    if measure is _nothing:
+        headline = f"{counted} on different text: none is best"
+        said.append("Losses on different held-out text do not compare.")
+    elif not known:
         headline = (
             f"{counted}, none evaluated yet" if len(runs) > 1 else f"{names[0]}: no evaluation"
         )
@@ -219,12 +228,13 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     losses, bits = [run.best_loss for run in runs], [run.bits_per_byte for run in runs]
     at = ["" if run.best_step is None else f"at step {run.best_step:,}" for run in runs]
     speeds = [run.tokens_per_sec for run in runs]
-    lowest = None if _several_tokenizers(runs) else min  # else losses per token do not compare
+    other_texts = differences.texts_differ(runs)
+    lowest = None if _several_tokenizers(runs) or other_texts else min  # they do not compare
     return [
         _column("State", [_state(run) for run in runs]) | {"states": [run.state for run in runs]},
         _numbers("Held-out loss, best", losses, _figure, lowest) | {"notes": at},
         _numbers("Held-out loss, newest", [run.last_loss for run in runs], _figure, lowest),
-        _numbers("Bits per byte", bits, _figure, min),
+        _numbers("Bits per byte", bits, _figure, None if other_texts else min),
         _numbers("Tokens/s", speeds, lambda speed: f"{speed:,.0f}", max),
         _numbers("Tokens", [run.tokens for run in runs], short),
         _numbers("Time", [number(run.last.get("time")) for run in runs], duration),

@@ -203,17 +203,18 @@ def shared_start(names: Sequence[str]) -> str:
 
 
 def restart_command(run: Run) -> str:
-    """What to type to make the run again: its own first command, where it was given; else its saved
-    config."""
-    command = run.environment.get("command")
+    """What to type to make the run again: its own first command, where it was given; its saved
+    config where that is unknown, or a later session changed it."""
+    command, processes = run.environment.get("command"), whole(run.environment.get("processes"))
     words = command if isinstance(command, list) else []
-    if not words or not all(isinstance(word, str) for word in words) or words[0][-3:] != ".py":
-        words = ["train.py", "--config", os.fspath(run.path / CONFIG)]
-    processes = whole(run.facts.get("processes")) or 1
-    several = f"torchrun --standalone --nproc_per_node={processes}"
+    known = words and all(isinstance(word, str) for word in words) and words[0].endswith(".py")
+    if not known or any(run.path.glob("config.before_*")):
+        words, processes = ["train.py", "--config", os.fspath(run.path / CONFIG)], None
+    count = processes or whole(run.facts.get("processes")) or 1
+    several = f"torchrun --standalone --nproc_per_node={count}"
     folder = text(run.environment.get("folder"))
     there = f"cd {shlex.quote(folder)} && " if folder and folder != os.getcwd() else ""
-    return f"{there}{several if processes > 1 else 'python'} {shlex.join(words)}"
+    return f"{there}{several if count > 1 else 'python'} {shlex.join(words)}"
 
 
 @cache

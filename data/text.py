@@ -19,7 +19,7 @@ from config import (
     Config,
     ConfigError,
     accumulation_steps,
-    micro_batch,
+    eval_batch,
     sequences_per_step,
     token_paths,
 )
@@ -105,7 +105,7 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     training = config.training
     if training.test_freq is None and not training.eval_only:
         return ()
-    size = micro_batch(config)
+    size = eval_batch(config)
     count = training.eval_iters * size
     rows = (
         evaluation_rows(dataset, name, training.block_size, count) for name in ("train", "test")

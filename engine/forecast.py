@@ -1,8 +1,8 @@
 """How long a run will take, from what its parts take here and now.
 
-The one idea: nothing is assumed of the device. The run's own model computes the run's own
-micro-steps, an optimizer step and an evaluation's forward pass, for a second or two each; the run
-is that many times as long. Beside it stands how fast plain matrix products are on this device.
+The one idea: nothing is assumed of the device, disks aside. The run's own model computes the run's
+own micro-steps, an optimizer step and an evaluation's forward pass, for a second or two each; the
+run is that many times as long. Beside it stands how fast plain matrix products are on this device.
 
 Left out: starting, reading data, and the exchange of gradients between processes.
 """
@@ -20,13 +20,13 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from config import Config, accumulation_steps, micro_batch
+from config import Config, accumulation_steps, eval_batch, micro_batch
 from engine.evaluate import DocumentIds, evaluating, next_token_loss
 from engine.memory import Needs, Room, state_bytes, with_batch
 from engine.metrics import duration, short
 from engine.optimizer import clip_gradients, gradient_norm
 from engine.precision import Precision
-from engine.state import times_due
+from engine.state import saves_due, times_due
 
 ENOUGH_S = 1.5  # of measuring one thing, after a first time that does not count
 _MATMUL_S = 0.3
@@ -46,6 +46,8 @@ class Rates:
     """Taking weights to 4 bits and back, once; 0 where they are not."""
     matmul: float
     """FLOP/s of plain products in the run's dtype."""
+    sample: float = 0.0
+    """Writing `training.sample_prompt` on."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ class Forecast:
 
     def line(self, world_size: int = 1) -> str:
         """What a dry run prints."""
-        parts = [
-            f"{self.steps:,} steps of {_seconds(self.step)} ({_rate(self.flops)}, "
-            f"{self.share:.0%} of a plain product's rate)"
-        ]
+        parts = []
+        if self.steps:
+            parts.append(
+                f"{self.steps:,} steps of {_seconds(self.step)} ({_rate(self.flops)}, "
+                f"{self.share:.0%} of a plain product's rate)"
+            )
         if self.evaluations:
             parts.append(
                 f"{_counted(self.evaluations, 'evaluation')} of {_seconds(self.evaluation)}"
@@ -210,37 +214,31 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return float(2 * size**3 / taken)
 
 
-def saves(config: Config, steps: int, seconds: float) -> int:
-    """Likewise of saves, of a run that takes so long; at most, where only the best are saved."""
-    training = config.training
-    if not training.save_model:
-        return 0
-    if not training.always_save_checkpoint:
-        return max(1, times_due(0, steps, training.test_freq))
-    often = 0 if training.save_every is None else int(seconds // training.save_every)
-    return max(1, times_due(0, steps, training.checkpoint_freq), often)
-
-
 def forecast(
-    config: Config, rates: Rates, model: nn.Module, steps: int, world_size: int
+    config: Config, rates: Rates, model: nn.Module, span: range, world_size: int
 ) -> Forecast:
-    """The times of a run of so many steps, by the rates of its parts."""
+    """The times of a run that makes the steps after `span.start` until `span.stop`, by the rates of
+    its parts; of none with `training.eval_only`."""
     training, low = config.training, config.low_precision
+    if training.eval_only:
+        span = range(span.start, span.start)
     micro_steps = accumulation_steps(config, world_size)
     tokens = micro_steps * micro_batch(config) * training.block_size  # of this process
     plain = micro_steps * rates.micro_step + rates.update
-    rounded = 1 - int(steps * low.quantize_after) / max(1, steps)  # share of the steps
+    late = max(0, span.stop - max(span.start, int(span.stop * low.quantize_after)))
+    rounded = late / max(1, len(span))  # share of the steps
     splits = 2 if rates.rounding == 0 else 3
     batches = splits * math.ceil(training.eval_iters / world_size) + 1  # neurons are counted
     flops = tokens * model.flops_per_token(training.block_size) / plain  # type: ignore[operator]
+    evaluated = eval_batch(config) / micro_batch(config)  # as many at a time
     found = Forecast(
-        steps=steps,
+        steps=len(span),
         step=plain + rounded * rates.rounding,
-        evaluations=times_due(0, steps, training.test_freq),
-        evaluation=batches * rates.evaluation_batch + rates.rounding,
+        evaluations=training.eval_only or times_due(span.start, span.stop, training.test_freq),
+        evaluation=batches * evaluated * rates.evaluation_batch + rates.rounding + rates.sample,
         saves=0,
         save=(sum(p.nbytes for p in model.parameters()) + state_bytes(model, config)) / _DISK_RATE,
         flops=flops,
         share=flops / rates.matmul,
     )
-    return replace(found, saves=saves(config, steps, found.total))
+    return replace(found, saves=saves_due(training, span.start, span.stop, found.total))

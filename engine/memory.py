@@ -88,7 +88,9 @@ class Memory:
     cached: int
     """Tables that the model keeps."""
     process: int = 0
-    """On a CPU: interpreter, libraries, kernels, and what the C library keeps unused."""
+    """On a CPU: interpreter, libraries, kernels."""
+    holes: int = 0
+    """On a CPU: what the C library keeps between blocks in use."""
 
     @property
     def step(self) -> int:
@@ -100,7 +102,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """What `train/memory_bytes` will show."""
-        return self.step + self.process
+        return self.step + self.process + self.holes
 
     def parts(self) -> str:
         """Every part that is there, in words."""
@@ -114,6 +116,7 @@ class Memory:
             "more in the optimizer's step": update,
             "cached tables": self.cached,
             "the process itself": self.process,
+            "between blocks": self.holes,
         }
         return ", ".join(f"{size(count)} {name}" for name, count in counted.items() if count)
 
@@ -169,19 +172,21 @@ class Needs:
             update=_update_bytes(self.model, config, self.precision),
             cached=model.cached_bytes(tokens, dtype, on_cpu),
         )
-        return replace(found, process=self._process(found)) if on_cpu else found
+        if not on_cpu:
+            return found
+        moving = found.step - found.weights - found.gradients if keeps_freed_memory() else 0
+        return replace(found, process=self._process(), holes=int(_HOLES * moving))
 
     def _weights(self) -> Iterator[Tensor]:
         yield from self.model.parameters()
         yield from self.model.buffers()
 
-    def _process(self, found: Memory) -> int:
+    def _process(self) -> int:
         base = self.base
         if base is None:
             here = sum(w.nbytes for w in self._weights() if w.device.type == "cpu")
             base = max(0, held_bytes(self.world.device) - here)
-        moving = found.step - found.weights - found.gradients if keeps_freed_memory() else 0
-        return base + _KERNELS + _COMPILER * self.compiled + int(_HOLES * moving)
+        return base + _KERNELS + _COMPILER * self.compiled
 
 
 def state_bytes(model: nn.Module, config: Config) -> int:
@@ -290,11 +295,15 @@ def fitting(needs: Needs, room: Room, count: int = 2) -> list[tuple[str, Memory]
     All keep the tokens of a step.
     """
     found = list[tuple[str, Memory]]()
+    batches = set[int]()
     for variants in (_batches, _four_bit_state, _blocks, _all_at_once):
         for words, config in variants(needs):
             memory = needs.memory(config)
             if room.fits(memory):
-                found.append((words, memory))
+                combined = variants is _all_at_once and micro_batch(config) in batches
+                if not combined:  # else it gives nothing more for its cost in precision
+                    found.append((words, memory))
+                    batches.add(micro_batch(config))
                 break
         if len(found) == count:
             break
@@ -377,9 +386,12 @@ def batch_sizes(config: Config, world_size: int) -> list[int]:
     return found
 
 
-def with_batch(config: Config, batch: int) -> Config:
-    """The config with this micro-batch."""
-    return replace(config, training=replace(config.training, batch_size=batch))
+def with_batch(config: Config, batch: int, eval_batch: int | None = None) -> Config:
+    """The config with this micro-batch, and with this batch of evaluations where it says none: the
+    text that is evaluated must not depend on the memory that was free."""
+    given = config.training.eval_batch_size or eval_batch
+    sized = replace(config.training, batch_size=batch, eval_batch_size=given)
+    return replace(config, training=sized)
 
 
 def largest_batch(needs: Needs, room: Room) -> tuple[list[int], str]:

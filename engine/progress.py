@@ -8,6 +8,7 @@ only; what is written to a file is the same without it.
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +67,12 @@ class Pace:
         """Seconds per step, without the first where there are others."""
         return self.steps.mean or self.first.mean
 
-    def describe(self) -> str:
+    def describe(self, compile_s: float | None) -> str:
         """Where the time went, in words."""
         steps = duration(self.first.seconds + self.steps.seconds)
         evaluations, saves = duration(self.evaluations.seconds), duration(self.saves.seconds)
-        return f"steps {steps}, evaluations {evaluations}, saves {saves}"
+        compiling = "" if compile_s is None else f", compiling {duration(compile_s)}"
+        return f"steps {steps}, evaluations {evaluations}, saves {saves}{compiling}"
 
     def left(self, steps: int, evaluations: int, saves: int, evaluation_steps: float) -> float:
         """Seconds that so much work will take. An evaluation that was never made is taken for
@@ -86,15 +88,16 @@ class LiveLine:
         self._bar: Any = None
         self._task: Any = None
         self._held = ExitStack()
+        self._next = 0.0  # when it may be shown again
         if shown and sys.stdout.isatty():
             self._bar = _bar()
         if self._bar is not None:
             self._task = self._bar.add_task("", total=steps, note="")
 
     @property
-    def shown(self) -> bool:
-        """Whether there is a terminal that shows it."""
-        return self._bar is not None
+    def due(self) -> bool:
+        """Whether a terminal shows it, and has not shown it a moment ago."""
+        return self._bar is not None and time.monotonic() >= self._next
 
     def __enter__(self) -> LiveLine:
         if self._bar is not None:
@@ -107,13 +110,14 @@ class LiveLine:
 
     def show(self, step: int, loss: float, tokens_per_s: float, left_s: float) -> None:
         """After a step."""
-        if self.shown:
-            note = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {duration(left_s)} left"
+        if self._bar is not None:
+            self._next = time.monotonic() + 1 / REFRESHES_PER_S
+            note = f"{duration(left_s)} left  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
 
     def tell(self, what: str) -> None:
         """What goes on between steps."""
-        if self.shown:
+        if self._bar is not None:
             self._bar.update(self._task, note=what)
 
 

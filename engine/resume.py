@@ -11,7 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from config import CheckpointError, Config, accumulation_steps, micro_batch, sequences_per_step
+from config import (
+    CheckpointError,
+    Config,
+    accumulation_steps,
+    eval_batch,
+    micro_batch,
+    sequences_per_step,
+)
 
 FIXED = {
     "model.name",
@@ -53,6 +60,7 @@ FREE = {
     "training.log_freq",
     "training.test_freq",
     "training.eval_iters",
+    "training.eval_batch_size",
     "training.eval_only",
     "training.checkpoint_freq",
     "training.save_every",
@@ -104,6 +112,10 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
     from that. Raises ConfigError where the sequences cannot be split so.
     """
     training, sequences = config.training, sequences_per_step(saved, before)
+    same_step = training.tokens_per_step == sequences * training.block_size
+    if same_step and before != now and sequences % now == 0:
+        processes = f"{before} processes before, {now} now"
+        return _smaller_batches(config, saved, sequences // now, processes)
     if training.tokens_per_step or sequences_per_step(config, now) == sequences:
         return config, []
     per_process = micro_batch(config) * training.gradient_accumulation_steps
@@ -117,6 +129,19 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
         f"{before} processes before, {now} now: a step keeps its {sequences} sequences, in {steps} "
         "micro-steps of each process"
     ]
+
+
+def _smaller_batches(
+    config: Config, saved: Config, sequences: int, processes: str
+) -> tuple[Config, list[str]]:
+    """Micro-batches that make up the sequences of each process, no larger than before."""
+    most = config.training.batch_size
+    if most == "auto" or sequences % most == 0:
+        return config, []
+    batch = max(size for size in range(1, most) if sequences % size == 0)
+    evaluated = config.training.eval_batch_size or eval_batch(saved)
+    sized = replace(config.training, batch_size=batch, eval_batch_size=evaluated)
+    return replace(config, training=sized), [f"{processes}: micro-batches of {batch} sequences"]
 
 
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:

@@ -126,6 +126,12 @@ class RunDirectory:
         return self.path.name if self.path else f"run_{self._started:%Y%m%d_%H%M%S}"
 
     @property
+    def saves(self) -> bool:
+        """Whether this run will make a checkpoint."""
+        training = self._config.training
+        return training.save_model and not training.eval_only
+
+    @property
     def promise(self) -> Path:
         """Where the directory is or will be."""
         return self.path or Path(self._config.training.checkpoint_dir) / self.name
@@ -250,7 +256,8 @@ class RunDirectory:
         _write_json(folder / ENVIRONMENT, known | self._known(folder))
 
     def _session(self) -> dict[str, Any]:
-        return describe_session(str(self._facts.get("device", "")))
+        processes = self._facts.get("run", {}).get("processes", 1)
+        return describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
 
     def _known(self, folder: Path) -> dict[str, Any]:
         """What of a run a list of runs wants to know, so that it need not work it out."""
@@ -407,4 +414,6 @@ def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]
     """Where the run is kept."""
     if resume is not None:
         return [f"Run directory: {resume.run_dir}", *directory.notes]
+    if not directory.saves:
+        return ["Run directory: none (nothing will be saved)"]
     return [f"Run directory: {directory.promise} (made with the first checkpoint)"]

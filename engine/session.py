@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Config, NonFiniteError, UserError, WriteError
+from config import Config, NonFiniteError, UserError, WriteError, micro_batch
 from engine.checkpoint import save_checkpoint
 from engine.evaluate import (
     batch_losses,
@@ -39,7 +39,7 @@ from engine.precision import Precision
 from engine.progress import LiveLine, Pace
 from engine.run import RunDirectory
 from engine.signals import StopRequest
-from engine.state import TrainState, due, rng_state, times_due
+from engine.state import TrainState, due, rng_state, saves_due, times_due
 from engine.world import World, peak_flops, peak_memory_bytes
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
@@ -80,7 +80,7 @@ class Session:
     sample: Callable[[], str] | None = None
     """What the model writes on from `training.sample_prompt`; None where none is asked for."""
     compile_s: float | None = None
-    """What compiling took, until a record has told of it."""
+    """What compiling took; None where nothing was compiled."""
     saved_step: int = 0
     saved_evaluation: int = 0
     """The step of the last evaluation that a checkpoint knows of."""
@@ -94,7 +94,12 @@ class Session:
         self.counted = self.saved_at = time.monotonic()
         self.tokens_per_step = tokens_per_step(self.config, self.world.size)
         self.live = LiveLine(self.world.is_main, self.planned_steps)
-        self.waited_s = 0.0
+        self.waited_s, self.told_compiling = 0.0, False
+        rows = sum(len(rows) for batches, _ in self._views() for rows in batches)
+        tokens = rows * self.config.training.block_size
+        self.forward_steps = tokens / (3 * self.tokens_per_step)  # a third of a training step
+        held_out = self.text.evaluation[1] if self.text.evaluation else ()
+        self.rows = fingerprint(held_out, self.text.documents)
 
     def next_batch(self) -> Batch:
         """The data of the next step."""
@@ -124,6 +129,11 @@ class Session:
         used, device = model or self.model, self.world.device
         with self.precision.autocast():
             return next_token_loss(used, rows, device, self.text.documents)
+
+    def whole_loss(self, rows: Tensor) -> Tensor:
+        """Summed loss of more rows than a micro-batch holds."""
+        parts = torch.split(rows, micro_batch(self.config))
+        return torch.stack([self.loss(part) for part in parts]).sum()
 
     def targets(self, rows: Tensor) -> int:
         """The tokens that `loss` sums over."""
@@ -181,9 +191,8 @@ class Session:
         self.state.loss_steps += 1
         self.cursor = batch.cursor
         self.pace.step(seconds, self.waited_s)
-        if self.live.shown:
-            speed = self.tokens_per_step / self.pace.step_s
-            self.live.show(self.state.step, loss, speed, self.left_s)
+        if self.live.due:
+            self.live.show(self.state.step, loss, self.tokens_per_step / seconds, self.left_s)
 
     def stamp(self) -> dict[str, Any]:
         """What every record begins with; brings the elapsed time up to date."""
@@ -215,8 +224,8 @@ class Session:
             "train/memory_bytes": peak_memory_bytes(world.device),
             **self.precision.metrics(),
         }
-        if self.compile_s is not None:
-            record["train/compile_s"], self.compile_s = self.compile_s, None
+        if self.compile_s is not None and not self.told_compiling:
+            record["train/compile_s"], self.told_compiling = self.compile_s, True
         state.loss_sum, state.loss_steps = 0.0, 0
         self.record(record)
         say(iteration_line(record, self.left_s))
@@ -225,11 +234,11 @@ class Session:
     def left_s(self) -> float:
         """Seconds until the end of the run, with its evaluations and saves."""
         training, done, end = self.config.training, self.state.step, self.planned_steps
-        evaluations = times_due(done, end, training.test_freq)
-        saves = times_due(done, end, training.checkpoint_freq or end) * training.save_model
-        rows = sum(len(rows) for batches, _ in self._views() for rows in batches)
-        forward = rows * training.block_size / (3 * self.tokens_per_step)  # a third of a step
-        return self.pace.left(max(0, end - done), evaluations, saves, forward)
+        steps = max(0, end - done)
+        evaluations = times_due(done, end, training.test_freq) + self.evaluation_missing
+        saves = saves_due(training, done, end, steps * self.pace.step_s)
+        saves += training.save_model and due(done, training.checkpoint_freq)
+        return self.pace.left(steps, evaluations, saves, self.forward_steps)
 
     def _flops_utilization(self, tokens_per_second: float) -> float | None:
         peak = peak_flops(self.world.device, self.precision.products)
@@ -250,7 +259,7 @@ class Session:
             for batches, view in self._views():
                 with view:
                     stopped = partial(self.stopping, stop)
-                    sums = batch_losses(self.model, batches, self.loss, stopped, self.world)
+                    sums = batch_losses(self.model, batches, self.whole_loss, stopped, self.world)
                 if sums is None:
                     return
                 counts = [self.targets(rows) for rows in batches]
@@ -283,7 +292,7 @@ class Session:
             **shares,
             **({} if sample is None else {"eval/sample": sample}),
             "eval/val_losses": measured[1].batches,
-            "eval/rows": fingerprint(self.text.evaluation[1], self.text.documents),
+            "eval/rows": self.rows,
         }
         self.record(record)
         parts = [f"Train loss: {losses[0]:.4f}", f"Val loss: {losses[1]:.4f}"]
@@ -390,7 +399,7 @@ class Session:
         self.directory.end("done")
         took = duration(state.elapsed_s)
         say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
-        say(f"Time of this session: {self.pace.describe()}")
+        say(f"Time of this session: {self.pace.describe(self.compile_s)}")
         if state.evaluated_step == state.step:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
             say(f"Held-out loss: {state.val_loss:.4f}, {best}")

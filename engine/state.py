@@ -76,6 +76,17 @@ def times_due(step: int, end: int, every: int | None) -> int:
     return end // every - step // every + (end % every > 0)
 
 
+def saves_due(training: TrainingConfig, step: int, end: int, seconds: float) -> int:
+    """How many saves a run makes after `step` until `end`, `seconds` later; at most, where only the
+    best are saved."""
+    if not training.save_model or step >= end:
+        return 0
+    if not training.always_save_checkpoint:
+        return max(1, times_due(step, end, training.test_freq))
+    often = 0 if training.save_every is None else int(seconds // training.save_every)
+    return max(1, times_due(step, end, training.checkpoint_freq), often)
+
+
 def seed_generators(seed: int) -> None:
     """Seeds every generator that `rng_state` saves."""
     torch.manual_seed(seed)

@@ -33,7 +33,7 @@ class Wandb:
         """None where the config asks for none or where it cannot be.
 
         `name` is for a run without `logging.wandb_run_name`. wandb keeps its files in
-        `folder`/wandb; None: where WANDB_DIR says, else here.
+        `folder`/wandb, or where WANDB_DIR says.
         """
         if not config.logging.wandb_log:
             return None
@@ -171,7 +171,10 @@ def _connected(options: dict[str, Any]) -> Any:
     settings = wandb.Settings(
         silent=True, console="off", init_timeout=CONNECT_S, finish_timeout=FINISH_S
     )
-    wanted = wandb.setup(settings=settings).settings.mode  # WANDB_MODE, or online
+    known = wandb.setup(settings=settings).settings
+    wanted = known.mode  # WANDB_MODE, or online
+    if Path(getattr(known, "root_dir", Path.cwd())).resolve() != Path.cwd():  # WANDB_DIR
+        options = options | {"dir": None}
     run, reason = None, ""
     try:
         if wanted != "online" or wandb.login(prompt=False, verify=False):

@@ -326,6 +326,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     known = [*_available(Path("/proc/meminfo")), *_allowed(Path("/proc/self"), _CONTROL_GROUPS)]
+    known += _addresses(Path("/proc/self/statm"))
     return max(0, min(known)) if known else None
 
 
@@ -334,6 +335,15 @@ def _available(meminfo: Path) -> Iterator[int]:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
         if found:
             yield int(found[1]) * 1024
+
+
+def _addresses(statm: Path) -> Iterator[int]:
+    """What a limit on the address space (ulimit -v) leaves."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(statm.read_text(encoding="ascii").split()[0])
+            yield limit - pages * resource.getpagesize()
 
 
 def _allowed(process: Path, root: Path) -> Iterator[int]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Config, Request
+from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, corpus, open_dataset
 from data.text import embedded_is_missing
 from engine.checkpoint import Resume, load_checkpoint, resolve_resume
@@ -24,6 +24,8 @@ from engine.resume import (
 from engine.schedule import learning_rate
 from engine.world import World
 from model import pretrained
+
+EVAL_BATCH = 8  # with `training.batch_size: auto`, on every machine
 
 
 @dataclass
@@ -47,8 +49,9 @@ class Beginning:
 
     def take_batch(self, batch: int) -> None:
         """Puts a number in the place of `training.batch_size: auto`."""
-        self.config = with_batch(self.config, batch)
-        self.request = replace(self.request, config=with_batch(self.request.config, batch))
+        self.config = with_batch(self.config, batch, EVAL_BATCH)
+        kept = with_batch(self.request.config, batch, EVAL_BATCH)
+        self.request = replace(self.request, config=kept)
 
 
 def begin(request: Request, world: World) -> Beginning:
@@ -74,7 +77,7 @@ def begin(request: Request, world: World) -> Beginning:
         shape = weights.options
     settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
     if saved and settled.training.batch_size == "auto":
-        settled = _batch_as_before(settled, saved["config"]["training"]["batch_size"], world)
+        settled = _batch_as_before(settled, Config.from_dict(saved["config"]), world)
     config = settled
     if resume is not None:
         then, before = Config.from_dict(saved["config"]), len(saved["rng"])
@@ -85,12 +88,13 @@ def begin(request: Request, world: World) -> Beginning:
     return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
 
 
-def _batch_as_before(config: Config, batch: int, world: World) -> Config:
-    """With the micro-batch of the checkpoint, if so many processes can have it: other ones round
-    differently."""
-    micro_step = batch * config.training.block_size * world.size
+def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
+    """With the evaluated rows of the checkpoint, and its micro-batch if so many processes can have
+    it: other ones round differently."""
+    micro_step = micro_batch(saved) * config.training.block_size * world.size
     fits = (config.training.tokens_per_step or 0) % micro_step == 0
-    return with_batch(config, batch) if fits else config
+    found = with_batch(config, micro_batch(saved), eval_batch(saved))
+    return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
 
 
 def open_data(config: Config) -> Dataset:

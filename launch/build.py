@@ -70,8 +70,8 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     optimizer = new_optimizer(model, start.config)
     wanted = wants_compiler(start.config, start.saved, model, steps, world) and precision.compiles
     needs = Needs(start.config, model, precision, world, wanted, base)
-    stack.enter_context(explained_memory(needs, room))
     needs = settle_batch(start, needs, room, precision)
+    stack.enter_context(explained_memory(needs, room))
     config = start.config
     say(*cost_lines(needs, room, optimizer), *covered)
     seed_apart(config.training.seed, 0, world.rank)
@@ -248,7 +248,7 @@ def open_trackers(
     config: Config, directory: RunDirectory, state: TrainState, stack: ExitStack
 ) -> list[Tracker]:
     """What records are sent to besides metrics.jsonl, under the run's name there."""
-    folder = directory.path or Path(config.training.checkpoint_dir)
+    folder = Path(config.training.checkpoint_dir)
     wandb = Wandb.start(config, directory.name, state.tracker_run, folder)
     board = TensorBoard.start(config, lambda: directory.path, state.step + 1)
     if wandb is not None:

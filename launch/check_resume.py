@@ -2,13 +2,18 @@
 
 On the user's own config, data and device: some steps straight; as many with an interruption in the
 middle, saved to disk and built anew; then weights, optimizer, random generators and the place in
-the data are compared bit for bit. Where they differ, two straight runs are compared as well: a
-device that never computes the same twice is another matter than a checkpoint that lacks something.
+the data are compared bit for bit. An evaluation falls into the steps, and 4-bit weights set in
+before the interruption, so that both are covered. Where the runs differ, two straight ones are
+compared as well: a device that never computes the same twice is another matter than a checkpoint
+that lacks something.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ConfigError, Request, WriteError
+from config import Config, ConfigError, Request, WriteError, micro_batch
 from engine.checkpoint import load_checkpoint
 from engine.files import check_writable
+from engine.memory import with_batch
 from engine.metrics import RULE, say
 from engine.session import Session
 from engine.signals import StopRequest
@@ -31,6 +37,7 @@ from launch.build import build
 
 Loop = Callable[[Session, StopRequest], None]
 
+_PREFIX = ".check_"
 COMPARED = ("model", "optimizer", "precision", "train", "cursor", "rng")
 TIMED = ("train.elapsed_s",)
 
@@ -43,7 +50,8 @@ class StopAfter(StopRequest):
         self.other, self._run, self._steps = other, run, steps
 
     def __bool__(self) -> bool:
-        return bool(self.other) or self._run.state.step >= self._steps
+        ended = self._run.finished  # by itself, with its last evaluation
+        return bool(self.other) or (self._run.state.step >= self._steps and not ended)
 
     def join(self) -> None:
         """Another process was asked to stop; at the last step all are there anyway."""
@@ -58,15 +66,19 @@ def check_resume(request: Request, world: World, stop: StopRequest, loop: Loop) 
     """
     assert request.check_resume is not None
     steps = min(request.check_resume, request.config.training.max_iters)
-    if steps < 2:
-        raise ConfigError("--check-resume: training.max_iters=1 leaves no step to interrupt after.")
+    check_length(steps, "training.max_iters")
+    request = replace(request, config=covering(request.config, steps))
     with ExitStack() as stack:
         folder = Path(world.broadcast(_folder(request, stack) if world.is_main else ""))
         trial = Trial(request, world, stop, loop, folder)
         straight = trial.run("straight", steps)
+        if not stop and trial.made < steps:  # the data ended first
+            steps = trial.made
+            check_length(steps, "the data ends after it: training.epochs")
         half = trial.run("interrupted", steps // 2)
         resumed = trial.run("interrupted", steps, resume_from=half)
         if stop:
+            say("The check was stopped: nothing is known of resuming.")
             return stop.exit_code
         same = world.broadcast(_told(straight, resumed, steps) if world.is_main else True)
         if not same:
@@ -74,6 +86,23 @@ def check_resume(request: Request, world: World, stop: StopRequest, loop: Loop) 
             if world.is_main and not stop:
                 _blame(straight, again)
     return 0 if same else 1
+
+
+def check_length(steps: int, why: str) -> None:
+    """Raises ConfigError where there is no step to interrupt after."""
+    if steps < 2:
+        raise ConfigError(f"--check-resume: nothing to interrupt in a run of {steps} ({why}).")
+
+
+def covering(config: Config, steps: int) -> Config:
+    """The config with a short evaluation at the interruption, and 4-bit weights before it."""
+    training, low = config.training, config.low_precision
+    if training.test_freq is not None:
+        few = min(2, training.eval_iters)
+        training = replace(training, test_freq=max(1, steps // 2), eval_iters=few)
+    early = min(low.quantize_after, (steps // 4) / training.max_iters)
+    low = replace(low, quantize_after=early) if low.use_4bit else low
+    return replace(config, training=training, low_precision=low)
 
 
 class Trial:
@@ -84,6 +113,8 @@ class Trial:
     ) -> None:
         self._request, self._world = request, world
         self._stop, self._loop, self._folder = stop, loop, folder
+        self.made = 0
+        """Steps of the newest run."""
 
     def run(self, name: str, steps: int, resume_from: Path | None = None) -> Path:
         """Trains until `steps` steps are done, saves, and gives the checkpoint; after a stop,
@@ -104,7 +135,11 @@ class Trial:
         config = replace(config, training=training, logging=logging)
         with ExitStack() as stack:
             run = build(replace(self._request, config=config), self._world, stack)
+            batch, evaluated = micro_batch(run.config), run.config.training.eval_batch_size
+            settled = with_batch(self._request.config, batch, evaluated)  # `auto`, once for all
+            self._request = replace(self._request, config=settled)
             self._loop(run, StopAfter(self._stop, run, steps))
+            self.made = run.state.step
             if self._stop:
                 return self._folder
             run.save(last=True)
@@ -121,9 +156,19 @@ def _folder(request: Request, stack: ExitStack) -> str:
         parent.mkdir(parents=True, exist_ok=True)
         for made in reversed(new):
             stack.callback(_remove_empty, made)
-        return stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".check_"))
+        _remove_left_behind(parent)
+        mine = f"{_PREFIX}{socket.gethostname()}_{os.getpid()}_"
+        return stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=mine))
     except OSError as error:
         raise WriteError(f"{parent}: no folder can be made in it: {error.strerror}.") from error
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Removes the folders of checks on this machine that were killed."""
+    for folder in parent.glob(f"{_PREFIX}{socket.gethostname()}_*"):
+        owner = folder.name.split("_")[-2]
+        if owner.isdecimal() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_empty(folder: Path) -> None:

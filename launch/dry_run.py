@@ -9,10 +9,9 @@ from functools import partial
 import torch
 
 from config import Request, micro_batch
-from data.text import Text, embedded_is_missing
+from data.text import Text, document_reader, embedded_is_missing
 from engine.compile import compile_model
-from engine.evaluate import DocumentIds
-from engine.forecast import forecast, measure, scaled, trial_config
+from engine.forecast import forecast, measure, scaled, seconds_of, trial_config
 from engine.memory import Needs, Room, largest_batch, with_batch
 from engine.metrics import say
 from engine.plan import (
@@ -26,8 +25,8 @@ from engine.plan import (
 )
 from engine.run import RunDirectory, directory_lines
 from engine.world import World
-from launch.begin import begin
-from launch.build import new_optimizer, open_precision, try_model, wants_compiler
+from launch.begin import EVAL_BATCH, Beginning, begin
+from launch.build import new_optimizer, open_precision, sampler, try_model, wants_compiler
 from model import build_model
 
 
@@ -47,39 +46,46 @@ def dry_run(request: Request, world: World) -> None:
     lines = []
     if config.training.batch_size == "auto":
         sizes, line = largest_batch(needs, room)
-        config = with_batch(config, sizes[0])
+        config = with_batch(config, sizes[0], EVAL_BATCH)
         needs, lines = replace(needs, config=config), [line]
     tokens = tokens_line(config, world.size)
-    documents = None if start is None else Text(start.data, config).documents
-    if start is None:
+    if start is not None:
+        Text(start.data, config)  # whether it is long enough
+    else:
         folder = config.dataset.parquet_dir
         say(*origin_lines(request))
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
     say("", config.to_yaml(), *lines, *cost_lines(needs, room, optimizer), *covered)
     say(*length_lines(config, world.size, start.epoch_tokens) if start else [tokens])
     say(ratio_line(config, world, steps, model), *learning_rate_plot(config, steps))
-    say(*time_lines(needs, room, steps, documents))
+    done = start.resume.step if start and start.resume else 0
+    say(*time_lines(needs, room, range(done, max(done, steps)), start))
     directory = RunDirectory.start(config)
     say(*directory_lines(directory, start.resume if start else None))
     say("Dry run: nothing was trained or created.")
 
 
-def time_lines(
-    needs: Needs, room: Room, steps: int, documents: DocumentIds | None
-) -> Iterator[str]:
-    """How long the run will take, by some of its own steps on weights that are thrown away."""
+def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -> Iterator[str]:
+    """How long the steps after `span.start` will take, by some of the run's own on weights that are
+    thrown away."""
     config, world = needs.config, needs.world
+    documents = None if start is None else document_reader(start.data, config)
     trial = trial_config(needs, room)
     if trial is None:
         yield "Time: unknown: not even one sequence at a time fits, so that none can be timed"
         return
     precision = open_precision(config, world)
     model = build_model(config).to(world.device)
-    precision.prepare(model, steps)
+    precision.prepare(model, span.stop)
     attempt = partial(try_model, model, precision, trial, documents)
     compile_s, said = compile_model(model, needs.compiled, world.device, attempt)
     rates = measure(model, new_optimizer(model, config), precision, trial, documents)
     rates = scaled(rates, micro_batch(config) / micro_batch(trial))
-    found = forecast(config, rates, model, steps, world.size)
+    write = None if start is None else sampler(model, config, precision, start.data.tokenizer)
+    if write is not None:
+        rates = replace(rates, sample=seconds_of(write, world.device))
+    found = forecast(config, rates, model, span, world.size)
     yield replace(found, compile_s=compile_s or 0.0).line(world.size)
-    yield f"Timed on {world.device_name} | {precision.name} | {said}"
+    smaller = "" if trial == config else " | one sequence at a time, which is all that fits"
+    rest = f" | from step {span.start}" if span.start else ""
+    yield f"Timed on {world.device_name} | {precision.name} | {said}{smaller}{rest}"

@@ -49,6 +49,8 @@ def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
     parser = _Parser(list(argv), schema)
     while parser.words:
         parser.take()
+    if parser.found.dry_run and parser.found.check_resume is not None:
+        parser.found.problems.append("--dry-run and --check-resume exclude each other")
     return parser.found
 
 
@@ -67,7 +69,8 @@ class _Parser:
         elif word in ("--dry-run", "--dry_run"):
             self.found.dry_run = True
         elif word in ("--check-resume", "--check_resume"):
-            self.found.check_resume = CHECK_STEPS
+            steps = self.words.pop(0) if self.words and self.words[0].isdecimal() else None
+            self._check_resume(steps or str(CHECK_STEPS))
         elif assignment:
             self._assign(assignment[2].replace("-", "_"), assignment[3])
         elif flag:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,15 @@ from torch import nn
 from engine.precision import Precision
 from launch.check_resume import compared
 from tests.runs import only_run, run_here, start, wait_for
+
+
+def changed(config: Path, folder: Path) -> Path:
+    """The tiny run, which says nothing of 4-bit weights."""
+    text = config.read_text().replace("low_precision: {use_4bit: false}\n", "")
+    assert text != config.read_text()
+    place = folder / "changed.yaml"
+    place.write_text(text)
+    return place
 
 
 def test_a_run_that_resumes_exactly_is_called_the_same_and_leaves_nothing(
@@ -100,7 +113,52 @@ def test_a_run_of_one_step_cannot_be_interrupted(
 ) -> None:
     options = [f"checkpoint_dir={tmp_path / 'runs'}", "max_iters=1", "warmup_iters=0"]
     assert run_here([*tiny, *options, "--check-resume"]) == 2
-    assert "max_iters=1 leaves no step to interrupt after" in capsys.readouterr().err
+    assert "nothing to interrupt in a run of 1 (training.max_iters)" in capsys.readouterr().err
+
+
+def test_a_run_that_its_data_ends_is_checked_to_its_end(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["epochs=1", "batch_size=64", "block_size=64", "max_iters=1000"]
+    options = [*sizes, f"checkpoint_dir={tmp_path / 'runs'}", "--check-resume", "500"]
+    assert run_here([*tiny, *options]) == 0
+    told = capsys.readouterr().out
+    made = re.search(r"The same: (\d+) steps straight", told)
+    assert made is not None and 2 <= int(made[1]) < 500
+
+
+def test_4_bit_weights_set_in_and_an_evaluation_falls_due_within_the_check(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["use_4bit=true", "max_iters=3000", f"checkpoint_dir={tmp_path / 'runs'}"]
+    tiny = [str(changed(Path(tiny[0]), tmp_path))]
+    assert run_here([*tiny, *options, "--check-resume=8"]) == 0
+    told = capsys.readouterr().out
+    assert "from step 3)" in told and "Evaluating at iteration 4..." in told
+    assert "The same: 8 steps straight" in told
+
+
+def test_what_a_killed_check_left_behind_is_removed_by_the_next(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / "runs" / f".check_{socket.gethostname()}_{ended.pid}_abc"
+    other = tmp_path / "runs" / ".check_elsewhere_1_abc"
+    for folder in (left, other):
+        (folder / "straight").mkdir(parents=True)
+    assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}", "--check-resume=2"]) == 0
+    assert not left.exists() and other.exists()
+
+
+def test_the_micro_batch_is_settled_once_for_all_runs_of_a_check(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter(([6, 3], [3], [2]))
+    monkeypatch.setattr("launch.build.largest_batch", lambda needs, room: (next(sizes), "found"))
+    options = ["batch_size=auto", "tokens_per_step=192", f"checkpoint_dir={tmp_path / 'runs'}"]
+    assert run_here([*tiny, *options, "--check-resume=4"]) == 0
+    assert next(sizes) == [3]  # asked once
 
 
 def test_ctrl_c_ends_the_check_and_leaves_nothing(tiny: list[str], tmp_path: Path) -> None:
@@ -110,6 +168,7 @@ def test_ctrl_c_ends_the_check_and_leaves_nothing(tiny: list[str], tmp_path: Pat
     os.kill(child.pid, signal.SIGINT)
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in output
+    assert "The check was stopped: nothing is known of resuming." in output
     assert not (tmp_path / "runs").exists()
 
 

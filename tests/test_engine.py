@@ -368,6 +368,16 @@ def test_a_step_keeps_its_sequences_on_another_number_of_processes() -> None:
         on_processes(saved, saved, before=2, now=5)
 
 
+def test_micro_batches_shrink_where_more_processes_share_a_step_of_fixed_size() -> None:
+    training = {"tokens_per_step": 12 * 32, "batch_size": 6, "block_size": 32}
+    saved = Config.from_dict({"training": training})
+    config, lines = on_processes(saved, saved, before=1, now=4)
+    assert config.training.batch_size == 3 and sequences_per_step(config, 4) == 12
+    assert config.training.eval_batch_size == 6  # the same rows are evaluated
+    assert lines == ["1 processes before, 4 now: micro-batches of 3 sequences"]
+    assert on_processes(saved, saved, before=1, now=2) == (saved, [])
+
+
 def test_the_plan_of_an_oracle_does_not_end_with_an_epoch() -> None:
     training = {"epochs": 1, "max_iters": 60, "block_size": 10, "batch_size": 1}
     assert planned_steps(Config.from_dict({"training": training}), 1, epoch_tokens=320) == 32

@@ -15,7 +15,6 @@ from engine.forecast import (
     forecast,
     matmul_rate,
     measure,
-    saves,
     scaled,
     seconds_of,
     trial_config,
@@ -25,6 +24,7 @@ from engine.optimizer import build_optimizer
 from engine.plan import BARS, learning_rate_plot, model_lines, ratio_line
 from engine.precision import Precision
 from engine.schedule import learning_rate
+from engine.state import saves_due
 from engine.world import World
 from model import build_model
 
@@ -44,7 +44,7 @@ def configured(**sections: dict[str, Any]) -> Config:
 
 
 def predicted(config: Config, steps: int, rates: Rates = RATES, world_size: int = 1) -> Forecast:
-    return forecast(config, rates, build_model(config), steps, world_size)
+    return forecast(config, rates, build_model(config), range(steps), world_size)
 
 
 def bars(line: str) -> str:
@@ -100,7 +100,7 @@ def test_a_rate_that_never_reaches_the_peak_is_drawn_against_the_highest_one() -
     ],
 )
 def test_saves_are_counted_as_the_run_makes_them(options: dict[str, Any], count: int) -> None:
-    assert saves(configured(training=options), 100, seconds=600) == count
+    assert saves_due(configured(training=options).training, 0, 100, seconds=600) == count
 
 
 def test_the_time_of_a_run_is_that_of_its_parts() -> None:

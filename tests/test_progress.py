@@ -92,12 +92,13 @@ def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
 def test_a_terminal_shows_a_live_line_below_the_same_plain_lines(
     tiny: list[str], tmp_path: Path
 ) -> None:
-    arguments = [*tiny, f"checkpoint_dir={tmp_path / 'runs'}", "max_iters=120"]
+    words = ["max_iters=400", "test_freq=null", "checkpoint_freq=null", "log_freq=50"]
+    arguments = [*tiny, f"checkpoint_dir={tmp_path / 'runs'}", *words]
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(arguments))
-    assert re.search(r"\d+/120 .*loss \d\.\d{4} .*tokens/s .* left", shown)
+    assert re.search(r"\d+/400 .* left  loss \d\.\d{4}  [\d,]+ tokens/s", shown)
     lines = shown.replace("\r", "\n").split("\n")
     steps = [line.split("|")[0].strip() for line in lines if line.startswith("Iter ")]
-    assert steps == [f"Iter {step:>6}" for step in (1, *range(5, 121, 5))]
+    assert steps == [f"Iter {step:>6}" for step in (1, *range(50, 401, 50))]
     assert not [line for line in lines if line.startswith("Iter ") and "ETA" not in line]
 
 

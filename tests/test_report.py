@@ -390,6 +390,10 @@ def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte() -> None:
     content = report([made[0], read_run(made[1].path)])
     assert content["headline"] == "Best: run_b, bits per byte 1.5000"
     assert "Their tokenizers differ" in content["answer"][0]
+    other = [made[0], make("run_d", "parquet_dir=elsewhere", losses=(1.0,))]
+    content = report(other)
+    assert content["headline"] == "2 runs on different text: none is best"
+    assert content["best"] is None and column(content, "Held-out loss, best")["best"] is None
     same = [made[0], make("run_c", losses=(9.0,))]
     assert report(same)["headline"].startswith("Best: run_a, held-out loss")
 

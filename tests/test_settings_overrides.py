@@ -126,6 +126,7 @@ MISTAKES = [
     (["\udcff=1"], "'\\uDCFF=1': neither a config file (*.yaml, *.py) nor key=value."),
     (["--config="], "--config: the name of a file is missing."),
     (["--dry-run=1"], "--dry-run takes no value."),
+    (["--dry-run", "--check-resume"], "--dry-run and --check-resume exclude each other."),
     (
         ["checkpoint_dir=no"],
         "training.checkpoint_dir: expected text, got the word no. Quote it: '\"no",

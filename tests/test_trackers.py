@@ -213,9 +213,7 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from config import Config
-from engine.metrics import LOCAL
-from engine.trackers import TensorBoard, Wandb
-from tests.runs import only_run, run_here
+from engine.trackers import Wandb
 config = Config.from_dict({"logging": {"wandb_log": True}})
 tracker = Wandb.start(config, "run", "a1b2c3", Path(sys.argv[1]))
 for step in range(1, 5):
@@ -241,6 +239,20 @@ def test_the_real_package_keeps_all_records_offline_and_in_silence(tmp_path: Pat
     content = kept.read_bytes()
     assert content.count(b"train/loss") >= 4
     assert b"0.375" in content  # the mean of the list
+
+
+def test_the_real_package_writes_where_its_own_variable_says(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    place = tmp_path / "elsewhere"
+    subprocess.run(
+        [sys.executable, "-c", OFFLINE, os.fspath(tmp_path / "runs")],
+        cwd=ROOT,
+        env=os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": os.fspath(place)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    assert list(place.glob("wandb/offline-run-*-a1b2c3")) and not (tmp_path / "runs").exists()
 
 
 # TensorBoard.

@@ -272,12 +272,61 @@ def test_the_largest_batch_is_found_and_kept_for_repeats_and_resuming(
     assert "Batch size: 6 of 6 sequences" in output and "(a whole step at once)" in output
     run = only_run(tmp_path / "auto")
     assert Config.from_yaml(run / "config.yaml").training.batch_size == 6
-    by_hand = [*tiny, into(tmp_path / "six"), "batch_size=6"]
+    by_hand = [*tiny, into(tmp_path / "six"), "batch_size=6", "eval_batch_size=8"]
     assert run_here(by_hand) == 0
     assert metrics(run) == metrics(only_run(tmp_path / "six"))
     again = [place, f"resume_from_checkpoint={run / 'checkpoint_20.pt'}"]
     assert run_here([*words, *again]) == 0
     assert metrics(run) == metrics(only_run(tmp_path / "six"))
+
+
+def test_the_rows_that_are_evaluated_do_not_depend_on_the_micro_batch(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    found = []
+    for batch in (2, 8):
+        words = [into(tmp_path / str(batch)), f"batch_size={batch}", "eval_batch_size=4"]
+        assert run_here([*tiny, *words, "max_iters=10"]) == 0
+        found += [r for r in metrics(only_run(tmp_path / str(batch))) if "eval/rows" in r]
+    assert found[0]["eval/rows"] == found[1]["eval/rows"]
+    assert [len(each["eval/val_losses"]) for each in found] == [2, 2]
+
+
+def test_memory_that_runs_out_with_an_automatic_batch_is_explained_too(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("engine.session.next_token_loss", out_of_memory)
+    words = ["batch_size=auto", "tokens_per_step=256", into(tmp_path / "runs")]
+    assert run_here([*tiny, *words]) == 1
+    assert "Out of memory: no more\nA step needs " in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_resumed_run_times_what_is_left(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here([*tiny, into(tmp_path / "runs")]) == 0
+    run = only_run(tmp_path / "runs")
+    words = [f"resume_from_checkpoint={run / 'checkpoint_20.pt'}", "--dry-run"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *words]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^Time: about \d+s on this device: 10 steps .* 1 evaluation of", told, re.M)
+    assert " | from step 20" in told
+
+
+def test_a_dry_run_of_an_evaluation_makes_no_steps_and_no_directory(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval_only=true", "sample_prompt=the", "--dry-run"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *words]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^Time: about \d+s on this device: 1 evaluation of", told, re.M)
+    assert "Run directory: none (nothing will be saved)" in told
 
 
 def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
