@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 .PHONY: help demo test check browser bench clean
 
 help:
-	@echo "make demo    install, train a small BDH for two minutes, print a sample, write a report"
+	@echo "make demo    install, train a small BDH for minutes, print a sample, write a report"
 	@echo "make test    install, then lint, types and all tests"
 	@echo "make check   lint and types only"
 	@echo "make bench   speed and memory against the physical limits (minutes)"
@@ -45,6 +45,8 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.loop
 	$(BIN)/python -m bench.precision --only size,time
+	$(BIN)/python -m bench.runs
+	$(BIN)/python -m bench.forecast --steps 20
 	$(BIN)/python -m bench.bdh $(if $(REFERENCE),--reference $(REFERENCE)) --output
 ifneq ($(TEXT),)
 	$(BIN)/python -m bench.gpt $(if $(NANOGPT),--reference $(NANOGPT)) --text $(TEXT) --output
