@@ -192,7 +192,8 @@ def _read(key: str, text: str) -> Any:
 
 def _choices(key: str) -> tuple[str, ...]:
     try:
-        keys = () if key in _BY_NAME else resolve(schema(), key).keys
+        name = "model.name" if key == "model" else key
+        keys = () if name in _BY_NAME else resolve(schema(), name).keys
     except RefusedError:
         keys = ()
     options = schema().options
@@ -234,8 +235,10 @@ def _unknown(key: str, runs: Iterable[Run], refusal: str) -> str:
     names |= {option.name: full for full, option in schema().options.items()}
     names |= {name: name for name in _BY_NAME}
     near = [names[name] for name in difflib.get_close_matches(key, names, 2, 0.7)]
-    if "." in key or not near:
+    if "." in key:
         return refusal if refusal[-1] in ".?" else f"{refusal}."
+    if not near:
+        return f"{key}: no column, option or metric. Columns: {', '.join(c.name for c in COLUMNS)}."
     return f"{key}: no column, option or metric. Did you mean {' or '.join(near)}?"
 
 

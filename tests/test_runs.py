@@ -255,7 +255,7 @@ def test_an_option_of_another_version_can_be_asked_for(capsys: Captured) -> None
             "bestloss: no column, option or metric. Did you mean best_loss or",
         ),
         (["--sort", "eval/val_los"], "Did you mean eval/val_loss"),
-        (["--sort", "-qqq"], "qqq: unknown option. See python train.py --help."),
+        (["--sort", "-qqq"], "qqq: no column, option or metric. Columns: name, state, model,"),
         (["--sort", "model.flash"], "model.flash: is not one option of a run."),
         (["--sort", "betas"], "Write optimizer.beta1 or optimizer.beta2."),
         (["--sort"], "argument --sort: expected one argument"),
