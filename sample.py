@@ -95,7 +95,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
     prompt = torch.tensor([ids])
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
-    began, count = time.monotonic(), arguments.num_samples
+    began, count, drawn = time.monotonic(), arguments.num_samples, 0
     end = tokenizer.separator if config.model.mask == "causal_document" else None
     asked = config.training.block_size if arguments.context is None else arguments.context
     context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
@@ -110,9 +110,9 @@ def write_samples(arguments: argparse.Namespace) -> None:
         for decoder in decoders:
             decoder.decode(ids)  # what follows may depend on it: a blank, half a character
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
-        write_together(arguments, numbers, decoders, steps, end)
-    seconds, made = time.monotonic() - began, count * arguments.max_new_tokens
-    print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.0f} tokens/s", file=sys.stderr)
+        drawn += write_together(arguments, numbers, decoders, steps, end)
+    seconds = time.monotonic() - began
+    print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def read_prompt(text: str | None, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -134,27 +134,29 @@ def write_together(
     decoders: Sequence[StreamDecoder],
     steps: Iterator[list[int]],
     end: int | None,
-) -> None:
+) -> int:
     """Streams the first of the samples drawn together; the others follow when all are done.
 
-    A sample ends before the token `end`.
+    A sample ends before the token `end`. Returns how many tokens all of them have, prompts aside.
     """
     total = arguments.num_samples
     titles = [f"--- sample {n + 1} of {total}\n" if total > 1 else "" for n in numbers]
     texts = [[title, arguments.prompt] for title in titles]
     _write("".join(texts[0]))
-    ended = [False for _ in numbers]
+    ended, drawn = [False for _ in numbers], 0
     for tokens in steps:
         ended = [was or token == end for was, token in zip(ended, tokens, strict=True)]
         if all(ended):
             break
         for number, token in enumerate(tokens):
             if not ended[number]:
+                drawn += 1
                 texts[number].append(decoders[number].decode([token]))
                 if number == 0:
                     _write(texts[0][-1])
     for number, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
         _write(("".join(text) if number else "") + decoder.decode([], final=True) + "\n")
+    return drawn
 
 
 def _write(text: str) -> None:

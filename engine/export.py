@@ -66,7 +66,10 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> int:
     library, torch_files = _safetensors(path)
     whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     try:
+        path.touch()
+        mode = path.stat().st_mode  # by the umask; the library makes a new file of mode 0600
         torch_files.save_file(whole, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except library.SafetensorError as error:
         raise OSError(str(error)) from error
     with path.open("rb") as file:

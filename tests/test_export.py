@@ -64,6 +64,16 @@ def save(out: Path, model: nn.Module, config: Config) -> int:
     return write_export(out, weights, description(config, {"kind": "bytes"}))
 
 
+def test_files_of_an_export_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_export(tmp_path / "out", {"w": torch.ones(2)}, {"config.yaml": ""})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "config.yaml": 0o640}
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module) -> list[Tensor]:
     """In float32 and by bfloat16 autocast."""

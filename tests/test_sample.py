@@ -85,7 +85,8 @@ def test_a_sample_ends_before_the_end_of_its_document(capsys: pytest.CaptureFixt
     arguments = sample.read_arguments(["x", "--prompt", ">", "--num-samples", "2"])
     decoders = [build_tokenizer(TokenizerConfig()).stream_decoder() for _ in range(2)]
     steps = iter([[97, 98], [0, 99], [100, 0], [101, 101]])
-    sample.write_together(arguments, range(2), decoders, steps, 0)
+    drawn = sample.write_together(arguments, range(2), decoders, steps, 0)
+    assert drawn == 3  # neither the ends of documents nor what was drawn beside them after one
     assert capsys.readouterr().out == "--- sample 1 of 2\n>a\n--- sample 2 of 2\n>bc\n"
     assert next(steps) == [101, 101]  # nothing is drawn after the last end
 
