@@ -2,10 +2,11 @@
 
     python sample.py checkpoints/run_20251108_143022 --prompt "def " --num-samples 3
 
-RUN_OR_CHECKPOINT is a checkpoint, a run directory (its newest valid checkpoint), a folder of run
-directories (its newest run) or an export (export.py). Text streams to the terminal (of several
-samples, drawn together, the first); equal seeds write equal text. A model of single documents stops
-at the end of one. How fast it was goes to standard error.
+RUN_OR_CHECKPOINT is a checkpoint, a run directory (its last checkpoint, or its best one with
+training.always_save_checkpoint: false), a folder of run directories (its newest run) or an export
+(export.py). Text streams to the terminal (of several samples, drawn together, the first); equal
+seeds write equal text. A model of single documents stops at the end of one. How fast it was goes to
+standard error.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from engine.manifest import (
     Facts,
     Manifest,
     Resume,
+    best_step,
     complete_checkpoints,
     data_path,
     found,
@@ -144,9 +145,7 @@ def retire(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
     and where a removal failed half-way before, it goes now.
     """
     complete = complete_checkpoints(folder)
-    measured = [(m.val_loss, step) for step, m in complete.items() if m.val_loss is not None]
-    best = {step for _, step in sorted(measured)[:1]}
-    old = set(list(complete)[:-keep_last]) - best - keep
+    old = set(list(complete)[:-keep_last]) - {best_step(complete)} - keep
     halves = {*steps_in(folder, "pt")} - {*steps_in(folder)}
     for step in sorted(old | halves):
         path = data_path(folder, step)
@@ -204,13 +203,17 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} is not a checkpoint: it is compressed.")
 
 
+def _newest_run(folder: Path) -> Path:
+    """The newest run with a checkpoint in a folder of runs; of a run directory, itself."""
+    runs = sorted(run for run in folder.glob("run_*") if steps_in(run))
+    return runs[-1] if runs and not steps_in(folder) else folder
+
+
 def _find(path: Path) -> tuple[Resume, list[str]]:
     """The checkpoint meant by a file, a run directory or a folder of runs (the newest one), and
     why newer ones were not taken."""
     if path.is_dir():
-        runs = sorted(run for run in path.glob("run_*") if steps_in(run))
-        if runs and not steps_in(path):
-            return _find(runs[-1])
+        path = _newest_run(path)
         best, rejects = newest_valid(path)
         if best is None:
             reasons = "".join(f"\n  {line}" for line in rejects)
@@ -282,11 +285,40 @@ def _find_run(
     return None, notes
 
 
+def find_model(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint to read a model from, and lines for the user.
+
+    A file is that one. A run directory means its last checkpoint; or its best, that of lowest
+    held-out loss, where `training.always_save_checkpoint` is false, which asks for the best.
+    """
+    folder, lines = _newest_run(path), list[str]()
+    complete = complete_checkpoints(folder) if path.is_dir() else {}
+    best, last = best_step(complete), max(complete, default=None)
+    if best is not None and best != last and not _saves_always(folder):
+        place = data_path(folder, best)
+        loss = f"held-out loss {complete[best].val_loss:.4f}"
+        try:
+            verify(place)
+            line = f"{place} is the best of its run ({loss}). The last one is checkpoint_{last}.pt."
+            return place, [line]
+        except CheckpointError as error:
+            lines.append(f"not used: {error}")
+    resume, rejects = _find(path)
+    return resume.path, [*lines, *(f"not used: {line}" for line in rejects)]
+
+
+def _saves_always(run: Path) -> bool:
+    try:
+        return Config.from_yaml(run / CONFIG).training.always_save_checkpoint
+    except (ConfigError, OSError):
+        return True
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and its config.
 
-    `path` is a checkpoint, a run directory (its newest valid one), a folder of runs, or an export
-    (engine/export.py), whose 4-bit weights are those that its run evaluated. Raises
+    `path` is a checkpoint, a run directory (see `find_model`), a folder of runs (its newest), or an
+    export (engine/export.py), whose 4-bit weights are those that its run evaluated. Raises
     CheckpointError.
     """
     return open_model(path, device)[:2]
@@ -300,7 +332,9 @@ def open_model(
 
     if is_export(Path(path)):
         return open_export(Path(path), lambda config: build_model(config).to(device))
-    chosen = _find(Path(path))[0].path
+    chosen, lines = find_model(Path(path))
+    for line in lines:
+        warn(line)
     content = load_checkpoint(chosen, device)
     try:
         config = Config.from_dict(content["config"], str(chosen))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,13 @@ def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
         if is_complete(path, manifest):
             complete[step] = manifest
     return complete
+
+
+def best_step(complete: Mapping[int, Manifest]) -> int | None:
+    """The step of lowest held-out loss; None where no checkpoint was evaluated."""
+    losses = {step: manifest.val_loss for step, manifest in complete.items()}
+    known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
+    return min(known, key=known.__getitem__, default=None)
 
 
 def in_runs(path: Path) -> Path:

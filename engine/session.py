@@ -32,6 +32,7 @@ from engine.evaluate import (
     next_token_loss,
 )
 from engine.interfaces import Batch, Text, Tracker
+from engine.manifest import best_step, complete_checkpoints, data_path
 from engine.metrics import RULE, duration, iteration_line, say, short, warn
 from engine.parallel import without_sync
 from engine.plan import tokens_per_step
@@ -404,10 +405,21 @@ class Session:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
             say(f"Held-out loss: {state.val_loss:.4f}, {best}")
         if self.config.training.save_model:
-            say(f"Checkpoint: {self.directory.last_checkpoint}")
+            say(f"Checkpoint: {self.directory.last_checkpoint}", *self._best_line())
             path = quoted(self.directory.path)
             say(f"To write text: python {script('sample.py')} {path}")
             say(f"To see its curves: python {script('runs.py')} report {path}")
+
+    def _best_line(self) -> list[str]:
+        """Names the best checkpoint where it is not the last."""
+        last = self.directory.last_checkpoint
+        complete = complete_checkpoints(last.parent) if last else {}
+        best = best_step(complete)
+        if last is None or best in (None, self.state.step):
+            return []
+        means = "the last" if self.config.training.always_save_checkpoint else "this one"
+        place = data_path(last.parent, best)
+        return [f"Best checkpoint: {place} (to sample.py and export.py the run means {means})"]
 
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""

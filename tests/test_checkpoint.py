@@ -37,6 +37,7 @@ from engine.manifest import (
     steps_in,
     verify,
 )
+from engine.run import RunDirectory
 from tests.faults import die, failing, raise_error
 from tests.forks import in_child
 from tests.states import finished_run, make_config, make_state, new_run, reopen, save_steps
@@ -571,6 +572,40 @@ def test_a_model_comes_back_ready_to_use(tmp_path: Path, levels: int) -> None:
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def losing_run(folder: Path, always: bool) -> Path:
+    """A run directory whose best checkpoint is the second of three."""
+    config, model = small_model()
+    training = make_config(folder, always_save_checkpoint=always).training
+    with RunDirectory.start(replace(config, training=training)) as run:
+        for step, loss in ((10, 3.0), (20, 1.5), (30, 2.0)):
+            weights = {name: torch.full_like(w, step) for name, w in model.state_dict().items()}
+            state = make_state(step, loss) | {"model": weights, "config": config.to_dict()}
+            save_checkpoint(run, state, None)
+        return run.prepare()
+
+
+def step_of(model: torch.nn.Module) -> float:
+    return next(model.parameters()).view(-1)[0].item()
+
+
+def test_a_run_that_saves_its_best_means_the_best_and_others_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = losing_run(tmp_path / "best", always=False)
+    for path in (run, run.parent):
+        assert step_of(load_model(path)[0]) == 20
+        line = f"{data_path(run, 20)} is the best of its run (held-out loss 1.5000)."
+        assert capsys.readouterr().err == f"{line} The last one is checkpoint_30.pt.\n"
+    assert step_of(load_model(data_path(run, 30))[0]) == 30
+    assert resolve(run, tmp_path)[0].step == 30  # training goes on from the last
+    whole = data_path(run, 20).read_bytes()
+    data_path(run, 20).write_bytes(flipped(whole, len(whole) // 2, 0))
+    assert step_of(load_model(run)[0]) == 30
+    assert "not used: checkpoint_20.pt: sha256 mismatch" in capsys.readouterr().err
+    assert step_of(load_model(losing_run(tmp_path / "last", always=True))[0]) == 30
+    assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_of_another_version_is_told(tmp_path: Path) -> None:

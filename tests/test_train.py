@@ -181,12 +181,14 @@ def _texts(tiny: list[str]) -> list[str]:
 
 
 def test_without_always_save_an_evaluation_saves_when_it_is_the_best(
-    tiny: list[str], tmp_path: Path
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frozen = ["always_save_checkpoint=false", "learning_rate=1e-30", "max_iters=40"]
     assert run_here([*tiny, into(tmp_path / "runs"), *frozen, "checkpoint_freq=7"]) == 0
     steps = {int(p.stem.split("_")[1]) for p in only_run(tmp_path / "runs").glob("*.pt")}
     assert steps == {10, 40}  # the first evaluation, and the end
+    best = f"Best checkpoint: {only_run(tmp_path / 'runs') / 'checkpoint_10.pt'} (to sample.py"
+    assert best in capsys.readouterr().out
 
 
 def test_save_every_saves_by_the_clock(tiny: list[str], tmp_path: Path) -> None:
