@@ -5,8 +5,8 @@
     python export.py CHECKPOINT OUT --format upstream    # a BDH for its authors' code
 
 CHECKPOINT is a checkpoint, a run directory (its last checkpoint, or its best one with
-training.always_save_checkpoint: false) or a folder of run directories (its newest run). OUT is a new folder (engine/export.py says what is in it);
-`sample.py` takes it, but for upstream's.
+training.always_save_checkpoint: false) or a folder of run directories (its newest run). OUT is a
+new folder (engine/export.py says what is in it); `sample.py` takes it, but for upstream's.
 """
 
 from __future__ import annotations
