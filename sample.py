@@ -7,6 +7,9 @@ training.always_save_checkpoint: false), a folder of run directories (its newest
 (export.py). Text streams to the terminal (of several samples, drawn together, the first); equal
 seeds write equal text. A model of single documents stops at the end of one. How fast it was goes to
 standard error.
+
+nanoGPT's commands work too: --out_dir=out, a preset (config/x.py), --start=FILE:prompt.txt,
+--init_from=gpt2-xl (published weights, or a folder that holds such).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
@@ -31,9 +34,25 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
 if __name__ == "__main__":  # there is nothing to save: Ctrl-C works in the middle of an import too
     signal.signal(signal.SIGINT, _leave)
 
-from config import SystemConfig, UserError, WriteError
+from config import (
+    GPT2_NAMES,
+    CheckpointError,
+    Config,
+    ConfigError,
+    DataError,
+    LowPrecisionConfig,
+    ModelConfig,
+    SystemConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    UserError,
+    WriteError,
+)
+from settings import sampling as nanogpt
 
 if TYPE_CHECKING:
+    import torch
+
     from data.tokenizer import StreamDecoder, Tokenizer
     from model import LanguageModel
 
@@ -45,14 +64,22 @@ _GREEDY = 1e-6  # a lower temperature draws the likeliest token anyway, or overf
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; leaves with exit code 2 and one line when it is wrong."""
+    """Returns the command line; leaves with exit code 2 and one line when it is wrong.
+
+    `path` is what to sample from; `published` says that it names weights as `init_from` does.
+    """
     parser = argparse.ArgumentParser(
         prog="sample.py", description="Writes text with a trained model.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("path", metavar="RUN_OR_CHECKPOINT", help="checkpoint, run, folder of runs or export")
+    add(
+        "path",
+        metavar="RUN_OR_CHECKPOINT",
+        nargs="?",
+        help="checkpoint, run, folder of runs or export",
+    )
     add("--prompt", metavar="TEXT", help="text to continue (default: a line break)")
-    add("--num-samples", type=_number(int, 1), default=1, metavar="N", help="default: 1")
+    add("--num-samples", type=_number(int, 1), metavar="N", help="default: 1")
     add("--max-new-tokens", type=_number(int, 1), default=500, metavar="N", help="default: 500")
     add("--temperature", type=_number(float, 0), default=0.8, metavar="T", help="0: greedy")
     add("--top-k", type=_number(int, 1), metavar="K", help="draw from the K likeliest tokens")
@@ -60,7 +87,57 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--context", type=_number(int, 0), metavar="N", help=_CONTEXT)
     add("--seed", type=_number(int, 0), default=1337, metavar="S", help="default: 1337")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser.parse_args(arguments)
+    add = parser.add_argument_group(
+        "nanoGPT's names",
+        "Also a preset, config/x.py, and _ for - in all names. With any of these, --num-samples is "
+        f"{nanogpt.NUM_SAMPLES} and --top-k {nanogpt.TOP_K} unless given.",
+    ).add_argument
+    add("--out-dir", metavar="PATH", help="as RUN_OR_CHECKPOINT")
+    add("--init-from", metavar="NAME", help=f"resume, {', '.join(GPT2_NAMES)} or a folder")
+    add("--start", metavar="TEXT", help="as --prompt; FILE:prompt.txt is the text of a file")
+    add("--dtype", help="ignored")
+    add("--compile", nargs="?", const="True", help="ignored")
+    try:
+        words, notes = nanogpt.expand_words(arguments)
+    except ConfigError as error:
+        parser.error(str(error))
+    found = parser.parse_args(words)
+    found.notes = notes
+    _resolve_names(parser, found)
+    return found
+
+
+def _resolve_names(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Turns nanoGPT's names into ours, in place, with a note on each that has no meaning here."""
+    ours = found.out_dir is found.init_from is found.start is None
+    found.published = found.init_from not in (None, "resume")
+    if found.init_from == "scratch":
+        parser.error("--init-from=scratch: random weights write no text. Write resume or gpt2")
+    if found.path is not None and (found.out_dir is not None or found.published):
+        other = "--init-from" if found.published else "--out-dir"
+        parser.error(f"{found.path} and {other}: two models to sample from. Keep one")
+    if found.prompt is not None and found.start is not None:
+        parser.error("--prompt and --start: two texts to continue. Keep one")
+    if found.path is None and ours:
+        parser.error("RUN_OR_CHECKPOINT is missing: a checkpoint, a run or a folder of runs")
+    if found.published and found.out_dir is not None:
+        found.notes.append(f"--out-dir is ignored beside --init-from={found.init_from}")
+    if found.published:
+        found.path = found.init_from
+    elif found.path is None:
+        found.path = nanogpt.OUT_DIR if found.out_dir is None else found.out_dir
+    for name in ("dtype", "compile"):
+        if getattr(found, name) is not None:
+            found.notes.append(f"--{name} is ignored: text is computed in float32, not compiled")
+    found.prompt = found.start if found.prompt is None else found.prompt
+    found.from_file = found.start is not None and found.start.startswith("FILE:")
+    if not ours:
+        for name, default in (("num_samples", nanogpt.NUM_SAMPLES), ("top_k", nanogpt.TOP_K)):
+            if getattr(found, name) is None:
+                setattr(found, name, default)
+                flag = name.replace("_", "-")
+                found.notes.append(f"--{flag} is {default}, as in nanoGPT's sample.py")
+    found.num_samples = found.num_samples or 1
 
 
 def _number(
@@ -90,7 +167,10 @@ def write_samples(arguments: argparse.Namespace) -> None:
     device = resolve_device(SystemConfig(device=arguments.device).device)
     if device.type == "cpu":
         keep_freed_memory()
-    module, config, spec = open_model(arguments.path, device)
+    if arguments.from_file:
+        arguments.prompt = _read_text(arguments.prompt.removeprefix("FILE:"))
+    opened = open_published(arguments.path, device) if arguments.published else None
+    module, config, spec = opened or open_model(arguments.path, device)
     model, tokenizer = cast("LanguageModel", module), tokenizer_from_dict(spec)
     arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
     prompt = torch.tensor([ids])
@@ -114,6 +194,49 @@ def write_samples(arguments: argparse.Namespace) -> None:
         drawn += write_together(arguments, numbers, decoders, steps, end)
     seconds = time.monotonic() - began
     print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def open_published(
+    name: str, device: torch.device
+) -> tuple[torch.nn.Module, Config, dict[str, Any]]:
+    """Returns the model of weights that `training.init_from` would take, its config and tokenizer.
+
+    The tokenizer is the `tokenizer.json` beside the weights, else GPT-2's. Raises UserError.
+    """
+    from data.tokenizer import FILE_NAME, build_tokenizer
+    from model import build_model, pretrained
+
+    try:
+        weights = pretrained.read(name)
+    except CheckpointError as error:  # its remedies name the option of training
+        message = str(error).replace("training.init_from", "--init-from")
+        raise CheckpointError(message) from error
+    beside = (weights.path / FILE_NAME).is_file()
+    tokenizer = build_tokenizer(TokenizerConfig(name=str(weights.path) if beside else "gpt2"))
+    vocabulary = weights.options["vocab_size"]
+    if tokenizer.vocab_size > vocabulary:
+        raise CheckpointError(
+            f"{weights.path}: a model of {vocabulary} tokens, and its tokenizer {tokenizer.name} "
+            f"has {tokenizer.vocab_size}. Put its own {FILE_NAME} into the folder."
+        )
+    config = Config(
+        model=ModelConfig(**weights.options),
+        training=TrainingConfig(block_size=weights.block_size, init_from=name),
+        tokenizer=TokenizerConfig(name=tokenizer.name),
+        low_precision=LowPrecisionConfig(use_4bit=False),
+    )
+    model = build_model(config)
+    pretrained.load_into(model, weights, weights.block_size)
+    return model.to(device).eval(), config, tokenizer.to_dict()
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise DataError(f"--start: {path}: cannot be read: {reason}") from None
 
 
 def read_prompt(text: str | None, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -176,6 +299,8 @@ def main() -> int:
     arguments = read_arguments(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows '?'
         sys.stdout.reconfigure(errors="replace")
+    for note in arguments.notes:
+        print(f"note: {note}", file=sys.stderr)
     try:
         write_samples(arguments)
     except UserError as error:

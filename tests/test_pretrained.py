@@ -39,14 +39,14 @@ CONFIG: dict[str, Any] = {
 TOKENS = torch.arange(2 * 11).view(2, 11) % VOCABULARY
 
 
-def published_weights(inner: int = 4 * WIDTH) -> dict[str, Tensor]:
+def published_weights(inner: int = 4 * WIDTH, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     """Random ones, in the published layout: rows of a weight are its inputs."""
     draw = torch.Generator().manual_seed(0)
 
     def weights(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw) * 0.3
 
-    found = {"wte.weight": weights(VOCABULARY, WIDTH), "wpe.weight": weights(POSITIONS, WIDTH)}
+    found = {"wte.weight": weights(vocabulary, WIDTH), "wpe.weight": weights(POSITIONS, WIDTH)}
     for layer in range(LAYERS):
         parts = {
             "ln_1": (WIDTH,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import sample
-from config import TokenizerConfig
-from data.tokenizer import build_tokenizer
+from config import CheckpointError, DataError, TokenizerConfig
+from data.tokenizer import build_tokenizer, train_bpe
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.runs import run_here
+from tests.test_pretrained import published_weights, write_published
 
 LARGEST = 2**63 - 1
 COMMAND = [sys.executable, os.fspath(ROOT / "sample.py")]
@@ -146,3 +148,140 @@ def test_ctrl_c_while_torch_is_imported_leaves_without_a_traceback(tmp_path: Pat
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30) == ("", "\n")
     assert child.returncode == 130
+
+
+# --- nanoGPT's command lines --------------------------------------------------------------------
+
+PRESET = """\
+out_dir = 'out-x' # of a training
+eval_interval = 250
+dataset = 'shakespeare_char'
+init_from = 'scratch'
+num_samples = 3
+top_k = 2 * 4
+device = 'cpu'
+"""
+NANOGPT: list[tuple[str, dict[str, object]]] = [
+    ("--out_dir=out-x", {"path": "out-x", "num_samples": 10, "top_k": 200, "published": False}),
+    ("--out-dir out-x --num-samples 2", {"path": "out-x", "num_samples": 2, "top_k": 200}),
+    ("--init_from=resume --out_dir=out-x --top_k=7", {"path": "out-x", "top_k": 7}),
+    ("--init_from=resume", {"path": "out"}),
+    ("--start=FILE:prompt.txt", {"path": "out", "prompt": "FILE:prompt.txt", "from_file": True}),
+    (
+        "--init_from=gpt2-xl --start='What is?' --num_samples=5 --max_new_tokens=100",
+        {"path": "gpt2-xl", "published": True, "prompt": "What is?", "from_file": False}
+        | {"num_samples": 5, "max_new_tokens": 100, "top_k": 200},
+    ),
+    (
+        "runs --device=cpu --seed=1 --temperature=0.5 --max_new_tokens=9",
+        {"path": "runs", "device": "cpu", "seed": 1, "temperature": 0.5, "max_new_tokens": 9}
+        | {"num_samples": 1, "top_k": None},
+    ),
+    ("x.py", {"path": "out-x", "num_samples": 3, "top_k": 8, "device": "cpu"}),
+    ("x.py --num_samples=2 --out_dir=b", {"path": "b", "num_samples": 2, "top_k": 8}),
+    ("--num_samples=2 x.py", {"num_samples": 3}),  # in the order of the words
+    ("x.py --init_from=gpt2", {"path": "gpt2", "published": True}),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), NANOGPT)
+def test_command_lines_of_nanogpt_are_understood(
+    line: str, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.py").write_text(PRESET)
+    found = vars(sample.read_arguments(shlex.split(line)))
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_names_of_nanogpt_without_a_meaning_are_ignored_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.py").write_text(PRESET)
+    line = "x.py --init_from=gpt2 --dtype=bfloat16 --compile=False"
+    assert sample.read_arguments(line.split()).notes == [
+        "x.py: ignored, of training: eval_interval, dataset",
+        "--out-dir is ignored beside --init-from=gpt2",
+        "--dtype is ignored: text is computed in float32, not compiled",
+        "--compile is ignored: text is computed in float32, not compiled",
+    ]
+    assert sample.read_arguments(["--out_dir=a"]).notes == [
+        "--num-samples is 10, as in nanoGPT's sample.py",
+        "--top-k is 200, as in nanoGPT's sample.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "RUN_OR_CHECKPOINT is missing: a checkpoint, a run or a folder of runs"),
+        ("runs --out_dir=out", "runs and --out-dir: two models to sample from. Keep one"),
+        ("runs --init_from=gpt2", "runs and --init-from: two models to sample from. Keep one"),
+        ("runs --start=a --prompt=b", "--prompt and --start: two texts to continue. Keep one"),
+        ("--init_from=scratch", "--init-from=scratch: random weights write no text."),
+        ("missing.py", "missing.py: not found."),
+        ("bad.py", "bad.py:1: 'import os': presets are read, not run"),
+        ("--out_dir=out --num_smaples=2", "unrecognized arguments: --num-smaples=2"),
+    ],
+)
+def test_mistakes_in_names_of_nanogpt_are_one_line(
+    line: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text("import os")
+    with pytest.raises(SystemExit) as caught:
+        sample.read_arguments(line.split())
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_sampled_by_the_command_of_nanogpt(
+    runs: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the \u00e9")
+    options = ["--device=cpu", "--max_new_tokens=6", "--seed=3"]
+    theirs = [f"--out_dir={runs}", f"--start=FILE:{prompt}", "--num_samples=2", *options]
+    ours = [runs, "--prompt", "the \u00e9", "--num-samples", "2", "--top-k", "200", *options]
+    assert written(capsys, *theirs) == written(capsys, *ours)
+    prompt.unlink()
+    with pytest.raises(DataError, match=r"^--start: .*prompt.txt: cannot be read: No such file"):
+        written(capsys, *theirs)
+
+
+def test_published_weights_write_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_bpe("small", ["a text of a few words, a few words of a text"], 262)
+    folder = write_published(tmp_path, published_weights(vocabulary=262), vocab_size=262)
+    (folder / "tokenizer.json").write_text(tokenizer.to_dict()["json"])
+    options = ["--start=a few", "--num_samples=1", "--max_new_tokens=20", "--device=cpu"]
+    text = written(capsys, f"--init_from={folder}", *options)
+    assert text.startswith("a few") and len(text) > 10
+    monkeypatch.setattr("model.pretrained._published", lambda name: folder)
+    assert written(capsys, "--init_from=gpt2-xl", *options) == text
+    write_published(folder)  # 19 tokens
+    with pytest.raises(CheckpointError, match="a model of 19 tokens, and its tokenizer .* has 262"):
+        written(capsys, f"--init_from={folder}", *options)
+
+
+def test_published_weights_that_cannot_be_had_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--init_from=gpt2-xl", "--device=cpu"])
+    assert sample.main() == 3
+    message = capsys.readouterr().err
+    assert "--init-from: gpt2-xl is not on this machine and could not be downloaded (no" in message
+    assert "Or give a folder: --init-from=path/to/folder with config.json" in message
