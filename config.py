@@ -21,6 +21,7 @@ from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
 from settings.constraints import warmup_steps as warmup_steps
 from settings.dump import dump
+from settings.errors import STOP_EXIT_CODES as STOP_EXIT_CODES
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
 from settings.errors import DataError as DataError
@@ -35,6 +36,8 @@ from settings.problems import Origin, Problem, raise_problems
 from settings.rules import check_rules, nearest_multiples, setting
 from settings.schema import Form, Schema, option, schema_of
 from settings.sources import read_layers
+from settings.torchrun import report_to_torchrun as report_to_torchrun
+from settings.torchrun import started_by_torchrun as started_by_torchrun
 from settings.translate import translate
 from settings.values import check_section
 
@@ -377,7 +380,8 @@ def command_line(argv: Sequence[str]) -> Request:
     try:
         return _load(arguments)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        report_to_torchrun(str(error))
+        if os.environ.get("RANK", "0") == "0":  # all processes read the same config: one prints
             print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 

@@ -17,7 +17,15 @@ from __future__ import annotations
 import signal
 import sys
 
-from config import DataError, MemoryShortError, NonFiniteError, Request, UserError, command_line
+from config import (
+    DataError,
+    MemoryShortError,
+    NonFiniteError,
+    Request,
+    UserError,
+    command_line,
+    report_to_torchrun,
+)
 
 if __name__ == "__main__":  # --help and config errors are answered before torch is imported
     REQUEST = command_line(sys.argv[1:])
@@ -133,17 +141,20 @@ def main(request: Request) -> int:
     except UserError as error:
         if request.config.training.debug:
             traceback.print_exc()
-        # What all processes find out is said once; what one of them read or computed, by itself.
+        report_to_torchrun(str(error))
+        # Errors raised on every rank are printed by rank 0, rank-local ones by the rank they hit.
         if is_main_process() or isinstance(error, DataError | MemoryShortError | NonFiniteError):
             warn(str(error))
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         if ran_out(error):
-            warn("\n".join(out_of_memory_lines(error)))
+            message = "\n".join(out_of_memory_lines(error))
         elif lost_peer(error):
-            warn("Another process of this run has ended, so this one does; checkpoints are whole.")
+            message = "Another rank exited; shutting down. Saved checkpoints are intact."
         else:
             raise
+        report_to_torchrun(message)
+        warn(message)
         return 1
     except BrokenPipeError:
         warn("Standard output was closed; stopped after saving what was done.")

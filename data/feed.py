@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from config import DataError
+from config import STOP_EXIT_CODES, DataError
 
 TIMEOUT_S = 300.0
 _POLL_S = 0.5
@@ -181,5 +181,5 @@ def _context() -> str | None:
 def _ignore_signals(worker: int) -> None:
     """Signals to the process group are for the training loop, which saves and then ends workers."""
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)

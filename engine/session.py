@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Config, NonFiniteError, UserError, WriteError, micro_batch
+from config import (
+    Config,
+    NonFiniteError,
+    UserError,
+    WriteError,
+    micro_batch,
+    started_by_torchrun,
+)
 from engine.checkpoint import save_checkpoint
 from engine.evaluate import (
     batch_losses,
@@ -438,6 +445,8 @@ class Session:
             f"  {start} {script('train.py')} --config {path}/config.yaml "
             f"resume_from_checkpoint={path}",
         )
+        if started_by_torchrun():
+            say("torchrun reports the stop as a failure below; the checkpoint is complete.")
 
     def rescue(self) -> None:
         """Saves the steps done when something outside the step fails: data, disk, terminal.

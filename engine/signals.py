@@ -1,7 +1,8 @@
 """Signals become a flag that the loops poll: finish the step, save, leave.
 
-Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and SIGHUP ask for a stop; a second Ctrl-C ends the process at
-once. Before training there is nothing to save, and a signal ends the start as an exception does.
+Ctrl-C (SIGINT), SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP ask for a stop; a second Ctrl-C ends the
+process at once. Before training there is nothing to save, and a signal ends the start as an
+exception does.
 """
 
 from __future__ import annotations
@@ -10,12 +11,7 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-EXIT_CODES = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-    signal.SIGUSR1: 143,
-    signal.SIGHUP: 143,
-}
+from config import STOP_EXIT_CODES
 
 
 class StopRequest:
@@ -33,7 +29,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in EXIT_CODES:
+        for number in STOP_EXIT_CODES:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -53,7 +49,7 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it; 0 when none came."""
-        return 0 if self.signal is None else EXIT_CODES[self.signal]
+        return 0 if self.signal is None else STOP_EXIT_CODES[self.signal]
 
     @property
     def name(self) -> str:
@@ -71,11 +67,11 @@ class StopRequest:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if not self.armed:
             self._say("Stopped before training began; nothing was saved.\n")
-            raise SystemExit(EXIT_CODES[signal.Signals(number)])
+            raise SystemExit(STOP_EXIT_CODES[signal.Signals(number)])
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
             self._say("\nSecond Ctrl-C: stopped without saving.\n")
-            os._exit(EXIT_CODES[signal.SIGINT])
+            os._exit(STOP_EXIT_CODES[signal.SIGINT])
         self.signal = signal.Signals(number)
         note = f"\n{self.signal.name}: finishing the step and saving"
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

@@ -208,8 +208,10 @@ def end_process(code: int) -> NoReturn:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all; also before they have joined."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Returns whether this process prints for all ranks, also before they have joined."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def lost_peer(error: BaseException) -> bool:

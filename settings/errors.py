@@ -6,6 +6,17 @@ and the remedy. `train.py` prints the message without a traceback unless `traini
 
 from __future__ import annotations
 
+import signal
+
+STOP_EXIT_CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGUSR2: 143,  # submitit's default before a job's time is over
+    signal.SIGHUP: 143,
+}
+"""Signals that save and end a run, and the exit code of each."""
+
 
 class UserError(Exception):
     """A message for the user; programmer mistakes are assertions instead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,11 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    GlobalRank,
+    ProcessFailure,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
@@ -127,6 +133,7 @@ def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
     output, _ = child.communicate(timeout=60)
     assert child.returncode != 0
     assert "Stopped by SIGTERM at step" in output, output
+    assert "torchrun reports the stop as a failure below; the checkpoint is complete" in output
     run = only_run(tmp_path / "runs")
     (saved,) = run.glob("checkpoint_*.pt")
     assert len(load_checkpoint(saved)["rng"]) == 2
@@ -136,6 +143,21 @@ def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
     )
     assert f"Starting training from iteration {step}..." in output
     assert numbers(run, "train/loss")[0][-1] < 6
+
+
+def test_torchrun_closes_with_the_cause_of_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a config error, which ends a process before torch is imported, and of a data error."""
+    for word, cause in {"batch_sise=8": "batch_size", f"parquet_dir={tmp_path}": "parquet"}.items():
+        report = tmp_path / f"{cause}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", os.fspath(report))
+        with contextlib.suppress(SystemExit):
+            run_here([word, "device=cpu"])
+        failure = ProcessFailure(0, 1, 2, os.fspath(report))
+        closing = str(ChildFailedError("train.py", {GlobalRank(0): failure}))
+        last = closing.partition("traceback : ")[2]
+        assert cause in last and len(last.splitlines()) <= 4, closing
 
 
 def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_the_environment_is_read_in_one_place_per_room() -> None:
         if "os.environ" in ast.unparse(tree(path)) or "os.getenv" in ast.unparse(tree(path))
     }
     # The index cache follows XDG_CACHE_HOME; of several processes one tells of a mistake.
-    assert readers <= {"engine.world", "data.index", "config"}
+    assert readers <= {"engine.world", "data.index", "config", "settings.torchrun"}
 
 
 def test_models_name_no_device_dtype_or_rank() -> None:

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from config import DataError, DataLoaderConfig
+from config import STOP_EXIT_CODES, DataError, DataLoaderConfig
 from data import feed, loader, order
 from data.dataset import Plan
 from tests.batches import G, T, read, spec
@@ -415,7 +415,7 @@ def test_workers_ignore_the_signals_of_the_group(corpus: Path, expected: torch.T
     with data.TrainLoader(opened(corpus), spec(), config) as batches:
         next(batches)
         for process in multiprocessing.active_children():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in STOP_EXIT_CODES:
                 assert process.pid
                 os.kill(process.pid, number)
         for step in range(1, STEPS):

@@ -1,0 +1,31 @@
+"""Gives torchrun the reason why a process ended, so that its report closes with it.
+
+torchrun prints a traceback of its own and a report of every failed process after the processes have
+ended, and exits with 1 whatever their exit codes were. Its report quotes the file that it names in
+TORCHELASTIC_ERROR_FILE; without that file the user's last lines are "traceback : To enable
+traceback see ...". Format: torch/distributed/elastic/multiprocessing/errors/error_handler.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def started_by_torchrun() -> bool:
+    """Returns whether torchrun started this process."""
+    return _ERROR_FILE in os.environ
+
+
+def report_to_torchrun(message: str) -> None:
+    """Writes why this process ends where torchrun looks for it; does nothing without torchrun."""
+    path = os.environ.get(_ERROR_FILE)
+    if not path:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
