@@ -80,7 +80,8 @@ def export(args: argparse.Namespace) -> list[str]:
     device = resolve_device(SystemConfig(device=args.device).device)
     model, config, tokenizer = open_model(args.checkpoint, device)
     weights, texts, lines = own_tensors(model), description(config, tokenizer), []
-    count = sum(value.numel() for value in weights.values())
+    parameters = dict(model.named_parameters())
+    count = sum(value.numel() for value in parameters.values())
     following = f"Next: python sample.py {args.out}"
     if args.format == "upstream":
         weights, texts = _upstream(model, config)
@@ -89,7 +90,7 @@ def export(args: argparse.Namespace) -> list[str]:
         quantized = QuantizedWeights(model, config.low_precision)
         weights, lines = quantized.tensors(), [quantized.line()]
     elif args.dtype:
-        weights = {name: value.to(DTYPES[args.dtype]) for name, value in weights.items()}
+        weights |= {name: value.to(DTYPES[args.dtype]) for name, value in parameters.items()}
     size = write_export(args.out, weights, texts)
     sizes = f"{size_text(size)}, {size / count:.2f} bytes per parameter"
     whole = f"{size_text(4 * count)} in float32"

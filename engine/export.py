@@ -129,7 +129,10 @@ def read_weights(path: Path, model: nn.Module) -> None:
     own = own_tensors(model)
     device = next(iter(own.values())).device
     found = _load(path, device)
+    computed = dict(model.named_buffers())  # exports of earlier versions lack them
     for name, value in own.items():
+        if name not in found and name in computed:
+            continue
         if name not in found:
             raise CheckpointError(f"{path}: {name} is missing.")
         packed = any(other.startswith(name + STATE) for other in found)
@@ -137,7 +140,7 @@ def read_weights(path: Path, model: nn.Module) -> None:
         if stored.shape != value.shape:
             shapes = f"{tuple(stored.shape)}, the model's is {tuple(value.shape)}"
             raise CheckpointError(f"{path}: {name} is {shapes}.")
-        if stored.dtype not in FLOATS:
+        if stored.dtype not in FLOATS and stored.dtype != value.dtype:
             raise CheckpointError(f"{path}: {name} holds {stored.dtype}, no weights.")
         value.copy_(stored)
     if found:

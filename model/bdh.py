@@ -22,6 +22,8 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ from model.layers import product_dtype
 from model.products import PlainProducts, Products
 
 INIT_STD = 0.02
+UPSTREAM_FREQUENCIES = "attn.freqs"
 
 
 class BDH(nn.Module):
@@ -44,7 +47,13 @@ class BDH(nn.Module):
 
     The neurons of a head are stored in two halves: the first members of all rotated pairs, then
     the second members, so that rotation needs no strided access. The reference interleaves them.
+
+    `frequencies` are part of the weights: a model that was grown or merged from others keeps those
+    of its parts, which do not follow from its size. They stay in float64 on the CPU, whatever the
+    model is moved or cast to: angles are computed there, and some devices have no float64.
     """
+
+    _ddp_params_and_buffers_to_ignore = ("frequencies",)  # backends of devices cannot send it
 
     max_context: int | None = None
 
@@ -58,6 +67,8 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.empty(H, D, N))  # G
         self.decoder = nn.Parameter(torch.empty(H * N, D))  # F
         self.lm_head = nn.Parameter(torch.empty(D, V))
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", rope_frequencies(N))  # turns per token, (N/2,)
         self.fused = False  # whether the elementwise passes are compiled
         self.products: Products = PlainProducts()
         self.projections: Projecting | None = None  # who multiplies by the weights; None: kernels
@@ -139,6 +150,7 @@ class BDH(nn.Module):
         return BDHState(
             sums=self.encoder.new_zeros(shape, dtype=exact),
             rows_v=self.encoder_v.detach().mT.reshape(-1, D) if self.encoder.is_cpu else None,
+            frequencies=self.frequencies,
         )
 
     @torch.no_grad()
@@ -169,8 +181,22 @@ class BDH(nn.Module):
             if len(self._rotations) >= 4:
                 self._rotations.clear()
             with torch.inference_mode(False):  # they are for training too
-                self._rotations[key] = rotation(self.encoder.shape[2], *key)
+                self._rotations[key] = rotation(self.frequencies, *key)
         return self._rotations[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BDH:
+        """Moves or casts everything but the frequencies, for `to`, `half` and the like."""
+        frequencies = self._buffers.pop("frequencies")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        self._buffers["frequencies"] = frequencies
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes weights saved before frequencies were: theirs are those of a new model."""
+        self._rotations.clear()
+        if f"{prefix}frequencies" not in state:
+            state = state | {f"{prefix}frequencies": rope_frequencies(self.shape[2])}
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def activity(self, tokens: Tensor, documents: Tensor | None = None) -> dict[str, list[float]]:
@@ -227,23 +253,57 @@ class BDH(nn.Module):
         return 3 * (self.config.n_layer * (projections + attention) + head)
 
 
-def from_upstream(state: dict[str, Tensor], config: BDHConfig) -> BDH:
-    """A BDH with the weights of a state dict in the public reference's layout.
+def from_upstream(state: Mapping[str, Tensor], config: BDHConfig) -> BDH:
+    """A BDH with the weights and frequencies of a state dict in the public reference's layout.
 
-    `attn.freqs` is a constant and ignored. Raises ValueError on missing names or other shapes.
+    Raises ValueError for names too many or too few, other shapes and numbers that are not finite.
     """
     model = BDH(config)
-    own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
+    H, _, N = model.shape
+    shapes = {name: value.shape for name, value in to_upstream(model).items()}
+    state = without_wrappers(state)
+    missing = sorted(shapes.keys() - state.keys() - {UPSTREAM_FREQUENCIES})
     if missing:
         raise ValueError(f"upstream BDH weights lack {', '.join(missing)}; found {sorted(state)}")
-    H, N = model.encoder.shape[0], model.encoder.shape[2]
-    for name, value in own.items():
-        if state[name].shape != value.shape:
-            expected, found = tuple(value.shape), tuple(state[name].shape)
+    if extra := sorted(state.keys() - shapes.keys()):
+        raise ValueError(f"no weight of an upstream BDH: {', '.join(extra)}")
+    for name, value in state.items():
+        if value.shape != shapes[name]:
+            expected, found = tuple(shapes[name]), tuple(value.shape)
             raise ValueError(f"upstream BDH weight {name}: expected {expected}, found {found}")
-        value.copy_(_reorder(name, state[name], torch.arange(N).view(-1, 2).mT.reshape(-1), H))
+        if not value.isfinite().all():
+            raise ValueError(f"upstream BDH weight {name}: holds NaN or infinite numbers")
+    order = torch.arange(N).view(-1, 2).mT.reshape(-1)
+    own = {name: _reorder(name, value, order, H) for name, value in state.items()}
+    if (stored := own.pop(UPSTREAM_FREQUENCIES, None)) is not None:
+        own["frequencies"] = _pair_frequencies(stored.flatten())
+    model.load_state_dict(own)
     return model
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that DDP and torch.compile put before every name."""
+    for prefix in ("module.", "_orig_mod.", "module."):  # either may be around the other
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return dict(state)
+
+
+def _pair_frequencies(stored: Tensor) -> Tensor:
+    """The frequency of each pair in float64, of those of each neuron in the reference's order.
+
+    The reference stores what it computes in float32. Where that is what a new model has, its exact
+    value is taken.
+    """
+    first, second = stored.double().view(-1, 2).unbind(1)
+    if not torch.equal(first, second):
+        pair = int((first != second).nonzero()[0])
+        raise ValueError(
+            f"upstream BDH weight {UPSTREAM_FREQUENCIES}: neurons {2 * pair} and {2 * pair + 1} "
+            "are a pair and have two frequencies, which is no rotation"
+        )
+    usual = rope_frequencies(len(stored))
+    return usual if torch.allclose(first, usual, rtol=1e-6, atol=0) else first
 
 
 def to_upstream(model: BDH) -> dict[str, Tensor]:
@@ -253,9 +313,10 @@ def to_upstream(model: BDH) -> dict[str, Tensor]:
     state = {
         name: _reorder(name, value.detach(), order.to(value.device), H).clone()
         for name, value in model.state_dict().items()
+        if name != "frequencies"
     }
-    state["attn.freqs"] = rope_frequencies(N).float().repeat_interleave(2).view(1, 1, 1, N)
-    return state
+    pairs = model.frequencies.float().repeat_interleave(2)
+    return state | {UPSTREAM_FREQUENCIES: pairs.view(1, 1, 1, N)}
 
 
 def _reorder(name: str, value: Tensor, order: Tensor, heads: int) -> Tensor:

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bdh_tiles import rope_frequencies
-
 _FEW = 0.15  # active neurons, up to which picking their rows is faster than taking all (CPU)
 
 Pair = tuple[Tensor, Tensor]
@@ -35,11 +33,9 @@ class BDHState:
 
     sums: Tensor  # (n_layer, H, B, 2, P, D)
     rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), where active rows are picked
+    frequencies: Tensor  # turns per token of each pair, (P,) in float64
     position: int = 0  # tokens seen
     frame: int = 0  # the position that the sums are turned to
-
-    def __post_init__(self) -> None:
-        self.frequencies = rope_frequencies(2 * self.sums.shape[4])  # turns per token
 
     def turn(self) -> None:
         """Turns the sums to the present position."""

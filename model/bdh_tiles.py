@@ -31,19 +31,19 @@ class Rotation(NamedTuple):
 
 
 def rope_frequencies(neurons: int) -> Tensor:
-    """Turns per token of each pair (N/2,): theta ** (-2i/N) / (2 pi), in float64."""
+    """Turns per token of each pair (N/2,) of a new model: theta ** (-2i/N) / (2 pi), in float64."""
     exponent = torch.arange(0, neurons, 2, dtype=torch.float64) / neurons
     return ROPE_THETA**-exponent / (2 * math.pi)
 
 
-def rotation(neurons: int, chunk: int, dtype: torch.dtype, device: torch.device) -> Rotation:
-    """The angles of a chunk of tokens, for products in this dtype.
+def rotation(frequencies: Tensor, chunk: int, dtype: torch.dtype, device: torch.device) -> Rotation:
+    """The angles of a chunk of tokens, for products in this dtype; frequencies in float64, (N/2,).
 
     Phases are counted in turns and reduced modulo one before the cosine: at large positions the
     angle itself would have no digits left after the point.
     """
     tokens = torch.arange(chunk + 1, dtype=torch.float64)
-    angles = torch.outer(tokens, rope_frequencies(neurons)).remainder(1.0) * (2 * math.pi)
+    angles = torch.outer(tokens, frequencies).remainder(1.0) * (2 * math.pi)
     cos, sin = angles.cos(), angles.sin()
     exact = torch.promote_types(dtype, torch.float32)
     ends = (part[-1].to(device, exact) for part in (cos, sin))

@@ -83,7 +83,8 @@ def problem(shape: Sequence[int] = (2, 12, 6, 4, 20), seed: int = 0, std: float 
 
 
 def call_for(inputs: Inputs, tiling: Tiling, dtype: torch.dtype | None = None, **rest: Any) -> Call:
-    angles = rotation(inputs[1].shape[2], tiling.chunk, dtype or inputs[0].dtype, CPU)
+    frequencies = rope_frequencies(inputs[1].shape[2])
+    angles = rotation(frequencies, tiling.chunk, dtype or inputs[0].dtype, CPU)
     defaults: dict[str, Any] = {"n_layer": 2, "dropout": 0.0, "passes": EAGER}
     return Call(rotation=angles, tiling=tiling, **{**defaults, **rest})
 

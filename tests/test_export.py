@@ -232,7 +232,7 @@ def test_weights_in_bfloat16_take_half_and_load(run: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     assert export.main([os.fspath(run), os.fspath(out), "--dtype", "bfloat16"]) == 0
     model, (again, _) = load_model(run)[0], load_model(out)
-    for name, value in again.state_dict().items():
+    for name, value in again.named_parameters():
         assert torch.equal(value, model.state_dict()[name].bfloat16().float())
     assert load_file(out / "model.safetensors")["encoder"].dtype is torch.bfloat16
 

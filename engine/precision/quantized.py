@@ -80,11 +80,12 @@ class QuantizedWeights:
     def line(self, first_step: int | None = None) -> str:
         """What is in 4 bits, counted; first_step: of those trained so."""
         low = self.low_precision
+        trained = [p for p in self._all.values() if isinstance(p, nn.Parameter)]
         how = [low.quantization_type, "double quantization" if low.use_double_quant else ""]
         how += [f"from step {first_step}" if first_step is not None else ""]
-        counts = [sum(p.numel() for p in all_.values()) for all_ in (self._quantized, self._all)]
+        counts = [sum(p.numel() for p in each) for each in (self._quantized.values(), trained)]
         return (
-            f"4-bit weights: {len(self._quantized)} of {len(self._all)} tensors, {counts[0]:,} of "
+            f"4-bit weights: {len(self._quantized)} of {len(trained)} tensors, {counts[0]:,} of "
             f"{counts[1]:,} parameters ({', '.join(filter(None, how))})"
             + (f"; {' and '.join(self._left_out)} left out" if self._left_out else "")
         )
