@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -153,7 +154,8 @@ class ParquetText:
         return [
             f"Data: {self.index.root}: {ledger.files:,} files, {ledger.rows:,} rows, about "
             f"{_short(ledger.tokens)} tokens: {_short(ledger.train_tokens)} to train on, "
-            f"{_short(ledger.test_tokens)} held out"
+            f"{_short(ledger.test_tokens)} held out",
+            *unprotected_lines(self.index),
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -233,19 +235,35 @@ def check_row_groups(index: Index) -> None:
     large = int((sizes > _LARGE_GROUP_BYTES).sum())
     if large:
         largest = int(sizes.argmax())
-        option = "" if index.column == "text" else f" --text-column {index.column}"
         log.warning(
             "%d of %d row groups hold more than %d MB, the largest %.0f MB (%s): reading is slow, "
             "as parts of them are decoded again and again. Rewrite the data in small row groups: "
-            "python prepare.py %s OUT%s",
+            "%s",
             large,
             len(sizes),
             _LARGE_GROUP_BYTES >> 20,
             sizes[largest] / (1 << 20),
             index.group_name(largest),
-            index.root,
-            option,
+            _rewrite_command(index),
         )
+
+
+def unprotected_lines(index: Index) -> list[str]:
+    """A line on files without page checksums, if there are any."""
+    count = int(index.unprotected.sum())
+    if not count:
+        return []
+    first = index.path(int(index.unprotected.argmax()))
+    return [
+        f"Page checksums: none in {count:,} of {len(index.paths):,} files ({first}): damage to "
+        f"their text may go unnoticed. To add them: {_rewrite_command(index)}"
+    ]
+
+
+def _rewrite_command(index: Index) -> str:
+    """How the folder is written anew, in small row groups with page checksums."""
+    option = [] if index.column == "text" else ["--text-column", index.column]
+    return shlex.join(["python", "prepare.py", index.root, "OUT", *option])
 
 
 def characters(index: Index, config: DatasetConfig) -> list[str]:
@@ -256,7 +274,7 @@ def characters(index: Index, config: DatasetConfig) -> list[str]:
     root = os.path.realpath(index.root)
     cache = cache_path("characters", root, index.column, names, digest.hexdigest())
     known = load_arrays(cache)
-    if known is None or "points" not in known:
+    if known is None:
         known = {"points": _code_points(index, config)}
         save_arrays(cache, known)
     return [chr(point) for point in known["points"]]

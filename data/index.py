@@ -10,11 +10,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import io
 import logging
 import os
-import zipfile
+import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +32,22 @@ GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls")  # nulls: -1 where
 UNIT_BYTES = 4 << 20  # of text whose bytes are its tokens
 ENCODED_UNIT_BYTES = 1 << 19  # of text to be encoded, which takes 50 times as long
 UNIT_ROWS = 16_384
-_CACHE_VERSION = 1
+File: TypeAlias = tuple[str, int, int]
+"""(relative path, size, mtime in ns)"""
+Footer: TypeAlias = tuple[Integers, bool]
+"""(row groups as rows of GROUP_FIELDS, whether pages carry no checksum)"""
+_CACHE_VERSION = 2
+_DIGEST_BYTES = 16
+_PAGE_HEADER_BYTES = 32  # hold the first four fields
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The files of a directory and their row groups; the columns of `groups` are GROUP_FIELDS."""
+    """The files of a directory and their row groups; the columns of `groups` are GROUP_FIELDS.
+
+    `unprotected` tells which files carry no page checksums, so that a flipped bit in their text
+    cannot be noticed.
+    """
 
     root: str
     column: str
@@ -45,6 +56,7 @@ class Index:
     mtimes_ns: Integers
     group_counts: Integers
     groups: Integers
+    unprotected: npt.NDArray[np.bool_]
     skipped: tuple[str, ...] = ()
 
     @property
@@ -92,28 +104,30 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
     readable parquet file with that text column, or skips such files with a warning.
     """
     found = _find_files(root)
-    names = [name for name, _, _ in found]
-    stats = np.array([(size, mtime) for _, size, mtime in found], dtype=np.int64)
     cache = cache_path("index", os.path.realpath(root), column)
     cached = _load_cached(cache)
-    if cached is None or cached.names != names or not np.array_equal(cached.stats, stats):
+    skipped: list[str] = []
+    if cached is None or cached.files != found:
         known = {} if cached is None else cached.footers()
         footers, skipped = _read_footers(root, column, found, known, skip_bad)
-        kept = [i for i, name in enumerate(names) if name in footers]
-        names = [names[i] for i in kept]
-        counts = np.array([len(footers[name]) for name in names], dtype=np.int64)
-        cached = _Cached(names, stats[kept], counts, np.concatenate([footers[n] for n in names]))
+        cached = _Cached.of(footers)
         _save_cached(cache, cached)
-    else:
-        skipped = []
-    sizes, mtimes = cached.stats[:, 0], cached.stats[:, 1]
+    names, sizes, mtimes = zip(*cached.files, strict=True)
     return Index(
-        root, column, tuple(names), sizes, mtimes, cached.counts, cached.groups, tuple(skipped)
+        root,
+        column,
+        names,
+        np.array(sizes, dtype=np.int64),
+        np.array(mtimes, dtype=np.int64),
+        cached.counts,
+        cached.groups,
+        cached.unprotected,
+        tuple(skipped),
     )
 
 
-def _find_files(root: str) -> list[tuple[str, int, int]]:
-    """(relative path, size, mtime in ns) of every parquet file, in bytewise order."""
+def _find_files(root: str) -> list[File]:
+    """Every parquet file, in bytewise order."""
     if not os.path.isdir(root):
         if os.path.exists(root):
             parent = os.path.dirname(root) or "."
@@ -122,7 +136,7 @@ def _find_files(root: str) -> list[tuple[str, int, int]]:
             f"dataset.parquet_dir '{root}': not found (working directory: {os.getcwd()}). "
             "Correct the path, or make it: python prepare.py SOURCE OUT"
         )
-    found: list[tuple[str, int, int]] = []
+    found: list[File] = []
     others: collections.Counter[str] = collections.Counter()
     try:
         _walk(root, "", found, others, set())
@@ -140,7 +154,7 @@ def _find_files(root: str) -> list[tuple[str, int, int]]:
 def _walk(
     root: str,
     prefix: str,
-    found: list[tuple[str, int, int]],
+    found: list[File],
     others: collections.Counter[str],
     visited: set[str],
 ) -> None:
@@ -164,21 +178,17 @@ def _walk(
 
 
 def _read_footers(
-    root: str,
-    column: str,
-    found: list[tuple[str, int, int]],
-    known: dict[tuple[str, int, int], Integers],
-    skip_bad: bool,
-) -> tuple[dict[str, Integers], list[str]]:
-    """The row groups of each readable file, and a message for each other one."""
-    footers: dict[str, Integers] = {}
+    root: str, column: str, found: list[File], known: dict[File, Footer], skip_bad: bool
+) -> tuple[dict[File, Footer], list[str]]:
+    """The footer of each readable file, and a message for each other one."""
+    footers: dict[File, Footer] = {}
     skipped: list[str] = []
     for entry in found:
         if entry in known:
-            footers[entry[0]] = known[entry]
+            footers[entry] = known[entry]
             continue
         try:
-            footers[entry[0]] = read_footer(os.path.join(root, entry[0]), column)
+            footers[entry] = read_footer(os.path.join(root, entry[0]), column)
         except DataError as error:
             if not skip_bad:
                 raise
@@ -189,23 +199,41 @@ def _read_footers(
     return footers, skipped
 
 
-def read_footer(path: str, column: str) -> Integers:
-    """The row groups of one file, as rows of GROUP_FIELDS; raises DataError that says why not."""
+def read_footer(path: str, column: str) -> Footer:
+    """What the footer of one file says; raises DataError that says why it cannot be read."""
     try:
         with pa.OSFile(path) as file:  # a path would cost 15 us more, for a look at file systems
             metadata = pq.read_metadata(file)
-        number = _column_number(metadata, column, path)
-        rows = []
-        for group in range(metadata.num_row_groups):
-            row_group = metadata.row_group(group)
-            chunk = row_group.column(number)
-            statistics = chunk.statistics
-            nulls = statistics.null_count if statistics and statistics.has_null_count else -1
-            sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
-            rows.append((row_group.num_rows, *sizes, nulls))
+            number = _column_number(metadata, column, path)
+            rows, first_page = [], 0
+            for group in range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                chunk = row_group.column(number)
+                statistics = chunk.statistics
+                nulls = statistics.null_count if statistics and statistics.has_null_count else -1
+                sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
+                rows.append((row_group.num_rows, *sizes, nulls))
+                first_page = first_page or chunk.dictionary_page_offset or chunk.data_page_offset
+            header = file.read_at(_PAGE_HEADER_BYTES, first_page) if first_page else b""
     except (OSError, pa.ArrowException) as error:
         raise DataError(_diagnose(path, error)) from None
-    return np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
+    groups = np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
+    return groups, bool(header) and not _has_checksum(header)
+
+
+def _has_checksum(header: bytes) -> bool:
+    """Whether the header of a page (Thrift's compact encoding) has field 4, its CRC-32.
+
+    Fields 1 to 3, all required, are 32-bit integers: the byte 0x15 (the next field, an integer) and
+    a number of up to five bytes, of which all but the last have their high bit set.
+    """
+    place = 0
+    for _ in range(3):
+        place += 1
+        while place < len(header) and header[place] & 0x80:
+            place += 1
+        place += 1
+    return header[place : place + 1] == b"\x15"
 
 
 def _column_number(metadata: Any, column: str, path: str) -> int:
@@ -267,34 +295,44 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
-    """What the cache file holds: the index before paths and sizes are checked."""
+    """What the cache file holds: the footers of files by name, size and mtime."""
 
-    names: list[str]
-    stats: Integers  # (files, 2): size, mtime in ns
+    files: list[File]
     counts: Integers
     groups: Integers
+    unprotected: npt.NDArray[np.bool_]
 
-    def footers(self) -> dict[tuple[str, int, int], Integers]:
-        """The row groups by (relative path, size, mtime)."""
+    @classmethod
+    def of(cls, footers: dict[File, Footer]) -> _Cached:
+        """These footers."""
+        groups = [groups for groups, _ in footers.values()]
+        counts = np.array([len(each) for each in groups], dtype=np.int64)
+        flags = np.array([flag for _, flag in footers.values()], dtype=np.bool_)
+        return cls(list(footers), counts, np.concatenate(groups), flags)
+
+    def footers(self) -> dict[File, Footer]:
+        """The footer of each file."""
         parts = np.split(self.groups, np.cumsum(self.counts)[:-1])
-        rows = zip(self.names, self.stats.tolist(), parts, strict=True)
-        return {(name, size, mtime): part for name, (size, mtime), part in rows}
+        footers = zip(parts, self.unprotected.tolist(), strict=True)
+        return dict(zip(self.files, footers, strict=True))
 
 
 def _load_cached(path: str) -> _Cached | None:
     arrays = load_arrays(path)
-    if arrays is None or not {"names", "stats", "counts", "groups"} <= arrays.keys():
+    if arrays is None:
         return None
     names = os.fsdecode(arrays["names"].tobytes()).split("\0")
-    cached = _Cached(names, arrays["stats"], arrays["counts"], arrays["groups"])
-    fits = len(names) == len(cached.stats) == len(cached.counts)
-    return cached if fits and cached.counts.sum() == len(cached.groups) else None
+    stats = arrays["stats"].tolist()
+    files = [(name, size, mtime) for name, (size, mtime) in zip(names, stats, strict=True)]
+    return _Cached(files, arrays["counts"], arrays["groups"], arrays["unprotected"])
 
 
 def _save_cached(path: str, cached: _Cached) -> None:
-    names = np.frombuffer(os.fsencode("\0".join(cached.names)), dtype=np.uint8)
-    table = {"stats": cached.stats, "counts": cached.counts, "groups": cached.groups}
-    save_arrays(path, {"names": names, **table})
+    names = os.fsencode("\0".join(name for name, _, _ in cached.files))
+    stats = np.array([file[1:] for file in cached.files], dtype=np.int64)
+    table = {"stats": stats, "counts": cached.counts, "groups": cached.groups}
+    flags = {"unprotected": cached.unprotected, "names": np.frombuffer(names, dtype=np.uint8)}
+    save_arrays(path, table | flags)
 
 
 def cache_path(kind: str, *identity: str) -> str:
@@ -306,26 +344,49 @@ def cache_path(kind: str, *identity: str) -> str:
 
 
 def load_arrays(path: str) -> dict[str, npt.NDArray[Any]] | None:
-    """A file of the cache; None where there is none or it is damaged (zip records carry a CRC)."""
+    """What `save_arrays` wrote; None where there is none, and where it is anything else, aloud.
+
+    The digest is compared before anything is parsed, so what passes is as it was written.
+    """
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            digest, content = file.read(_DIGEST_BYTES), file.read()
+        if digest != _digest(path, content):
+            raise ValueError("not as it was written")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log.warning("Cache %s: %s; it is made again from the data", path, reason)
         return None
 
 
 def save_arrays(path: str, arrays: dict[str, Any]) -> None:
     """Write it beside and rename; a cache that cannot be written is only slower."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            file.write(_digest(path, content.getbuffer()))
+            file.write(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
         log.debug("no cache: %s", error)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def _digest(path: str, content: bytes | memoryview) -> bytes:
+    """Of the content and of the name, which tells what it is the cache of."""
+    digest = hashlib.blake2b(os.fsencode(os.path.basename(path)), digest_size=_DIGEST_BYTES)
+    digest.update(content)
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
     pieces: list[Piece] = []
     for path in files:
         if path.suffix == ".parquet":
-            for group, (rows, _, size, _) in enumerate(read_footer(str(path), column).tolist()):
+            for group, (rows, _, size, _) in enumerate(read_footer(str(path), column)[0].tolist()):
                 parts = max(1, min(-(-size // PIECE_BYTES), _MOST_PARTS, rows))
                 bounds = [rows * part // parts for part in range(parts + 1)]
                 pieces += [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
+import prepare
 from config import DataError, DatasetConfig, TokenizerConfig
 from data import folder as folder_module
 from data import index as index_module
-from data import order, parquet
+from data import parquet
 from tests.parquet_folder import (
     encoded,
     folder_of,
@@ -328,7 +332,7 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     read: list[str] = []
     real = index_module.read_footer
 
-    def noted(path: str, column: str) -> order.Integers:
+    def noted(path: str, column: str) -> index_module.Footer:
         read.append(path)
         return real(path, column)
 
@@ -340,18 +344,61 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     assert read == [str(changed)]
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 junk"])
-def test_a_damaged_or_unwritable_cache_only_costs_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+def test_whatever_the_cache_holds_it_is_made_again_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = marked(tmp_path / "data")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    opened(tmp_path / "data")
+    summary = opened(tmp_path / "data").summary()
     (cache,) = (tmp_path / "cache" / "hatchery").iterdir()
-    cache.write_bytes(damage)
+    clean, draw = cache.read_bytes(), random.Random(4)
+    archive = io.BytesIO()
+    np.savez(archive, names=np.zeros(3), stats=np.full(9, -1), groups=np.array("x"))
+    damages = [b"", b"junk", b"PK\x03\x04 junk", archive.getvalue(), clean[16:], clean + b"\0"]
+    damages += [clean[: draw.randrange(len(clean))] for _ in range(16)]
+    for _ in range(28):
+        damaged = bytearray(clean)
+        damaged[draw.randrange(len(clean))] ^= 1 << draw.randrange(8)
+        damages.append(bytes(damaged))
+    assert not caplog.records
+    for damage in damages:
+        cache.write_bytes(damage)
+        caplog.clear()
+        assert opened(tmp_path / "data").summary() == summary
+        (line,) = caplog.messages
+        assert line == f"Cache {cache}: not as it was written; it is made again from the data"
+        assert cache.read_bytes() == clean
+    other = cache.with_name("index-0.npz")
+    index_module.save_arrays(str(other), {"names": np.zeros(3)})
+    other.replace(cache)  # whole, and of something else
     assert texts_of(opened(tmp_path / "data")) == texts
+    cache.unlink()
+    for kind in ("folder", "FIFO"):
+        cache.mkdir() if kind == "folder" else os.mkfifo(cache)
+        caplog.clear()
+        assert texts_of(opened(tmp_path / "data")) == texts
+        assert "not a regular file" in caplog.text
+        cache.rmdir() if kind == "folder" else cache.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "part_0.parquet"))
     assert texts_of(opened(tmp_path / "data")) == texts
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_files_without_page_checksums_are_counted_at_the_start(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    for name, protected in (("a", True), ("b", False), ("c", False)):
+        path = tmp_path / "it's" / f"{name}.parquet"
+        write(path, ["text " * 9] * 30, write_page_checksum=protected, **options)
+    (line,) = opened(path.parent).lines()[1:]
+    assert line == (
+        f"Page checksums: none in 2 of 3 files ({path.with_name('b.parquet')}): damage to their "
+        f"text may go unnoticed. To add them: python prepare.py "
+        f"{shlex.quote(str(path.parent))} OUT"
+    )
+    assert opened(path.parent).lines()[1:] == [line]  # from the cache
+    assert prepare.main([str(path.parent), str(tmp_path / "new")]) == 0
+    assert len(opened(tmp_path / "new").lines()) == 1
 
 
 def test_the_fingerprint_names_the_first_difference(tmp_path: Path) -> None:
