@@ -36,6 +36,7 @@ from settings.problems import Origin, Problem, raise_problems
 from settings.rules import check_rules, nearest_multiples, setting
 from settings.schema import Form, Schema, option, schema_of
 from settings.sources import read_layers
+from settings.terminal import printable
 from settings.torchrun import report_to_torchrun as report_to_torchrun
 from settings.torchrun import started_by_torchrun as started_by_torchrun
 from settings.translate import translate
@@ -330,7 +331,7 @@ class Config(_Sections):
         arguments.files = [os.fspath(path)]
         request = _load(arguments)
         for note in request.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note)}", file=sys.stderr)
         return request.config
 
     @staticmethod

@@ -60,6 +60,7 @@ from compare.table import (
 )
 from config import ConfigError, DataError, UserError
 from engine.metrics import duration
+from settings.terminal import printable
 
 _SHOWN = 6  # names in a message
 _WIDEST = 40  # a value in the table of differences; --json has all of it
@@ -126,7 +127,7 @@ def open_runs(words: Sequence[str]) -> list[Run]:
             print(error, file=sys.stderr)
     for run, label in zip(runs, labels(runs), strict=True):
         for problem in run.problems:
-            print(f"{label}: {problem}", file=sys.stderr)
+            print(printable(f"{label}: {problem}"), file=sys.stderr)
     return runs
 
 
@@ -185,7 +186,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
         *_data_lines(runs),
         *_pair_lines(runs),
     ]
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
 
 
 def _results(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -325,13 +326,13 @@ def _plain(value: Any) -> Any:
 def show_plot(arguments: argparse.Namespace) -> None:
     """A picture of curves."""
     draw(open_runs(arguments.runs), arguments.output, arguments.metric, arguments.x)
-    print(f"Wrote {arguments.output}")
+    print(printable(f"Wrote {arguments.output}"))
 
 
 def show_report(arguments: argparse.Namespace) -> None:
     """A page for a browser."""
     write_report(open_runs(arguments.runs), arguments.output)
-    print(f"Wrote {arguments.output}: open it in a browser")
+    print(printable(f"Wrote {arguments.output}: open it in a browser"))
 
 
 _COMMANDS = {

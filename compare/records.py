@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from engine.manifest import METRICS, steps_in
+from engine.manifest import MAX_BYTES, METRICS, steps_in
+from settings.files import open_regular, read_regular
 
 _SHOWN = 5  # names in a message
 _BLOCK = 1 << 16
@@ -51,7 +52,7 @@ def reason(error: OSError) -> str:
 def read_records(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """All whole records of a run directory in order, and one line on what was left out."""
     try:
-        lines = (path / METRICS).read_bytes().splitlines(keepends=True)
+        lines = read_regular(path / METRICS, MAX_BYTES).splitlines(keepends=True)
     except OSError as error:
         return [], (f"{METRICS}: {reason(error)}",)
     parsed = [_parse(line) for line in lines]
@@ -77,7 +78,7 @@ def read_tail(path: Path, problems: list[str]) -> tuple[dict[str, Any], _Best, f
     best: _Best = (None, None)
     last, changed = dict[str, Any](), 0.0
     try:
-        with (path / METRICS).open("rb") as file:
+        with open(path / METRICS, "rb", opener=open_regular) as file:
             status = os.fstat(file.fileno())
             changed = status.st_mtime
             last, best = _newest(file.fileno(), status.st_size)

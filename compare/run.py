@@ -27,8 +27,9 @@ from typing import Any
 
 from compare.records import mapping, number, read_records, read_tail, reason, text, whole
 from config import SECTIONS, Config, ConfigError, DataError
-from engine.manifest import CONFIG, ENVIRONMENT, LOCK, METRICS, steps_in
+from engine.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from settings import dialects
+from settings.files import open_regular, read_regular
 from settings.names import resolve
 from settings.reader import Group, read_file
 from settings.schema import Schema, schema_of
@@ -244,7 +245,7 @@ def _is_run(folder: Path, names: Iterable[str]) -> bool:
 
 def _read_environment(path: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
-        value = json.loads((path / ENVIRONMENT).read_bytes())
+        value = json.loads(read_regular(path / ENVIRONMENT, MAX_BYTES))
     except OSError as error:
         problems.append(f"{ENVIRONMENT}: {reason(error)}")
         return {}
@@ -259,7 +260,7 @@ def _read_config(
     path: Path, environment: Mapping[str, Any], problems: list[str]
 ) -> Mapping[str, Any]:
     try:
-        data = (path / CONFIG).read_bytes()
+        data = read_regular(path / CONFIG, MAX_BYTES)
     except OSError as error:
         problems.append(f"{CONFIG}: {reason(error)}")
         return {}
@@ -338,7 +339,7 @@ def _state(run: Run, changed: float) -> str:
 def _lock(path: Path) -> str:
     """held, free (by a process of this machine), or unseen: of another machine, or not there."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_regular(path, os.O_RDONLY)
     except OSError:
         return "unseen"
     try:

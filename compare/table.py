@@ -20,6 +20,7 @@ from compare.run import Run, labels, schema
 from config import ConfigError
 from engine.metrics import short
 from settings.names import resolve
+from settings.terminal import printable
 from settings.values import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, RefusedError, one_line, to_text
 
 WIDTH = 100
@@ -107,6 +108,7 @@ def cell(column: Column, run: Run) -> str:
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
     """Lines of columns, close together where they would be too wide."""
+    rows = [[printable(text.replace("\n", "\\n")) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= width() else " "
     return [

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import WriteError
+from settings.files import open_regular
 
 TEMPORARY = ".tmp-"
 _CHUNK = 1 << 23
@@ -32,6 +33,10 @@ _REMEDIES = {
     errno.EPERM: "Check the owner and the permissions.",
     errno.EROFS: "The file system is read-only: point training.checkpoint_dir to another one.",
     errno.ENOTDIR: "Part of that path is a file: point training.checkpoint_dir elsewhere.",
+    errno.ENAMETOOLONG: "Shorten training.checkpoint_dir.",
+    errno.ELOOP: "Put the file itself in its place.",
+    errno.EINVAL: "Remove what stands in its place.",
+    errno.EISDIR: "Remove what stands in its place.",
     errno.EIO: "The disk reports an error: point training.checkpoint_dir to another one.",
 }
 
@@ -127,14 +132,13 @@ def write_whole(path: Path, fill: Callable[[HashedFile], object]) -> Written:
 
 
 def write_text(path: Path, text: str) -> Written:
-    """`write_whole` for a small text, as UTF-8."""
-    return write_whole(path, lambda out: out.write(text.encode()))
+    """`write_whole` for a small text, as UTF-8; names of files keep bytes that are none."""
+    return write_whole(path, lambda out: out.write(text.encode(errors="surrogateescape")))
 
 
 def _write_synced(path: Path, fill: Callable[[HashedFile], object]) -> Written:
     # The folder is locked, so a file of this name is a dead process's and may be overwritten.
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     out = HashedFile(descriptor)
     try:
         try:
@@ -183,9 +187,9 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def check_writable(folder: Path) -> None:
     """Raises WriteError unless `folder` is writable or can be created; creates nothing."""
     nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
     with explained(f"write in {folder}", nearest):
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
         if not nearest.is_dir():
             raise OSError(errno.ENOTDIR, f"{nearest} is a file")
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -207,6 +211,9 @@ def explained(
         code = error.errno or 0
         remedy = _REMEDIES.get(code, "")
         reason = error.strerror or str(error)
+        name = os.path.basename(error.filename) if isinstance(error.filename, str) else ""
+        if name and name not in action:
+            reason = f"{name}: {reason}"
         if code in _NO_SPACE:
             free = _free_text(folder)
             if needed_bytes is not None:

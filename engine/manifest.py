@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config import CheckpointError
+from settings.files import open_regular, read_regular
 
 FORMAT = 3
 CONFIG = "config.yaml"
@@ -25,6 +26,8 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 """Locked by the process that writes the directory."""
+MAX_BYTES = 1 << 30
+"""What is read of one file of a run at most, checkpoints aside."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
 _FOREIGN_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)\.pt")
 _LARGEST_MANIFEST = 1 << 20
@@ -99,8 +102,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest beside checkpoint `path`; raises CheckpointError with the reason."""
     place = manifest_path(path)
     try:
-        with place.open("rb") as file:
-            raw = file.read(_LARGEST_MANIFEST)
+        raw = read_regular(place, _LARGEST_MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.name} was not completed (no manifest {place.name})."
@@ -169,7 +171,7 @@ def _not_found(path: Path) -> str:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

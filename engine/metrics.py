@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from settings.terminal import printable
+
 RULE = "-" * 80
 
 LOCAL = ("eval/val_losses", "eval/rows")
@@ -22,20 +24,21 @@ _line = _PLAIN
 
 
 def say(*lines: str) -> None:
-    """Prints plain lines at once, also when piped.
+    """Prints plain lines at once, also when piped; control characters in them are escaped.
 
     Raises BrokenPipeError, once, when the reader has gone; after that it prints to nowhere.
     """
     try:
         for line in lines:
-            _line(line)
+            _line(printable(line))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 def warn(text: str) -> None:
-    """Prints to standard error, at once."""
+    """Prints to standard error, at once, with control characters escaped."""
+    text = printable(text)
     if sys.stderr.isatty() and _line is not _PLAIN:  # both share one terminal
         _line(text)
     else:

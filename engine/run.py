@@ -41,6 +41,7 @@ from engine.manifest import (
     CONFIG,
     ENVIRONMENT,
     LOCK,
+    MAX_BYTES,
     METRICS,
     Manifest,
     Resume,
@@ -49,6 +50,7 @@ from engine.manifest import (
     steps_in,
 )
 from engine.metrics import say
+from settings.files import open_regular, read_regular
 
 
 class RunDirectory:
@@ -212,7 +214,7 @@ class RunDirectory:
         A POSIX lock, because a forked data worker does not inherit it: one that outlives a killed
         run for a moment would keep a flock held.
         """
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
         self._held.callback(os.close, descriptor)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,7 +263,7 @@ class RunDirectory:
 
     def _known(self, folder: Path) -> dict[str, Any]:
         """What of a run a list of runs wants to know, so that it need not work it out."""
-        saved = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+        saved = hashlib.sha256(read_regular(folder / CONFIG, MAX_BYTES)).hexdigest()
         facts = {key: value for key, value in self._facts.items() if key != "device"}
         return facts | {"config": {"sha256": saved, "values": self._config.to_dict()}}
 
@@ -303,7 +305,7 @@ def _free_name(folder: Path, stem: str, suffix: str = "") -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none that can be read."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -314,7 +316,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    write_whole(target, lambda out: out.write(source.read_bytes()))
+    content = read_regular(source, MAX_BYTES)
+    write_whole(target, lambda out: out.write(content))
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -326,8 +329,7 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def _append(path: Path, data: bytes, durable: bool) -> None:
     """Appends whole lines; on an error the file is as long as before."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
         try:
@@ -393,7 +395,7 @@ def _cut_metrics(path: Path, manifest: Manifest) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_regular(path, MAX_BYTES).splitlines(keepends=True)
     kept = [line for line in lines if _belongs(line, manifest)]
     if kept != lines:
         write_whole(path, lambda out: out.write(b"".join(kept)))

@@ -150,7 +150,7 @@ def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterato
     On a CPU this process keeps the memory that it frees, from here on. All processes but the main
     one are silent on standard output.
     """
-    size = int(os.environ.get("WORLD_SIZE") or "1")
+    size = _launcher_number("WORLD_SIZE", 1, 10**6) if os.environ.get("WORLD_SIZE") else 1
     device = resolve_device(system.device)
     if size > 1:
         device = _join(size, device, distributed.backend)
@@ -167,8 +167,10 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
             f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: several processes are "
             f"started with torchrun --standalone --nproc_per_node={size} train.py ..."
         )
+    rank = _launcher_number("RANK", 0, size - 1)
+    local = _launcher_number("LOCAL_RANK", 0, size - 1)
+    _launcher_number("MASTER_PORT", 0, 65535)
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ConfigError(
                 f"process {local} of this machine has no GPU: torch sees "
@@ -176,7 +178,7 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if os.environ["RANK"] != "0":
+    if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
         logging.disable(logging.WARNING)
     wanted = {"cpu": "gloo", "mps": "gloo", "cuda": "nccl"}[device.type]
@@ -193,6 +195,18 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})."
         ) from None
     return device
+
+
+def _launcher_number(name: str, least: int, most: int) -> int:
+    """Returns a whole number that torchrun sets; raises ConfigError."""
+    text = os.environ[name]
+    number = int(text) if re.fullmatch("[0-9]{1,7}", text) else -1
+    if not least <= number <= most:
+        raise ConfigError(
+            f"the environment variable {name}={text!r} is not a whole number from {least} to "
+            f"{most}. Unset it to train in one process; torchrun sets it for several."
+        )
+    return number
 
 
 def end_process(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from settings.schema import Schema, title
+from settings.terminal import printable
 from settings.values import to_text
 
 _VALUE_COLUMN = 36
@@ -15,7 +16,7 @@ def dump(
     schema: Schema, values: Mapping[str, Mapping[str, Any]], header: Sequence[str] = ()
 ) -> str:
     """Return YAML below `header` comment lines; what is read back equals `values`."""
-    lines = [f"# {' '.join(line.split())}".rstrip() for line in header]
+    lines = [f"# {printable(' '.join(line.split()))}".rstrip() for line in header]
     for section, section_class in schema.sections.items():
         if lines:
             lines.append("")

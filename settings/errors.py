@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 
+from settings.terminal import printable
+
 STOP_EXIT_CODES = {
     signal.SIGINT: 130,
     signal.SIGTERM: 143,
@@ -19,9 +21,12 @@ STOP_EXIT_CODES = {
 
 
 class UserError(Exception):
-    """A message for the user; programmer mistakes are assertions instead."""
+    """A message for the user, safe to print; programmer mistakes are assertions instead."""
 
     exit_code = 1
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(printable(text))
 
 
 class ConfigError(UserError):

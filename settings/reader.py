@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from settings.files import open_regular
 from settings.problems import Origin, Problem
 from settings.values import Scalar, one_line
 
@@ -83,7 +84,9 @@ def read_file(path: str | os.PathLike[str], layer: int) -> tuple[list[Entry], li
 def read_text(name: str, max_bytes: int = MAX_BYTES) -> str:
     """Return the text of a file of limited size; raises UnreadableError."""
     try:
-        with open(name, "rb") as file:
+        # A pipe is read only where the command line names one: <(...) of a shell, /dev/stdin.
+        opener = None if name.startswith("/dev/") else open_regular
+        with open(name, "rb", opener=opener) as file:
             content = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise UnreadableError("not found. Pass --config FILE") from None

@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from settings.schema import LARGEST_INT, Option, section_options
+from settings.terminal import is_control
 
 NULL_WORDS = {"", "~", "null", "none"}
 TRUE_WORDS = {"true", "yes", "on"}
@@ -133,7 +133,7 @@ def to_text(value: Any) -> str:
 
 def one_line(text: str) -> str:
     """Return text in single quotes on one line, with control characters escaped."""
-    return "'" + "".join(_escaped(c) if _is_control(c) else c for c in text) + "'"
+    return "'" + "".join(_escaped(c) if is_control(c) else c for c in text) + "'"
 
 
 def _parse(option: Option, text: str) -> bool | int | float | None:
@@ -173,7 +173,7 @@ def _check_number(option: Option, value: float) -> None:
 def _check_text(option: Option, value: str) -> None:
     if not value:
         raise RefusedError(f"must not be empty. {_default(option)}")
-    bad = next((c for c in value if _is_control(c)), None)
+    bad = next((c for c in value if is_control(c)), None)
     if bad is not None:
         raise RefusedError(f"holds the control character U+{ord(bad):04X}, got {shown(value)}")
     if option.form is not None and not re.fullmatch(option.form.pattern, value):
@@ -182,10 +182,6 @@ def _check_text(option: Option, value: str) -> None:
 
 def _default(option: Option) -> str:
     return f"The default is {to_text(option.default)}"
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in {"Cc", "Cs"}
 
 
 def _float_text(value: float) -> str:

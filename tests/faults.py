@@ -6,11 +6,13 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir")
+OPEN = os.open
 
 
 class Faults:
@@ -25,6 +27,8 @@ class Faults:
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if call is OPEN and not args[1] & (os.O_WRONLY | os.O_RDWR):
+                return call(*args, **kwargs)
             self.count += 1
             if self.count == self.at:
                 self.action()
@@ -52,3 +56,14 @@ def failing(at: int, action: Callable[[], None] | None = None) -> Iterator[Fault
         for name in CALLS:
             patch.setattr(os, name, faults.wrap(getattr(os, name)))
         yield faults
+
+
+def stand_in(place: Path, kind: str) -> None:
+    """Puts something else where a file is expected."""
+    place.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(kind)

@@ -34,6 +34,7 @@ from compare.run import Run, find_runs, labels, read_run, restart_command
 from config import Config, DataError
 from engine.manifest import Manifest, render
 from tests.conftest import ROOT
+from tests.faults import stand_in
 from tests.run_directories import TOKENS_PER_STEP, add_checkpoint, make_run, stamp
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", ".lock", "checkpoint_300.json")
@@ -272,6 +273,17 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         (path / name).mkdir()
     assert read_run(path).problems == tuple(
         f"{name}: Is a directory" for name in ("environment.json", "config.yaml", "metrics.jsonl")
+    )
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
+def test_nothing_waits_for_what_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = make_run(tmp_path, "run_a")
+    for name in (*FILES[:3], ".lock"):
+        stand_in(path / name, kind)
+    assert read_run(path).problems == tuple(
+        f"{name}: is not a regular file"
+        for name in ("environment.json", "config.yaml", "metrics.jsonl")
     )
 
 

@@ -187,6 +187,27 @@ def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         enter_world(SystemConfig(device="cpu"), DistributedConfig(backend="nccl")).__enter__()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("WORLD_SIZE", "abc", "from 1 to"),
+        ("WORLD_SIZE", "0", "from 1 to"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("LOCAL_RANK", "", "from 0 to 1"),
+        ("MASTER_PORT", "http", "from 0 to 65535"),
+    ],
+)
+def test_what_a_launcher_sets_wrongly_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, limits: str
+) -> None:
+    good = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for key, text in (good | {"MASTER_ADDR": "localhost", name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"{name}='{value}' is not a whole number {limits}"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+
+
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""

@@ -20,7 +20,8 @@ from engine.files import (
     write_text,
     write_whole,
 )
-from tests.faults import failing, raise_error
+from settings.files import open_regular, read_regular
+from tests.faults import failing, raise_error, stand_in
 
 
 def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
@@ -150,3 +151,46 @@ def test_an_error_of_an_early_sync_is_not_lost(
     with pytest.raises(OSError, match="Input/output error"):
         write_whole(tmp_path / "file", lambda out: out.write(b"data"))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is no regular file
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("fifo", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_only_regular_files_are_opened_and_nothing_waits(
+    tmp_path: Path, kind: str, reason: str
+) -> None:
+    place = tmp_path / "a"
+    stand_in(place, kind)
+    with pytest.raises(OSError) as caught:
+        read_regular(place, 100)
+    assert (caught.value.strerror, caught.value.filename) == (reason, os.fspath(place))
+    with pytest.raises(OSError):
+        open_regular(place, os.O_WRONLY | os.O_CREAT)
+
+
+def test_a_link_is_followed_to_be_read_and_not_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("text")
+    stand_in(tmp_path / "link", "target")
+    assert read_regular(tmp_path / "link", 4) == b"text"
+    with pytest.raises(OSError, match="is a symbolic link"):
+        open_regular(tmp_path / "link", os.O_WRONLY | os.O_TRUNC)
+    assert (tmp_path / "target").read_text() == "text"
+
+
+def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(11))
+    with pytest.raises(OSError, match="is larger than"):
+        read_regular(tmp_path / "a", 10)
+
+
+def test_a_name_too_long_is_a_write_error(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"File name too long. Shorten training.checkpoint_dir"):
+        check_writable(tmp_path / ("a" * 300))

@@ -27,7 +27,7 @@ DOORS = {
     "data": {"numpy", "pyarrow", "torch", "config", "data.*", *TOKENIZERS},
     "engine": {"torch", "numpy", "config", "engine.*", "model", "wandb", "safetensors"}
     | LOW_PRECISION
-    | {"rich", "tensorboard"},
+    | {"rich", "tensorboard", "settings.files", "settings.terminal"},
     "launch": {"torch", "config", "model.*", "data.*", "engine.*", "launch.*"},
     "compare": {"numpy", "yaml", "config", "settings.*", "compare.*"}
     | {"engine.files", "engine.manifest", "engine.metrics"}

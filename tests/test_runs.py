@@ -130,6 +130,16 @@ def test_a_removed_run_is_passed_over(capsys: Captured, monkeypatch: pytest.Monk
     assert captured.err.startswith("checkpoints/run_c is not a run directory")
 
 
+def test_names_cannot_speak_to_the_terminal(capsys: Captured) -> None:
+    make("run_\x1b]0;title\x07a", "run_\udcffb", options=["n_layer=2"])
+    for words in (["list"], ["diff", "checkpoints"], ["list", "no\x1b[31m"]):
+        assert runs.main(words) in (0, 3)
+        captured = capsys.readouterr()
+        told = captured.out + captured.err
+        assert "\\x1B" in told
+        assert told.replace("\n", "").isprintable()
+
+
 # ---- sorting
 
 

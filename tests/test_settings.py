@@ -273,7 +273,7 @@ def test_missing_files_and_directories_are_named(
     for name, message in (
         ("no.yaml", "no.yaml: not found. Pass --config FILE."),
         (".", ".: is a directory. Pass --config FILE."),
-        ("a\0b", "a\0b: cannot be read: embedded null byte."),
+        ("a\0b", "a\\x00b: cannot be read: embedded null byte."),
         ("x" * 300, "x" * 300 + ": cannot be read: File name too long."),
     ):
         with pytest.raises(ConfigError) as caught:

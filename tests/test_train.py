@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import Config, DataError
+from config import Config, ConfigError, DataError
 from data import StepBatch, TrainLoader
 from engine.checkpoint import load_model
 from tests.conftest import ROOT
@@ -53,6 +53,28 @@ def test_a_run_leaves_config_checkpoints_metrics_and_environment(
         f"python sample.py {run}",
     ):
         assert line in output, line
+
+
+def test_a_config_file_of_any_name_trains_and_its_copy_is_read_back(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "caf\udce9\x1b[31m.yaml"
+    Path(tiny[0]).rename(named)
+    assert run_here([os.fspath(named), "max_iters=2", into(tmp_path / "runs")]) == 0
+    assert f"Config: {tmp_path}/caf\\xE9\\x1B[31m.yaml\n" in capsys.readouterr().out
+    saved = Config.from_yaml(only_run(tmp_path / "runs") / "config.yaml")
+    assert saved.training.max_iters == 2
+
+
+def test_a_config_can_be_a_pipe_that_the_shell_names(tiny: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match="fifo: cannot be read: is not a regular file"):
+        Config.from_yaml(tmp_path / "fifo")
+    reading, writing = os.pipe()
+    os.write(writing, Path(tiny[0]).read_bytes())
+    os.close(writing)
+    assert Config.from_yaml(f"/dev/fd/{reading}").training.max_iters == 30
+    os.close(reading)
 
 
 def test_metrics_have_the_names_of_the_contract(tiny: list[str], tmp_path: Path) -> None:
