@@ -2,7 +2,8 @@
 
 The names come from nanoGPT-style flat files, from flag-driven scripts and from sectioned YAML of
 other trainers. A flat alias may stand at the top level, on the command line, and in the section of
-the option it stands for; a dotted one is exactly that key of that section.
+the option it stands for; a dotted one is exactly that key of that section. Files that need more than
+other names are translated in `settings.foreign`.
 `mlp_internal_dim_multiplier`, `mlp_scale_factor` and `d_ff` are three different things: no aliases.
 """
 
@@ -22,17 +23,21 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "training.learning_rate": ("lr", "optimizer.lr"),
     "training.weight_decay": ("optimizer.weight_decay",),
     "training.log_freq": ("log_interval",),
-    "training.test_freq": ("eval_interval",),
+    "training.test_freq": ("eval_interval", "val_interval"),
+    "training.eval_iters": ("dataset.val_batches",),
     "training.checkpoint_freq": ("checkpoint_interval",),
-    "training.checkpoint_dir": ("out_dir", "artifacts_path"),
+    "training.checkpoint_dir": ("out_dir", "artifacts_path", "runs_dir"),
     "training.resume_from_checkpoint": ("resume_from",),
     "dataloader.shuffle": ("training.shuffle",),
     "dataset.parquet_dir": ("dataset.path",),
+    "dataset.test_fraction": ("val_split",),
     "dataset.name": ("dataset",),
     "low_precision.compute_dtype": ("dtype", "autocast_precision", "model.autocast_precision"),
     "distributed.backend": ("backend",),
     "logging.wandb_log": ("use_wandb", "wandb_log"),
     "logging.wandb_run_name": ("wandb_log.name",),
+    "logging.tensorboard": ("tensorboard.enabled",),
+    "system.compile": ("training.compile_model",),
 }
 
 # a list in place of several options
@@ -45,7 +50,11 @@ LISTS: dict[str, tuple[str, ...]] = {
 SECTIONS: dict[str, str] = {"datasets": "dataset"}
 
 # accepted, without effect, and said so
-IGNORED: dict[str, str] = {"HydraConf": "there is no Hydra here"}
+IGNORED: dict[str, str] = {
+    "HydraConf": "there is no Hydra here",
+    "defaults": "there is no Hydra here; name several files on the command line",
+    "model.compile_flex": "attention with FlexAttention is always compiled",
+}
 
 TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alias in names}
 

@@ -151,7 +151,9 @@ class _Layer:
         """Read one value for one option and keep it, unless the layer gave it before."""
         option = self._schema.find(key)
         try:
-            value = _read(option, entry.value) if option else _read_later(self._schema, key, entry)
+            value = (
+                read_value(option, entry.value) if option else _read_later(self._schema, key, entry)
+            )
         except RefusedError as error:
             self._merged.refused.add(key)
             raise RefusedError(f"{_named(key, entry)}: {error}") from None
@@ -191,7 +193,8 @@ def from_mapping(values: Mapping[Any, Any], origin: Origin) -> list[Entry]:
     ]
 
 
-def _read(option: Option, value: Value) -> Any:
+def read_value(option: Option, value: Value) -> Any:
+    """Return what a value as written means for an option; raises RefusedError."""
     if isinstance(value, Scalar):
         return read_scalar(option, value)
     if isinstance(value, Plain):

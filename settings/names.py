@@ -22,8 +22,9 @@ class Target:
 def resolve(schema: Schema, written: str) -> Target:
     """Return the target of 'name' or 'section.name'; raises RefusedError with the nearest name."""
     head, dot, name = written.partition(".")
-    if head in dialects.IGNORED:
-        return Target(ignored=dialects.IGNORED[head])
+    for ignored in (head, written):
+        if ignored in dialects.IGNORED:
+            return Target(ignored=dialects.IGNORED[ignored])
     full = f"{dialects.SECTIONS.get(head, head)}.{name}" if dot else written
     if schema.find(full) or schema.announces(full):
         return Target((full,), is_alias=full != written)

@@ -143,7 +143,7 @@ def schema_of(
         for name, section_class in sections.items()
         for option in section_options(name, section_class)
     }
-    others = {key: _undocumented(key, *made) for key, made in foreign.items()}
+    others = {key: foreign_option(key, *made) for key, made in foreign.items()}
     return Schema(sections, options, later, others)
 
 
@@ -152,7 +152,7 @@ def title(section_class: type[Any]) -> str:
     return (section_class.__doc__ or "").strip().splitlines()[0]
 
 
-def _undocumented(key: str, takes: Any, default: Any) -> Option:
+def foreign_option(key: str, takes: Any, default: Any) -> Option:
     """Return an option that is read and checked like others, and is in no section."""
     section, name = key.split(".", 1)
     return Option(section, name, *_read_hint(takes), default, "", "", Limits(), None)

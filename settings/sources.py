@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from settings.foreign import to_native
+from settings.foreign.draft import Unsupported
 from settings.layers import Merged, merge
 from settings.names import is_section
 from settings.overrides import Arguments
@@ -33,6 +35,7 @@ class Source(NamedTuple):
     entries: Sequence[Entry]
     problems: Sequence[Problem]
     notes: Sequence[str] = ()
+    unsupported: Sequence[Unsupported] = ()
 
 
 class Reading(NamedTuple):
@@ -55,6 +58,7 @@ def read_layers(schema: Schema, arguments: Arguments, default: str) -> Reading:
     last = len(names) + 1
     merged = merge(schema, [*(source.entries for source in sources), arguments.entries(last)])
     merged.problems += arguments.problems_at(last)
+    merged.problems += [p for source in sources for p in _unresolved(merged, source)]
     notes = [note] if note else []
     merged.notes[:0] = notes + [text for source in sources for text in source.notes]
     merged.nanogpt = _nanogpt_layers(sources, base, last)
@@ -72,9 +76,25 @@ def _read(schema: Schema, name: str, layer: int) -> Source:
         return Source(name, "preset", entries, problems, notes)
     entries, problems = read_file(name, layer)
     if any(_is_section(schema, entry) for entry in entries):
-        return Source(name, "sections", entries, problems)
+        native = to_native(schema, name, entries)
+        problems += native.problems
+        return Source(
+            name, "sections", native.entries(), problems, native.notes, native.unsupported
+        )
     nanogpt = any(entry.key in _ONLY_NANOGPT_HAS for entry in entries)
     return Source(name, "nanogpt" if nanogpt else "flat", entries, problems)
+
+
+def _unresolved(merged: Merged, source: Source) -> list[Problem]:
+    """Return what a file asks for in vain, unless a later layer gives what to take instead."""
+    return [
+        problem
+        for problem, remedies in source.unsupported
+        if not any(
+            key in merged.origins and merged.origins[key].layer > problem.origin.layer
+            for key in remedies
+        )
+    ]
 
 
 def _is_section(schema: Schema, entry: Entry) -> bool:

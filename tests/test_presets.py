@@ -1035,16 +1035,6 @@ def test_the_sections_of_tmrc_give_the_values_they_document(ask: Ask) -> None:
     assert "datasets.name is read as dataset.name" not in request.notes
 
 
-def test_the_preset_of_tmrc_holds_its_documented_values(ask: Ask) -> None:
-    write("tmrc.yaml", S4_FILE)
-    ours = ask(str(ROOT / "configs/tmrc-default.yaml")).config
-    assert differences(ask("tmrc.yaml").config, ours) == {
-        *("dataset.parquet_dir", "training.checkpoint_dir"),  # its paths are no paths
-        "training.checkpoint_freq",  # it saves by the clock only
-        "model.tie_embeddings",  # its head has weights of its own
-    }
-
-
 KERNELS = [
     ("flash: true", "", "flash"),
     ("flex: true", "", "flex"),
