@@ -177,7 +177,7 @@ def test_help_lists_every_option_within_100_columns(
         assert all(f"\n  {name} " in text for name in options)
 
 
-# They say more than the option: test_presets.py, test_foreign.py.
+# They say more than the option: test_presets.py, test_dialects.py.
 SAY_MORE = ("dataset", "wandb_log.name", *fivezeroes_bdh.MARKS)
 ALIASES = [
     (alias, key)
