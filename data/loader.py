@@ -38,6 +38,7 @@ CURSOR_VERSION = 1
 CHUNK_BYTES = 1 << 18
 _EVALUATION_SEED = 0
 _EVALUATION_UNITS = 16
+_NEW_RUN = "start a new run with its weights: training.init_from=RUN in place of the resume."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,33 +319,56 @@ class TrainLoader:
 
 def _lanes(units: Units, spec: BatchSpec, shuffle: bool, cursor: dict[str, Any] | None) -> int:
     """The number of lanes: the cursor's, else the spec's, else the most that fit."""
-    blocks = training_blocks(units)
-    lanes = spec.lanes or lane_count(spec.sequences_per_step, blocks)
-    if cursor is not None:
-        if cursor["version"] != CURSOR_VERSION:
-            raise DataError(
-                f"data cursor: version {cursor['version']}, this program reads {CURSOR_VERSION}. "
-                "Resume with the program that wrote the checkpoint."
-            )
-        now = {
-            "sequences_per_step": spec.sequences_per_step,
-            "block_size": spec.block_size,
-            "seed": spec.seed,
-            "shuffle": shuffle,
-        }
-        for key, value in now.items():
-            if cursor[key] != value:
-                raise DataError(
-                    f"data cursor: the checkpoint has {key} {cursor[key]}, this run {value}; the "
-                    "text already seen could not be told from the rest. Set it back to resume."
-                )
+    blocks, sequences = training_blocks(units), spec.sequences_per_step
+    if cursor is None:
+        lanes = spec.lanes or lane_count(sequences, blocks)
+    else:
+        _check_steps(cursor, units, spec, shuffle)
         lanes = cursor["lanes"]
-    if spec.sequences_per_step % lanes or lanes > blocks:
+    if sequences % lanes or lanes > blocks:
         raise DataError(
-            f"{lanes} lanes do not fit {spec.sequences_per_step} sequences per step and {blocks} "
+            f"{lanes} lanes do not fit {sequences} sequences per step and {blocks} "
             "blocks of text: lanes must divide the sequences and not exceed the blocks."
         )
     return lanes
+
+
+def check_cursor(cursor: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
+    """Raises DataError unless a run can go on from the merged cursor of its processes."""
+    _check_steps(cursor, units, spec, shuffle)
+    _starts(range(cursor["lanes"]), cursor)
+
+
+def _check_steps(cursor: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
+    """Raises DataError unless steps of this shape can go on where the cursor stands, so that no
+    text is skipped or read twice.
+
+    A lane goes on at its next token, so a step may take more or fewer rows of each, and rows of
+    documents may have another length; rows of token files are fixed by it.
+    """
+    if cursor["version"] != CURSOR_VERSION:
+        raise DataError(
+            f"data cursor: version {cursor['version']}, this program reads {CURSOR_VERSION}. "
+            "Resume with the program that wrote the checkpoint."
+        )
+    if not len(cursor["positions"]) or cursor["lanes"] < 1:
+        raise DataError("data cursor: it has no lanes. Take another checkpoint.")
+    fixed = {"seed": spec.seed, "shuffle": shuffle}
+    if units.whole_rows:
+        fixed["block_size"] = spec.block_size
+    for key, value in fixed.items():
+        if cursor[key] != value:
+            raise DataError(
+                f"data cursor: the checkpoint has {key} {cursor[key]}, this run {value}; the "
+                f"text already seen could not be told from the rest. Set it back, or {_NEW_RUN}"
+            )
+    if spec.sequences_per_step % cursor["lanes"]:
+        raise DataError(
+            f"data cursor: the checkpoint reads {cursor['lanes']} places of the text side by side, "
+            f"and {spec.sequences_per_step} sequences per step cannot take as many from each. Make "
+            "training.batch_size * gradient_accumulation_steps * processes a multiple of "
+            f"{cursor['lanes']}, or {_NEW_RUN}"
+        )
 
 
 def _starts(lanes: range, cursor: dict[str, Any] | None) -> list[Address]:

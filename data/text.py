@@ -25,7 +25,14 @@ from config import (
 )
 from data import corpus
 from data.dataset import Dataset
-from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+from data.loader import (
+    BatchSpec,
+    StepBatch,
+    TrainLoader,
+    check_cursor,
+    evaluation_rows,
+    merge_cursors,
+)
 from data.packing import document_ids
 
 
@@ -59,17 +66,8 @@ class Text:
         self, cursor: dict[str, Any] | None, rank: int, world_size: int, pin: bool
     ) -> TrainLoader:
         """The endless training batches of one process, from `cursor` on; `pin` says: for a GPU."""
-        config = self._config
-        spec = BatchSpec(
-            block_size=config.training.block_size,
-            sequences_per_step=sequences_per_step(config, world_size),
-            micro_batches=accumulation_steps(config, world_size),
-            seed=config.training.seed,
-            rank=rank,
-            world_size=world_size,
-            pin=pin,
-        )
-        return TrainLoader(self._dataset, spec, config.dataloader, cursor)
+        spec = batch_spec(self._config, rank, world_size, pin)
+        return TrainLoader(self._dataset, spec, self._config.dataloader, cursor)
 
     def _count_bytes(self) -> float | None:
         if not self.evaluation:
@@ -77,6 +75,25 @@ class Text:
         tokens = torch.cat(self.evaluation[1])[:, 1:].reshape(-1)
         count = self._dataset.tokenizer.count_bytes(tokens.numpy())
         return count / len(tokens) if count else None
+
+
+def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) -> BatchSpec:
+    """The steps of a run, and the part of one process in them."""
+    return BatchSpec(
+        block_size=config.training.block_size,
+        sequences_per_step=sequences_per_step(config, world_size),
+        micro_batches=accumulation_steps(config, world_size),
+        seed=config.training.seed,
+        rank=rank,
+        world_size=world_size,
+        pin=pin,
+    )
+
+
+def check_place(dataset: Dataset, config: Config, cursor: dict[str, Any], world_size: int) -> None:
+    """Raises DataError where a run cannot go on in the text from the cursor of a checkpoint."""
+    units = dataset.source.units(config.training.block_size)
+    check_cursor(cursor, units, batch_spec(config, 0, world_size), config.dataloader.shuffle)
 
 
 class Replayed:

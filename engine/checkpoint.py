@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import CheckpointError, Config, ConfigError, WriteError
-from engine.content import check_finite, check_plain, tensor_bytes
+from engine.content import (
+    Content,
+    check_finite,
+    check_plain,
+    check_type,
+    fitting,
+    tensor_bytes,
+)
 from engine.export import is_export, open_export
 from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
 from engine.manifest import (
@@ -46,8 +53,11 @@ from engine.metrics import warn
 from engine.precision import restructure
 from engine.precision.four_bit import bitsandbytes
 from engine.precision.lora import merge_adapters
+from engine.state import check_rng
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
+
+MOST_LAYERS = 10_000  # of a model whose layers share their weights: those do not tell their number
 
 
 class Destination(Protocol):
@@ -156,9 +166,46 @@ def retire(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The verified content of a checkpoint; raises CheckpointError with the reason."""
-    verify(path)
-    return _checked_format(path, _read(path, device))
+    """The content of a checkpoint, verified to be `content.Content`; raises CheckpointError."""
+    manifest = verify(path)
+    content = _checked_format(path, _read(path, device))
+    with fitting(path):
+        check_type(content, Content)
+        own = content["train"] | {"fingerprint": content["data"]["fingerprint"]}
+        for name in ("step", "tokens", "fingerprint"):
+            if own[name] != getattr(manifest, name):
+                told = f"and its manifest says {getattr(manifest, name)}"
+                raise ValueError(f"{name} is {own[name]!a}, {told}")
+        if not content["rng"]:
+            raise ValueError("rng is empty")
+        for state in content["rng"]:
+            check_rng(state)
+    return content
+
+
+def check_weights(path: Path, content: dict[str, Any]) -> Config:
+    """The config of a checkpoint, whose weights are those of the model that it describes; raises
+    CheckpointError. Nothing of the described size is allocated."""
+    from model import build_model  # only here: the rest of the engine names no model
+
+    weights: dict[str, Tensor] = content["model"]
+    with fitting(path):
+        config = Config.from_dict(content["config"])
+        layers = config.model.n_layer
+        if layers > (MOST_LAYERS if config.model.name == "bdh" else len(weights)):
+            raise ValueError(f"config.model.n_layer is {layers}, with {len(weights)} weights")
+    if config.low_precision.lora_rank is not None:
+        bitsandbytes(f"{path}: its 4-bit weights")
+    with fitting(path):
+        with torch.device("meta"):
+            model = build_model(config)
+            restructure(model, config.low_precision, fill=False)
+        for name, own in model.state_dict().items():
+            kind = weights[name].dtype if name in weights else own.dtype
+            if kind != own.dtype and not (kind.is_floating_point and own.is_floating_point):
+                raise ValueError(f"model.{name} holds {kind}, expected {own.dtype}")
+        model.load_state_dict({name: weight.to("meta") for name, weight in weights.items()})
+    return config
 
 
 def _checked_format(path: Path, content: object) -> dict[str, Any]:
@@ -336,20 +383,10 @@ def open_model(
     for line in lines:
         warn(line)
     content = load_checkpoint(chosen, device)
-    try:
-        config = Config.from_dict(content["config"], str(chosen))
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error
-    if config.low_precision.lora_rank is not None:
-        bitsandbytes(f"{chosen}: its 4-bit weights")
-    try:
-        model = build_model(config)
-        if restructure(model, config.low_precision, fill=False):
-            model.load_state_dict(content["model"])
-            weights, model = merge_adapters(model), build_model(config)
-        else:
-            weights = content["model"]
+    config, weights = check_weights(chosen, content), content["model"]
+    model = build_model(config)
+    if restructure(model, config.low_precision, fill=False):
         model.load_state_dict(weights)
-        return model.to(device).eval(), config, content["tokenizer"]
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{chosen}: does not fit this version: {error}") from error
+        weights, model = merge_adapters(model), build_model(config)
+    model.load_state_dict(weights)
+    return model.to(device).eval(), config, content["tokenizer"]

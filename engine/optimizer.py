@@ -80,15 +80,59 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restores the moments; hyperparameters stay those of the present config."""
-    options = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, options, strict=True):
-        group.update(values)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], steps: int, skipped: bool
+) -> None:
+    """Raises ValueError unless `saved` has what this optimizer keeps of each of its parameters.
+
+    steps: made before. skipped: whether all of them may have been skipped, as float16 does, so that
+    nothing was kept yet.
+    """
+    numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in saved["param_groups"]] != numbers:
+        raise ValueError("optimizer.param_groups are not those of this model")
+    states = saved["state"]
+    if skipped and not states:
+        return
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    if odd := sorted(set(states) ^ set(range(len(parameters)))):
+        raise ValueError(f"optimizer.state.{odd[0]} is not of these {len(parameters)} parameters")
+    for number, (parameter, group) in enumerate(parameters):
+        own = optimizer.state.get(parameter) or _first_state(parameter, group)
+        for name in sorted({*own, *states[number]}):
+            place = f"optimizer.state.{number}.{name}"
+            if name not in own or name not in states[number]:
+                raise ValueError(f"{place} is {'not known here' if name not in own else 'missing'}")
+            if not _same_kind(own[name], value := states[number][name]):
+                raise ValueError(f"{place} is {_kind(value)}, expected {_kind(own[name])}")
+            if name == "step" and not 0 <= float(value) <= steps:
+                raise ValueError(f"{place} is {float(value)}, of {steps} steps")
+
+
+def _first_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+    """What Muon or torch's AdamW will keep of a parameter, in shape and dtype."""
+    if group.get("matrices"):
+        return {"momentum": parameter}
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
+def _same_kind(own: object, saved: object) -> bool:
+    if not isinstance(own, Tensor) or not isinstance(saved, Tensor):
+        return type(own) is type(saved)
+    floats = own.is_floating_point() and saved.is_floating_point()
+    return own.shape == saved.shape and (own.dtype == saved.dtype or floats)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return ascii(value)[:40]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:

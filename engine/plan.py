@@ -70,13 +70,19 @@ def origin_lines(request: Request) -> list[str]:
     return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
 
 
-def planned_steps(config: Config, world_size: int, epoch_tokens: int) -> int:
-    """Optimizer steps until `max_iters` or, by the tokens of each, the end of `epochs`."""
+def planned_steps(
+    config: Config, world_size: int, epoch_tokens: int, done: tuple[int, int] = (0, 0)
+) -> int:
+    """Optimizer steps until `max_iters` or, by the tokens of each, the end of `epochs`.
+
+    done: steps and tokens of the run so far, whose steps may have been larger or smaller.
+    """
     training = config.training
     if training.epochs is None or training.use_oracle:  # the first batch never ends an epoch
         return training.max_iters
-    steps = training.epochs * epoch_tokens / tokens_per_step(config, world_size)
-    return min(training.max_iters, max(1, math.ceil(steps)))
+    left = max(0, training.epochs * epoch_tokens - done[1])
+    steps = done[0] + -(-left // tokens_per_step(config, world_size))
+    return min(training.max_iters, max(1, steps))
 
 
 def length_lines(config: Config, world_size: int, epoch_tokens: int) -> list[str]:

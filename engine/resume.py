@@ -2,8 +2,9 @@
 
 `FIXED` options would make it another run or another model; they are refused. `FREE` options change
 nothing that is learned per step, or only how long the run goes on. Anything else (learning rate,
-weight decay, dropout, ...) may be changed on purpose by naming the checkpoint or the run; `auto`
-takes such a config for a different experiment.
+weight decay, dropout, the sequences of a step, ...) may be changed on purpose by naming the
+checkpoint or the run; `auto` takes such a config for a different experiment. Whether the text can
+go on exactly in other steps is for the data to say (data/loader.py).
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ FIXED = {
     "model.d_ff",
     "model.rope_theta",
     "model.n_kv_head",
-    "training.block_size",
     "training.seed",
     "optimizer.name",
     "low_precision.use_4bit_optimizer",
     "low_precision.lora_rank",
     "dataloader.shuffle",
 }
+POSITIONS = {"training.block_size"}
+"""What the rows of GPT's position embedding are."""
 OF_ADAPTERS = {
     "low_precision.quantization_type",
     "low_precision.use_double_quant",
@@ -144,6 +146,16 @@ def _smaller_batches(
     return replace(config, training=sized), [f"{processes}: micro-batches of {batch} sequences"]
 
 
+def with_evaluation(config: Config, saved: Config) -> tuple[Config, list[str]]:
+    """The config with the evaluated rows of the checkpoint, whatever its batches are: else losses
+    before and after could not be compared; and what to tell."""
+    before = eval_batch(saved)
+    if config.training.eval_batch_size is not None or eval_batch(config) == before:
+        return config, []
+    config = replace(config, training=replace(config.training, eval_batch_size=before))
+    return config, [f"Evaluation keeps its batches of {before} sequences, so that losses compare"]
+
+
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
     """`section.option` -> (then, now) of every option that differs."""
     now = present.to_dict()
@@ -177,12 +189,17 @@ def check_resumable(
     sequences = sequences_per_step(saved, processes[0]), sequences_per_step(present, processes[1])
     if sequences[0] != sequences[1]:
         changed[STEP] = sequences
-    fixed = FIXED | {STEP} | (set() if saved.low_precision.lora_rank is None else OF_ADAPTERS)
+    fixed = FIXED | (POSITIONS if saved.model.name == "gpt" else set())
+    fixed |= set() if saved.low_precision.lora_rank is None else OF_ADAPTERS
     refused = sorted(set(changed) & fixed)
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(
-            f"{checkpoint}: does not fit this config: {listed}. "
-            "Put the old values back, or start a new run without resume_from_checkpoint."
+            f"{checkpoint}: does not fit this config: {listed}. Put the old values back, or start "
+            "a new run: training.init_from in place of resume_from_checkpoint takes its weights."
         )
+    lengths = saved.training.block_size, present.training.block_size
+    tokens = [f"{n * length:,}" for n, length in zip(sequences, lengths, strict=True)]
+    if tokens[0] != tokens[1]:
+        changed["tokens per step"] = tokens[0], f"{tokens[1]}, from the next token of the text on"
     return [f"  {key}: {then} -> {now}" for key, (then, now) in sorted(changed.items())]

@@ -12,6 +12,8 @@ import torch
 
 from config import TrainingConfig
 
+_NUMPY_WORDS = 624  # of the Mersenne Twister
+
 
 @dataclass
 class TrainState:
@@ -122,6 +124,21 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     if device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
+
+
+def check_rng(state: dict[str, Any]) -> None:
+    """Raises ValueError where generators cannot take what `rng_state` gave."""
+    *_, position, _, _ = state["numpy"]
+    if position > _NUMPY_WORDS:  # NumPy would read beyond them
+        raise ValueError(f"rng: position {position} of {_NUMPY_WORDS} in NumPy's generator")
+    version, internal, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    try:
+        torch.Generator().set_state(state["torch"].cpu())
+        random.Random().setstate((version, tuple(internal), gauss))
+        np.random.RandomState().set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"rng: {error}") from error
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, corpus, open_dataset
-from data.text import embedded_is_missing
-from engine.checkpoint import Resume, load_checkpoint, resolve_resume
+from data.text import check_place, embedded_is_missing
+from engine.checkpoint import Resume, check_weights, load_checkpoint, resolve_resume
 from engine.memory import with_batch
 from engine.metrics import say
 from engine.plan import origin_lines, planned_steps, settle
@@ -20,6 +20,7 @@ from engine.resume import (
     experiment_differences,
     on_processes,
     resume_from_folder,
+    with_evaluation,
 )
 from engine.schedule import learning_rate
 from engine.world import World
@@ -62,13 +63,16 @@ def begin(request: Request, world: World) -> Beginning:
         data = open_data(asked)
     say(*data.lines())
     resume = world.broadcast(find_resume(asked) if world.is_main else None)
-    saved = {} if resume is None else load_checkpoint(resume.path)
+    saved = dict[str, Any]()
+    if resume is not None:
+        saved = load_checkpoint(resume.path)
+        then = check_weights(resume.path, saved)
     if saved and request.config.training.init_from == "resume":  # what it began with, it keeps
-        origin = saved["config"]["training"]["init_from"]
+        origin = then.training.init_from
         asked = replace(asked, training=replace(asked.training, init_from=origin))
     weights, shape = None, dict[str, Any]()
     if asked.training.init_from != "scratch" and saved:
-        shape = {key: saved["config"]["model"][key] for key in PRETRAINED}
+        shape = {key: getattr(then.model, key) for key in PRETRAINED}
     elif asked.training.init_from != "scratch":
         say(f"Reading the weights of {asked.training.init_from}...")
         with world.main_first():
@@ -77,15 +81,22 @@ def begin(request: Request, world: World) -> Beginning:
         shape = weights.options
     settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
     if saved and settled.training.batch_size == "auto":
-        settled = _batch_as_before(settled, Config.from_dict(saved["config"]), world)
+        settled = _batch_as_before(settled, then, world)
+    if saved:
+        settled, kept = with_evaluation(settled, then)
+        lines += kept
     config = settled
     if resume is not None:
-        then, before = Config.from_dict(saved["config"]), len(saved["rng"])
-        config, more = on_processes(settled, then, before, world.size)
+        config, more = on_processes(settled, then, len(saved["rng"]), world.size)
         fits = check_fits(saved, resume, data, config, world.size)
         lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
     say(*lines)
     return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
+
+
+def done_steps(saved: dict[str, Any]) -> tuple[int, int]:
+    """Steps and tokens that a checkpoint has behind it, or none."""
+    return (saved["train"]["step"], saved["train"]["tokens"]) if saved else (0, 0)
 
 
 def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
@@ -126,9 +137,10 @@ def check_fits(
     processes = len(saved["rng"]), world_size
     lines = check_resumable(then, config, str(resume.path), processes)
     data.check_unchanged(saved["data"])
+    check_place(data, config, saved["cursor"], world_size)
     tokens = data.epoch_tokens(config.training.block_size)
     steps = [
-        planned_steps(each, count, tokens)
+        planned_steps(each, count, tokens, done_steps(saved))
         for each, count in ((then, len(saved["rng"])), (config, world_size))
     ]
     before = learning_rate(resume.step, then, steps[0])

@@ -18,6 +18,7 @@ from data.text import Replayed, Text, document_reader
 from data.tokenizer import Tokenizer
 from engine.checkpoint import Resume
 from engine.compile import compile_model, compile_wanted
+from engine.content import fitting
 from engine.evaluate import DocumentIds, evaluating, next_token_loss
 from engine.interfaces import Batch, Tracker
 from engine.memory import (
@@ -29,7 +30,7 @@ from engine.memory import (
     with_batch,
 )
 from engine.metrics import RULE, say
-from engine.optimizer import build_optimizer, load_optimizer
+from engine.optimizer import build_optimizer, check_optimizer, load_optimizer
 from engine.parallel import parallelize
 from engine.plan import (
     cost_lines,
@@ -47,7 +48,7 @@ from engine.session import Session
 from engine.state import TrainState, restore_rng, seed_apart, seed_generators
 from engine.trackers import TensorBoard, Wandb
 from engine.world import World, held_bytes, is_main_process
-from launch.begin import Beginning, begin
+from launch.begin import Beginning, begin, done_steps
 from model import LanguageModel, build_model, pretrained
 from model.decode import Sampling, generate
 
@@ -64,7 +65,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     precision = open_precision(request.config, world)
     start = begin(request, world)
     data, epoch_tokens = start.data, start.epoch_tokens
-    steps = planned_steps(start.config, world.size, epoch_tokens)
+    steps = planned_steps(start.config, world.size, epoch_tokens, done_steps(start.saved))
     model = first_model(start, world)
     covered = precision.prepare(model, steps, fill=not start.saved)
     optimizer = new_optimizer(model, start.config)
@@ -77,7 +78,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     seed_apart(config.training.seed, 0, world.rank)
     state, cursor = TrainState(), None
     if start.saved:
-        state, cursor = restore(start.saved, model, optimizer, precision, world)
+        state, cursor = restore(start, model, optimizer, precision, world)
     text, sample = Text(data, config), sampler(model, config, precision, data.tokenizer)
     trial = partial(try_model, model, precision, config, text.documents)
     compile_s, compiled = compile_model(model, wanted, world.device, trial)
@@ -156,21 +157,29 @@ def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def restore(
-    saved: dict[str, Any],
+    start: Beginning,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     world: World,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Puts a checkpoint back, and lets its content go; the state and the data's cursor."""
+    """Puts a checkpoint back, and lets its content go; the state and the data's cursor. Raises
+    CheckpointError."""
+    assert start.resume is not None
+    saved = start.saved
+    state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
+    if saved["config"]["training"]["block_size"] != start.config.training.block_size:
+        state.best_val_loss = state.best_step = None  # longer rows have another loss
+    with fitting(start.resume.path):
+        skipped = bool(saved["precision"]["scaler"])
+        check_optimizer(optimizer, saved["optimizer"], state.step, skipped)
+        say(*precision.load_state_dict(saved["precision"]))
+        if len(generators) == world.size or world.is_main:
+            restore_rng(generators[world.rank], world.device)
+        else:  # as many processes as never before: only dropout draws from these
+            seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
     model.load_state_dict(saved["model"])
     load_optimizer(optimizer, saved["optimizer"])
-    say(*precision.load_state_dict(saved["precision"]))
-    state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
-    if len(generators) == world.size or world.is_main:
-        restore_rng(generators[world.rank], world.device)
-    else:  # as many processes as never before: only dropout draws from these
-        seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
     saved.clear()
     return state, cursor
 

@@ -13,7 +13,17 @@ import torch
 from config import Config
 from engine.checkpoint import resolve_resume, save_checkpoint
 from engine.run import RunDirectory
-from engine.state import TrainState
+from engine.state import TrainState, rng_state
+
+CURSOR: dict[str, Any] = {
+    "version": 1,
+    "lanes": 1,
+    "sequences_per_step": 1,
+    "block_size": 8,
+    "seed": 0,
+    "shuffle": True,
+    "first_lane": 0,
+}
 
 
 def make_config(folder: Path, **training: Any) -> Config:
@@ -25,13 +35,17 @@ def make_config(folder: Path, **training: Any) -> Config:
 def make_state(step: int, val_loss: float | None = None, numbers: int = 600) -> dict[str, Any]:
     """The state of a run at `step`; its weights tell the step."""
     train = TrainState(step=step, tokens=step * 8, evaluated_step=step, val_loss=val_loss)
+    config = replace(Config(), model=replace(Config().model, vocab_size=256))
     return {
         "model": {"w": torch.full((numbers,), float(step)), "steps": torch.tensor([step])},
-        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]},
+        "precision": {"scaler": {}, "fp8": {}},
         "train": asdict(train),
-        "config": Config().to_dict(),
+        "cursor": CURSOR | {"positions": [[0, 0, 0]]},
+        "rng": [rng_state(torch.device("cpu"))],
+        "config": config.to_dict(),
         "data": {"fingerprint": "f00d"},
-        "tokenizer": {"name": "bytes"},
+        "tokenizer": {"kind": "bytes"},
     }
 
 

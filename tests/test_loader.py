@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,11 @@ def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 32}, "block_size 32, this run 16"),
-        ({"sequences_per_step": 4}, "sequences_per_step 4, this run 16"),
         ({"seed": 7}, "seed 7, this run 1337"),
         ({"shuffle": False}, "shuffle False, this run True"),
         ({"version": 9}, "version 9, this program reads 1"),
-        ({"lanes": 3}, "3 lanes do not fit 16 sequences"),
+        ({"lanes": 3}, "processes a multiple of 3, or start a new run with its weights"),
+        ({"lanes": 0}, "it has no lanes"),
         ({"first_lane": 4}, "holds lanes 4 to 19, this process reads 0 to 15"),
     ],
 )
@@ -252,6 +252,25 @@ def test_a_cursor_of_another_run_is_refused(
     _, cursor = read(dataset, 1, spec())
     with pytest.raises(DataError, match=message):
         data.TrainLoader(dataset, spec(), DataLoaderConfig(), {**cursor, **change})
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(2 * G, T), (G, 7)])
+def test_steps_of_another_shape_go_on_at_the_next_token_of_every_lane(
+    corpus: Path, expected: torch.Tensor, sequences: int, length: int
+) -> None:
+    dataset = opened(corpus)
+    other = replace(spec(), sequences_per_step=sequences, block_size=length)
+    before, cursor = read(dataset, 5, spec())
+    after, cursor = read(dataset, 6, other, cursor)
+    last, _ = read(dataset, 3, spec(), cursor)
+    for lane in range(G):
+        seen = torch.cat(
+            [
+                rows.view(len(rows), G, -1, rows.shape[-1])[:, lane, :, :-1].flatten()
+                for rows in (before, after, last)
+            ]
+        )
+        assert torch.equal(seen, expected[:, lane, :-1].flatten()[: len(seen)])
 
 
 def test_a_batch_tells_which_documents_it_holds(corpus: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from config import CheckpointError, Config
 from engine.checkpoint import load_checkpoint
+from engine.resume import check_resumable
 from engine.world import compiler_for
 from tests.conftest import ROOT, write_corpus
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here, start, wait_for
@@ -218,7 +221,7 @@ def test_running_a_finished_run_again_changes_nothing(tiny: list[str], tmp_path:
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_another_step_size_is_another_experiment_another_split_of_it_is_not(
+def test_another_step_size_is_another_experiment_that_can_be_asked_for(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*tiny, into(tmp_path / "runs"), AUTO]
@@ -229,8 +232,25 @@ def test_another_step_size_is_another_experiment_another_split_of_it_is_not(
     assert run_here([*arguments, *split]) == 0
     assert "Resumed from checkpoint_10.pt" in capsys.readouterr().out
     (run,) = (r for r in (tmp_path / "runs").glob("run_*") if (r / "checkpoint_12.pt").exists())
-    assert (
-        run_here([*tiny, into(tmp_path / "runs"), f"resume_from_checkpoint={run}", "batch_size=8"])
-        == 3
-    )
-    assert "sequences per step was 4, is 8" in capsys.readouterr().err
+    resume = [*tiny, into(tmp_path / "runs"), f"resume_from_checkpoint={run}"]
+    assert run_here([*resume, "batch_size=6"]) == 3
+    assert "processes a multiple of 4, or start a new run" in capsys.readouterr().err
+    assert run_here([*resume, "batch_size=8", "block_size=16", "epochs=1", "max_iters=13"]) == 0
+    output = capsys.readouterr().out
+    assert "sequences per step: 4 -> 8" in output
+    assert "Evaluation keeps its batches of 4 sequences" in output
+    assert run_here([*resume, "batch_size=8", "max_iters=14"]) == 0
+    output = capsys.readouterr().out
+    assert "training.block_size: 16 -> 32" in output
+    assert "tokens per step: 128 -> 256, from the next token of the text on" in output
+    content = load_checkpoint(run / "checkpoint_14.pt")
+    assert content["train"]["tokens"] == 12 * 128 + 128 + 256
+
+
+def test_other_positions_of_a_gpt_are_another_model() -> None:
+    then = Config.from_dict({"model": {"name": "gpt"}})
+    now = replace(then, training=replace(then.training, block_size=16))
+    with pytest.raises(CheckpointError, match=r"block_size was 512, is 16\. .*init_from"):
+        check_resumable(then, now, "checkpoint_1.pt", (1, 1))
+    bdh = replace(then, model=Config().model), replace(now, model=Config().model)
+    assert "  training.block_size: 512 -> 16" in check_resumable(*bdh, "checkpoint_1.pt", (1, 1))

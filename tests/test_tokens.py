@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,14 @@ def test_a_loader_starts_where_its_cursor_says(corpus: Path, expected: torch.Ten
             again = batches.start_cursor()
         assert given_cursor in (None, again)
         assert torch.equal(read(dataset, 1, spec(), again)[0][0], expected[begin])
+
+
+def test_rows_of_token_files_keep_their_length_and_steps_may_change(corpus: Path) -> None:
+    dataset = opened(corpus)
+    _, cursor = read(dataset, 1, spec())
+    read(dataset, 1, replace(spec(), sequences_per_step=2 * cursor["lanes"]), cursor)
+    with pytest.raises(DataError, match=r"block_size 16, this run 8; .* training.init_from=RUN"):
+        read(dataset, 1, replace(spec(), block_size=8), cursor)
 
 
 def test_without_shuffling_the_rows_come_as_they_lie(tmp_path: Path) -> None:
