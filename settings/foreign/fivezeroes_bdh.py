@@ -104,6 +104,7 @@ def _translate_schedule(draft: Draft) -> None:
             "linear or wsd, or schedule.decay_lr=false for a constant rate"
         )
         draft.refuse("scheduler.type", text, ["schedule.name", "schedule.decay_lr"])
+        said = "the rest of scheduler"
     for key, value in ours.items():
         draft.put(key, value, like="scheduler.type")
     draft.notes.append(f"{said} is read as {assignments(ours)}")
