@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from settings import dialects
 from settings.constraints import FP8_MULTIPLE as FP8_MULTIPLE
-from settings.constraints import RULES, micro_step_tokens
+from settings.constraints import GPT2_NAMES as GPT2_NAMES
+from settings.constraints import RULES, derived, micro_step_tokens
 from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
 from settings.constraints import warmup_steps as warmup_steps
@@ -33,14 +34,14 @@ from settings.help import help_text
 from settings.layers import Merged, from_mapping, merge
 from settings.overrides import Arguments, parse_arguments
 from settings.problems import Origin, Problem, raise_problems
-from settings.rules import check_rules, nearest_multiples, setting
+from settings.rules import check_rules, first_superseded, nearest_multiples, setting
 from settings.schema import Form, Schema, option, schema_of
 from settings.sources import read_layers
 from settings.terminal import printable
 from settings.torchrun import report_to_torchrun as report_to_torchrun
 from settings.torchrun import started_by_torchrun as started_by_torchrun
 from settings.translate import translate
-from settings.values import check_section
+from settings.values import check_section, to_text
 
 DEFAULT_FILE = "config.yaml"
 DEFAULT_FILE_HEADER = (
@@ -48,9 +49,6 @@ DEFAULT_FILE_HEADER = (
     "Write only what differs into a file of your own: python train.py my.yaml",
     "A test keeps this file equal to config.py. To write it anew: python config.py > config.yaml",
 )
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-AMAX = ("fp8.amax_history_len", "fp8.amax_compute_algo")
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
@@ -76,7 +74,7 @@ class ModelConfig(_Section):
     n_embd: int = option(256, "width of the residual stream", ge=1)
     n_head: int = option(4, "heads; divides n_embd", ge=1)
     dropout: float = option(0.1, "share of activations dropped", ge=0, lt=1)
-    vocab_size: int | None = option(256, "rows of the embedding; null: the tokens", ge=1)
+    vocab_size: int | None = option(None, "vocabulary; null: the tokenizer's", ge=1)
     mask: Literal["causal", "causal_document"] = option("causal", "causal_document: own text only")
     mlp_internal_dim_multiplier: int = option(128, "bdh: neurons per n_embd, all heads", ge=1)
     bias: bool = option(False, "gpt: biases in linear layers and LayerNorms")
@@ -115,7 +113,7 @@ class TrainingConfig(_Section):
     save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
     always_save_checkpoint: bool = option(True, "false: at a best held-out loss and at the end")
     save_model: bool = option(True, "false: no checkpoints, no run directory")
-    keep_last: int | None = option(3, "checkpoints to keep; null: all", ge=1)
+    keep_last: int | None = option(None, "newest checkpoints to keep; null: all", ge=1)
     checkpoint_dir: str = option("checkpoints", "folder that holds the run directories")
     resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
     init_from: str = option("scratch", "scratch, resume, gpt2, gpt2-xl, a path")
@@ -180,7 +178,7 @@ class DatasetConfig(_Section):
 class TokenizerConfig(_Section):
     """From text to tokens."""
 
-    name: str = option("bytes", "bytes, char, gpt2, auto, a file, a Hub name")
+    name: str = option("auto", "auto, bytes, char, gpt2, a file, a Hub name")
     vocab_multiple: int = option(1, "model.vocab_size: null is rounded up to this", ge=1)
 
 
@@ -189,7 +187,7 @@ class LowPrecisionConfig(_Section):
     """Number formats of arithmetic, weights and optimizer state."""
 
     use_fp8: bool = option(False, "8-bit products (Hopper and later)")
-    use_4bit: bool = option(True, "train for 4-bit weights (default: bdh only)")
+    use_4bit: bool | Literal["auto"] = option("auto", "train for 4-bit weights; auto: bdh")
     use_4bit_optimizer: bool = option(False, "AdamW, its moments in 4 bits")
     quantization_type: Literal["nf4", "fp4"] = option("nf4", "4-bit weights: the 16 levels")
     use_double_quant: bool = option(True, "4-bit weights: their scales in 8 bits")
@@ -208,8 +206,8 @@ class Fp8Config(_Section):
     """How low_precision.use_fp8 computes."""
 
     backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
-    recipe: Literal["current", "delayed", "block", "mxfp8"] = option("current", "choice of scales")
-    format: Literal["hybrid", "e4m3"] = option("hybrid", "hybrid: gradients in e5m2")
+    recipe: Literal["auto", "current", "delayed", "block", "mxfp8"] = option("auto", "scales")
+    format: Literal["auto", "hybrid", "e4m3"] = option("auto", "hybrid: gradients in e5m2")
     amax_history_len: int = option(1024, "delayed: steps looked back on", ge=1)
     amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
 
@@ -241,7 +239,7 @@ class SystemConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sections:
-    """The sections side by side, not yet checked against each other."""
+    """The sections side by side, what was left open filled in, not yet checked with each other."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -255,6 +253,10 @@ class _Sections:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        for name, values in derived(self).items():
+            object.__setattr__(self, name, replace(getattr(self, name), **values))
 
 
 SECTIONS: dict[str, type] = get_type_hints(_Sections)
@@ -316,6 +318,7 @@ class Config(_Sections):
     """A whole run, checked: every value in its range and every rule kept."""
 
     def __post_init__(self) -> None:
+        _Sections.__post_init__(self)
         raise_problems(check_rules(RULES, self))
 
     @staticmethod
@@ -354,8 +357,13 @@ class Config(_Sections):
             file.write(self.to_yaml())
 
     def to_bdh_config(self) -> BDHConfig:
-        """Return the shape of the model; `vocab_size` must be a number by now."""
-        assert self.model.vocab_size is not None
+        """Return the shape of the model; ConfigError while the vocabulary depends on the text."""
+        if self.model.vocab_size is None:
+            raise ConfigError(
+                f"model.vocab_size=null takes the number of tokens of "
+                f"{setting(self, 'tokenizer.name')}, which is known once the text is opened; state "
+                "it for a model's shape without a text."
+            )
         return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
 
 
@@ -369,7 +377,7 @@ class Request:
     dry_run: bool
     check_resume: int | None  # steps to train straight and interrupted
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
-    given: frozenset[str]  # options that stand in the user's own files and words
+    given: frozenset[str]  # options that would have another value had the user left them out
 
 
 def command_line(argv: Sequence[str]) -> Request:
@@ -392,7 +400,6 @@ def _load(arguments: Arguments) -> Request:
     merged, files, unread = read_layers(_schema(), arguments, DEFAULT_FILE)
     config = _finish(merged, unread)
     overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
-    given = frozenset(key for key in merged.values if not merged.owns(key))
     return Request(
         config=config,
         files=files,
@@ -400,45 +407,57 @@ def _load(arguments: Arguments) -> Request:
         dry_run=arguments.dry_run,
         check_resume=arguments.check_resume,
         notes=tuple(merged.notes),
-        given=given,
+        given=_given(merged, config),
     )
 
 
-def _follow(merged: Merged) -> None:
-    """Give options that were left out the value that follows from what was said of others."""
-    values, init_from = merged.values, merged.values.get("training.init_from", "scratch")
-    if values.get("dataset.train_data_path") or values.get("dataset.name"):
-        values.setdefault("tokenizer.name", "auto")
-    if init_from in GPT2_NAMES:  # its weights bring the shape of the model
-        values.setdefault("model.name", "gpt")
-        values.setdefault("tokenizer.name", "gpt2")
-    pretrained = init_from not in ("scratch", "resume")
-    if pretrained or values.get("tokenizer.name", "bytes") != "bytes":
-        values.setdefault("model.vocab_size", None)
-    if values.get("model.name", "bdh") != "bdh":  # those come with habits of their own
-        values.setdefault(
-            "low_precision.use_4bit", values.get("low_precision.lora_rank") is not None
-        )
-    if values.get("fp8.recipe") in ("block", "mxfp8"):
-        values.setdefault("fp8.format", "e4m3")  # what these are made for
-    defaults = Fp8Config()
-    if any(
-        values.get(key, getattr(defaults, key[4:])) != getattr(defaults, key[4:]) for key in AMAX
-    ):
-        values.setdefault("fp8.recipe", "delayed")  # the only one that they are for
+def _given(merged: Merged, config: Config) -> frozenset[str]:
+    """Return the options that would have another value had they been left out."""
+    given = set[str]()
+    for key in merged.values:
+        left_out = merged.defaults.get(key, _schema().options[key].default)
+        if merged.layer(key) == 0 or merged.values[key] == left_out:
+            continue
+        section, name = key.split(".")
+        without = replace(getattr(config, section), **{name: left_out})
+        sections = _Sections(**{n: getattr(config, n) for n in SECTIONS} | {section: without})
+        if setting(sections, key) != setting(config, key):
+            given.add(key)
+    return frozenset(given)
 
 
 def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
     """Check the rules between options whose values are good; return the config or raise."""
     translate(_schema(), merged)
-    _follow(merged)
-    sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
     # Where part of a file could not be read, values are missing and rules would mislead.
     rules = () if unread else RULES
-    broken = check_rules(rules, _Sections(**sections), merged.origins, merged.refused)
+    sections = _sections(merged)
+    while found := first_superseded(rules, sections, merged.origins, merged.refused):
+        key, later = found
+        default = _schema().options[key].default
+        merged.note(
+            f"{setting(sections, key)} of {merged.origins[key].source} yields to "
+            f"{setting(sections, later)}: {to_text(default)}"
+        )
+        merged.put(key, default, merged.origins[later])
+        sections = _sections(merged)
+    broken = check_rules(rules, sections, merged.origins, merged.refused)
     raise_problems([*unread, *merged.problems, *broken])
-    return Config(**sections)
+    return Config(**{name: getattr(sections, name) for name in SECTIONS})
+
+
+def _sections(merged: Merged) -> _Sections:
+    return _Sections(**{name: made(**merged.section(name)) for name, made in SECTIONS.items()})
+
+
+def reference() -> str:
+    """Return the reference file: every option at its default, those left open as they stand."""
+    values = {
+        name: {option.name: option.default for option in _schema().in_section(name)}
+        for name in SECTIONS
+    }
+    return dump(_schema(), values, DEFAULT_FILE_HEADER)
 
 
 if __name__ == "__main__":
-    print(Config().to_yaml(DEFAULT_FILE_HEADER), end="")
+    print(reference(), end="")

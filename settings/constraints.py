@@ -6,16 +6,17 @@ names them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
-from settings.rules import Rule, nearest_multiples
+from settings.rules import Rule, default_of, nearest_multiples
 from settings.schema import LARGEST_INT
 
 FP8_MULTIPLE = 16  # what both sides of an 8-bit product are a multiple of
 TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of those that need no file
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Which models have an option; one that is not here belongs to all.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp_internal_dim_multiplier": ("bdh",),
@@ -58,9 +59,10 @@ def _owned_by(option_name: str, models: tuple[str, ...]) -> Rule[Any]:
         (f"model.{option_name}", "model.name"),
         lambda c: (
             c.model.name in models
-            or getattr(c.model, option_name) == _default(c.model, option_name)
+            or getattr(c.model, option_name) == default_of(c.model, option_name)
         ),
         f"{{0}} is an option of {' and '.join(models)}, and {{1}}",
+        yields=(f"model.{option_name}",),
     )
 
 
@@ -70,13 +72,9 @@ def _only_where(keys: tuple[str, str], holds: Callable[[Any], bool], text: str) 
 
     def kept(c: Any) -> bool:
         own = getattr(c, section)
-        return getattr(own, option_name) == _default(own, option_name) or holds(c)
+        return getattr(own, option_name) == default_of(own, option_name) or holds(c)
 
-    return Rule(keys, kept, text)
-
-
-def _default(section: Any, option_name: str) -> Any:
-    return next(f.default for f in fields(section) if f.name == option_name)
+    return Rule(keys, kept, text, yields=keys[:1])
 
 
 def token_paths(dataset: Any) -> tuple[str, str | None] | None:
@@ -96,6 +94,38 @@ def holds_out(dataset: Any) -> bool:
     """Return whether there is text to evaluate on."""
     paths = token_paths(dataset)
     return dataset.test_fraction > 0 or (paths is not None and paths[1] is not None)
+
+
+def derived(c: Any) -> dict[str, dict[str, Any]]:
+    """Return, by section, the options that were left open and the value that follows from others.
+
+    Open are null and `auto`; and the name of the model where GPT-2's weights bring theirs, which no
+    other model takes. What the text has to say first, such as a vocabulary, stays open.
+    """
+    model, low, fp8, start = c.model, c.low_precision, c.fp8, c.training.init_from
+    published = start in GPT2_NAMES
+    name = "gpt" if published and model.name == default_of(model, "name") else model.name
+    tokenizer, size = c.tokenizer.name, model.vocab_size
+    if tokenizer == "auto" and token_paths(c.dataset) is None:
+        tokenizer = "gpt2" if published else "bytes"
+    if size is None and tokenizer == "bytes" and start in ("scratch", "resume"):
+        multiple = c.tokenizer.vocab_multiple
+        size = math.ceil(TOKENIZER_SIZES[tokenizer] / multiple) * multiple
+    four_bit, recipe, form = low.use_4bit, fp8.recipe, fp8.format
+    if four_bit == "auto":
+        four_bit = name == "bdh" or low.lora_rank is not None
+    if recipe == "auto":
+        options = ("amax_history_len", "amax_compute_algo")  # which no other recipe has
+        looks_back = any(getattr(fp8, o) != default_of(fp8, o) for o in options)
+        recipe = "delayed" if looks_back else "current"
+    if form == "auto":
+        form = "e4m3" if recipe in ("block", "mxfp8") else "hybrid"  # what these are made for
+    return {
+        "model": {"name": name, "vocab_size": size},
+        "tokenizer": {"name": tokenizer},
+        "low_precision": {"use_4bit": four_bit},
+        "fp8": {"recipe": recipe, "format": form},
+    }
 
 
 # What must hold between options; {0}, {1}, ... stand for the keys with their values.
@@ -142,27 +172,32 @@ RULES: tuple[Rule[Any], ...] = (
         ("training.init_from", "training.resume_from_checkpoint"),
         lambda c: c.training.init_from != "resume" or c.training.resume_from_checkpoint is None,
         "{0} and {1} exclude each other; set one",
+        yields=("training.init_from", "training.resume_from_checkpoint"),
     ),
     Rule(
         ("dataset.name", "dataset.train_data_path"),
         lambda c: c.dataset.name is None or c.dataset.train_data_path is None,
         "{0} and {1} name two texts; set one",
+        yields=("dataset.name", "dataset.train_data_path"),
     ),
     Rule(
         ("dataset.val_data_path", "dataset.train_data_path"),
         lambda c: c.dataset.val_data_path is None or c.dataset.train_data_path is not None,
         "{0} needs {1}",
+        yields=("dataset.val_data_path",),
     ),
     Rule(
         ("model.vocab_size", "tokenizer.name"),
         lambda c: (c.model.vocab_size or LARGEST_INT) >= TOKENIZER_SIZES.get(c.tokenizer.name, 0),
         "{0} is too small for {1}",
         lambda c: f"it has {TOKENIZER_SIZES[c.tokenizer.name]} tokens; null takes their number",
+        yields=("model.vocab_size",),
     ),
     Rule(
         ("schedule.min_lr", "training.learning_rate"),
         lambda c: (c.schedule.min_lr or 0) <= c.training.learning_rate,
         "{0} is above {1}; null means a tenth of it",
+        yields=("schedule.min_lr",),
     ),
     Rule(
         ("schedule.warmup_iters", "training.max_iters"),
@@ -174,11 +209,13 @@ RULES: tuple[Rule[Any], ...] = (
         lambda c: c.schedule.lr_decay_iters is None or c.schedule.lr_decay_iters >= warmup_steps(c),
         "{0} is below {1} with {2}",
         lambda c: f"warm-up takes {warmup_steps(c)} steps",
+        yields=("schedule.lr_decay_iters",),
     ),
     Rule(
         ("training.tokens_per_step", "training.gradient_accumulation_steps"),
         lambda c: c.training.tokens_per_step is None or c.training.gradient_accumulation_steps == 1,
         "{0} and {1} exclude each other; set one",
+        yields=("training.tokens_per_step", "training.gradient_accumulation_steps"),
     ),
     Rule(
         ("training.batch_size", "training.tokens_per_step"),
@@ -189,6 +226,7 @@ RULES: tuple[Rule[Any], ...] = (
         ("logging.tensorboard", "training.save_model"),
         lambda c: not c.logging.tensorboard or c.training.save_model,
         "{0} writes into the run directory, which there is none of with {1}",
+        yields=("logging.tensorboard",),
     ),
     _only_where(
         ("training.sample_tokens", "training.sample_prompt"),
@@ -203,6 +241,7 @@ RULES: tuple[Rule[Any], ...] = (
             or c.training.eval_only
         ),
         "{0} is for evaluations, which there are none of with {1}",
+        yields=("training.sample_prompt",),
     ),
     Rule(
         ("training.tokens_per_step", "training.block_size", "training.batch_size"),

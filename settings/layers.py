@@ -30,6 +30,7 @@ class Merged:
     """The values given, by key; where each came from; what is wrong; what to tell the user."""
 
     values: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)  # of the base, where there is one
     origins: dict[str, Origin] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # key -> the name it was given under
     problems: list[Problem] = field(default_factory=list)
@@ -40,6 +41,10 @@ class Merged:
     def owns(self, key: str) -> bool:
         """Return whether the value of `key` is one of the base, below all layers."""
         return key in self.origins and self.origins[key].layer == 0
+
+    def layer(self, key: str) -> int:
+        """Return the layer that gave `key`; 0 for none."""
+        return self.origins[key].layer if key in self.origins else 0
 
     def put(self, key: str, value: Any, origin: Origin) -> None:
         """Set a value that follows from one given at `origin`."""
@@ -58,6 +63,7 @@ class Merged:
 
     def stand_on(self, base: Merged) -> None:
         """Take from `base`, which was read as layer 0, what no layer gave."""
+        self.defaults = dict(base.values)
         for key, value in base.values.items():
             if key not in self.values:
                 self.put(key, value, base.origins[key])
@@ -78,7 +84,7 @@ def merge(schema: Schema, layers: Iterable[Iterable[Entry]]) -> Merged:
 
 
 class _Layer:
-    """One layer while it is merged: inside a layer no option may be given twice."""
+    """One layer while it is merged: no option may be given twice, but on the command line."""
 
     def __init__(self, schema: Schema, merged: Merged) -> None:
         self._schema = schema
@@ -174,9 +180,12 @@ class _Layer:
             raise RefusedError(
                 f"{key}: given twice{both} (first at line {first.origin.line}). Keep one"
             )
+        self._given[key] = (entry, value)
+        self._merged.put(key, value, entry.origin)
+        self._merged.spelled[key] = entry.key
         if value != first_value:
             values = f"{shown(first_value)} and {shown(value)}"
-            raise RefusedError(f"{key}: given twice{both}: {values}. Keep one")
+            self._merged.note(f"{key}: given twice{both}: {values}. The last one is taken")
 
 
 def from_mapping(values: Mapping[Any, Any], origin: Origin) -> list[Entry]:

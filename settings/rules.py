@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from settings.problems import Origin, Problem
@@ -14,12 +14,17 @@ T = TypeVar("T")  # the sections side by side
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[T]):
-    """`text` has {0}, {1}, ... for 'key=value' of each key; `remedy` is computed where it helps."""
+    """`text` has {0}, {1}, ... for 'key=value' of each key; `remedy` is computed where it helps.
+
+    `yields`: keys that go back to their default where a later file, or the command line, says of
+    the other keys what breaks the rule.
+    """
 
     keys: tuple[str, ...]
     holds: Callable[[T], bool]
     text: str
     remedy: Callable[[T], str] | None = None
+    yields: tuple[str, ...] = ()
 
     def complaint(self, sections: T) -> str:
         """Return what is wrong in words, or ''."""
@@ -55,10 +60,42 @@ def check_rules(
     return problems
 
 
+def first_superseded(
+    rules: Sequence[Rule[T]],
+    sections: T,
+    origins: Mapping[str, Origin],
+    refused: Set[str] = frozenset(),
+) -> tuple[str, str] | None:
+    """Return a value that breaks a rule only because of one given in a later layer, as the keys of
+    both; None where there is none that may yield."""
+    for rule in rules:
+        may_yield = [
+            key for key in rule.yields if key in origins and not _is_default(key, sections)
+        ]
+        if not may_yield or rule.holds(sections) or not refused.isdisjoint(rule.keys):
+            continue
+        layers = {key: origins.get(key, Origin()).layer for key in rule.keys}
+        key, later = min(may_yield, key=layers.__getitem__), max(layers, key=layers.__getitem__)
+        if layers[key] < layers[later]:
+            return key, later
+    return None
+
+
 def setting(sections: Any, key: str) -> str:
     """Return 'section.option=value'."""
     section, name = key.split(".")
     return f"{key}={to_text(getattr(getattr(sections, section), name))}"
+
+
+def default_of(section: Any, option_name: str) -> Any:
+    """Return the default of an option of a section's dataclass."""
+    return next(item.default for item in fields(section) if item.name == option_name)
+
+
+def _is_default(key: str, sections: Any) -> bool:
+    section, name = key.split(".")
+    own = getattr(sections, section)
+    return bool(getattr(own, name) == default_of(own, name))
 
 
 def nearest_multiples(value: int, step: int) -> str:

@@ -25,6 +25,7 @@ _PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NANOGPT = os.path.join(_PROJECT, "configs", "nanogpt.yaml")
 TOKEN_FILES = os.path.join(_PROJECT, "configs", "cs336-tinystories.yaml")
 _ONLY_NANOGPT_HAS = ("dataset", "bias")  # as bare names
+_SHAPE = ("n_layer", "n_head", "n_embd")  # of nanoGPT's GPT; here, of any model
 
 
 class Source(NamedTuple):
@@ -59,6 +60,8 @@ def read_layers(schema: Schema, arguments: Arguments, default: str) -> Reading:
     merged = merge(schema, [*(source.entries for source in sources), arguments.entries(last)])
     merged.problems += arguments.problems_at(last)
     merged.problems += [p for source in sources for p in _unresolved(merged, source)]
+    if not arguments.files and not base:
+        note = _note_on_model(arguments, merged)
     notes = [note] if note else []
     merged.notes[:0] = notes + [text for source in sources for text in source.notes]
     merged.nanogpt = _nanogpt_layers(sources, base, last)
@@ -123,6 +126,14 @@ def _base_of_overrides(arguments: Arguments) -> tuple[str, str]:
         base, why = TOKEN_FILES, "train_data_path=*.ids"
     choose = "to start from another file: --config FILE"
     return base, f"{why} without a file starts from {_shown(base)}; {choose}" if base else ""
+
+
+def _note_on_model(arguments: Arguments, merged: Merged) -> str:
+    """Return a line for who gives a shape in nanoGPT's names and may expect its model; else ''."""
+    shape = [key for key, _ in arguments.overrides if key in _SHAPE]
+    if len(shape) < 2 or merged.values.keys() & {"model.name", "training.init_from"}:
+        return ""
+    return f"{', '.join(shape)} shape a BDH (model.name=bdh, the default); a GPT: model.name=gpt"
 
 
 def _says_nothing(schema: Schema, default: Source) -> bool:

@@ -1,4 +1,4 @@
-"""What other trainers mean where another name is not enough, and what a base has to give up.
+"""What other trainers mean where another name is not enough; schedules meant for longer runs.
 
 Values under foreign names become options of ours here, each with a line for the user.
 """
@@ -16,21 +16,19 @@ from settings.values import to_text
 _KERNELS = {"model.flash": "flash", "model.flex": "flex"}
 _ATTENTION = "model.attention"
 _STEPS, _TOKENS = "training.gradient_accumulation_steps", "training.tokens_per_step"
-_RATE, _MAX_ITERS = "training.learning_rate", "training.max_iters"
-_WARMUP, _DECAY_END, _FLOOR = (
-    f"schedule.{name}" for name in ("warmup_iters", "lr_decay_iters", "min_lr")
-)
+_MAX_ITERS = "training.max_iters"
+_WARMUP, _DECAY_END = "schedule.warmup_iters", "schedule.lr_decay_iters"
 
 
 def translate(schema: Schema, merged: Merged) -> None:
-    """Turn foreign values into ours and let the base yield, in place."""
+    """Turn foreign values into ours and shorten schedules meant for longer runs, in place."""
     _translate_kernel(merged)
     _translate_tokenizer(merged)
     _translate_run_name(merged)
     _choose_text(merged)
     if merged.nanogpt:
         _Nanogpt(schema, merged).translate()
-    _Base(schema, merged).yield_schedule()
+    _Schedule(schema, merged).shorten()
 
 
 def _translate_kernel(merged: Merged) -> None:
@@ -140,7 +138,7 @@ class _Nanogpt:
             # nanoGPT's 40 are those of its GPT-2; each of its presets that trains says its own.
             merged.put(_STEPS, 1, merged.origins[_STEPS])
         origin, steps = merged.origins[_STEPS], merged.values[_STEPS]
-        tokens_layer = merged.origins[_TOKENS].layer if merged.values.get(_TOKENS) else -1
+        tokens_layer = merged.layer(_TOKENS) if merged.values.get(_TOKENS) else -1
         if tokens_layer == origin.layer:
             return  # a rule says that they exclude each other
         if tokens_layer > origin.layer:
@@ -165,33 +163,43 @@ class _Nanogpt:
             merged.note("schedule.decay_lr=false means no warm-up either, as in nanoGPT")
 
 
-class _Base:
-    """Values of a base give way where the layers above contradict them."""
+class _Schedule:
+    """A schedule that was meant for a longer run gives way to one that a later layer makes short.
+
+    That of a base gives way where it would take much of the run; that of a file of the user's only
+    where the run would end during its warm-up, which a rule forbids.
+    """
 
     def __init__(self, schema: Schema, merged: Merged) -> None:
         self._merged = merged
         self._schema = schema
 
-    def yield_schedule(self) -> None:
+    def shorten(self) -> None:
         values, steps = self._merged.values, self._value(_MAX_ITERS)
-        warmup = 0 if self._merged.owns(_WARMUP) else (self._value(_WARMUP) or 0)
+        warmup = 0 if self._yields(_WARMUP) else (self._value(_WARMUP) or 0)
         if not warmup <= (self._value(_DECAY_END) or steps) <= steps:
             self._yield(_DECAY_END, None, f"{_MAX_ITERS}={steps}")
         end = values.get(_DECAY_END) or steps
         if (self._value(_WARMUP) or 0) > min(end, steps) // 4:  # meant for a longer run
             key, end = (_DECAY_END, end) if end < steps else (_MAX_ITERS, steps)
             self._yield(_WARMUP, end * 3 // 100, f"{key}={end}")
-        rate = self._value(_RATE)
-        if (self._value(_FLOOR) or 0) > rate:
-            self._yield(_FLOOR, None, f"{_RATE}={to_text(rate)}")
 
     def _value(self, key: str) -> Any:
         return self._merged.values.get(key, self._schema.options[key].default)
 
+    def _yields(self, key: str) -> bool:
+        origins = self._merged.origins
+        if key not in origins or self._merged.owns(key):
+            return key in origins
+        end, steps = self._value(_DECAY_END), self._value(_MAX_ITERS)
+        last = _DECAY_END if end and end < steps else _MAX_ITERS
+        too_short = (self._value(_WARMUP) or 0) > self._value(last)
+        return too_short and origins[key].layer < self._merged.layer(last)
+
     def _yield(self, key: str, value: int | None, to: str) -> None:
-        merged = self._merged
-        if not merged.owns(key):
+        if not self._yields(key):
             return
+        merged = self._merged
         place, was = merged.origins[key], merged.values[key]
         merged.put(key, value, place)
         if key == _WARMUP or self._value("schedule.decay_lr"):  # else nothing follows from it

@@ -21,6 +21,7 @@ from config import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
+    TokenizerConfig,
     TrainingConfig,
     accumulation_steps,
     holds_out,
@@ -39,7 +40,7 @@ OPTIONS = [option for name, made in SECTIONS.items() for option in section_optio
 
 def test_the_reference_file_is_the_defaults_word_for_word() -> None:
     text = (ROOT / "config.yaml").read_text(encoding="utf-8")
-    assert text == Config().to_yaml(module.DEFAULT_FILE_HEADER), "python config.py > config.yaml"
+    assert text == module.reference(), "python config.py > config.yaml"
     assert max(map(len, text.splitlines())) <= 100
     assert Config.from_yaml(ROOT / "config.yaml") == Config()
 
@@ -342,17 +343,34 @@ LEFT_OUT: list[tuple[dict[str, dict[str, Any]], dict[str, Any]]] = [
         {"training": {"init_from": "weights.pt"}, "model": {"name": "gpt"}},
         {"model.vocab_size": None, "tokenizer.name": "bytes"},
     ),
+    ({"tokenizer": {"vocab_multiple": 100}}, {"model.vocab_size": 300}),
+    ({"model": {"name": "gpt"}}, {"low_precision.use_4bit": False}),
+    (
+        {"low_precision": {"lora_rank": 4}, "training": {"init_from": "gpt2"}},
+        {"low_precision.use_4bit": True},
+    ),
+    ({"low_precision": {"use_4bit": False}}, {"low_precision.use_4bit": False}),
+    ({}, {"low_precision.use_4bit": True, "fp8.recipe": "current", "fp8.format": "hybrid"}),
+    ({"fp8": {"amax_history_len": 16}}, {"fp8.recipe": "delayed", "fp8.format": "hybrid"}),
+    ({"fp8": {"recipe": "mxfp8"}}, {"fp8.format": "e4m3"}),
+    ({"fp8": {"recipe": "mxfp8", "format": "hybrid"}}, {"fp8.format": "hybrid"}),
 ]
 
 
 @pytest.mark.parametrize(("values", "expected"), LEFT_OUT)
-def test_what_is_left_out_follows_from_what_is_said(
-    values: dict[str, dict[str, Any]], expected: dict[str, Any]
+def test_what_is_left_out_follows_from_what_is_said_in_python_as_in_a_file(
+    values: dict[str, dict[str, Any]], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = Config.from_dict(values).to_dict()
+    config = Config(**{name: SECTIONS[name](**options) for name, options in values.items()})
+    found = config.to_dict()
     for key, value in expected.items():
         section, name = key.split(".")
-        assert config[section][name] == value, key
+        assert found[section][name] == value, key
+    assert Config.from_dict(values) == config
+    (tmp_path / "my.yaml").write_text(json.dumps(values))
+    assert Config.from_yaml(tmp_path / "my.yaml") == config
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert Config.from_yaml(tmp_path / "resolved.yaml") == config
 
 
 def test_a_broken_rule_says_where_each_value_came_from(
@@ -460,6 +478,9 @@ def test_to_bdh_config_gives_the_shape_of_the_model() -> None:
         "mlp_internal_dim_multiplier": 128,
         "vocab_size": 256,
     }
+    text_decides = Config(tokenizer=TokenizerConfig(name="char"))
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=null takes .*tokenizer\.name=char"):
+        text_decides.to_bdh_config()
 
 
 def value_of(option: Option) -> st.SearchStrategy[Any]:

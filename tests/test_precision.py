@@ -72,7 +72,7 @@ def words_of(mode: str, small: list[str]) -> list[str]:
 
 def gone_on_from_step_4(words: list[str], folder: Path) -> Path:
     """The directory of a run of 10 steps whose later checkpoints were lost once."""
-    words = [*words, f"checkpoint_dir={folder}", "keep_last=null"]
+    words = [*words, f"checkpoint_dir={folder}"]
     assert run_here(words) == 0
     run = only_run(folder)
     for step in (8, 10):
@@ -140,22 +140,25 @@ def test_where_4_bits_were_asked_for_and_cannot_be_had_the_run_stops(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     without_library(monkeypatch)
-    assert run_here([*small, "use_4bit=true", f"checkpoint_dir={tmp_path / 'runs'}"]) == 2
+    words = [*words_of("4-bit weights llama", small), f"checkpoint_dir={tmp_path / 'runs'}"]
+    assert run_here(words) == 2
     message = capsys.readouterr().err
     assert "4-bit weights need bitsandbytes" in message
     assert "pip install 'bitsandbytes>=0.50,<1', or set low_precision.use_4bit: false." in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_where_nobody_asked_for_4_bits_the_run_says_so_and_goes_on(
+@pytest.mark.parametrize("text", ["", "low_precision: {use_4bit: true}\n"])
+def test_where_4_bits_are_only_the_default_the_run_says_so_and_goes_on(
     small: list[str],
+    text: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     without_library(monkeypatch)
     config = Path(small[0])
-    config.write_text(config.read_text().replace("low_precision: {use_4bit: false}\n", ""))
+    config.write_text(config.read_text().replace("low_precision: {use_4bit: false}\n", text))
     assert run_here([*changed(small, "max_iters=2"), f"checkpoint_dir={tmp_path / 'runs'}"]) == 0
     output = capsys.readouterr().out
     line = "low_precision.use_4bit: off, since 4-bit weights need bitsandbytes, which cannot be "
@@ -172,7 +175,8 @@ def test_where_4_bits_do_not_run_on_the_device_it_is_said_before_anything_else(
 ) -> None:
     elsewhere = torch.device("mps")  # torch has none here, as bitsandbytes may not
     monkeypatch.setattr("engine.precision.resolve_device", lambda name: elsewhere)
-    assert run_here([*small, "use_4bit=true", f"checkpoint_dir={tmp_path / 'runs'}"]) == 2
+    words = [*words_of("4-bit weights llama", small), f"checkpoint_dir={tmp_path / 'runs'}"]
+    assert run_here(words) == 2
     assert "4-bit weights: bitsandbytes does not run on mps" in capsys.readouterr().err
 
 

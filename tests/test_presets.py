@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config, ConfigError, Request, accumulation_steps, command_line
+from config import Config, ConfigError, Request, accumulation_steps, command_line, warmup_steps
 from settings import dialects
 from settings.presets import MAX_PRESET_BYTES, read_preset
 
@@ -278,6 +278,8 @@ YIELDING = [
     ("lr_decay_iters=1000", {"warmup_iters": 30, "lr_decay_iters": 1000}),
     ("learning_rate=3e-5", {"min_lr": None, "learning_rate": 3e-5}),
     ("max_iters=50 warmup_iters=7", {"warmup_iters": 7}),
+    ("keep_last=null", {"keep_last": None}),
+    ("", {"keep_last": 3}),
     ("train_data_path=a.bin", {"dataset__name": None, "train_data_path": "a.bin"}),
     ("parquet_dir=a", {"dataset__name": None, "parquet_dir": "a", "tokenizer__name": "bytes"}),
     ("tokens_per_step=24576", {"tokens_per_step": 24576, "gradient_accumulation_steps": 1}),
@@ -502,6 +504,7 @@ OF_THE_WEIGHTS = {f"model.{name}" for name in ("n_layer", "n_head", "n_embd", "b
 NOT_OF_AN_EVALUATION = {
     *("training.tokens_per_step", "training.max_iters", "training.learning_rate"),
     *("training.log_freq", "training.test_freq", "training.checkpoint_freq"),
+    "training.keep_last",
     *("schedule.warmup_iters", "schedule.lr_decay_iters", "schedule.min_lr"),
     *("training.checkpoint_dir", "logging.wandb_project", "logging.wandb_run_name"),
 }
@@ -1208,6 +1211,15 @@ def test_a_preset_is_read_and_says_what_it_is(
         assert sizes[:2] == [training.batch_size, training.block_size]
         assert int(product.replace(",", "")) == step == prod(sizes)
     assert products or training.eval_only
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_preset_takes_a_short_trial(
+    path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = ask(f"{path} max_iters=50").config
+    assert config.training.max_iters == 50 and warmup_steps(config) <= 1
 
 
 def test_numbers_in_the_comments_of_presets_are_their_values(ask: Ask) -> None:

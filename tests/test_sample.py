@@ -85,7 +85,7 @@ def test_samples_drawn_together_are_those_drawn_alone(
 
 def test_a_sample_ends_before_the_end_of_its_document(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = sample.read_arguments(["x", "--prompt", ">", "--num-samples", "2"])
-    decoders = [build_tokenizer(TokenizerConfig()).stream_decoder() for _ in range(2)]
+    decoders = [build_tokenizer(TokenizerConfig(name="bytes")).stream_decoder() for _ in range(2)]
     steps = iter([[97, 98], [0, 99], [100, 0], [101, 101]])
     drawn = sample.write_together(arguments, range(2), decoders, steps, 0)
     assert drawn == 3  # neither the ends of documents nor what was drawn beside them after one

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from config import Config, ConfigError, Request, command_line
 from settings import dialects
 from settings.foreign import fivezeroes_bdh
+from settings.values import to_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Ask = Callable[..., Request]
@@ -102,6 +104,26 @@ def test_files_are_applied_in_order_wherever_they_stand(ask: Ask, tmp_path: Path
     assert ask().files == ("config.yaml",)
 
 
+TWICE = [
+    (["batch_size=8", "--batch-size", "16"], "training.batch_size: given twice: 8 and 16. The las"),
+    (["lr=1e-4", "lr=1e-4", "lr=2e-4"], "training.learning_rate: given twice: 1e-4 and 2e-4. The"),
+    (
+        ["lr=1e-4", "learning_rate=2e-4"],
+        "training.learning_rate: given twice as lr and as learning_rate: 1e-4 and 2e-4. The last",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "note"), TWICE, ids=str)
+def test_of_a_flag_given_twice_the_last_is_taken_and_said(
+    ask: Ask, argv: list[str], note: str
+) -> None:
+    request = ask(*argv)
+    assert sum(line.startswith(note) for line in request.notes) == 1
+    assert request.config == ask(argv[-1] if "=" in argv[-1] else f"batch_size={argv[-1]}").config
+    assert Config.from_yaml("config.yaml", request.overrides) == request.config
+
+
 MISTAKES = [
     (["--lrr", "3"], "--lrr: unknown option. Did you mean training.learning_rate?"),
     (["--learing-rate=3"], "learing_rate: unknown option. Did you mean training.learning_rate?"),
@@ -113,11 +135,6 @@ MISTAKES = [
     (["batch_size="], "batch_size=: empty value. Write batch_size=null to clear"),
     (["--batch_size"], "--batch_size: a value is missing. Write --batch_size=VALUE."),
     (["--batch_size", "--debug"], "--batch_size: a value is missing."),
-    (["batch_size=8", "--batch-size", "16"], "training.batch_size: given twice: 8 and 16. Keep"),
-    (
-        ["lr=1", "learning_rate=2"],
-        "training.learning_rate: given twice as lr and as learning_rate: 1.0 and 2.0. Keep one",
-    ),
     (["name=bdh"], "name: names several options. Write one of model.name, optimizer.name, sch"),
     (["model=bdh"], "model: is a section. Write model.OPTION=value."),
     (["model=null"], "model: is a section. Write model.OPTION=value."),
@@ -267,8 +284,151 @@ def test_low_precision_as_documented_is_the_default(ask: Ask) -> None:
     Path("my.yaml").write_text(LOW_PRECISION)
     request = ask("my.yaml")
     assert request.config == Config() and not request.notes
-    assert "low_precision.use_4bit" in request.given
-    assert not ask().given
+
+
+WISHES = [  # the text of a file, the command line, what the user asked for
+    ("", [], set()),
+    (LOW_PRECISION, [], set()),
+    ("low_precision: {use_4bit: auto}", ["model.name=gpt"], {"model.name"}),
+    (LOW_PRECISION, ["model.name=gpt"], {"model.name", "low_precision.use_4bit"}),
+    ("", ["use_4bit=true", "model.name=llama"], {"model.name", "low_precision.use_4bit"}),
+    ("", ["use_4bit=false", "model.name=llama"], {"model.name"}),
+    ("", ["use_4bit=false"], {"low_precision.use_4bit"}),
+    ("", ["tokenizer.name=bytes", "vocab_size=256"], set()),
+    ("", ["fp8.recipe=delayed", "amax_history_len=8"], {"fp8.amax_history_len"}),
+    ("dataset: x", ["n_layer=12"], {"dataset.name"}),  # as its base has it
+    ("dataset: x", ["n_layer=6"], {"dataset.name", "model.n_layer"}),
+]
+
+
+@pytest.mark.parametrize(("text", "argv", "given"), WISHES)
+def test_a_value_that_would_be_the_same_if_left_out_is_no_wish(
+    ask: Ask, text: str, argv: list[str], given: set[str]
+) -> None:
+    Path("my.yaml").write_text(text)
+    assert ask("my.yaml", *argv).given == given
+
+
+EDITS: list[dict[str, object]] = [
+    {},
+    {"model.name": "llama"},
+    {"model.name": "gpt", "model.bias": True},
+    {"training.init_from": "gpt2"},
+    {"dataset.train_data_path": "a.bin"},
+    {"tokenizer.name": "gpt2"},
+    {"fp8.amax_history_len": 16},
+    {"fp8.recipe": "block"},
+]
+
+
+@pytest.mark.parametrize("edits", EDITS, ids=str)
+def test_an_edited_copy_of_the_reference_file_means_its_edits(
+    ask: Ask, edits: dict[str, object]
+) -> None:
+    values = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for key, value in edits.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    Path("my.yaml").write_text(yaml.safe_dump(values))
+    copy, short = ask("my.yaml"), ask(*(f"{key}={value}" for key, value in edits.items()))
+    assert (copy.config, copy.given, copy.notes) == (short.config, short.given, short.notes)
+
+
+SUPERSEDED = [  # a file, what comes later, what the file's value becomes, a note
+    (
+        "model: {mlp_internal_dim_multiplier: 64}",
+        ["model.name=gpt"],
+        {"model.mlp_internal_dim_multiplier": 128},
+        "model.mlp_internal_dim_multiplier=64 of my.yaml yields to model.name=gpt: 128",
+    ),
+    (
+        "model: {name: gpt, bias: true}\nlow_precision: {use_4bit: false}",
+        ["model.name=llama"],
+        {"model.bias": False, "low_precision.use_4bit": False},
+        "model.bias=true of my.yaml yields to model.name=llama: false",
+    ),
+    (
+        "schedule: {warmup_iters: 100, lr_decay_iters: 5000}\ntraining: {max_iters: 5000}",
+        ["max_iters=50"],
+        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": None},
+        "schedule.warmup_iters=100 of my.yaml yields to training.max_iters=50: 1",
+    ),
+    (
+        "schedule: {warmup_iters: 100, lr_decay_iters: 5000}\ntraining: {max_iters: 5000}",
+        ["lr_decay_iters=50"],
+        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": 50},
+        "schedule.warmup_iters=100 of my.yaml yields to schedule.lr_decay_iters=50: 1",
+    ),
+    (
+        "schedule: {lr_decay_iters: 1000}",
+        ["warmup_iters=2000"],
+        {"schedule.warmup_iters": 2000, "schedule.lr_decay_iters": None},
+        "schedule.lr_decay_iters=1000 of my.yaml yields to schedule.warmup_iters=2000: null",
+    ),
+    (
+        "schedule: {min_lr: 1e-4}",
+        ["learning_rate=5e-5"],
+        {"schedule.min_lr": None},
+        "schedule.min_lr=1e-4 of my.yaml yields to training.learning_rate=5e-5: null",
+    ),
+    (
+        "training: {tokens_per_step: 8192}",
+        ["gradient_accumulation_steps=3"],
+        {"training.tokens_per_step": None, "training.gradient_accumulation_steps": 3},
+        "training.tokens_per_step=8192 of my.yaml yields to "
+        "training.gradient_accumulation_steps=3: null",
+    ),
+    (
+        "dataset: {train_data_path: a.bin, val_data_path: b.bin}",
+        ["dataset.name=x"],
+        {"dataset.train_data_path": None, "dataset.val_data_path": None, "dataset.name": "x"},
+        "dataset.train_data_path=a.bin of my.yaml yields to dataset.name=x: null",
+    ),
+    (
+        "model: {vocab_size: 256}",
+        ["tokenizer.name=gpt2"],
+        {"model.vocab_size": None},
+        "model.vocab_size=256 of my.yaml yields to tokenizer.name=gpt2: null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "argv", "expected", "note"), SUPERSEDED)
+def test_what_a_later_layer_contradicts_yields_aloud_and_in_one_layer_it_is_an_error(
+    ask: Ask,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    argv: list[str],
+    expected: dict[str, object],
+    note: str,
+) -> None:
+    Path("my.yaml").write_text(text)
+    Path("later.yaml").write_text("\n".join(f"{word.replace('=', ': ')}" for word in argv))
+    for words in (["my.yaml", *argv], ["my.yaml", "later.yaml"]):
+        request = ask(*words)
+        values = request.config.to_dict()
+        found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in expected}
+        assert found == expected
+        assert note in request.notes
+    together = [
+        f"{section}.{name}={to_text(value)}"
+        for section, options in yaml.safe_load(text).items()
+        for name, value in options.items()
+        if name not in argv[0]
+    ]
+    complaint(ask, capsys, *together, *argv)
+
+
+def test_names_of_nanogpt_without_a_file_are_said_to_make_a_bdh(ask: Ask) -> None:
+    shape = ["n_layer=6", "n_head=6", "n_embd=384"]
+    note = (
+        "n_layer, n_head, n_embd shape a BDH (model.name=bdh, the default); a GPT: model.name=gpt"
+    )
+    assert ask(*shape).notes == (note,)
+    Path("my.yaml").write_text("n_layer: 6")
+    silent = [[*shape, "model.name=gpt"], ["my.yaml", *shape], ["n_layer=2"], ["init_from=gpt2"]]
+    for argv in silent:
+        assert note not in ask(*argv).notes
 
 
 LATER_MISTAKES = [

@@ -302,7 +302,7 @@ def test_a_file_or_its_folder_is_named(tmp_path: Path) -> None:
     for name in (str(path), str(tmp_path)):
         tokenizer = build_tokenizer(TokenizerConfig(name=name))
         assert (tokenizer.name, tokenizer.fingerprint) == (name, bpe().fingerprint)
-    assert build_tokenizer(TokenizerConfig()).name == "bytes"
+    assert build_tokenizer(TokenizerConfig(name="bytes")).name == "bytes"
 
 
 def test_truncation_and_padding_of_a_file_are_not_applied() -> None:

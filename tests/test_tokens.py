@@ -462,7 +462,12 @@ def test_a_stated_tokenizer_must_be_that_of_the_meta_file(tmp_path: Path) -> Non
     message = r"bytes \(bytes-1\) by tokenizer\.name=bytes, char \(char-\w+\) by .*meta\.json"
     with pytest.raises(DataError, match=message):
         opened(train, tokenizer="bytes")
-    write_meta(tmp_path / "meta.json", build_tokenizer(TokenizerConfig()), np.dtype(np.uint16), {})
+    write_meta(
+        tmp_path / "meta.json",
+        build_tokenizer(TokenizerConfig(name="bytes")),
+        np.dtype(np.uint16),
+        {},
+    )
     with pytest.raises(DataError, match=r"char, but the tokens are of bytes by .*meta\.json"):
         opened(train, tokenizer="char")
 

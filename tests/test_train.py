@@ -214,7 +214,7 @@ def test_without_always_save_an_evaluation_saves_when_it_is_the_best(
 
 
 def test_save_every_saves_by_the_clock(tiny: list[str], tmp_path: Path) -> None:
-    clock = ["checkpoint_freq=null", "save_every=0.000001", "max_iters=5", "keep_last=null"]
+    clock = ["checkpoint_freq=null", "save_every=0.000001", "max_iters=5"]
     assert run_here([*tiny, into(tmp_path / "runs"), *clock]) == 0
     run = only_run(tmp_path / "runs")
     assert {p.name for p in run.glob("*.pt")} == {f"checkpoint_{s}.pt" for s in range(1, 6)}
@@ -246,6 +246,18 @@ def test_an_error_in_an_evaluation_does_not_cost_the_steps_done(
     assert (run / "checkpoint_30.json").exists()
     assert run_here([*tiny, into(tmp_path / "runs"), f"resume_from_checkpoint={run}"]) == 0
     assert "final/val_loss" in metrics(run)[-1]
+
+
+def test_all_checkpoints_are_kept_by_default_and_a_run_goes_on_from_the_first(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny, into(tmp_path / "runs"), "max_iters=5", "checkpoint_freq=1", "test_freq=null"]
+    assert run_here(words) == 0
+    run = only_run(tmp_path / "runs")
+    assert {p.name for p in run.glob("*.pt")} == {f"checkpoint_{s}.pt" for s in range(1, 6)}
+    resume = f"resume_from_checkpoint={run / 'checkpoint_1.pt'}"
+    assert run_here([*words, resume, "max_iters=6"]) == 0
+    assert (run / "checkpoint_6.pt").exists()
 
 
 def test_old_checkpoints_are_removed_but_the_best_and_the_newest(

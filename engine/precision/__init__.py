@@ -219,7 +219,7 @@ def affordable(request: Request) -> Request:
     try:
         four_bit.check(resolve_device(request.config.system.device))
     except ConfigError as error:
-        if switch in request.given:
+        if switch in request.given or low.lora_rank is not None:
             raise
         config = replace(request.config, low_precision=replace(low, use_4bit=False))
         note = f"{switch}: off, since {error}"
