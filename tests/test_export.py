@@ -474,7 +474,7 @@ def test_a_file_that_was_cut_is_refused(saved: Path, size: int) -> None:
     ("name", "content", "message"),
     [
         ("config.yaml", "model: {n_layer: no}", r"config\.yaml: does not fit this version"),
-        ("config.yaml", "model: {vocab_size: null}", r"config\.yaml: does not fit this version"),
+        ("config.yaml", "tokenizer: {name: char}", r"config\.yaml: does not fit this version"),
         ("vocabulary.json", "{", r"vocabulary\.json: cannot be read"),
         ("vocabulary.json", "[" * 99_999, r"vocabulary\.json: cannot be read"),
         ("vocabulary.json", "[]", r"vocabulary\.json: holds no JSON object"),
