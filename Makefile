@@ -23,8 +23,11 @@ demo: $(VENV)/run
 	$(BIN)/python sample.py checkpoints --prompt "def " --max-new-tokens 400 --temperature 0.7 --seed 1
 	$(BIN)/python runs.py report checkpoints -o checkpoints/report.html
 
+# A process per core, up to 4, and a thread in each (tests/conftest.py). `worksteal` starts with whole
+# stretches of files, so that most fixtures of a file are made once, and shares out what is left at
+# the end: by file, the longest one would be waited for.
 test: check browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

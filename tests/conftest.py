@@ -1,4 +1,4 @@
-"""What several test files share: a small text corpus and a run that takes a second."""
+"""What several test files share: one thread, a small text corpus, a run that takes a second."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+# Before torch is imported, and inherited by processes that tests start. Tensors in tests are small:
+# more threads only wait for each other, and `make test` has a process for each core.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 ROOT = Path(__file__).resolve().parent.parent
 

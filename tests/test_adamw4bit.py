@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,15 +31,6 @@ BETAS = (0.9, 0.99)
 CPU = torch.device("cpu")
 Update = Callable[[Tensor], Tensor]
 """From one gradient to AdamW's step for it; remembers the moments."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only get in each other's way on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Toy(nn.Module):

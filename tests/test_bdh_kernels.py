@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,15 +30,6 @@ CPU = torch.device("cpu")
 NAMES = ("output", "x", "encoder", "encoder_v", "decoder")  # gradients but for the first
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """x (B, T, D), encoder (H, D, N), encoder_v (H, D, N), decoder (H * N, D)."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost far more than these sizes gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference(

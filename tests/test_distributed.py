@@ -46,7 +46,6 @@ def torchrun(processes: int, arguments: Iterable[str], **options: Any) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -84,15 +84,6 @@ def logits_of(model: nn.Module) -> list[Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def read_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The logits of every export of the grid, as another process reads them, and those expected."""
@@ -110,8 +101,7 @@ def read_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     torch.save(TOKENS, exchanged)
     folders = [place for place, _ in expected.values()]
     command = [sys.executable, "-c", READER, os.fspath(exchanged), *folders]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120, env=alone)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     read = torch.load(exchanged, weights_only=True)
     return {key: (read[place], logits) for key, (place, logits) in expected.items()}
 

@@ -370,7 +370,6 @@ def test_a_run_holds_the_memory_that_it_says_at_its_start(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     said = re.search(r"Memory of a step: ([\d.]+) ([MG])B ", done.stdout)

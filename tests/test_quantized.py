@@ -35,15 +35,6 @@ TOKENS = torch.arange(48).view(2, 24) * 7 % V
 LOW = LowPrecisionConfig()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(name: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
     model = replace(MODELS[name], dropout=0.0, **options)  # type: ignore[arg-type]  # any option
