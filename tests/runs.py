@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import train
@@ -32,6 +35,21 @@ TIMED = {
 def run_here(arguments: Iterable[str]) -> int:
     """The exit code of `python train.py ARGUMENTS`, run in this process."""
     return train.main(command_line(list(arguments)))
+
+
+def run_main(main: Callable[[], int], *words: str) -> subprocess.CompletedProcess[str]:
+    """What `main` of a script gives and writes with `words` after the script's name.
+
+    In this process, which spares the import of torch; an unexpected exception is raised.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", *words])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def start(

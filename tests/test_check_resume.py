@@ -166,7 +166,7 @@ def test_ctrl_c_ends_the_check_and_leaves_nothing(tiny: list[str], tmp_path: Pat
     child = start([*tiny, *options, "--check-resume=90000"])
     wait_for(child, "Iter      3")
     os.kill(child.pid, signal.SIGINT)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate()
     assert child.returncode == 130 and "Traceback" not in output
     assert "The check was stopped: nothing is known of resuming." in output
     assert not (tmp_path / "runs").exists()

@@ -376,7 +376,7 @@ def test_closing_leaves_no_thread_process_or_file(corpus: Path, workers: int) ->
     start = time.monotonic()
     batches.close()
     batches.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # no wait runs to its end
     assert not feeds()
     assert not multiprocessing.active_children()
     gc.collect()
@@ -426,7 +426,7 @@ def test_a_killed_worker_is_named(corpus: Path) -> None:
         with pytest.raises(DataError, match=rf"worker {victim.pid} was lost \(killed by SIGKILL"):
             while True:
                 next(batches)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30  # of no timeout
 
 
 def test_workers_ignore_the_signals_of_the_group(corpus: Path, expected: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ def test_sigterm_to_the_whole_group_saves_that_step_and_resumes_equal(
     child = start(arguments, start_new_session=True)
     wait_for(child, "Iter     12")
     os.killpg(child.pid, signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate()
     assert child.returncode == 143, output
     run = only_run(tmp_path / "stopped")
     step = metrics(run)[-1]["step"]
@@ -96,7 +96,7 @@ def test_ctrl_c_exits_130_and_the_printed_command_goes_on(tiny: list[str], tmp_p
     child = start([*tiny, into(tmp_path / "runs"), "max_iters=100000"])
     wait_for(child, "Iter     15")
     child.send_signal(signal.SIGINT)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate()
     assert child.returncode == 130, output
     command = output.strip().splitlines()[-1].split()
     assert command[:2] == ["python", os.fspath(ROOT / "train.py")]
@@ -112,7 +112,7 @@ def test_a_stop_during_evaluation_is_made_up_at_resume(tiny: list[str], tmp_path
     child = start(arguments)
     wait_for(child, "Evaluating at iteration 10")
     child.send_signal(signal.SIGUSR1)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate()
     assert child.returncode == 143, output
     run = only_run(tmp_path / "stopped")
     assert run_here([*arguments, f"resume_from_checkpoint={run}"]) == 0
@@ -207,7 +207,7 @@ def test_a_stop_in_an_evaluation_and_a_kill_after_it_give_one_record_each(
         child = start(arguments)
         wait_for(child, moment)
         child.send_signal(number)
-        child.communicate(timeout=60)
+        child.communicate()
     assert run_here(arguments) == 0
     assert_same_run(only_run(tmp_path / "stopped"), only_run(tmp_path / "straight"), step=30)
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -499,19 +498,15 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_list_starts_without_torch_in_half_a_second() -> None:
+def test_list_starts_without_torch() -> None:
     make("a")
     command = [sys.executable, "-X", "importtime", os.fspath(ROOT / "runs.py"), "list"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert not {name for name in imported if name.split(".")[0] in ("torch", "plotly", "numpy")}
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        run("list")
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.5
+    assert not {
+        name for name in imported if name.split(".")[0] in ("torch", "plotly", "numpy", "pyarrow")
+    }
 
 
 def test_nothing_is_written_into_a_run() -> None:

@@ -484,7 +484,7 @@ def test_a_process_answers_without_traceback_or_torch(
         "finally: assert not {'torch', 'numpy', 'pyarrow'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == code
     assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == bool(message)

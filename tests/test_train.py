@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 from config import Config, ConfigError, DataError
 from data import StepBatch, TrainLoader
 from engine.checkpoint import load_model
 from tests.conftest import ROOT
-from tests.runs import assert_same_run, metrics, only_run, run_here, start
+from tests.runs import assert_same_run, metrics, only_run, run_here, run_main, start
 
 
 def into(folder: Path) -> str:
@@ -392,12 +393,17 @@ def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
     ],
 )
 def test_mistakes_get_one_message_their_exit_code_and_no_traceback(
-    tiny: list[str], tmp_path: Path, arguments: list[str], code: int, message: str
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
-    child = start([*tiny, into(tmp_path / "runs"), *arguments], cwd=tmp_path)
-    output, _ = child.communicate()
-    assert child.returncode == code, output
-    assert message in output and "Traceback" not in output
+    monkeypatch.chdir(tmp_path)
+    done = run_main(lambda: run_here([*tiny, into(tmp_path / "runs"), *arguments]))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -457,21 +463,18 @@ def test_sampling_is_reproducible_and_takes_run_and_checkpoint(
     assert run_here([*tiny, into(tmp_path / "runs")]) == 0
     run = only_run(tmp_path / "runs")
 
-    def sample(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, os.fspath(ROOT / "sample.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
     options = ["--prompt", "the ", "--max-new-tokens", "20", "--num-samples", "2", "--seed", "3"]
-    first = sample(str(run), *options)
+    first = run_main(sample.main, str(run), *options)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("--- sample 1 of 2\nthe ")
-    assert sample(str(run / "checkpoint_30.pt"), *options).stdout == first.stdout
+    again = run_main(sample.main, str(run / "checkpoint_30.pt"), *options)
+    assert again.stdout == first.stdout
     for arguments, code, message in (
         ([str(run), "--temperature", "-1"], 2, "must be >= 0, got -1"),
         ([str(run), "--top-p", "2"], 2, "must be in [0, 1], got 2"),
         ([str(tmp_path / "nowhere")], 3, "nowhere"),
     ):
-        result = sample(*arguments)
+        result = run_main(sample.main, *arguments)
         assert result.returncode == code and message in result.stderr
         assert "Traceback" not in result.stderr
 
@@ -522,7 +525,7 @@ def test_a_reader_that_leaves_does_not_cost_the_steps_done(tiny: list[str], tmp_
     assert child.stdout is not None
     next(line for line in child.stdout if line.startswith("Iter     12"))
     child.stdout.close()  # as `| head` does; stderr shares the pipe
-    assert child.wait(timeout=60) == 1
+    assert child.wait() == 1
     assert list(only_run(tmp_path / "runs").glob("checkpoint_*.json"))
 
 
