@@ -159,7 +159,6 @@ def write_samples(arguments: argparse.Namespace) -> None:
     """Loads the model and writes the samples; raises UserError."""
     import torch  # slow to import: a wrong command line is answered before
 
-    from data.tokenizer import tokenizer_from_dict
     from engine.checkpoint import open_model
     from engine.world import keep_freed_memory, resolve_device
     from model.decode import Sampling, generate
@@ -171,7 +170,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
         arguments.prompt = _read_text(arguments.prompt.removeprefix("FILE:"))
     opened = open_published(arguments.path, device) if arguments.published else None
     module, config, spec = opened or open_model(arguments.path, device)
-    model, tokenizer = cast("LanguageModel", module), tokenizer_from_dict(spec)
+    model, tokenizer = cast("LanguageModel", module), open_tokenizer(arguments.path, spec, config)
     arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
     prompt = torch.tensor([ids])
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
@@ -194,6 +193,20 @@ def write_samples(arguments: argparse.Namespace) -> None:
         drawn += write_together(arguments, numbers, decoders, steps, end)
     seconds = time.monotonic() - began
     print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def open_tokenizer(path: str, spec: dict[str, Any], config: Config) -> Tokenizer:
+    """What makes text of the model's tokens; raises CheckpointError that names the file."""
+    from data.tokenizer import tokenizer_from_dict
+
+    try:
+        tokenizer = tokenizer_from_dict(spec)
+    except DataError as error:
+        raise CheckpointError(f"{path}: its tokenizer: {error}") from error
+    size, rows = tokenizer.vocab_size, config.model.vocab_size
+    if not 0 < size <= (rows or size):
+        raise CheckpointError(f"{path}: its tokenizer has {size} tokens, and its model {rows}.")
+    return tokenizer
 
 
 def open_published(

@@ -147,7 +147,10 @@ class Dataset:
         if kinds[0] != kinds[1]:
             difference = f"it was {kinds[0]}, is {kinds[1]}"
         else:
-            difference = self.source.difference(saved)
+            try:
+                difference = self.source.difference(saved)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+                difference = "which one it was, the checkpoint does not tell"  # not by this program
         raise DataError(
             f"The data is not what the checkpoint was trained on: {difference}. "
             "Restore it, or start a new run without resume_from_checkpoint."
@@ -169,7 +172,7 @@ def _kind(summary: dict[str, Any]) -> str:
     for key, kind in (("parquet_dir", "parquet files of"), ("train_data_path", "token files of")):
         if key in summary:
             return f"{kind} {summary[key]}"
-    raise AssertionError(summary)
+    return "of a kind not known here"
 
 
 def token_counts(tokens: Integers, held_out: npt.NDArray[np.bool_]) -> dict[str, int]:

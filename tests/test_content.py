@@ -147,6 +147,11 @@ REFUSED: list[tuple[Damage, str]] = [
     (put(*STATE, "step", value=torch.tensor(-1.0)), "optimizer.state.0.step is -1.0, of 2 steps"),
     (put("precision", "scaler", value=None), "precision.scaler is None"),
 ]
+TOKENIZERS = (
+    ({"kind": "char", "characters": 7}, ": not the description of a tokenizer"),
+    ({"kind": "runes"}, ": a tokenizer of kind 'runes'"),
+    ({"kind": "ids", "vocab_size": 10**9}, " has 1000000000 tokens, and its model 256"),
+)
 SAME: list[Damage] = [
     put("optimizer", "param_groups", 0, "lr", value="much"),  # the config says it
     put("optimizer", "param_groups", 0, "later", value=1),
@@ -203,8 +208,18 @@ def test_every_command_ends_with_exit_code_3(
 ) -> None:
     path, request = saved
     content = load_checkpoint(path)
-    rewritten(path, content | {"config": []})
     monkeypatch.setattr(sys, "argv", ["sample.py", os.fspath(path)])
+    for tokenizer, message in TOKENIZERS:
+        rewritten(path, content | {"tokenizer": tokenizer})
+        assert sample.main() == 3
+        assert f"{path}: its tokenizer{message}" in capsys.readouterr().err
+    parquet = {"parquet_dir": content["data"]["parquet_dir"]}
+    for data, message in (({}, "of a kind not known here"), (parquet, "does not tell")):
+        rewritten(path, content | {"data": {"fingerprint": "x", **data}}, fingerprint="x")
+        assert run_here([*request.files, f"resume_from_checkpoint={path.parent}"]) == 3
+        assert message in capsys.readouterr().err
+    known = content["data"]["fingerprint"]
+    rewritten(path, content | {"config": []}, fingerprint=known)
     commands: tuple[Callable[[], int], ...] = (
         lambda: run_here([*request.files, f"resume_from_checkpoint={path.parent}"]),
         sample.main,
