@@ -2,8 +2,8 @@
 
 The names come from nanoGPT-style flat files, from flag-driven scripts and from sectioned YAML of
 other trainers. A flat alias may stand at the top level, on the command line, and in the section of
-the option it stands for; a dotted one is exactly that key of that section. Files that need more than
-other names are translated in `settings.foreign`.
+the option it stands for; a dotted one is exactly that key of that section. Files that need more
+than other names are translated in `settings.foreign`.
 `mlp_internal_dim_multiplier`, `mlp_scale_factor` and `d_ff` are three different things: no aliases.
 """
 
