@@ -25,18 +25,27 @@ from config import Config
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.manifest import verify
 from engine.run import RunDirectory
-from engine.state import TrainState
+from engine.state import TrainState, rng_state
 
 
 def make_state(megabytes: int) -> dict[str, Any]:
     """Weights and two AdamW moments in 30 tensors."""
     numbers = megabytes * 1_000_000 // 4 // 30
-    names = [f"{kind}.{index}" for kind in ("weight", "mean", "square") for index in range(10)]
+    moments = {
+        index: {"exp_avg": torch.randn(numbers), "exp_avg_sq": torch.randn(numbers)}
+        for index in range(10)
+    }
+    cursor = {"version": 1, "lanes": 1, "sequences_per_step": 1, "block_size": 1, "seed": 0}
     return {
-        "model": {name: torch.randn(numbers) for name in names[:10]},
-        "optimizer": {name: torch.randn(numbers) for name in names[10:]},
+        "model": {f"weight.{index}": torch.randn(numbers) for index in moments},
+        "optimizer": {"state": moments, "param_groups": [{"params": list(moments)}]},
+        "precision": {"scaler": {}, "fp8": {}},
         "train": asdict(TrainState()),
+        "cursor": {**cursor, "shuffle": True, "first_lane": 0, "positions": [[0, 0, 0]]},
+        "rng": [rng_state(torch.device("cpu"))],
+        "config": replace(Config(), model=replace(Config().model, vocab_size=256)).to_dict(),
         "data": {"fingerprint": ""},
+        "tokenizer": {"kind": "bytes"},
     }
 
 

@@ -381,6 +381,14 @@ def test_micro_batches_shrink_where_more_processes_share_a_step_of_fixed_size() 
     assert on_processes(saved, saved, before=1, now=2) == (saved, [])
 
 
+def test_what_steps_of_another_size_did_of_an_epoch_is_done() -> None:
+    training = {"epochs": 1, "max_iters": 60, "block_size": 10, "batch_size": 2}
+    config = Config.from_dict({"training": training})
+    assert planned_steps(config, 1, epoch_tokens=320) == 16
+    assert planned_steps(config, 1, epoch_tokens=320, done=(8, 8 * 20)) == 16
+    assert planned_steps(config, 1, epoch_tokens=320, done=(5, 5 * 10)) == 5 + 14
+
+
 def test_the_plan_of_an_oracle_does_not_end_with_an_epoch() -> None:
     training = {"epochs": 1, "max_iters": 60, "block_size": 10, "batch_size": 1}
     assert planned_steps(Config.from_dict({"training": training}), 1, epoch_tokens=320) == 32
