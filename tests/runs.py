@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -52,21 +55,89 @@ def run_main(main: Callable[[], int], *words: str) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+class Child:
+    """`python train.py ARGUMENTS` in a process of its own, with the names of `subprocess.Popen`.
+
+    It is forked, which spares it the import of torch: half of what a short run takes.
+    """
+
+    def __init__(
+        self, arguments: list[str], preexec_fn: Callable[[], object], start_new_session: bool
+    ) -> None:
+        reading, writing = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reading)
+            if start_new_session:
+                os.setsid()
+            _become_script(writing, arguments, preexec_fn)
+        os.close(writing)
+        self.stdout = open(reading, encoding="utf-8")  # noqa: SIM115  # closed by its reader
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended; minus the signal where one killed it."""
+        code = self._reap(0)
+        assert code is not None
+        return code
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, None]:
+        """The rest of what it writes, errors included; waits for its end."""
+        with self.stdout:
+            rest = self.stdout.read()
+        self.wait()
+        return rest, None
+
+
+def _become_script(out: int, arguments: list[str], preexec_fn: Callable[[], object]) -> NoReturn:
+    """Goes on as `train.py`, which writes to the file `out`; never comes back."""
+    code = 1
+    try:
+        for number in (1, 2):
+            os.dup2(out, number)
+        os.close(out)
+        sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.argv = [os.fspath(ROOT / "train.py"), *arguments]
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # pytest's handler is not the child's
+        preexec_fn()
+        code = run_here(arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
 def start(
-    arguments: Iterable[str], cwd: Path | None = None, **options: Any
-) -> subprocess.Popen[str]:
+    arguments: Iterable[str],
+    preexec_fn: Callable[[], object] = lambda: None,
+    start_new_session: bool = False,
+) -> Child:
     """`python train.py ARGUMENTS` as a child whose output can be read line by line."""
-    return subprocess.Popen(
-        [sys.executable, os.fspath(ROOT / "train.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=cwd,
-        **options,
-    )
+    return Child(list(arguments), preexec_fn, start_new_session)
 
 
-def wait_for(child: subprocess.Popen[str], text: str) -> list[str]:
+def wait_for(child: Child | subprocess.Popen[str], text: str) -> list[str]:
     """Reads the child's lines up to the first that contains `text`."""
     assert child.stdout is not None
     lines = []

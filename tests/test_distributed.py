@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from engine.checkpoint import load_checkpoint
 from engine.parallel import parallelize, without_sync
 from engine.world import World, enter_world
 from tests.conftest import ROOT
-from tests.runs import metrics, only_run, run_here, wait_for
+from tests.runs import metrics, only_run, run_here, start, wait_for
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 CPU = torch.device("cpu")
@@ -52,33 +52,19 @@ def torchrun(processes: int, arguments: Iterable[str], **options: Any) -> subpro
     )
 
 
-def processes(count: int, arguments: Iterable[str], folder: Path) -> str:
-    """What `count` processes print that train together as torchrun would start them.
-
-    They are forked, which spares each of them the import of torch.
-    """
+def processes(count: int, arguments: Iterable[str]) -> str:
+    """What `count` processes print that train together as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    printed, children = folder / "printed.txt", []
+    children = []
     for rank in range(count):
-        children.append(os.fork())
-        if children[-1] == 0:
-            code = 1
-            try:
-                os.environ |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                sys.stdout = sys.stderr = printed.open("a")
-                code = run_here(arguments)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                sys.stdout.flush()
-                os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    output = printed.read_text()
-    printed.unlink()
+        place = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(start(arguments, functools.partial(os.environ.update, place)))
+    printed = [child.communicate()[0] for child in children]
+    codes = [child.returncode for child in children]
+    output = "".join(printed)
     assert codes == [0] * count, output
     return output
 
@@ -110,7 +96,7 @@ def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path:
     arguments = [*tiny, *COMMON, "tokens_per_step=512", "batch_size=2"]
     assert run_here([*arguments, f"checkpoint_dir={tmp_path / '1'}"]) == 0
     for count in (2, 4):
-        processes(count, [*arguments, f"checkpoint_dir={tmp_path / str(count)}"], tmp_path)
+        processes(count, [*arguments, f"checkpoint_dir={tmp_path / str(count)}"])
     one, two, four = (only_run(tmp_path / name) for name in ("1", "2", "4"))
     for other in (two, four):
         for mine, theirs in zip(numbers(one, *LOSSES), numbers(other, *LOSSES), strict=True):
@@ -124,7 +110,7 @@ def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
 ) -> None:
     arguments = [*tiny, *COMMON, "gradient_accumulation_steps=2", "checkpoint_freq=8"]
     whole = tmp_path / "whole"
-    output = processes(2, [*arguments, f"checkpoint_dir={whole}"], tmp_path)
+    output = processes(2, [*arguments, f"checkpoint_dir={whole}"])
     assert output.count("Iter      1 ") == 1, "one process speaks"
     assert "x 2 processes" in output
     assert "4 sequences x 32 tokens x 2 accumulation x 2 processes = 512" in output
@@ -198,7 +184,7 @@ def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
     words += [f"train_data_path={tmp_path / 'train.bin'}", "vocab_size=256", "device=cpu"]
     words += ["test_freq=null", "test_fraction=0", "epochs=1", "token_dtype=uint16"]
     words += [f"checkpoint_dir={tmp_path / 'runs'}"]
-    output = processes(2, [*words, "log_freq=1"], tmp_path)  # 61 rows, not the same for both
+    output = processes(2, [*words, "log_freq=1"])  # 61 rows, not the same for both
     assert "Finished: " in output
     assert list(only_run(tmp_path / "runs").glob("checkpoint_*.json"))
 
