@@ -367,6 +367,11 @@ class Config(_Sections):
         return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
 
 
+def device_option(word: str) -> str:
+    """Return what `--device` means; ConfigError for what is no device."""
+    return SystemConfig(device=dialects.VALUES["system.device"].get(word.lower(), word)).device
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a command line asks for."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from config import CheckpointError, Config, ConfigError, SystemConfig, UserError
+from config import CheckpointError, Config, ConfigError, UserError, device_option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,13 +71,14 @@ def export(args: argparse.Namespace) -> list[str]:
     from engine.checkpoint import open_model  # torch is slow to import
     from engine.export import WEIGHTS, description, is_export, write_export
     from engine.files import size_text
+    from engine.find_runs import find_by_name
     from engine.precision import DTYPES
     from engine.precision.quantized import QuantizedWeights, own_tensors
     from engine.world import resolve_device
 
-    if is_export(Path(args.checkpoint)):
+    if is_export(find_by_name(args.checkpoint)):
         raise CheckpointError(f"{args.checkpoint} is an export already; give a run's checkpoint.")
-    device = resolve_device(SystemConfig(device=args.device).device)
+    device = resolve_device(device_option(args.device))
     model, config, tokenizer = open_model(args.checkpoint, device)
     weights, texts, lines = own_tensors(model), description(config, tokenizer), []
     parameters = dict(model.named_parameters())

@@ -6,10 +6,10 @@
     python runs.py plot checkpoints --metric eval/val_loss -o losses.png
     python runs.py report 143022 150101 -o report.html
 
-RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one in
-`checkpoints` to tell it from the others. A run that goes on, has crashed, is of another version or
-is damaged is shown as far as it can be read; standard error says what could not. Nothing is written
-into a run directory.
+RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
+it from the others, in `checkpoints`, else in a folder beside it. A run that goes on, has crashed,
+is of another version or is damaged is shown as far as it can be read; standard error says what
+could not. Nothing is written into a run directory.
 """
 
 from __future__ import annotations
@@ -38,12 +38,10 @@ from compare.figure import draw
 from compare.page import write_report
 from compare.paired import At, Paired, compare
 from compare.run import (
-    FOLDER,
     Run,
     find_runs,
     labels,
     read_run,
-    runs_in,
     shared_start,
     short_labels,
 )
@@ -59,10 +57,10 @@ from compare.table import (
     width,
 )
 from config import ConfigError, DataError, UserError
+from engine.find_runs import FOLDER, find_by_name, runs_in, shown_names
 from engine.metrics import duration
 from settings.terminal import printable
 
-_SHOWN = 6  # names in a message
 _WIDEST = 40  # a value in the table of differences; --json has all of it
 _SORT = "--sort"
 
@@ -132,22 +130,13 @@ def open_runs(words: Sequence[str]) -> list[Run]:
 
 
 def _path(word: str) -> Path:
-    """The word as a path, or the run in `checkpoints` that it names."""
-    if Path(word).exists():
-        return Path(word)
+    """The word as a path, or the run that it names."""
+    path = find_by_name(word)
+    if path.exists():
+        return path
     runs = runs_in(FOLDER)
-    named = [run for run in runs if run.name == word] or [run for run in runs if word in run.name]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        raise DataError(f"{word}: could be {_some(named)}. Write more of its name.")
-    there = f"{FOLDER} holds {_some(runs)}" if runs else f"{FOLDER.resolve()} holds no runs"
+    there = f"{FOLDER} holds {shown_names(runs)}" if runs else f"{FOLDER.resolve()} holds no runs"
     raise DataError(f"{word}: no such run, checkpoint or folder; {there}.")
-
-
-def _some(runs: Sequence[Path]) -> str:
-    names = ", ".join(run.name for run in runs[-_SHOWN:])
-    return names + (f" and {len(runs) - _SHOWN} more" if len(runs) > _SHOWN else "")
 
 
 def show_list(arguments: argparse.Namespace) -> None:
@@ -170,7 +159,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
     runs = open_runs(arguments.runs)
     if len(runs) < 2:
         raise ConfigError(
-            f"diff compares two runs or more, got {_some([run.path for run in runs])}."
+            f"diff compares two runs or more, got {shown_names([run.path for run in runs])}."
         )
     if arguments.json:
         _print_json(_differences(runs))

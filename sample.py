@@ -42,11 +42,11 @@ from config import (
     DataError,
     LowPrecisionConfig,
     ModelConfig,
-    SystemConfig,
     TokenizerConfig,
     TrainingConfig,
     UserError,
     WriteError,
+    device_option,
 )
 from settings import sampling as nanogpt
 
@@ -163,7 +163,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
     from engine.world import keep_freed_memory, resolve_device
     from model.decode import Sampling, generate
 
-    device = resolve_device(SystemConfig(device=arguments.device).device)
+    device = resolve_device(device_option(arguments.device))
     if device.type == "cpu":
         keep_freed_memory()
     if arguments.from_file:

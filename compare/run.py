@@ -12,13 +12,12 @@ import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -27,6 +26,7 @@ from typing import Any
 
 from compare.records import mapping, number, read_records, read_tail, reason, text, whole
 from config import SECTIONS, Config, ConfigError, DataError
+from engine.find_runs import FOLDER, is_run, runs_in
 from engine.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from settings import dialects
 from settings.files import open_regular, read_regular
@@ -35,10 +35,7 @@ from settings.reader import Group, read_file
 from settings.schema import Schema, schema_of
 from settings.values import RefusedError, Scalar, read_scalar
 
-FOLDER = Path("checkpoints")
-"""Where runs are looked for by name."""
 _FRESH_S = 120  # a run elsewhere, whose lock cannot be seen, logs more often than this
-_CHECKPOINT = re.compile(r"checkpoint_\d+\.(pt|json)")
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -154,8 +151,7 @@ def read_run(path: Path) -> Run:
 
     Not for the process that writes the run: looking at a POSIX lock file gives up one's own lock.
     """
-    names = _listed(path)
-    if not _is_run(path, names):
+    if not is_run(path):
         raise DataError(f"{path} is not a run directory: it holds no {METRICS} and no checkpoint.")
     problems: list[str] = []
     environment = _read_environment(path, problems)
@@ -175,15 +171,6 @@ def find_runs(paths: Sequence[Path] = ()) -> list[Path]:
             raise DataError(f"{path}: {'holds no runs' if path.is_dir() else 'no such run'}.")
         found |= {run.resolve(): run for run in runs}
     return list(found.values())
-
-
-def runs_in(folder: Path, depth: int = 2) -> list[Path]:
-    """The folder itself if it is a run, else those in it and in its folders, sorted by name."""
-    names = _listed(folder)
-    if _is_run(folder, names):
-        return [folder]
-    inside = sorted(name for name in names if not name.startswith("."))
-    return [run for name in inside if depth for run in runs_in(folder / name, depth - 1)]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -222,22 +209,6 @@ def restart_command(run: Run) -> str:
 def schema() -> Schema:
     """The options of this version."""
     return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
-
-
-# ---- which directories
-
-
-def _listed(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:
-        return frozenset()
-
-
-def _is_run(folder: Path, names: Iterable[str]) -> bool:
-    """A config.yaml alone makes a run only of a folder that is called like one."""
-    known = {METRICS, ENVIRONMENT, LOCK} | ({CONFIG} if folder.name.startswith("run_") else set())
-    return any(name in known or _CHECKPOINT.fullmatch(name) for name in names)
 
 
 # ---- environment.json and config.yaml

@@ -32,6 +32,7 @@ from engine.content import (
 )
 from engine.export import is_export, open_export
 from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
+from engine.find_runs import find_by_name
 from engine.manifest import (
     CONFIG,
     FORMAT,
@@ -288,13 +289,13 @@ def resolve_resume(
 ) -> tuple[Resume | None, list[str]]:
     """The checkpoint meant by `training.resume_from_checkpoint`, and lines for the user.
 
-    A file: that one. A run directory: its newest valid one. A folder of runs: that of the newest
-    run. `auto`: that of the newest run whose
-    saved config has nothing `differing`, or None for a fresh start. Raises CheckpointError.
+    A file: that one. A run directory, or part of its name: its newest valid one. A folder of runs:
+    that of the newest run. `auto`: that of the newest run whose saved config has nothing
+    `differing`, or None for a fresh start. Raises CheckpointError.
     """
     if value == "auto":
         return _find_run(checkpoint_dir, differing)
-    resume, rejects = _find(Path(value))
+    resume, rejects = _find(find_by_name(value, checkpoint_dir))
     if not (resume.run_dir / CONFIG).exists():
         raise CheckpointError(
             f"{resume.path}: no {CONFIG} beside it. Resuming continues in the run directory; "
@@ -377,9 +378,10 @@ def open_model(
     """As `load_model`, and what makes text of its tokens, as plain values."""
     from model import build_model  # only here: the rest of the engine names no model
 
-    if is_export(Path(path)):
-        return open_export(Path(path), lambda config: build_model(config).to(device))
-    chosen, lines = find_model(Path(path))
+    path = find_by_name(path)
+    if is_export(path):
+        return open_export(path, lambda config: build_model(config).to(device))
+    chosen, lines = find_model(path)
     for line in lines:
         warn(line)
     content = load_checkpoint(chosen, device)

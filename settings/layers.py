@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from settings import dialects
 from settings.dialects import IGNORED, SECTIONS, TARGETS
 from settings.names import Target, check_section, is_section, resolve
 from settings.problems import Origin, Problem
@@ -156,6 +157,7 @@ class _Layer:
     def _take(self, key: str, entry: Entry) -> None:
         """Read one value for one option and keep it, unless the layer gave it before."""
         option = self._schema.find(key)
+        entry = self._in_our_words(key, entry)
         try:
             value = (
                 read_value(option, entry.value) if option else _read_later(self._schema, key, entry)
@@ -172,6 +174,17 @@ class _Layer:
             return
         self._merged.put(key, value, entry.origin)
         self._merged.spelled[key] = entry.key
+
+    def _in_our_words(self, key: str, entry: Entry) -> Entry:
+        """Return an entry whose value is ours where another word for it is known, and say so."""
+        value = entry.value
+        if not isinstance(value, Scalar):
+            return entry
+        ours = dialects.VALUES.get(key, {}).get(value.text.lower())
+        if ours is None:
+            return entry
+        self._merged.note(f"{key}={value.text} is read as {key}={ours}")
+        return Entry(entry.key, Scalar(ours, shell=value.shell), entry.origin)
 
     def _check_twice(self, key: str, entry: Entry, value: Any) -> None:
         first, first_value = self._given[key]

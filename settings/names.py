@@ -89,8 +89,9 @@ def _resolve_bare(schema: Schema, name: str) -> Target:
 
 
 def guess(schema: Schema, word: str) -> str:
-    """Return 'Did you mean section.option?' for the name nearest to `word`, else where to look."""
-    return _nearest(word, _bare_names(schema)) or "See python train.py --help"
+    """Return what to write for `word`, 'Did you mean section.option?' or where to look."""
+    hint = dialects.HINTS.get(word.lower().replace("-", "_"))
+    return hint or _nearest(word, _bare_names(schema)) or "See python train.py --help"
 
 
 def _outside(schema: Schema) -> list[tuple[str, str]]:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from settings.dialects import HINTS
 from settings.names import guess, resolve
 from settings.problems import Origin, Problem
 from settings.reader import Entry
 from settings.schema import Schema
-from settings.values import RefusedError, Scalar, shown
+from settings.values import FALSE_WORDS, TRUE_WORDS, RefusedError, Scalar, shown
 
 COMMAND_LINE = "command line"
 CHECK_STEPS = 10  # of --check-resume
@@ -66,7 +67,7 @@ class _Parser:
         assignment, flag = _ASSIGNMENT.fullmatch(word), _FLAG.fullmatch(word)
         if word in ("--help", "-h"):
             self.found.help = True
-        elif word in ("--dry-run", "--dry_run"):
+        elif word in ("--dry-run", "--dry_run", "--dryrun"):
             self.found.dry_run = True
         elif word in ("--check-resume", "--check_resume"):
             steps = self.words.pop(0) if self.words and self.words[0].isdecimal() else None
@@ -75,7 +76,7 @@ class _Parser:
             self._assign(assignment[2].replace("-", "_"), assignment[3])
         elif flag:
             self._take_flag(flag[1].replace("-", "_"))
-        elif word.endswith(_FILE_ENDINGS):
+        elif word.lower().endswith(_FILE_ENDINGS):
             self.found.files.append(word)
         else:
             self._problem(_garbage(word, self._schema))
@@ -83,14 +84,20 @@ class _Parser:
     def _assign(self, key: str, text: str) -> None:
         if key == "config":
             self._add_file(text)
-        elif key == "dry_run":
-            self._problem("--dry-run takes no value")
+        elif key in ("dry_run", "dryrun"):
+            self._dry_run(text)
         elif key == "check_resume":
             self._check_resume(text)
         elif not text:
             self._problem(f"{key}=: empty value. Write {key}=null to clear an optional value")
         else:
             self.found.overrides.append((key, text))
+
+    def _dry_run(self, text: str) -> None:
+        if text.lower() in TRUE_WORDS | FALSE_WORDS:
+            self.found.dry_run = text.lower() in TRUE_WORDS
+        else:
+            self._problem("--dry-run takes no value")
 
     def _check_resume(self, text: str) -> None:
         if text.isdecimal() and int(text) >= 2:
@@ -109,7 +116,7 @@ class _Parser:
             self._problem(f"--{error}")
             return
         option = self._schema.find(keys[0]) if keys else None
-        may_stand_alone = option is None or option.kind is bool
+        may_stand_alone = option is None or option.kind is bool or key == "resume"
         text = self._pop_value(optional=may_stand_alone)
         if text is None and may_stand_alone:
             text = "true"
@@ -128,7 +135,7 @@ class _Parser:
         """Take the next word if it can be the value of the flag before it."""
         if not self.words or self.words[0].startswith("--") or self.words[0] == "-h":
             return None
-        if optional and ("=" in self.words[0] or self.words[0].endswith(_FILE_ENDINGS)):
+        if optional and ("=" in self.words[0] or self.words[0].lower().endswith(_FILE_ENDINGS)):
             return None
         return self.words.pop(0)
 
@@ -146,4 +153,7 @@ def _garbage(word: str, schema: Schema) -> str:
     """Say what a word could have meant."""
     if word.startswith("-") and len(word) > 1:
         return f"{shown(word)}: unknown option. {guess(schema, word.strip('-'))}"
-    return f"{shown(word)}: neither a config file (*.yaml, *.py) nor key=value"
+    hint = HINTS.get(word.partition(":")[0])
+    if hint:
+        return f"{shown(word)}: not key=value. {hint}"
+    return f"{shown(word)}: neither a config file (*.yaml, *.yml, *.py) nor key=value"

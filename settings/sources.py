@@ -49,7 +49,9 @@ class Reading(NamedTuple):
 
 def read_layers(schema: Schema, arguments: Arguments, default: str) -> Reading:
     """Read the files in order and the overrides last; without a file, `default`."""
-    names = arguments.files or [default]
+    other = f"{default.removesuffix('.yaml')}.yml"
+    missing = not os.path.exists(default) and os.path.exists(other)
+    names = arguments.files or [other if missing else default]
     sources = [_read(schema, name, number) for number, name in enumerate(names, start=1)]
     base, note = _base_of_files(sources)
     if not arguments.files and not base and _says_nothing(schema, sources[0]):

@@ -30,7 +30,7 @@ DOORS = {
     | {"rich", "tensorboard", "settings.files", "settings.terminal"},
     "launch": {"torch", "config", "model.*", "data.*", "engine.*", "launch.*"},
     "compare": {"numpy", "yaml", "config", "settings.*", "compare.*"}
-    | {"engine.files", "engine.manifest", "engine.metrics"}
+    | {"engine.files", "engine.find_runs", "engine.manifest", "engine.metrics"}
     | PLOTS,
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}

@@ -104,6 +104,55 @@ def test_files_are_applied_in_order_wherever_they_stand(ask: Ask, tmp_path: Path
     assert ask().files == ("config.yaml",)
 
 
+WORDS = [  # what is typed, what it means, what is said of the value
+    (["device=gpu"], ["system.device=cuda"], "system.device=gpu is read as system.device=cuda"),
+    (
+        ["--device", "GPU"],
+        ["system.device=cuda"],
+        "system.device=GPU is read as system.device=cuda",
+    ),
+    (
+        ["dtype=fp32"],
+        ["compute_dtype=float32"],
+        "fp32 is read as low_precision.compute_dtype=float",
+    ),
+    (["dtype=bf16"], [], "bf16 is read as low_precision.compute_dtype=bfloat16"),
+    (["optimizer=adam"], [], "optimizer.name=adam is read as optimizer.name=adamw"),
+    (["steps=10"], ["max_iters=10"], "steps is read as training.max_iters"),
+    (
+        ["--resume"],
+        ["resume_from_checkpoint=auto"],
+        "=true is read as training.resume_from_checkpo",
+    ),
+    (
+        ["--resume", "a/b.pt"],
+        ["resume_from_checkpoint=a/b.pt"],
+        "resume is read as training.resume",
+    ),
+    (["--resume", "my.yaml"], ["my.yaml", "resume_from_checkpoint=auto"], "=true is read as"),
+]
+
+
+@pytest.mark.parametrize(("typed", "meant", "note"), WORDS, ids=str)
+def test_words_that_people_type_are_taken_and_what_they_mean_is_said(
+    ask: Ask, typed: list[str], meant: list[str], note: str
+) -> None:
+    Path("my.yaml").write_text("seed: 3")
+    request = ask(*typed)
+    assert request.config == ask(*meant).config
+    assert any(note in line for line in request.notes)
+
+
+def test_the_endings_and_spellings_of_files_and_dry_runs(ask: Ask) -> None:
+    for word in ("--dryrun", "--dry_run", "dry_run=true", "--dry-run=yes"):
+        assert ask(word).dry_run
+    assert not ask("dry_run=false").dry_run
+    Path("config.yaml").unlink()
+    Path("config.yml").write_text("seed: 3")
+    Path("OTHER.YML").write_text("seed: 4")
+    assert ask().files == ("config.yml",) and ask("OTHER.YML").config.training.seed == 4
+
+
 TWICE = [
     (["batch_size=8", "--batch-size", "16"], "training.batch_size: given twice: 8 and 16. The las"),
     (["lr=1e-4", "lr=1e-4", "lr=2e-4"], "training.learning_rate: given twice: 1e-4 and 2e-4. The"),
@@ -135,13 +184,18 @@ MISTAKES = [
     (["batch_size="], "batch_size=: empty value. Write batch_size=null to clear"),
     (["--batch_size"], "--batch_size: a value is missing. Write --batch_size=VALUE."),
     (["--batch_size", "--debug"], "--batch_size: a value is missing."),
+    (["--gpu"], "--gpu: unknown option. Write device=cuda."),
+    (["gpu=0"], "gpu: unknown option. Write device=cuda."),
+    (["cuda:0"], "'cuda:0': not key=value. Write device=cuda."),
+    (["--num_gpus=8"], "num_gpus: unknown option. Start it with torchrun --nproc_per_node=N."),
+    (["--bf16"], "--bf16: unknown option. Write dtype=bfloat16."),
+    (["data=x"], "data: unknown option. Write parquet_dir=FOLDER for text, train_data_path=FILE"),
     (["name=bdh"], "name: names several options. Write one of model.name, optimizer.name, sch"),
-    (["model=bdh"], "model: is a section. Write model.OPTION=value."),
-    (["model=null"], "model: is a section. Write model.OPTION=value."),
-    (["junk"], "'junk': neither a config file (*.yaml, *.py) nor key=value."),
-    (["a b"], "'a b': neither a config file (*.yaml, *.py) nor key=value."),
-    ([""], "'': neither a config file (*.yaml, *.py) nor key=value."),
-    (["\udcff=1"], "'\\uDCFF=1': neither a config file (*.yaml, *.py) nor key=value."),
+    (["training=8"], "training: is a section. Write training.OPTION=value."),
+    (["junk"], "'junk': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    (["a b"], "'a b': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    ([""], "'': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    (["\udcff=1"], "'\\uDCFF=1': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
     (["--config="], "--config: the name of a file is missing."),
     (["--dry-run=1"], "--dry-run takes no value."),
     (["--dry-run", "--check-resume"], "--dry-run and --check-resume exclude each other."),
@@ -206,6 +260,10 @@ ALIASES = [
 
 def other_value(key: str) -> str:
     return {
+        "model.name": "gpt",
+        "optimizer.name": "muon",
+        "schedule.name": "linear",
+        "tokenizer.name": "gpt2",
         "model.n_head": "8",
         "model.dropout": "0.25",
         "dataloader.shuffle": "false",
