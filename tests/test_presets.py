@@ -735,7 +735,7 @@ def test_anything_else_in_a_preset_is_an_error_with_its_place(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n_layers = 6", "a.py:1: n_layers: unknown option. Did you mean model.n_layer?"),
+        ("n_layerz = 6", "a.py:1: n_layerz: unknown option. Did you mean model.n_layer?"),
         ("top_k = 200", "a.py:1: top_k: unknown option. See python train.py --help."),
         ("seed = 1\nseed = 2", "a.py:2: training.seed: given twice (first at line 1). Keep one."),
         (
