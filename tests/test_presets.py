@@ -753,8 +753,8 @@ def test_anything_else_in_a_preset_is_an_error_with_its_place(
         ("betas = 0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), "),
         ("dataset = 3", "a.py:1: dataset.name (given as dataset): expected text, got 3."),
         (
-            "model = 'gpt'",
-            "a.py:1: model: expected a section ('option: value' lines below it), got",
+            "training = 'gpt'",
+            "a.py:1: training: expected a section ('option: value' lines below it), got",
         ),
         ("seed = ", "a.py:1:8: not valid Python: invalid syntax: 'seed ='."),
         ("seed = 1\n  n_layer = 2", "not valid Python: unexpected indent: 'n_layer = 2'."),
