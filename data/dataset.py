@@ -16,13 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError
-from data.order import Integers, Keys, Tokens, count_blocks, epoch_order, lane_of
+from data.order import (
+    Integers,
+    Keys,
+    Tokens,
+    balance,
+    count_blocks,
+    epoch_order,
+    lane_of,
+    lane_targets,
+)
 from data.tokenizer import Tokenizer
+
+PLAN_VERSION = 2  # in version 1 lanes of documents were not balanced
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the data amounts to; `exact` says that tokens are counted, not estimated."""
+    """What the data amounts to; tokens may be off by the share `error`, 0 where counted."""
 
     files: int
     file_bytes: int
@@ -30,7 +41,7 @@ class Ledger:
     tokens: int
     train_tokens: int
     test_tokens: int
-    exact: bool
+    error: float = 0.0
     null_rows: int = 0
     skipped_files: tuple[str, ...] = ()
 
@@ -69,11 +80,21 @@ class Units(Protocol):
 
     @property
     def sizes(self) -> Integers:
-        """About how many tokens each unit gives."""
+        """About how many tokens each unit gives; rows to evaluate are found by them."""
+
+    @property
+    def tokens(self) -> Integers | None:
+        """How many tokens each unit gives, as well as is known; lanes are balanced by them.
+
+        None where units are equal enough to be dealt out in turn.
+        """
 
     @property
     def held_out(self) -> npt.NDArray[np.bool_]:
         """Which units are for testing."""
+
+    def epoch_tokens(self, version: int) -> int:
+        """The tokens of one pass over the training text, as plans of that version count them."""
 
     def reader(self) -> Reader:
         """A new reader."""
@@ -123,12 +144,9 @@ class Dataset:
         """What the data amounts to."""
         return self.source.ledger
 
-    def epoch_tokens(self, block_size: int) -> int:
+    def epoch_tokens(self, block_size: int, version: int = PLAN_VERSION) -> int:
         """How many tokens one pass over the training text takes, in rows of so many."""
-        units = self.source.units(block_size)
-        if not units.whole_rows:
-            return self.ledger.train_tokens
-        return int((units.sizes[~units.held_out] - 1).sum())  # one more lies after each unit
+        return self.source.units(block_size).epoch_tokens(version)
 
     def lines(self) -> list[str]:
         """What the start of a run says of the data."""
@@ -160,7 +178,7 @@ class Dataset:
         """The error where a split has not one row of successive tokens."""
         ledger = self.ledger
         tokens = {"train": ledger.train_tokens, "test": ledger.test_tokens}[split]
-        about = "" if ledger.exact else "about "
+        about = "about " if ledger.error else ""
         return DataError(
             f"the {split} text ({about}{tokens:,} tokens, {self.source.origin(split)}) is shorter "
             f"than one row of training.block_size + 1 = {block_size + 1} tokens. "
@@ -190,27 +208,76 @@ def split_of(units: Units, name: str) -> Integers:
     return np.flatnonzero(units.held_out == held_out)
 
 
-class Plan:
-    """The order of a split's units over `lanes` lanes; pure, computed epoch by epoch."""
+@dataclass(frozen=True, slots=True)
+class _LanePlan:
+    """The units of a lane in one epoch, in reading order.
 
-    def __init__(self, block: Keys, chosen: Integers, lanes: int, seed: int, shuffle: bool) -> None:
+    `cuts` holds (first, last, of so many) tokens of the units that the lane reads only a part of.
+    """
+
+    units: Integers
+    cuts: dict[int, tuple[int, int, int]]
+
+
+class Plan:
+    """The order of a split's units over `lanes` lanes; pure, computed epoch by epoch.
+
+    With `tokens`, those of each unit, lanes are balanced: in each epoch they have the same number
+    of tokens, but for one.
+    """
+
+    def __init__(
+        self,
+        block: Keys,
+        chosen: Integers,
+        lanes: int,
+        seed: int,
+        shuffle: bool,
+        tokens: Integers | None = None,
+    ) -> None:
         self.lanes, self.seed, self.shuffle = lanes, seed, shuffle
         self._chosen = chosen
         self._block = block[chosen]
-        self._epochs: dict[int, list[Integers]] = {}
+        self._tokens = tokens
+        self.epoch_tokens = None if tokens is None else int(tokens[chosen].sum())
+        """By which the lanes are balanced."""
+        self._epochs: dict[int, list[_LanePlan]] = {}
 
     def lane_units(self, epoch: int, lane: int) -> Integers:
         """The units of a lane in one epoch, in reading order."""
+        return self._lane(epoch, lane).units
+
+    def part(self, epoch: int, lane: int, place: int, count: int) -> slice:
+        """Which of the `count` tokens of its unit belong to a place.
+
+        Where tokens are estimated, `count` is another number than planned with: the lanes that
+        share the unit scale their cuts alike, so that each token still belongs to one of them.
+        """
+        first, last, planned = self._lane(epoch, lane).cuts.get(place, (0, 1, 1))
+        return slice(first * count // planned, last * count // planned)
+
+    def _lane(self, epoch: int, lane: int) -> _LanePlan:
         if epoch not in self._epochs:
             while len(self._epochs) >= 2:
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = self._order(epoch)
         return self._epochs[epoch][lane]
 
-    def _order(self, epoch: int) -> list[Integers]:
+    def _order(self, epoch: int) -> list[_LanePlan]:
         order = epoch_order(self._block, self.seed, epoch, self.shuffle)
         lane = lane_of(self._block[order], self.lanes)
-        return [self._chosen[order[lane == v]] for v in range(self.lanes)]
+        dealt = [self._chosen[order[lane == v]] for v in range(self.lanes)]
+        if self._tokens is None or self.epoch_tokens is None:
+            return [_LanePlan(units, {}) for units in dealt]
+        targets = lane_targets(self.epoch_tokens, self.lanes, epoch)
+        result = []
+        for pieces in balance(dealt, self._tokens, targets):
+            units, first, last = (column.copy() for column in pieces.T)
+            planned = self._tokens[units]
+            places = np.flatnonzero((first > 0) | (last < planned)).tolist()
+            cuts = {i: (int(first[i]), int(last[i]), int(planned[i])) for i in places}
+            result.append(_LanePlan(units, cuts))
+        return result
 
 
 def training_blocks(units: Units) -> int:

@@ -1,9 +1,8 @@
 """A folder of parquet files as the text of a run: its units, split, size and identity.
 
-The one idea: everything here follows from the footers, the config and the tokenizer. Tokens are
-estimated from the sizes in the footers and, where a token is not a byte, from a sample of the text.
-The fingerprint in a checkpoint tells at resume, before any text is read, whether the data is the
-same.
+The one idea: everything here but the number of tokens follows from the footers, the config and the
+tokenizer. The fingerprint in a checkpoint tells at resume, before any text is read, whether the
+data is the same.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig
-from data.dataset import Ledger, Reader, token_counts
+from data.counting import TokenCounts, count_tokens
+from data.dataset import PLAN_VERSION, Ledger, Reader, token_counts
 from data.index import (
     ENCODED_UNIT_BYTES,
     UNIT_BYTES,
@@ -29,6 +29,7 @@ from data.index import (
     Units,
     cache_path,
     cut_units,
+    index_digest,
     load_arrays,
     save_arrays,
 )
@@ -74,15 +75,30 @@ class ParquetText:
     @cached_property
     def sizes(self) -> Integers:
         """About how many tokens each unit gives, or somewhat more."""
-        return self.slices.bytes if self._tokens_are_bytes else self._tokens
+        return self.slices.bytes if self._tokens_are_bytes else self._estimates
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """How many tokens each unit gives; the text is read for it, once."""
+        return count_tokens(self.index, self.slices, self.tokenizer, self.config)
+
+    @property
+    def tokens(self) -> Integers:
+        """The tokens of each unit, as counted."""
+        return self.counts.tokens
+
+    def epoch_tokens(self, version: int) -> int:
+        """The tokens to train on; plans of version 1 took them from the footers."""
+        tokens = self.tokens if version == PLAN_VERSION else self._estimates
+        return int(tokens[~self.held_out].sum())
 
     @property
     def _tokens_are_bytes(self) -> bool:
         return isinstance(self.tokenizer, ByteTokenizer)
 
     @cached_property
-    def _tokens(self) -> Integers:
-        """Estimates, exact for bytes in plain pages."""
+    def _estimates(self) -> Integers:
+        """Tokens by the sizes in the footers, which are exact for bytes in plain pages only."""
         text = np.maximum(self.slices.bytes - _LENGTH_PREFIX_BYTES * self.slices.rows, 0)
         if not self._tokens_are_bytes:
             text = np.ceil(text * self._tokens_per_byte()).astype(np.int64)
@@ -120,8 +136,8 @@ class ParquetText:
             rows=int(index.groups[:, 0].sum()),
             null_rows=int(np.maximum(index.groups[:, 3], 0).sum()),
             skipped_files=index.skipped,
-            exact=False,
-            **token_counts(self._tokens, self.held_out),
+            error=self.counts.error,
+            **token_counts(self.tokens, self.held_out),
         )
 
     @cached_property
@@ -151,24 +167,28 @@ class ParquetText:
     def lines(self) -> list[str]:
         """Files, rows and tokens."""
         ledger = self.ledger
+        about, within = "", ""
+        if ledger.error:
+            about, within = "about ", f" (estimated, to within {ledger.error:.1%})"
         return [
-            f"Data: {self.index.root}: {ledger.files:,} files, {ledger.rows:,} rows, about "
-            f"{_short(ledger.tokens)} tokens: {_short(ledger.train_tokens)} to train on, "
+            f"Data: {self.index.root}: {ledger.files:,} files, {ledger.rows:,} rows, {about}"
+            f"{_short(ledger.tokens)} tokens{within}: {_short(ledger.train_tokens)} to train on, "
             f"{_short(ledger.test_tokens)} held out",
             *unprotected_lines(self.index),
         ]
 
     def summary(self) -> dict[str, Any]:
         """Plain values that describe it."""
-        sizes = dict(zip(self.index.paths, self.index.sizes.tolist(), strict=True))
+        index = self.index
+        sizes = dict(zip(index.paths, index.sizes.tolist(), strict=True))
         return {
-            "parquet_dir": self.index.root,
-            "text_column": self.index.column,
+            "parquet_dir": index.root,
+            "text_column": index.column,
             "tokenizer": self.tokenizer.fingerprint,
             "test_fraction": self.config.test_fraction,
-            "files": self.ledger.files,
-            "file_bytes": self.ledger.file_bytes,
-            "rows": self.ledger.rows,
+            "files": len(index.paths),
+            "file_bytes": int(index.sizes.sum()),
+            "rows": int(index.groups[:, 0].sum()),
             "sizes": sizes if len(sizes) <= _LISTED_FILES else None,
         }
 
@@ -268,11 +288,8 @@ def _rewrite_command(index: Index) -> str:
 
 def characters(index: Index, config: DatasetConfig) -> list[str]:
     """Every character of the text, in the order of code points; read once, then from the cache."""
-    stats = (index.sizes, index.mtimes_ns, index.group_counts)
-    digest = hashlib.blake2b(b"".join(each.astype("<i8").tobytes() for each in stats))
-    names = "\0".join(index.paths)
     root = os.path.realpath(index.root)
-    cache = cache_path("characters", root, index.column, names, digest.hexdigest())
+    cache = cache_path("characters", root, index.column, index_digest(index))
     known = load_arrays(cache)
     if known is None:
         known = {"points": _code_points(index, config)}

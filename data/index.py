@@ -389,6 +389,14 @@ def _digest(path: str, content: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
+def index_digest(index: Index) -> str:
+    """Identity of the files of an index, for caches of what was found in their text."""
+    digest = hashlib.blake2b(os.fsencode("\0".join(index.paths)))
+    for table in (index.sizes, index.mtimes_ns, index.group_counts):
+        digest.update(np.ascontiguousarray(table, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Units:
     """Runs of rows, as arrays of one entry per unit.

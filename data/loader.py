@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
-from data.dataset import Dataset, Plan, Reader, Units, split_of, training_blocks
+from data.dataset import PLAN_VERSION, Dataset, Plan, Reader, Units, split_of, training_blocks
 from data.feed import Feed
 from data.order import Integers, Tokens, lane_count, rank_lanes, rank_rows
 from data.packing import Address, LaneStream, RowStream, Trace, windows
@@ -34,7 +34,8 @@ from data.tokenizer import row_dtype
 
 log = logging.getLogger(__name__)
 
-CURSOR_VERSION = 1
+CURSOR_VERSIONS = (1, PLAN_VERSION)
+"""Of the plan that a cursor is a place in; a run goes on with the one that it began with."""
 CHUNK_BYTES = 1 << 18
 _EVALUATION_SEED = 0
 _EVALUATION_UNITS = 16
@@ -113,9 +114,12 @@ class _Source:
         """The units of a lane in one epoch."""
         return self._plan.lane_units(epoch, lane)
 
-    def tokens(self, unit: int, epoch: int) -> Tokens:
-        """The tokens of a unit in one epoch."""
-        return self._reader.tokens(unit, self._plan.seed, epoch, self._plan.shuffle)
+    def tokens(self, epoch: int, lane: int, place: int) -> Tokens:
+        """What the lane reads of the unit at that place."""
+        plan = self._plan
+        unit = int(plan.lane_units(epoch, lane)[place])
+        tokens = self._reader.tokens(unit, plan.seed, epoch, plan.shuffle)
+        return tokens[plan.part(epoch, lane, place, len(tokens))]
 
 
 class _ChunkSource(IterableDataset[Chunk]):
@@ -203,8 +207,9 @@ class StepBatch:
             first, last = (begin + row * layout.block_size for row in layout.own_rows(lane))
             for (epoch, place, offset), length in trace.runs(first, last):
                 unit = int(plan.lane_units(epoch, lane)[place])
-                tokens = range(offset, offset + length)
-                name, numbers = reader.places(unit, plan.seed, epoch, plan.shuffle, tokens)
+                where = unit, plan.seed, epoch, plan.shuffle
+                offset += plan.part(epoch, lane, place, len(reader.tokens(*where))).start
+                name, numbers = reader.places(*where, range(offset, offset + length))
                 found[name] += numbers
         reader.close()
         return [f"{name} {_joined(numbers)}" for name, numbers in sorted(found.items())]
@@ -240,14 +245,19 @@ class TrainLoader:
         chosen = split_of(self.units, "train")
         if not len(chosen):
             raise dataset.too_short("train", spec.block_size)
-        lanes = _lanes(self.units, spec, dataloader.shuffle, cursor)
+        self._version = PLAN_VERSION if cursor is None else cursor["version"]
+        tokens = None if self._version == 1 else self.units.tokens
+        lanes = _lanes(self.units, spec, dataloader.shuffle, cursor, tokens)
         total = spec.sequences_per_step
         assert total % (spec.world_size * spec.micro_batches) == 0
         rows = rank_rows(total, spec.world_size, spec.rank)
         mine = rank_lanes(rows, total, lanes)
         dtype = row_dtype(dataset.vocab_size)
         self.layout = _Layout(spec.block_size, rows, mine, total // lanes, dtype)
-        self.plan = Plan(self.units.block, chosen, lanes, spec.seed, dataloader.shuffle)
+        shuffle = dataloader.shuffle
+        self.plan = Plan(self.units.block, chosen, lanes, spec.seed, shuffle, tokens)
+        if cursor is not None:
+            _check_tokens(cursor, self.plan)
         self.left_out: collections.Counter[str] = collections.Counter()
         """Null and empty documents and NUL bytes met so far, counted by kind."""
         self._batches: Iterator[StepBatch] = iter(())
@@ -291,8 +301,9 @@ class TrainLoader:
     def cursor_at(self, addresses: list[Address]) -> dict[str, Any]:
         """The cursor of this process's lanes at these addresses."""
         return {
-            "version": CURSOR_VERSION,
+            "version": self._version,
             "lanes": self.plan.lanes,
+            "epoch_tokens": self.plan.epoch_tokens,
             "sequences_per_step": self.spec.sequences_per_step,
             "block_size": self.spec.block_size,
             "seed": self.spec.seed,
@@ -317,11 +328,29 @@ class TrainLoader:
         self.close()
 
 
-def _lanes(units: Units, spec: BatchSpec, shuffle: bool, cursor: dict[str, Any] | None) -> int:
+def _check_tokens(cursor: dict[str, Any], plan: Plan) -> None:
+    """Raises DataError where the lanes of the cursor were balanced by other counts."""
+    then = cursor.get("epoch_tokens")
+    if then != plan.epoch_tokens:
+        raise DataError(
+            f"data cursor: the checkpoint counted {then} tokens of training text, this program "
+            f"{plan.epoch_tokens}, so its order is another. Restore the data and the tokenizer, or "
+            f"{_NEW_RUN}"
+        )
+
+
+def _lanes(
+    units: Units,
+    spec: BatchSpec,
+    shuffle: bool,
+    cursor: dict[str, Any] | None,
+    tokens: Integers | None,
+) -> int:
     """The number of lanes: the cursor's, else the spec's, else the most that fit."""
     blocks, sequences = training_blocks(units), spec.sequences_per_step
     if cursor is None:
-        lanes = spec.lanes or lane_count(sequences, blocks)
+        most = blocks if tokens is None else min(blocks, int(tokens[~units.held_out].sum()))
+        lanes = spec.lanes or lane_count(sequences, most)
     else:
         _check_steps(cursor, units, spec, shuffle)
         lanes = cursor["lanes"]
@@ -346,9 +375,9 @@ def _check_steps(cursor: dict[str, Any], units: Units, spec: BatchSpec, shuffle:
     A lane goes on at its next token, so a step may take more or fewer rows of each, and rows of
     documents may have another length; rows of token files are fixed by it.
     """
-    if cursor["version"] != CURSOR_VERSION:
+    if cursor["version"] not in CURSOR_VERSIONS:
         raise DataError(
-            f"data cursor: version {cursor['version']}, this program reads {CURSOR_VERSION}. "
+            f"data cursor: version {cursor['version']}, this program reads 1 to {PLAN_VERSION}. "
             "Resume with the program that wrote the checkpoint."
         )
     if not len(cursor["positions"]) or cursor["lanes"] < 1:

@@ -25,6 +25,8 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 Integers: TypeAlias = npt.NDArray[np.int64]
 Tokens: TypeAlias = npt.NDArray[Any]
 """Token ids of any integer type."""
+Pieces: TypeAlias = Integers
+"""(n, 3): a unit, and the first and the last (not included) of its tokens."""
 
 MAX_LANES = 16
 # Small data is cut into at least about this many units, so that it can be split and mixed.
@@ -137,6 +139,56 @@ def lane_of(keys: Keys, lanes: int) -> Integers:
     starts = np.ones(len(keys), dtype=np.int64)
     starts[1:] = keys[1:] != keys[:-1]
     return (np.cumsum(starts) - 1) % lanes
+
+
+def lane_targets(tokens: int, lanes: int, epoch: int) -> list[int]:
+    """How many of an epoch's tokens each lane gets; over n epochs ceil(n * tokens / lanes) at most.
+
+    What does not divide moves from lane to lane, so none falls behind by more than one token.
+    """
+    before, after = epoch * tokens, (epoch + 1) * tokens
+    return [(after + lane) // lanes - (before + lane) // lanes for lane in range(lanes)]
+
+
+def balance(lanes: list[Integers], sizes: Integers, targets: list[int]) -> list[Pieces]:
+    """Lanes of units as lanes of pieces, of as many tokens as `targets`, which sum to all of them.
+
+    Each lane keeps its units from the front, up to its target; what lies behind is dealt out, in
+    the order of the lanes, to those whose units end before it.
+    """
+    streams = []
+    for units in lanes:
+        ends = sizes[units]
+        streams.append(np.stack((units, np.zeros_like(ends), ends), axis=1))
+    totals = [int(stream[:, 2].sum()) for stream in streams]
+    kept = [_between(each, 0, target) for each, target in zip(streams, targets, strict=True)]
+    rest = np.concatenate(
+        [_between(s, t, n) for s, t, n in zip(streams, targets, totals, strict=True)]
+    )
+    taken, result = 0, []
+    for pieces, target, total in zip(kept, targets, totals, strict=True):
+        if target > total:
+            more = _between(rest, taken, taken + target - total)
+            pieces = np.concatenate((pieces, more))
+            taken += target - total
+        result.append(pieces)
+    return result
+
+
+def _between(pieces: Pieces, first: int, last: int) -> Pieces:
+    """The tokens [first, last) of a stream of pieces; empty pieces go with what is before them."""
+    ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
+    if 0 < first >= last:
+        return pieces[:0]
+    begin = np.searchsorted(ends, first, "right") if first else 0
+    end = np.searchsorted(ends, last, "right")
+    is_cut = end < len(ends) and (ends[end - 1] if end else 0) < last
+    found = pieces[begin : end + 1 if is_cut else end].copy()
+    if is_cut:  # first the end: where there is one piece only, its begin is moved below
+        found[-1, 2] -= ends[end] - last
+    if first and len(found):
+        found[0, 1] += first - (ends[begin - 1] if begin else 0)
+    return found
 
 
 def rank_rows(sequences_per_step: int, world_size: int, rank: int) -> range:

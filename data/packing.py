@@ -20,7 +20,7 @@ from config import DataError
 from data.order import Integers, Tokens
 
 Address: TypeAlias = tuple[int, int, int]
-"""(epoch, place in the lane's plan, token of that unit)"""
+"""(epoch, place in the lane's plan, token of what the lane reads there)"""
 
 
 _EMPTY_UNITS = 1000  # so many in a row, and a whole epoch of them, mean that there is no text
@@ -32,8 +32,8 @@ class TokenSource(Protocol):
     def lane_units(self, epoch: int, lane: int) -> Integers:
         """The units of a lane in one epoch, in reading order."""
 
-    def tokens(self, unit: int, epoch: int) -> Tokens:
-        """The tokens of a unit in one epoch, perhaps as a view of something larger."""
+    def tokens(self, epoch: int, lane: int, place: int) -> Tokens:
+        """What the lane reads of the unit at that place, perhaps as a view of something larger."""
 
 
 class Trace:
@@ -141,7 +141,7 @@ class LaneStream(_Lane):
                     )
                 self._next_epoch()
                 continue
-            tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            tokens = self._source.tokens(self._epoch, self._lane, self._place)
             self._tokens = _own_memory(tokens)
             del tokens
             if 0 < self._offset >= len(self._tokens):
@@ -170,7 +170,7 @@ class RowStream(_Lane):
     def _load(self, block_size: int) -> Tokens:
         """The unit of the next row."""
         if self._tokens is None:
-            self._tokens = self._source.tokens(int(self._units[self._place]), self._epoch)
+            self._tokens = self._source.tokens(self._epoch, self._lane, self._place)
             if self._offset % block_size or self._offset + block_size >= len(self._tokens):
                 self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
         return self._tokens

@@ -168,7 +168,8 @@ class DocumentReader:
         self._skip_bad = config.on_bad_shard == "skip"
         _use_compact_memory()
         self._groups = GroupReader(index, config.max_cached_files)
-        self._reported: set[int] = set()
+        self.skipped: set[int] = set()
+        """The units that could not be read."""
         self.counts: collections.Counter[str] = collections.Counter()
 
     def read(self, unit: int, seed: int, epoch: int, shuffle: bool) -> tuple[Any, Integers]:
@@ -177,6 +178,20 @@ class DocumentReader:
         Null and empty rows are left out. A unit that cannot be read, or is not UTF-8, raises
         DataError or, with `on_bad_shard: skip`, has no documents and is named in a warning.
         """
+        array = self._read(unit)
+        rows = self._used_rows(array)
+        rows = rows[document_order(int(self._units.key[unit]), seed, epoch, len(rows), shuffle)]
+        # Not pa.array(rows), which imports numpy.ma (50 ms) in search of masked arrays.
+        chosen = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
+        return array.take(chosen), rows + int(self._units.first[unit])
+
+    def measure(self, unit: int) -> tuple[int, int]:
+        """How many documents a unit has, and the bytes of their text."""
+        array = self._read(unit)
+        return len(self._used_rows(array)), len(text_bytes(array)) if len(array) else 0
+
+    def _read(self, unit: int) -> Any:
+        """All rows of a unit; none of one that cannot be read and is to be skipped."""
         first, count = int(self._units.first[unit]), int(self._units.rows[unit])
         try:
             array = self._groups.read(int(self._units.group[unit]), first, count)
@@ -187,15 +202,11 @@ class DocumentReader:
             message = f"{self.name(unit)}: {_reason(error, first)}. {REMEDY}"
             if not self._skip_bad:
                 raise DataError(message) from None
-            if unit not in self._reported:
-                self._reported.add(unit)
+            if unit not in self.skipped:
+                self.skipped.add(unit)
                 log.warning("skipped: %s", message)
-            return pa.array([], pa.string()), np.zeros(0, dtype=np.int64)
-        rows = self._used_rows(array)
-        rows = rows[document_order(int(self._units.key[unit]), seed, epoch, len(rows), shuffle)]
-        # Not pa.array(rows), which imports numpy.ma (50 ms) in search of masked arrays.
-        chosen = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
-        return array.take(chosen), rows + first
+            return pa.array([], pa.string())
+        return array
 
     def _used_rows(self, array: Any) -> Integers:
         """The rows that hold text."""

@@ -85,14 +85,19 @@ def planned_steps(
     return min(training.max_iters, max(1, steps))
 
 
-def length_lines(config: Config, world_size: int, epoch_tokens: int) -> list[str]:
-    """Tokens per step, and how long the run is in steps, tokens and passes over the data."""
+def length_lines(
+    config: Config, world_size: int, epoch_tokens: int, error: float = 0.0
+) -> list[str]:
+    """Tokens per step, and how long the run is in steps, tokens and passes over the data, whose
+    tokens are estimated where `error`, the share by which they may be off, is not 0.
+    """
     steps = planned_steps(config, world_size, epoch_tokens)
     planned = steps * tokens_per_step(config, world_size)
-    about = "about " if steps < config.training.max_iters else ""
+    ends = steps < config.training.max_iters and error > 0
+    about, within = ("about ", f" (to within {error:.1%}: the data ends it)") if ends else ("", "")
     return [
         tokens_line(config, world_size),
-        f"Max iterations: {about}{steps} = {short(planned)} tokens, "
+        f"Max iterations: {about}{steps}{within} = {short(planned)} tokens, "
         f"about {planned / max(1, epoch_tokens):.2f} epochs",
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, corpus, open_dataset
+from data.dataset import PLAN_VERSION
 from data.text import check_place, embedded_is_missing
 from engine.checkpoint import Resume, check_weights, load_checkpoint, resolve_resume
 from engine.memory import with_batch
@@ -45,8 +46,8 @@ class Beginning:
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of one pass over the training text."""
-        return self.data.epoch_tokens(self.config.training.block_size)
+        """Tokens of one pass over the training text, as the run that goes on counts them."""
+        return _epoch_tokens(self.data, self.config, self.saved)
 
     def take_batch(self, batch: int) -> None:
         """Puts a number in the place of `training.batch_size: auto`."""
@@ -61,7 +62,8 @@ def begin(request: Request, world: World) -> Beginning:
     asked = resume_from_folder(request.config)
     with world.main_first():
         data = open_data(asked)
-    say(*data.lines())
+        ledger = data.lines()  # the first process counts tokens, the others find them in the cache
+    say(*ledger)
     resume = world.broadcast(find_resume(asked) if world.is_main else None)
     saved = dict[str, Any]()
     if resume is not None:
@@ -97,6 +99,11 @@ def begin(request: Request, world: World) -> Beginning:
 def done_steps(saved: dict[str, Any]) -> tuple[int, int]:
     """Steps and tokens that a checkpoint has behind it, or none."""
     return (saved["train"]["step"], saved["train"]["tokens"]) if saved else (0, 0)
+
+
+def _epoch_tokens(data: Dataset, config: Config, saved: dict[str, Any]) -> int:
+    version = saved["cursor"]["version"] if saved else PLAN_VERSION
+    return data.epoch_tokens(config.training.block_size, version)
 
 
 def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
@@ -138,7 +145,14 @@ def check_fits(
     lines = check_resumable(then, config, str(resume.path), processes)
     data.check_unchanged(saved["data"])
     check_place(data, config, saved["cursor"], world_size)
-    tokens = data.epoch_tokens(config.training.block_size)
+    tokens = _epoch_tokens(data, config, saved)
+    documents = not data.source.units(config.training.block_size).whole_rows
+    earlier = documents and saved["cursor"]["version"] < PLAN_VERSION
+    if earlier and config.training.epochs is not None:
+        lines.append(
+            "Its data plan is of an earlier version and goes on as it was: an epoch ends with the "
+            "longest lane, and its length is estimated from the sizes in the files"
+        )
     steps = [
         planned_steps(each, count, tokens, done_steps(saved))
         for each, count in ((then, len(saved["rng"])), (config, world_size))

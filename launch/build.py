@@ -92,7 +92,8 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, epoch_tokens), ratio_line(config, world, steps, model))
+    say(*length_lines(config, world.size, epoch_tokens, data.ledger.error))
+    say(ratio_line(config, world, steps, model))
     say(f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,

@@ -56,7 +56,11 @@ def dry_run(request: Request, world: World) -> None:
         say(*origin_lines(request))
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
     say("", config.to_yaml(), *lines, *cost_lines(needs, room, optimizer), *covered)
-    say(*length_lines(config, world.size, start.epoch_tokens) if start else [tokens])
+    if start is not None:
+        tokens_off = start.data.ledger.error
+        say(*length_lines(config, world.size, start.epoch_tokens, tokens_off))
+    else:
+        say(tokens)
     say(ratio_line(config, world, steps, model), *learning_rate_plot(config, steps))
     done = start.resume.step if start and start.resume else 0
     say(*time_lines(needs, room, range(done, max(done, steps)), start))

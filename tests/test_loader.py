@@ -57,53 +57,94 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "CHUNK_BYTES", 3 * G * (T + 1))
 
 
-def reference(dataset: data.Dataset, lane: int, lanes: int, epochs: int) -> list[bytes]:
-    """Slow and separate: the documents of a lane, epoch by epoch, each epoch as one string."""
+def dealt(dataset: data.Dataset, lanes: int, epoch: int) -> list[bytes]:
+    """Slow and separate: the documents of each lane in one epoch, before lanes are balanced."""
     folder = folder_of(dataset)
     units = folder.slices
     keys = units.block[split(dataset, "train")]
+    tables = [pq.read_table(folder.index.path(i)) for i in range(len(folder.index.paths))]
+    columns = [table.column("text").to_pylist() for table in tables]
+    plan = order.epoch_order(keys, 1337, epoch)
     result = []
-    for epoch in range(epochs):
-        plan = order.epoch_order(keys, 1337, epoch)
+    for lane in range(lanes):
         text = b""
         for unit in split(dataset, "train")[plan[order.lane_of(keys[plan], lanes) == lane]]:
             file = int(folder.index.group_file[units.group[unit]])
-            table = pq.read_table(folder.index.path(file))
             group = int(folder.index.group_number[units.group[unit]])
             first = 10 * group + int(units.first[unit])
-            texts = table.column("text").to_pylist()[first : first + int(units.rows[unit])]
+            texts = columns[file][first : first + int(units.rows[unit])]
             for i in order.document_order(int(units.key[unit]), 1337, epoch, len(texts)):
                 text += texts[i].encode() + b"\0"
         result.append(text)
     return result
 
 
-@pytest.fixture(scope="module")
-def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """The global rows of every step, from the slow reference."""
-    dataset = opened(corpus)
+def reference(dataset: data.Dataset, lanes: int, epochs: int) -> list[list[bytes]]:
+    """The text of each lane, epoch by epoch: what is too much in one fills those of too little."""
+    result: list[list[bytes]] = [[] for _ in range(lanes)]
+    for epoch in range(epochs):
+        texts = dealt(dataset, lanes, epoch)
+        targets = order.lane_targets(sum(map(len, texts)), lanes, epoch)
+        rest = b"".join(text[n:] for text, n in zip(texts, targets, strict=True))
+        for lane, (text, target) in enumerate(zip(texts, targets, strict=True)):
+            missing = max(0, target - len(text))
+            result[lane].append(text[:target] + rest[:missing])
+            rest = rest[missing:]
+    return result
+
+
+def rows_of(streams: list[list[bytes]]) -> torch.Tensor:
+    """The global rows of every step, as many lanes as rows, so one row of a lane in each step."""
     rows = np.empty((STEPS, G, T + 1), dtype=np.uint8)
-    for lane in range(G):  # as many lanes as rows, so one row of a lane in each step
-        stream = np.frombuffer(b"".join(reference(dataset, lane, G, 6)), dtype=np.uint8)
+    for lane, epochs in enumerate(streams):
+        stream = np.frombuffer(b"".join(epochs), dtype=np.uint8)
         for step in range(STEPS):
             rows[step, lane] = stream[step * T : step * T + T + 1]
     return torch.from_numpy(rows)
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The global rows of every step, from the slow reference."""
+    return rows_of(reference(opened(corpus), G, 6))
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(corpus: Path) -> None:
+    dataset = opened(corpus)
+    texts = [dealt(dataset, G, epoch) for epoch in range(9)]
+    earlier = rows_of([[epoch[lane] for epoch in texts] for lane in range(G)])
+    _, cursor = read(dataset, 1, spec())
+    cursor |= {"version": 1, "positions": [[0, 0, 0]] * G}
+    del cursor["epoch_tokens"]
+    rows, after = read(dataset, 7, spec(), cursor)
+    assert torch.equal(rows, earlier[:7])
+    assert after["version"] == 1
+    rest, _ = read(dataset, STEPS - 7, spec(), after)
+    assert torch.equal(rest, earlier[7:])
+
+
+def test_other_counts_of_tokens_are_another_order(corpus: Path) -> None:
+    _, cursor = read(opened(corpus), 1, spec())
+    cursor["epoch_tokens"] += 1
+    with pytest.raises(DataError, match=r"counted \d+ tokens .* init_from"):
+        read(opened(corpus), 1, spec(), cursor)
 
 
 def test_each_document_comes_exactly_once_per_epoch(corpus: Path, expected: torch.Tensor) -> None:
     dataset = opened(corpus)
     rows, _ = read(dataset, STEPS, spec())
     assert torch.equal(rows, expected)
-    lanes = [reference(dataset, lane, G, 2) for lane in range(G)]
+    lanes = reference(dataset, G, 2)
     texts = Counter(pq.read_table(corpus).column("text").to_pylist())
     for epoch in range(2):
-        seen = Counter[str]()
+        parts = []
         for lane in range(G):
             before, now = sum(map(len, lanes[lane][:epoch])), lanes[lane][epoch]
             stream = rows[:, lane, :-1].flatten().numpy().tobytes()[before : before + len(now)]
-            assert len(stream) == len(now)  # the run is long enough to hold the epoch
-            seen.update(stream.decode().split("\0")[:-1])
-        assert seen == texts
+            assert stream == now  # the run is long enough to hold the epoch
+            parts.append(stream)
+        whole = Counter(b"".join(parts))
+        assert whole == Counter(b"".join(text.encode() + b"\0" for text in texts.elements()))
 
 
 Layout = tuple[int, int, int]
@@ -239,7 +280,7 @@ def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
     [
         ({"seed": 7}, "seed 7, this run 1337"),
         ({"shuffle": False}, "shuffle False, this run True"),
-        ({"version": 9}, "version 9, this program reads 1"),
+        ({"version": 9}, "version 9, this program reads 1 to 2"),
         ({"lanes": 3}, "processes a multiple of 3, or start a new run with its weights"),
         ({"lanes": 0}, "it has no lanes"),
         ({"first_lane": 4}, "holds lanes 4 to 19, this process reads 0 to 15"),

@@ -84,6 +84,39 @@ def test_lanes_divide_the_step_and_have_units(sequences: int, blocks: int) -> No
     assert 1 <= lanes <= min(16, blocks, sequences)
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 40), max_size=9), min_size=1, max_size=9), st.integers(0, 5)
+)
+def test_balanced_lanes_have_equal_tokens_and_each_token_once(
+    lengths: list[list[int]], epoch: int
+) -> None:
+    sizes = np.array([size for lane in lengths for size in lane], dtype=np.int64)
+    bounds = np.cumsum([len(lane) for lane in lengths])[:-1]
+    dealt = np.split(np.arange(len(sizes)), bounds)
+    total, count = int(sizes.sum()), len(lengths)
+    targets = order.lane_targets(total, count, epoch)
+    assert sum(targets) == total and max(targets) - min(targets) <= 1
+    balanced = order.balance(dealt, sizes, targets)
+    seen = np.zeros(total, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    for units, pieces, target in zip(dealt, balanced, targets, strict=True):
+        assert (pieces[:, 2] - pieces[:, 1]).sum() == target
+        for place, (unit, first, last) in enumerate(pieces.tolist()):
+            assert 0 <= first < last <= sizes[unit] or first == last == sizes[unit] == 0
+            seen[starts[unit] + first : starts[unit] + last] += 1
+            own = [u for u in units.tolist() if sizes[u]]
+            if place < len(own) and sizes[own[: place + 1]].sum() <= target:
+                assert unit in units  # what fits stays where it was dealt
+    assert (seen == 1).all()
+
+
+@given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 9))
+def test_no_lane_falls_behind_over_many_epochs(tokens: int, lanes: int, epochs: int) -> None:
+    sums = np.sum([order.lane_targets(tokens, lanes, e) for e in range(epochs)], axis=0)
+    assert sums.max() == -(-epochs * tokens // lanes)
+    assert sums.max() - sums.min() <= 1
+
+
 @pytest.mark.parametrize("sequences", [8, 12, 48])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_row_belongs_to_one_process(sequences: int, world: int) -> None:

@@ -27,11 +27,13 @@ class Units:
     def lane_units(self, epoch: int, lane: int) -> npt.NDArray[np.int64]:
         return np.roll(np.arange(len(self.lengths)), epoch)
 
-    def tokens(self, unit: int, epoch: int) -> Array:
+    def tokens(self, epoch: int, lane: int, place: int) -> Array:
+        unit = int(self.lane_units(epoch, lane)[place])
         return (np.arange(self.lengths[unit]) + 31 * unit + 7 * epoch).astype(np.uint8)
 
     def stream(self, epochs: int) -> Array:
-        parts = [self.tokens(u, e) for e in range(epochs) for u in self.lane_units(e, 0)]
+        places = range(len(self.lengths))
+        parts = [self.tokens(e, 0, place) for e in range(epochs) for place in places]
         return np.concatenate(parts)
 
 
@@ -79,8 +81,8 @@ def test_every_address_continues_the_stream(
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
 def test_units_of_any_type_are_read_into_rows_of_another(dtype: type) -> None:
     class Large(Units):
-        def tokens(self, unit: int, epoch: int) -> npt.NDArray[Any]:
-            return (super().tokens(unit, epoch).astype(np.int64) + 40_000).astype(dtype)
+        def tokens(self, epoch: int, lane: int, place: int) -> npt.NDArray[Any]:
+            return (super().tokens(epoch, lane, place).astype(np.int64) + 40_000).astype(dtype)
 
     for stream, sizes in ((LaneStream, [3, 0, 701]), (RowStream, [1401, 15])):
         rows, _ = filled(stream(Large(sizes), 0), 100, 14, np.int32)
@@ -96,7 +98,7 @@ def whole_rows(counts: list[int], T: int, epochs: int) -> list[tuple[tuple[int, 
     """Slow and separate: address and tokens of every row."""
     units = Units([count * T + 1 for count in counts])
     return [
-        ((epoch, place, row * T), units.tokens(unit, epoch)[row * T :][: T + 1])
+        ((epoch, place, row * T), units.tokens(epoch, 0, place)[row * T :][: T + 1])
         for epoch in range(epochs)
         for place, unit in enumerate(units.lane_units(epoch, 0).tolist())
         for row in range(counts[unit])
@@ -135,8 +137,8 @@ def test_every_row_is_the_begin_of_the_same_rows(
 
 def test_a_lane_keeps_nothing_of_what_it_reads_from() -> None:
     class Views(Units):
-        def tokens(self, unit: int, epoch: int) -> Array:
-            whole = super().tokens(unit, epoch)
+        def tokens(self, epoch: int, lane: int, place: int) -> Array:
+            whole = super().tokens(epoch, lane, place)
             kept.append(weakref.ref(whole))
             return whole[:]
 
