@@ -59,7 +59,7 @@ def tiny_groups(folder: Path) -> None:
 
 
 def few(folder: Path) -> None:
-    write(folder / "a.parquet", [*documents(20_000)][:10])
+    write(folder / "a.parquet", list[str | None](documents(20_000)[:10]))
 
 
 def run(dataset: data.Dataset, sequences: int, lanes: int | None, epochs: int) -> list[int]:

@@ -126,7 +126,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(corpus: Path) -> N
 def test_other_counts_of_tokens_are_another_order(corpus: Path) -> None:
     _, cursor = read(opened(corpus), 1, spec())
     cursor["epoch_tokens"] += 1
-    with pytest.raises(DataError, match=r"counted \d+ tokens .* init_from"):
+    with pytest.raises(DataError, match=r"counted \d+ tokens .*init_from="):
         read(opened(corpus), 1, spec(), cursor)
 
 
@@ -212,7 +212,7 @@ def test_every_cursor_continues_exactly_over_the_epoch_boundary(
     with data.TrainLoader(dataset, spec(), DataLoaderConfig()) as batches:
         cursors = [batch.cursor() for batch in itertools.islice(batches, STEPS - 1)]
     epochs = {tuple(e for e, _, _ in cursor["positions"]) for cursor in cursors}
-    assert len(epochs) > 4
+    assert len(epochs) == 3
     for step, cursor in enumerate(cursors, 1):
         rows, _ = read(dataset, 1, spec(), cursor)
         assert torch.equal(rows[0], expected[step])
