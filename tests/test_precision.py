@@ -16,7 +16,7 @@ from engine.checkpoint import load_checkpoint, load_model
 from engine.precision.lora import add_adapters
 from model import build_model
 from tests.runs import assert_equal, metrics, only_run, run_here
-from tests.test_distributed import finish, torchrun
+from tests.test_distributed import processes
 
 pytest.importorskip("bitsandbytes")
 MODES: dict[str, list[str]] = {
@@ -217,7 +217,7 @@ def test_two_processes_train_in_low_precision_as_one_does(small: list[str], tmp_
     words = changed(words_of("all", small), "fp8.recipe=delayed", "max_iters=8", "dropout=0")
     words += ["tokens_per_step=256", "batch_size=4"]
     assert run_here([*words, f"checkpoint_dir={tmp_path / '1'}"]) == 0
-    finish(torchrun(2, [*words, f"checkpoint_dir={tmp_path / '2'}"]))
+    processes(2, [*words, f"checkpoint_dir={tmp_path / '2'}"])
     saved = [load_checkpoint(only_run(tmp_path / n) / "checkpoint_8.pt") for n in "12"]
     maxima, others = (state["precision"]["fp8"] for state in saved)
     for place, operand in enumerate(maxima["operands"]):

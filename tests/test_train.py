@@ -190,7 +190,8 @@ def test_eval_only_evaluates_once_and_creates_nothing(
 
 
 def test_epochs_end_the_run_when_all_documents_were_seen(tiny: list[str], tmp_path: Path) -> None:
-    assert run_here([*tiny, into(tmp_path / "runs"), "epochs=1", "max_iters=100000"]) == 0
+    words = ["epochs=1", "max_iters=100000", "test_freq=null", "checkpoint_freq=null"]
+    assert run_here([*tiny, into(tmp_path / "runs"), *words, "log_freq=1"]) == 0
     last = metrics(only_run(tmp_path / "runs"))[-1]
     text = 0.95 * sum(len(t.encode()) + 1 for t in _texts(tiny))  # the rest is held out
     assert 0.98 * text < last["tokens"] < 1.2 * text  # until the longest of four lanes has ended
