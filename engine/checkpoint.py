@@ -205,7 +205,7 @@ def check_weights(path: Path, content: dict[str, Any]) -> Config:
             kind = weights[name].dtype if name in weights else own.dtype
             if kind != own.dtype and not (kind.is_floating_point and own.is_floating_point):
                 raise ValueError(f"model.{name} holds {kind}, expected {own.dtype}")
-        model.load_state_dict({name: weight.to("meta") for name, weight in weights.items()})
+        model.load_state_dict(weights, assign=True)  # there is nothing to copy into
     return config
 
 

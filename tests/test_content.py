@@ -157,6 +157,7 @@ SAME: list[Damage] = [
     put("optimizer", "param_groups", 0, "later", value=1),
     put("data", "later", value=[1]),
     put("cursor", "later", value=1),
+    put("model", "frequencies", value=GONE),  # of a time when they were not saved
 ]
 
 
