@@ -328,7 +328,11 @@ class Config(_Sections):
         Aliases and ignored names are said on standard error.
         """
         arguments = parse_arguments(overrides, _schema())
-        flags = {"--dry-run": arguments.dry_run, "--help": arguments.help}
+        flags = {
+            "--dry-run": arguments.dry_run,
+            "--show-config": arguments.show_config,
+            "--help": arguments.help,
+        }
         others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
         arguments.problems += [f"{word}: not an override" for word in others]
         arguments.files = [os.fspath(path)]
@@ -380,24 +384,33 @@ class Request:
     files: tuple[str, ...]  # as they were applied, a base first
     overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
     dry_run: bool
+    show_config: bool
     check_resume: int | None  # steps to train straight and interrupted
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
     given: frozenset[str]  # options that would have another value had the user left them out
 
 
 def command_line(argv: Sequence[str]) -> Request:
-    """Return what `argv` asks for; --help leaves with 0, mistakes with 2 and a message."""
+    """Return what `argv` asks for; --help and --show-config print and leave with 0, mistakes leave
+    with 2 and a message.
+    """
     arguments = parse_arguments(argv, _schema())
     if arguments.help:
         print(help_text(_schema()), end="")
         raise SystemExit(0)
     try:
-        return _load(arguments)
+        request = _load(arguments)
     except ConfigError as error:
         report_to_torchrun(str(error))
         if os.environ.get("RANK", "0") == "0":  # all processes read the same config: one prints
             print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    if request.show_config and not request.dry_run:
+        for note in request.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(request.config.to_yaml(), end="")
+        raise SystemExit(0)
+    return request
 
 
 def _load(arguments: Arguments) -> Request:
@@ -410,6 +423,7 @@ def _load(arguments: Arguments) -> Request:
         files=files,
         overrides=overrides,
         dry_run=arguments.dry_run,
+        show_config=arguments.show_config,
         check_resume=arguments.check_resume,
         notes=tuple(merged.notes),
         given=_given(merged, config),

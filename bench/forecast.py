@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 from config import command_line
-from engine.forecast import Forecast, forecast, measure
+from engine.forecast import BUDGET_S, Forecast, choose_trial, forecast, measure
+from engine.memory import Needs, Room
 from engine.optimizer import build_optimizer
 from engine.precision import Precision
+from engine.stopwatch import stopwatch
 from engine.world import enter_world
 from model import build_model
 
@@ -64,7 +66,11 @@ def predicted(words: list[str]) -> Forecast:
         precision = Precision(config.low_precision, world.device, config.fp8)
         precision.prepare(model, steps)
         optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
-        rates = measure(model, optimizer, precision, config)
+        with stopwatch(world.device, BUDGET_S) as watch:
+            trial = choose_trial(
+                Needs(config, model, precision, world), Room.of(world), build_model
+            )
+            rates = measure(model, optimizer, precision, trial, watch)
         return forecast(config, rates, model, range(steps), world.size)
 
 

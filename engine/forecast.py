@@ -1,8 +1,9 @@
 """How long a run will take, from what its parts take here and now.
 
-The one idea: nothing is assumed of the device, disks aside. The run's own model computes the run's
-own micro-steps, an optimizer step and an evaluation's forward pass, for a second or two each; the
-run is that many times as long. Beside it stands how fast plain matrix products are on this device.
+Nothing is assumed of the device, disks aside. The run's own model computes the run's own
+micro-steps, an optimizer step and an evaluation's forward pass, for about a second each; the run is
+that many times as long. What takes longer than half a second is timed in a smaller size, chosen by
+the measured rate of plain matrix products, and scaled by FLOPs.
 
 Left out: starting, reading data, and the exchange of gradients between processes.
 """
@@ -10,26 +11,25 @@ Left out: starting, reading data, and the exchange of gradients between processe
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from config import Config, accumulation_steps, eval_batch, micro_batch
+from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
 from engine.evaluate import DocumentIds, evaluating, next_token_loss
-from engine.memory import Needs, Room, state_bytes, with_batch
+from engine.memory import Needs, Room, state_bytes
 from engine.metrics import duration, short
 from engine.optimizer import clip_gradients, gradient_norm
 from engine.precision import Precision
 from engine.state import saves_due, times_due
+from engine.stopwatch import Stopwatch
 
-ENOUGH_S = 1.5  # of measuring one thing, after a first time that does not count
-_MATMUL_S = 0.3
+BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
+TRIAL_S = 0.5  # micro-steps grow until one takes so long
+_MOST_PARAMETERS = 50_000_000  # on a CPU, where one more is drawn in 10 ns and updated in 5
 _DISK_RATE = 500e6  # bytes per second; nothing is written to find it out
 
 
@@ -46,6 +46,8 @@ class Rates:
     """Taking weights to 4 bits and back, once; 0 where they are not."""
     matmul: float
     """FLOP/s of plain products in the run's dtype."""
+    tokens: int
+    """Of the micro-step that was timed."""
     sample: float = 0.0
     """Writing `training.sample_prompt` on."""
 
@@ -65,15 +67,14 @@ class Forecast:
     """FLOP/s that the model reaches in its steps."""
     share: float
     """Of what plain products reach."""
-    compile_s: float = 0.0
 
     @property
     def total(self) -> float:
         """Of the whole run."""
         evaluations, saves = self.evaluations * self.evaluation, self.saves * self.save
-        return self.compile_s + self.steps * self.step + evaluations + saves
+        return self.steps * self.step + evaluations + saves
 
-    def line(self, world_size: int = 1) -> str:
+    def line(self, world_size: int = 1, note: str = "") -> str:
         """What a dry run prints."""
         parts = []
         if self.steps:
@@ -87,10 +88,8 @@ class Forecast:
             )
         if self.saves:
             parts.append(f"{_counted(self.saves, 'save')} of {_seconds(self.save)}")
-        if self.compile_s:
-            parts.append(f"{_seconds(self.compile_s)} to compile")
         alone = "; exchange between processes not counted" if world_size > 1 else ""
-        return f"Time: about {duration(self.total)} on this device: {', '.join(parts)}{alone}"
+        return f"Time: about {duration(self.total)} on this device{note}: {', '.join(parts)}{alone}"
 
 
 def _rate(flops: float) -> str:
@@ -105,29 +104,90 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def trial_config(needs: Needs, room: Room) -> Config | None:
-    """The config whose micro-steps can be tried here: the run's, else with one sequence at a time;
-    None where not even that fits."""
-    for config in (needs.config, with_batch(needs.config, 1)):
-        if room.fits(needs.memory(config)) is not False:
-            return config
-    return None
+@dataclass(frozen=True)
+class Trial:
+    """What is timed in place of the run's micro-step."""
+
+    config: Config
+    """The run's; with fewer layers where its model is too large to be built for a trial."""
+    sizes: list[tuple[int, int]]
+    """Sequences, and tokens of each: the smallest first, only what fits into memory."""
+    work: float = 1.0
+    """FLOPs per token of the run's model per FLOP of the trial's."""
+    weights: float = 1.0
+    """Parameters of the run's model per parameter of the trial's."""
+
+
+def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module]) -> Trial:
+    """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
+    config, model, length = needs.config, needs.model, needs.config.training.block_size
+    while needs.world.on_cpu and _parameters(model) > _MOST_PARAMETERS and config.model.n_layer > 1:
+        config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
+        with torch.device("meta"):
+            model = build(config)
+    smaller = replace(needs, config=config, model=model)
+    return Trial(
+        config,
+        [
+            size
+            for size in _sizes(config)
+            if room.fits(smaller.memory(_sized(config, *size))) is not False
+        ],
+        _flops(needs.model, 1, length) / _flops(model, 1, length),
+        _parameters(needs.model) / _parameters(model),
+    )
+
+
+def _sizes(config: Config) -> Iterator[tuple[int, int]]:
+    """Yields sizes of a micro-step up to the run's own, each about twice the one before."""
+    whole, length = micro_batch(config), config.training.block_size
+    multiple = FP8_MULTIPLE if config.low_precision.use_fp8 else 1
+    shorter = [length >> shift for shift in range(length.bit_length()) if length >> shift >= 64]
+    sizes = [(1, each) for each in reversed(shorter)]
+    sizes += [(1 << power, length) for power in range(1, whole.bit_length())]
+    for batch, each in sizes:
+        if batch * each < whole * length and batch * each % multiple == 0:
+            yield batch, each
+    yield whole, length
+
+
+def _sized(config: Config, batch: int, length: int) -> Config:
+    sizes = replace(
+        config.training,
+        batch_size=batch,
+        block_size=length,
+        tokens_per_step=None,
+        gradient_accumulation_steps=1,
+    )
+    return replace(config, training=sizes)
+
+
+def _flops(model: nn.Module, batch: int, length: int) -> int:
+    """Returns the FLOPs of a micro-step."""
+    per_token: int = model.flops_per_token(length)  # type: ignore[operator]
+    return batch * length * per_token
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def measure(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
-    config: Config,
+    trial: Trial,
+    watch: Stopwatch,
     documents: DocumentIds | None = None,
 ) -> Rates:
-    """The rates of a run by its own objects, on random tokens; the model is not the same after it.
+    """Returns the rates of the run of which `trial` is a part, by the run's own objects on random
+    tokens; the weights change.
 
-    `config` may be that of `trial_config`; `scaled` makes rates of the run's own micro-batches.
+    Micro-steps grow until one takes long enough; a line through the last two gives the run's own.
     """
-    shape = (micro_batch(config), config.training.block_size + 1)
-    assert config.model.vocab_size is not None
-    rows = torch.randint(config.model.vocab_size, shape)
+    vocab = trial.config.model.vocab_size
+    assert vocab is not None
+    rows: Tensor
 
     def loss() -> Tensor:
         with precision.autocast():
@@ -153,65 +213,37 @@ def measure(
 
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    step_s = seconds_of(micro_step, precision.device)
-    update_s = seconds_of(update, precision.device)
+    whole = _flops(model, micro_batch(trial.config), trial.config.training.block_size)
+    before, flops, seconds = (0, 0.0), 0, 0.0
+    for batch, length in trial.sizes:
+        rows = torch.randint(vocab, (batch, length + 1))
+        before, flops = (flops, seconds), _flops(model, batch, length)
+        seconds = watch.fastest(micro_step, enough_s=TRIAL_S)
+        if seconds > TRIAL_S or watch.is_over:
+            break
+    grown = _on_line(before, (flops, seconds), whole) / seconds
+    update_s = watch.fastest(update)
     optimizer.zero_grad(set_to_none=True)
     return Rates(
-        micro_step=step_s,
-        update=update_s,
-        evaluation_batch=seconds_of(forward, precision.device),
-        rounding=0.0 if precision.quantized is None else seconds_of(rounding, precision.device),
-        matmul=matmul_rate(precision.device, precision.dtype),
+        micro_step=seconds * grown * trial.work,
+        update=update_s * trial.weights,
+        evaluation_batch=watch.fastest(forward) * grown * trial.work,
+        rounding=0.0 if precision.quantized is None else watch.fastest(rounding) * trial.weights,
+        matmul=watch.matmul_rate(precision.dtype),
+        tokens=batch * length,
     )
 
 
-def scaled(rates: Rates, factor: float) -> Rates:
-    """The rates with micro-batches `factor` times as large as those measured."""
-    return replace(
-        rates,
-        micro_step=rates.micro_step * factor,
-        evaluation_batch=rates.evaluation_batch * factor,
-    )
+def _on_line(first: tuple[int, float], second: tuple[int, float], flops: int) -> float:
+    """Returns the seconds of so many FLOPs on the line through two measurements, FLOPs and seconds.
 
-
-def seconds_of(trial: Callable[[], object], device: torch.device) -> float:
-    """What `trial` takes: the median of at least two times, after one that does not count."""
-    _timed(trial, device)
-    taken = [_timed(trial, device), _timed(trial, device)]
-    while sum(taken) < ENOUGH_S and len(taken) < 100:
-        taken.append(_timed(trial, device))
-    return median(taken)
-
-
-def _timed(trial: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    trial()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, of the largest size that takes a few hundredths of a second."""
-    size, began = 256, time.perf_counter()
-    while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
-        _timed(multiply, device)  # kernels are chosen
-        taken = _timed(multiply, device)
-        if taken > 0.02 or size == 8192 or time.perf_counter() - began > _MATMUL_S / 3:
-            break
-        size *= 2
-    while time.perf_counter() - began < _MATMUL_S:
-        taken = min(taken, _timed(multiply, device))
-    return float(2 * size**3 / taken)
+    Reading all weights takes as long for few tokens as for many, so time is not proportional to
+    work. What is beyond the second point takes at least half as long as its average.
+    """
+    average = second[1] / second[0]
+    slope = (second[1] - first[1]) / max(1, second[0] - first[0])
+    slope = min(max(slope, average / 2), average)
+    return second[1] + slope * (flops - second[0])
 
 
 def forecast(

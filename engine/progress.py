@@ -16,6 +16,7 @@ from typing import Any
 from engine.metrics import duration, printing
 
 REFRESHES_PER_S = 4
+KNOWN_S = 5.0  # of steps, after the first one, from which a run's time is forecast
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Pace:
     waited_s: float = 0.0
     """For data, since the last log line."""
     _logged: Clock = field(default_factory=Clock)
+    _told: bool = False
 
     def step(self, seconds: float, waited_s: float) -> None:
         """Counts a step, of which `waited_s` went by until the data was there."""
@@ -61,6 +63,13 @@ class Pace:
         seconds, share = self._logged.mean, self.waited_s / max(self._logged.seconds, 1e-9)
         self._logged, self.waited_s = Clock(), 0.0
         return seconds, share
+
+    def has_become_known(self) -> bool:
+        """Returns True once: when enough steps are timed to say how long the run takes."""
+        if self._told or self.steps.count < 3 or self.steps.seconds < KNOWN_S:
+            return False
+        self._told = True
+        return True
 
     @property
     def step_s(self) -> float:

@@ -199,6 +199,9 @@ class Session:
         self.state.loss_steps += 1
         self.cursor = batch.cursor
         self.pace.step(seconds, self.waited_s)
+        if self.pace.has_become_known():
+            left = f"{duration(self.left_s)} with evaluations and saves"
+            say(f"{self.pace.step_s:.3g} s per step: the run takes about {left}")
         if self.live.due:
             self.live.show(self.state.step, loss, self.tokens_per_step / seconds, self.left_s)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
+from torch import nn
 
-from config import Request, micro_batch
+from config import Config, Request, micro_batch
 from data.text import Text, document_reader, embedded_is_missing
-from engine.compile import compile_model
-from engine.forecast import forecast, measure, scaled, seconds_of, trial_config
+from engine.forecast import BUDGET_S, choose_trial, forecast, measure
 from engine.memory import Needs, Room, largest_batch, with_batch
 from engine.metrics import say
 from engine.plan import (
@@ -23,15 +23,19 @@ from engine.plan import (
     ratio_line,
     tokens_line,
 )
+from engine.precision import Precision
 from engine.run import RunDirectory, directory_lines
+from engine.stopwatch import Stopwatch, stopwatch
 from engine.world import World
 from launch.begin import EVAL_BATCH, Beginning, begin
-from launch.build import new_optimizer, open_precision, sampler, try_model, wants_compiler
+from launch.build import new_optimizer, open_precision, sampler, wants_compiler
 from model import build_model
+
+BUSY = 0.3  # cores used by others from which on it is said
 
 
 def dry_run(request: Request, world: World) -> None:
-    """Prints the resolved config and the plan; trains nothing, creates nothing."""
+    """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
     room = Room.of(world)
     start = None if embedded_is_missing(request.config) else begin(request, world)
     config = request.config if start is None else start.config
@@ -55,41 +59,69 @@ def dry_run(request: Request, world: World) -> None:
         folder = config.dataset.parquet_dir
         say(*origin_lines(request))
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
-    say("", config.to_yaml(), *lines, *cost_lines(needs, room, optimizer), *covered)
+    say(*lines, *cost_lines(needs, room, optimizer), *covered)
     if start is not None:
         tokens_off = start.data.ledger.error
         say(*length_lines(config, world.size, start.epoch_tokens, tokens_off))
     else:
         say(tokens)
     say(ratio_line(config, world, steps, model), *learning_rate_plot(config, steps))
-    done = start.resume.step if start and start.resume else 0
-    say(*time_lines(needs, room, range(done, max(done, steps)), start))
     directory = RunDirectory.start(config)
     say(*directory_lines(directory, start.resume if start else None))
+    if request.show_config:
+        say("", config.to_yaml())
+    done = start.resume.step if start and start.resume else 0
+    say(f"Timing some steps on {world.device_name}, for at most 15 s...")
+    say(*time_lines(needs, room, range(done, max(done, steps)), start))
     say("Dry run: nothing was trained or created.")
 
 
 def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -> Iterator[str]:
-    """How long the steps after `span.start` will take, by some of the run's own on weights that are
-    thrown away."""
+    """Yields how long the steps after `span.start` will take, by timing some of the run's own on
+    weights that are thrown away.
+
+    Nothing is compiled for it: that alone would take longer than all trials together.
+    """
     config, world = needs.config, needs.world
     documents = None if start is None else document_reader(start.data, config)
-    trial = trial_config(needs, room)
-    if trial is None:
-        yield "Time: unknown: not even one sequence at a time fits, so that none can be timed"
+    trial = choose_trial(needs, room, build_model)
+    if not trial.sizes:
+        yield "Time: unknown: not even the smallest micro-step fits into memory"
         return
     precision = open_precision(config, world)
-    model = build_model(config).to(world.device)
+    model = build_model(trial.config).to(world.device)
     precision.prepare(model, span.stop)
-    attempt = partial(try_model, model, precision, trial, documents)
-    compile_s, said = compile_model(model, needs.compiled, world.device, attempt)
-    rates = measure(model, new_optimizer(model, config), precision, trial, documents)
-    rates = scaled(rates, micro_batch(config) / micro_batch(trial))
-    write = None if start is None else sampler(model, config, precision, start.data.tokenizer)
-    if write is not None:
-        rates = replace(rates, sample=seconds_of(write, world.device))
-    found = forecast(config, rates, model, span, world.size)
-    yield replace(found, compile_s=compile_s or 0.0).line(world.size)
-    smaller = "" if trial == config else " | one sequence at a time, which is all that fits"
-    rest = f" | from step {span.start}" if span.start else ""
-    yield f"Timed on {world.device_name} | {precision.name} | {said}{smaller}{rest}"
+    optimizer = new_optimizer(model, trial.config)
+    with stopwatch(world.device, BUDGET_S) as watch:
+        rates = measure(model, optimizer, precision, trial, watch, documents)
+        if start is not None and config.training.sample_prompt is not None:
+            sample = _sample_s(trial.config, start, model, precision, watch)
+            rates = replace(rates, sample=sample * trial.work)
+    found = forecast(config, rates, needs.model, span, world.size)
+    yield found.line(world.size, ", before what compiling takes off" if needs.compiled else "")
+    timed, whole = [f"Timed on {world.device_name}", precision.name], config.training.block_size
+    if rates.tokens < (whole := whole * micro_batch(config)):
+        timed.append(f"by {rates.tokens:,} of the {whole:,} tokens of a micro-step")
+    if trial.config is not config:
+        timed.append(f"by {trial.config.model.n_layer} of {config.model.n_layer} layers")
+    yield " | ".join([*timed, *([f"from step {span.start}"] if span.start else [])])
+    if watch.busy >= BUSY:
+        yield (
+            f"Other programs use {watch.busy:.1f} of {os.cpu_count()} cores: the time is that of a "
+            "machine without them, with them it is longer"
+        )
+
+
+def _sample_s(
+    config: Config, start: Beginning, model: nn.Module, precision: Precision, watch: Stopwatch
+) -> float:
+    """Returns what writing `training.sample_prompt` on takes, by the first few tokens of it."""
+    wanted, few = config.training.sample_tokens, min(8, config.training.sample_tokens)
+    took = []
+    for count in (1, few):
+        short = replace(config, training=replace(config.training, sample_tokens=count))
+        write = sampler(model, short, precision, start.data.tokenizer)
+        assert write is not None
+        took.append(watch.once(write))
+    first, all_of_them = took
+    return first + (wanted - 1) * max(0.0, all_of_them - first) / max(1, few - 1)

@@ -11,7 +11,7 @@ _DEFAULT_WIDTH = 19
 
 _USAGE = """\
 usage: python train.py [FILE ...] [--config FILE] [key=value ...]
-                       [--dry-run | --check-resume[=STEPS] | --help]
+                       [--dry-run] [--show-config] [--check-resume[=STEPS]] [--help]
 
 Train a small language model. Files (*.yaml, *.py) are applied in order, then overrides; without a
 file, config.yaml of the current folder. Paths are relative to the current folder. A Python preset
@@ -21,6 +21,7 @@ of nanoGPT is read as literals, on top of nanoGPT's defaults (configs/nanogpt.ya
   python train.py my.yaml max_iters=200 lr=3e-4      a file and overrides
   python train.py --config my.yaml --batch-size 16   the same in another spelling
   python train.py my.yaml --dry-run                  check everything, train nothing
+  python train.py my.yaml lr=3e-4 --show-config      print the whole config that this makes
   python train.py my.yaml --check-resume             is a resumed run the same run, here?
   python train.py config/train_gpt2.py lr=5e-4       a preset of nanoGPT
   python train.py dataset=openwebtext                GPT-2 on data/openwebtext/train.bin

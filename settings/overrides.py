@@ -1,5 +1,5 @@
 """The command line: files, --config, overrides in every spelling, and what is not training:
---dry-run, --check-resume, --help.
+--dry-run, --show-config, --check-resume, --help.
 
 `key=value`, `section.key=value`, `--key=value`, `--key value` and `--section.key=value` mean the
 same; dashes in a key equal underscores; a boolean flag alone means true.
@@ -33,6 +33,7 @@ class Arguments:
     files: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str]] = field(default_factory=list)  # key as written, text
     dry_run: bool = False
+    show_config: bool = False
     check_resume: int | None = None
     help: bool = False
     problems: list[str] = field(default_factory=list)
@@ -69,6 +70,8 @@ class _Parser:
             self.found.help = True
         elif word in ("--dry-run", "--dry_run", "--dryrun"):
             self.found.dry_run = True
+        elif word in ("--show-config", "--show_config"):
+            self.found.show_config = True
         elif word in ("--check-resume", "--check_resume"):
             steps = self.words.pop(0) if self.words and self.words[0].isdecimal() else None
             self._check_resume(steps or str(CHECK_STEPS))

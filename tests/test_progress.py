@@ -63,6 +63,15 @@ def test_lines_go_where_the_terminal_wants_them_and_back_to_plain(
     assert (told.out, told.err) == ("three\n", "to standard error, which is no terminal here\n")
 
 
+def test_the_time_of_a_run_is_told_once_after_some_seconds_of_steps() -> None:
+    pace = Pace()
+    told = []
+    for seconds in (60.0, 2.0, 2.0, 2.0, 2.0):  # the first step starts caches and threads
+        pace.step(seconds, 0.0)
+        told.append(pace.has_become_known())
+    assert told == [False, False, False, True, False]
+
+
 def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
     """What `train.py` writes to a terminal."""
     ours, theirs = pty.openpty()

@@ -275,7 +275,8 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(
 ) -> None:
     assert run_here([*tiny, into(tmp_path / "runs"), "--dry-run"]) == 0
     output = capsys.readouterr().out
-    assert "n_layer: 2" in output
+    assert "n_layer: 2" not in output
+    assert output.index("Timing some steps on cpu") > output.index("Run directory: ")
     assert "Total parameters: 11,264" in output
     assert "Tokens per step: 4 sequences x 32 tokens" in output
     assert "FLOP per token" in output and "Data: " in output
@@ -285,6 +286,17 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(
         r"^Time: about \d+s on this device: 30 steps of .* 3 evaluations of", output, re.M
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_config_is_shown_where_it_is_asked_for(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_here([*tiny, "lr=2e-4", "--show-config"])
+    assert end.value.code == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert Config.from_yaml(shown) == Config.from_yaml(tiny[0], ["lr=2e-4"])
 
 
 def test_a_dry_run_plans_while_the_embedded_text_is_not_yet_built(

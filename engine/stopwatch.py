@@ -1,0 +1,119 @@
+"""Times work on a device as it would take with the device to itself.
+
+Other programs on a CPU slow a parallel product down many times over: each of torch's threads waits
+for the slowest one. So as many threads are used as there are idle cores, and the time is scaled to
+all of them; where only one core is left, its CPU seconds are counted. Of several trials the fastest
+one counts: whatever else happens only makes them slower.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ENOUGH_S = 1.2  # of timing one thing, after a first time that does not count
+_MATMUL_S = 0.3
+_LOOK_S = 0.2  # at what other programs do
+_IDLE_FIELDS = slice(3, 5)  # idle and waiting for disks, in a line of /proc/stat
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """How work is timed on a device; made by `stopwatch`."""
+
+    device: torch.device
+    until: float = math.inf
+    """When no further trial is begun, by `time.perf_counter`."""
+    clock: Callable[[], float] = time.perf_counter
+    scale: float = 1.0
+    """Seconds with all threads per second with those used here."""
+    busy: float = 0.0
+    """Cores that other programs use."""
+
+    def once(self, trial: Callable[[], object]) -> float:
+        """Returns the seconds of one trial, scaled to all threads."""
+        began = self.clock()
+        trial()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return (self.clock() - began) * self.scale
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further trial shall begin."""
+        return time.perf_counter() >= self.until
+
+    def fastest(self, trial: Callable[[], object], enough_s: float = ENOUGH_S) -> float:
+        """Returns the fastest of several times of `trial`, after a first one that does not count:
+        it chooses kernels and starts caches."""
+        self.once(trial)
+        best, began = math.inf, time.perf_counter()
+        for _ in range(100):
+            best = min(best, self.once(trial))
+            if time.perf_counter() - began >= enough_s or self.is_over:
+                break
+        return best
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """Returns the FLOP/s of square products, of the largest size that takes a few hundredths
+        of a second."""
+        size, began = 256, time.perf_counter()
+        while True:
+            a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+            multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
+            self.once(multiply)
+            took = self.once(multiply)
+            if took > 0.02 or size == 8192 or time.perf_counter() - began > _MATMUL_S / 3:
+                break
+            size *= 2
+        while time.perf_counter() - began < _MATMUL_S:
+            took = min(took, self.once(multiply))
+        return float(2 * size**3 / took)
+
+
+@contextmanager
+def stopwatch(device: torch.device, budget_s: float) -> Iterator[Stopwatch]:
+    """Looks at what other programs do and times with what they leave, for about `budget_s`."""
+    until = time.perf_counter() + budget_s
+    if device.type != "cpu":
+        yield Stopwatch(device, until)
+        return
+    busy, threads = busy_cores(), torch.get_num_threads()
+    idle = max(1, min(threads, round((os.cpu_count() or threads) - busy)))
+    if idle == threads:
+        yield Stopwatch(device, until, busy=busy)
+        return
+    torch.set_num_threads(idle)
+    clock = time.thread_time if idle == 1 else time.perf_counter
+    try:
+        yield Stopwatch(device, until, clock, idle / threads, busy)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def busy_cores(stat: Path = Path("/proc/stat")) -> float:
+    """Returns how many cores other programs use now; 0 where the system does not tell."""
+    try:
+        before = _jiffies(stat)
+        time.sleep(_LOOK_S)
+        after = _jiffies(stat)
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    total, idle = (now - then for now, then in zip(after, before, strict=True))
+    return (os.cpu_count() or 1) * (1 - idle / total) if total > 0 else 0.0
+
+
+def _jiffies(stat: Path) -> tuple[int, int]:
+    """Returns the clock ticks of all cores since the system started, and the idle ones of them."""
+    ticks = [int(word) for word in stat.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    return sum(ticks), sum(ticks[_IDLE_FIELDS])
