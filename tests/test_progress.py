@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine.metrics import printing, say, warn
 from engine.progress import Pace
 from engine.state import due, times_due
+from settings.terminal import printable
 from tests.conftest import ROOT
 from tests.runs import metrics, only_run, run_here
 
@@ -137,7 +138,7 @@ def test_a_sample_at_each_evaluation_is_recorded_and_changes_no_step(
     assert one == other
     assert len(samples) == 3 and all(text.startswith("the ") for text in samples)
     assert len(samples[-1].encode()) <= len("the ") + 3 * 12  # a byte that is no character: U+FFFD
-    assert f"Sample:\n  {samples[0].splitlines()[0]}" in told
+    assert f"Sample:\n  {printable(samples[0].splitlines()[0])}" in told
 
 
 def test_the_sample_is_what_sample_py_writes(tiny: list[str], tmp_path: Path) -> None:
