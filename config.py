@@ -34,7 +34,8 @@ from settings.help import help_text
 from settings.layers import Merged, from_mapping, merge
 from settings.overrides import Arguments, parse_arguments
 from settings.problems import Origin, Problem, raise_problems
-from settings.rules import check_rules, first_superseded, nearest_multiples, setting
+from settings.rules import check_rules, first_superseded, nearest_multiples
+from settings.rules import setting as setting
 from settings.schema import Form, Schema, option, schema_of
 from settings.sources import read_layers
 from settings.terminal import printable

@@ -5,8 +5,9 @@
     python export.py CHECKPOINT OUT --format upstream    # a BDH for its authors' code
 
 CHECKPOINT is a checkpoint, a run directory (its last checkpoint, or its best one with
-training.always_save_checkpoint: false) or a folder of run directories (its newest run). OUT is a
-new folder (engine/export.py says what is in it); `sample.py` takes it, but for upstream's.
+training.always_save_checkpoint: false), a folder of run directories (its newest run) or weights of
+another program, such as nanoGPT's ckpt.pt. OUT is a new folder (engine/export.py says what is in
+it), which `sample.py` takes.
 """
 
 from __future__ import annotations
@@ -68,19 +69,22 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> list[str]:
     """Writes OUT; returns what to say of it. Raises UserError."""
+    from data.meta import open_tokenizer
     from engine.checkpoint import open_model  # torch is slow to import
-    from engine.export import WEIGHTS, description, is_export, write_export
+    from engine.export import WEIGHTS, description, has_config, is_export, write_export
     from engine.files import size_text
     from engine.find_runs import find_by_name
     from engine.precision import DTYPES
     from engine.precision.quantized import QuantizedWeights, own_tensors
     from engine.world import resolve_device
 
-    if is_export(find_by_name(args.checkpoint)):
+    given = find_by_name(args.checkpoint)
+    if is_export(given) and has_config(given):
         raise CheckpointError(f"{args.checkpoint} is an export already; give a run's checkpoint.")
     device = resolve_device(device_option(args.device))
     model, config, tokenizer = open_model(args.checkpoint, device)
-    weights, texts, lines = own_tensors(model), description(config, tokenizer), []
+    texts = description(config, open_tokenizer(tokenizer).to_dict())
+    weights, lines = own_tensors(model), list[str]()
     parameters = dict(model.named_parameters())
     count = sum(value.numel() for value in parameters.values())
     following = f"Next: python sample.py {args.out}"

@@ -3,10 +3,10 @@
     python sample.py checkpoints/run_20251108_143022 --prompt "def " --num-samples 3
 
 RUN_OR_CHECKPOINT is a checkpoint, a run directory (its last checkpoint, or its best one with
-training.always_save_checkpoint: false), a folder of run directories (its newest run) or an export
-(export.py). Text streams to the terminal (of several samples, drawn together, the first); equal
-seeds write equal text. A model of single documents stops at the end of one. How fast it was goes to
-standard error.
+training.always_save_checkpoint: false), a folder of run directories (its newest run), an export
+(export.py) or weights of another program: nanoGPT's ckpt.pt, a state dict of BDH or of CS336. Text
+streams to the terminal (of several samples, drawn together, the first); equal seeds write equal
+text. A model of single documents stops at the end of one. How fast it was goes to standard error.
 
 nanoGPT's commands work too: --out_dir=out, a preset (config/x.py), --start=FILE:prompt.txt,
 --init_from=gpt2-xl (published weights, or a folder that holds such).
@@ -40,10 +40,6 @@ from config import (
     Config,
     ConfigError,
     DataError,
-    LowPrecisionConfig,
-    ModelConfig,
-    TokenizerConfig,
-    TrainingConfig,
     UserError,
     WriteError,
     device_option,
@@ -51,8 +47,6 @@ from config import (
 from settings import sampling as nanogpt
 
 if TYPE_CHECKING:
-    import torch
-
     from data.tokenizer import StreamDecoder, Tokenizer
     from model import LanguageModel
 
@@ -168,8 +162,11 @@ def write_samples(arguments: argparse.Namespace) -> None:
         keep_freed_memory()
     if arguments.from_file:
         arguments.prompt = _read_text(arguments.prompt.removeprefix("FILE:"))
-    opened = open_published(arguments.path, device) if arguments.published else None
-    module, config, spec = opened or open_model(arguments.path, device)
+    try:
+        module, config, spec = open_model(arguments.path, device)
+    except CheckpointError as error:  # its remedies name the option of training
+        message = str(error).replace("training.init_from", "--init-from")
+        raise CheckpointError(message if arguments.published else str(error)) from error
     model, tokenizer = cast("LanguageModel", module), open_tokenizer(arguments.path, spec, config)
     arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
     prompt = torch.tensor([ids])
@@ -197,50 +194,16 @@ def write_samples(arguments: argparse.Namespace) -> None:
 
 def open_tokenizer(path: str, spec: dict[str, Any], config: Config) -> Tokenizer:
     """What makes text of the model's tokens; raises CheckpointError that names the file."""
-    from data.tokenizer import tokenizer_from_dict
+    from data import meta
 
     try:
-        tokenizer = tokenizer_from_dict(spec)
+        tokenizer = meta.open_tokenizer(spec)
     except DataError as error:
         raise CheckpointError(f"{path}: its tokenizer: {error}") from error
     size, rows = tokenizer.vocab_size, config.model.vocab_size
     if not 0 < size <= (rows or size):
         raise CheckpointError(f"{path}: its tokenizer has {size} tokens, and its model {rows}.")
     return tokenizer
-
-
-def open_published(
-    name: str, device: torch.device
-) -> tuple[torch.nn.Module, Config, dict[str, Any]]:
-    """Returns the model of weights that `training.init_from` would take, its config and tokenizer.
-
-    The tokenizer is the `tokenizer.json` beside the weights, else GPT-2's. Raises UserError.
-    """
-    from data.tokenizer import FILE_NAME, build_tokenizer
-    from model import build_model, pretrained
-
-    try:
-        weights = pretrained.read(name)
-    except CheckpointError as error:  # its remedies name the option of training
-        message = str(error).replace("training.init_from", "--init-from")
-        raise CheckpointError(message) from error
-    beside = (weights.path / FILE_NAME).is_file()
-    tokenizer = build_tokenizer(TokenizerConfig(name=str(weights.path) if beside else "gpt2"))
-    vocabulary = weights.options["vocab_size"]
-    if tokenizer.vocab_size > vocabulary:
-        raise CheckpointError(
-            f"{weights.path}: a model of {vocabulary} tokens, and its tokenizer {tokenizer.name} "
-            f"has {tokenizer.vocab_size}. Put its own {FILE_NAME} into the folder."
-        )
-    config = Config(
-        model=ModelConfig(**weights.options),
-        training=TrainingConfig(block_size=weights.block_size, init_from=name),
-        tokenizer=TokenizerConfig(name=tokenizer.name),
-        low_precision=LowPrecisionConfig(use_4bit=False),
-    )
-    model = build_model(config)
-    pretrained.load_into(model, weights, weights.block_size)
-    return model.to(device).eval(), config, tokenizer.to_dict()
 
 
 def _read_text(path: str) -> str:

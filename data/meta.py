@@ -18,10 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from config import DataError, WriteError
-from data.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
+from config import DataError, TokenizerConfig, WriteError
+from data.tokenizer import (
+    CharTokenizer,
+    IdTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    tokenizer_from_dict,
+)
 
 FORMAT = 1
+GPT2_TOKENS = 50257
 _JSON_LIMIT_BYTES = 256 << 20
 _PICKLE_LIMIT_BYTES = 4 << 20
 _REMEDY = "Make the token files again: python prepare.py SOURCE OUT --tokenizer NAME --overwrite"
@@ -73,6 +80,25 @@ def read_meta_file(path: Path) -> Meta:
     except (DataError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:300]
         raise DataError(f"{path}: not a description of tokens: {reason}. {_REMEDY}") from None
+
+
+def open_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that comes with weights: a mapping (`Tokenizer.to_dict`), one that can be had
+    by its `name`, or that of the text in data/NAME, as nanoGPT's sample.py finds it. Raises
+    DataError.
+    """
+    kind = values.get("kind")
+    if kind == "name":
+        return build_tokenizer(TokenizerConfig(name=values["name"]))
+    if kind != "dataset":
+        return tokenizer_from_dict(dict(values))
+    meta = read_meta(Path("data") / values["name"] / "train.bin")
+    if meta is not None and meta.tokenizer is not None:
+        return meta.tokenizer
+    size = values["vocab_size"]
+    if size < GPT2_TOKENS:
+        return IdTokenizer(size)
+    return build_tokenizer(TokenizerConfig(name="gpt2"))
 
 
 def _from_json(values: dict[str, Any], path: Path) -> Meta:

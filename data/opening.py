@@ -19,27 +19,29 @@ from data.dataset import Dataset
 from data.folder import characters, check_row_groups, check_rows, open_folder
 from data.index import Index, build_index
 from data.memmap import ENDINGS, TokenFile, detect_dtype, find_files, open_files
-from data.meta import Meta, read_meta
+from data.meta import GPT2_TOKENS, Meta, read_meta
 from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
 from data.tokens import TokenText, check_split
 
-GPT2_TOKENS = 50257
-
 
 def open_dataset(
-    dataset: DatasetConfig, tokenizer: TokenizerConfig, vocab_size: int | None = None
+    dataset: DatasetConfig,
+    tokenizer: TokenizerConfig,
+    vocab_size: int | None = None,
+    known: Tokenizer | None = None,
 ) -> Dataset:
     """Index and split the text of the config.
 
     Reads the footers of parquet files, and of text that is not to be bytes also a sample (for
     tokenizer `char` all of it, once); of token files a sample. `vocab_size`, the model's, counts
-    where nothing else tells which tokens there are. Raises DataError for data that cannot be used,
+    where nothing else tells which tokens there are. `known` is the tokenizer of weights that are
+    trained on, in place of that of the config. Raises DataError for data that cannot be used,
     naming the file, what was found and the remedy.
     """
     dataset = _prepared(dataset)
     if token_paths(dataset) is None:
-        return _open_folder(dataset, tokenizer)
-    return _open_token_files(dataset, tokenizer, vocab_size)
+        return _open_folder(dataset, tokenizer, known)
+    return _open_token_files(dataset, tokenizer, vocab_size, known)
 
 
 def _prepared(dataset: DatasetConfig) -> DatasetConfig:
@@ -57,11 +59,13 @@ def _prepared(dataset: DatasetConfig) -> DatasetConfig:
     )
 
 
-def _open_folder(dataset: DatasetConfig, config: TokenizerConfig) -> Dataset:
+def _open_folder(
+    dataset: DatasetConfig, config: TokenizerConfig, known: Tokenizer | None
+) -> Dataset:
     index = build_index(dataset.parquet_dir, dataset.text_column, dataset.on_bad_shard == "skip")
     check_rows(index)
     check_row_groups(index)
-    tokenizer = _text_tokenizer(config, index, dataset)
+    tokenizer = known or _text_tokenizer(config, index, dataset)
     return Dataset(open_folder(index, dataset, tokenizer), tokenizer)
 
 
@@ -72,7 +76,10 @@ def _text_tokenizer(config: TokenizerConfig, index: Index, dataset: DatasetConfi
 
 
 def _open_token_files(
-    dataset: DatasetConfig, config: TokenizerConfig, vocab_size: int | None
+    dataset: DatasetConfig,
+    config: TokenizerConfig,
+    vocab_size: int | None,
+    known: Tokenizer | None,
 ) -> Dataset:
     paths = token_paths(dataset)
     assert paths is not None
@@ -82,8 +89,14 @@ def _open_token_files(
     named = zip(options, paths, strict=True)
     found = [find_files(path, option) for option, path in named if path is not None]
     metas = [read_meta(files[0]) for files in found]
-    notes = [] if any(metas) or vocab_size or config.name != "auto" else _assumed(dataset)
-    tokenizer = _token_tokenizer(config, metas, found[0][0], GPT2_TOKENS if notes else vocab_size)
+    told = any(metas) or vocab_size or config.name != "auto" or known
+    notes = [] if told else _assumed(dataset)
+    tokenizer = known or _token_tokenizer(
+        config, metas, found[0][0], GPT2_TOKENS if notes else vocab_size
+    )
+    if known is not None:
+        written = [(meta.tokenizer, meta.path) for meta in metas if meta and meta.tokenizer]
+        _agreed([(known, "the weights that are trained on"), *written])
     opened: list[tuple[TokenFile, ...]] = []
     notes += [_meta_note(meta, tokenizer) for meta in metas if meta is not None]
     for files, meta in zip(found, metas, strict=True):

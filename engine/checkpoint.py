@@ -33,6 +33,7 @@ from engine.content import (
 from engine.export import is_export, open_export
 from engine.files import HashedFile, check_space, explained, remove, write_text, write_whole
 from engine.find_runs import find_by_name
+from engine.foreign import is_foreign, open_foreign
 from engine.manifest import (
     CONFIG,
     FORMAT,
@@ -45,6 +46,7 @@ from engine.manifest import (
     found,
     in_runs,
     manifest_path,
+    newest_run,
     newest_valid,
     render,
     steps_in,
@@ -251,24 +253,19 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} is not a checkpoint: it is compressed.")
 
 
-def _newest_run(folder: Path) -> Path:
-    """The newest run with a checkpoint in a folder of runs; of a run directory, itself."""
-    runs = sorted(run for run in folder.glob("run_*") if steps_in(run))
-    return runs[-1] if runs and not steps_in(folder) else folder
-
-
 def _find(path: Path) -> tuple[Resume, list[str]]:
     """The checkpoint meant by a file, a run directory or a folder of runs (the newest one), and
     why newer ones were not taken."""
     if path.is_dir():
-        path = _newest_run(path)
+        path = newest_run(path)
         best, rejects = newest_valid(path)
         if best is None:
             reasons = "".join(f"\n  {line}" for line in rejects)
             if (path / "ckpt.pt").exists():
                 reasons += (
-                    " It holds ckpt.pt of nanoGPT: training.init_from="
-                    f"{path / 'ckpt.pt'} starts a new run with its weights."
+                    " It holds ckpt.pt of nanoGPT, whose batches cannot be drawn again: training."
+                    f"init_from={path / 'ckpt.pt'} starts a new run with its weights, from step 0 "
+                    "and without its optimizer moments."
                 )
             raise CheckpointError(f"{path}: no valid checkpoint in it.{reasons}")
         return best, rejects
@@ -339,7 +336,7 @@ def find_model(path: Path) -> tuple[Path, list[str]]:
     A file is that one. A run directory means its last checkpoint; or its best, that of lowest
     held-out loss, where `training.always_save_checkpoint` is false, which asks for the best.
     """
-    folder, lines = _newest_run(path), list[str]()
+    folder, lines = newest_run(path), list[str]()
     complete = complete_checkpoints(folder) if path.is_dir() else {}
     best, last = best_step(complete), max(complete, default=None)
     if best is not None and best != last and not _saves_always(folder):
@@ -365,9 +362,9 @@ def _saves_always(run: Path) -> bool:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and its config.
 
-    `path` is a checkpoint, a run directory (see `find_model`), a folder of runs (its newest), or an
-    export (engine/export.py), whose 4-bit weights are those that its run evaluated. Raises
-    CheckpointError.
+    `path` is a checkpoint, a run directory (see `find_model`), a folder of runs (its newest), an
+    export (engine/export.py), whose 4-bit weights are those that its run evaluated, or weights of
+    another program (model/pretrained.py). Raises CheckpointError.
     """
     return open_model(path, device)[:2]
 
@@ -375,9 +372,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
 def open_model(
     path: str | Path, device: str | torch.device
 ) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """As `load_model`, and what makes text of its tokens, as plain values."""
+    """As `load_model`, and what makes text of its tokens, for `data.meta.open_tokenizer`."""
     from model import build_model  # only here: the rest of the engine names no model
 
+    if is_foreign(Path(path)):
+        return open_foreign(Path(path), device)
     path = find_by_name(path)
     if is_export(path):
         return open_export(path, lambda config: build_model(config).to(device))

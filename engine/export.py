@@ -38,6 +38,11 @@ def is_export(path: Path) -> bool:
     return path.name == WEIGHTS or (path / WEIGHTS).is_file()
 
 
+def has_config(path: Path) -> bool:
+    """Whether the config of this trainer's exports stands beside weights."""
+    return ((path.parent if path.name == WEIGHTS else path) / CONFIG).is_file()
+
+
 def write_export(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> int:
     """Makes the new folder `out` of weights and further files; returns the bytes of the weights.
 

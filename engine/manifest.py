@@ -218,6 +218,12 @@ def in_runs(path: Path) -> Path:
     return path
 
 
+def newest_run(folder: Path) -> Path:
+    """The newest run with a checkpoint in a folder of runs; of a run directory, itself."""
+    runs = sorted(run for run in folder.glob("run_*") if steps_in(run))
+    return runs[-1] if runs and not steps_in(folder) else folder
+
+
 def found(path: Path) -> Resume:
     """The checkpoint at `path`, verified; raises CheckpointError."""
     manifest = verify(path)

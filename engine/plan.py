@@ -4,9 +4,8 @@ the learning rate over them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -36,24 +35,25 @@ class HasCosts(Protocol):
         """FLOPs of a training step per token."""
 
 
-def settle(
-    config: Config, vocab_size: int, tokenizer: str, pretrained: Mapping[str, Any]
-) -> tuple[Config, list[str]]:
-    """The config with the model's shape and vocabulary as numbers, and lines that tell of them.
+def settle(config: Config, vocab_size: int, tokenizer: str) -> tuple[Config, list[str]]:
+    """The config with the vocabulary as a number, and lines that tell of it.
 
-    vocab_size: tokens of the text, made by `tokenizer`. pretrained: options of the model whose
-    weights the run begins with. Raises ConfigError for a vocabulary that is too small.
+    vocab_size: tokens of the text, made by `tokenizer`. Raises ConfigError for a vocabulary that is
+    too small.
     """
-    model, lines = replace(config.model, **pretrained), list[str]()
+    model, lines = config.model, list[str]()
+    from_weights = config.training.init_from != "scratch"
     if model.vocab_size is None:
         multiple = config.tokenizer.vocab_multiple
         model = replace(model, vocab_size=math.ceil(vocab_size / multiple) * multiple)
         lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
     elif model.vocab_size < vocab_size:
-        source = config.training.init_from if pretrained else f"model.vocab_size={model.vocab_size}"
+        named = f"model.vocab_size={model.vocab_size}"
+        source = config.training.init_from if from_weights else named
+        remedy = "Use its own tokenizer." if from_weights else "null takes its size."
         raise ConfigError(
             f"{source}: {model.vocab_size} tokens, but the text has {vocab_size} (tokenizer "
-            f"{tokenizer}). " + ("Use its own tokenizer." if pretrained else "null takes its size.")
+            f"{tokenizer}). {remedy}"
         )
     elif model.vocab_size > vocab_size:
         lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")

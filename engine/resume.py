@@ -172,8 +172,6 @@ def experiment_differences(saved: Config, present: Config) -> list[str]:
     sequences = sequences_per_step(saved, 1), sequences_per_step(present, 1)
     others = {STEP} if sequences[0] != sequences[1] else set()
     open_yet = {"model.vocab_size"} if present.model.vocab_size is None else set()
-    if saved.training.init_from == present.training.init_from != "scratch":
-        open_yet |= {f"model.{name}" for name in PRETRAINED}  # the weights will say
     return sorted((set(differences(saved, present)) | others) - FREE - SPLIT - open_yet)
 
 

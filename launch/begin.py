@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, corpus, open_dataset
 from data.dataset import PLAN_VERSION
 from data.text import check_place, embedded_is_missing
+from data.tokenizer import Tokenizer, tokenizer_from_dict
 from engine.checkpoint import Resume, check_weights, load_checkpoint, resolve_resume
 from engine.memory import with_batch
 from engine.metrics import say
 from engine.plan import origin_lines, planned_steps, settle
 from engine.resume import (
-    PRETRAINED,
     check_resumable,
     experiment_differences,
     on_processes,
@@ -25,6 +24,7 @@ from engine.resume import (
 )
 from engine.schedule import learning_rate
 from engine.world import World
+from launch.weights import as_begun, check_tokenizer, own_tokenizer, read_weights, take_shape
 from model import pretrained
 
 EVAL_BATCH = 8  # with `training.batch_size: auto`, on every machine
@@ -60,11 +60,7 @@ def begin(request: Request, world: World) -> Beginning:
     """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
     say(*origin_lines(request))
     asked = resume_from_folder(request.config)
-    with world.main_first():
-        data = open_data(asked)
-        ledger = data.lines()  # the first process counts tokens, the others find them in the cache
-    say(*ledger)
-    resume = world.broadcast(find_resume(asked) if world.is_main else None)
+    resume = world.broadcast(find_resume(asked, request) if world.is_main else None)
     saved = dict[str, Any]()
     if resume is not None:
         saved = load_checkpoint(resume.path)
@@ -72,16 +68,26 @@ def begin(request: Request, world: World) -> Beginning:
     if saved and request.config.training.init_from == "resume":  # what it began with, it keeps
         origin = then.training.init_from
         asked = replace(asked, training=replace(asked.training, init_from=origin))
-    weights, shape = None, dict[str, Any]()
+    weights, lines, known = None, list[str](), None
     if asked.training.init_from != "scratch" and saved:
-        shape = {key: getattr(then.model, key) for key in PRETRAINED}
+        asked = as_begun(asked, request, then)
+        if asked.tokenizer.name == then.tokenizer.name:
+            known = tokenizer_from_dict(saved["tokenizer"])
     elif asked.training.init_from != "scratch":
         say(f"Reading the weights of {asked.training.init_from}...")
         with world.main_first():
-            weights = pretrained.read(asked.training.init_from)
+            weights = read_weights(asked, request)
         say(weights.source)
-        shape = weights.options
-    settled, lines = settle(asked, data.vocab_size, data.tokenizer.name, shape)
+        known = own_tokenizer(asked, request, weights.tokenizer)
+        asked, lines = take_shape(asked, request, weights, known)
+    with world.main_first():
+        data = open_data(asked, known)
+        ledger = data.lines()  # the first process counts tokens, the others find them in the cache
+    say(*ledger)
+    if weights is not None and known is None:
+        check_tokenizer(request, data.tokenizer, weights)
+    settled, more = settle(asked, data.vocab_size, data.tokenizer.name)
+    lines += more
     if saved and settled.training.batch_size == "auto":
         settled = _batch_as_before(settled, then, world)
     if saved:
@@ -115,23 +121,28 @@ def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
     return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
 
 
-def open_data(config: Config) -> Dataset:
-    """The indexed text; the embedded corpus is built where it is missing."""
+def open_data(config: Config, known: Tokenizer | None = None) -> Dataset:
+    """The indexed text, in the tokens of `known` or of the config; the embedded corpus is built
+    where it is missing."""
     if embedded_is_missing(config):
         folder = Path(config.dataset.parquet_dir)
         say(f"{folder} is missing: building it from the Python standard library...")
         built = corpus.build(folder)
         say(f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s")
-    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size)
+    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size, known)
 
 
-def find_resume(config: Config) -> Resume | None:
+def find_resume(config: Config, request: Request) -> Resume | None:
     """The checkpoint that `resume_from_checkpoint` means; says which were rejected and why."""
     wanted = config.training.resume_from_checkpoint
     if wanted is None:
         return None
     folder = Path(config.training.checkpoint_dir)
-    resume, notes = resolve_resume(wanted, folder, partial(experiment_differences, present=config))
+
+    def differing(saved: Config) -> list[str]:
+        return experiment_differences(saved, as_begun(config, request, saved))
+
+    resume, notes = resolve_resume(wanted, folder, differing)
     say(*notes)
     return resume
 

@@ -62,8 +62,9 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     before it leaves nothing.
     """
     room, base = Room.of(world), held_bytes(world.device)
-    precision = open_precision(request.config, world)
+    open_precision(request.config, world)  # what it refuses, before the text is read
     start = begin(request, world)
+    precision = open_precision(start.config, world)
     data, epoch_tokens = start.data, start.epoch_tokens
     steps = planned_steps(start.config, world.size, epoch_tokens, done_steps(start.saved))
     model = first_model(start, world)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from config import Config
+from model import pretrained as pretrained
 from model.bdh import BDH
 from model.gpt import GPT
 from model.llama import Llama

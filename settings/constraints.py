@@ -165,7 +165,7 @@ RULES: tuple[Rule[Any], ...] = (
     ),
     Rule(
         ("training.init_from", "model.name"),
-        lambda c: c.training.init_from in ("scratch", "resume") or c.model.name == "gpt",
+        lambda c: c.training.init_from not in GPT2_NAMES or c.model.name == "gpt",
         "{0} is a GPT-2, and {1}; set model.name to gpt",
     ),
     Rule(

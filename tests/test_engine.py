@@ -340,7 +340,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
 def test_the_vocabulary_is_the_tokenizers_rounded_up_or_what_the_config_says() -> None:
     def settled(**options: dict[str, Any]) -> tuple[int | None, list[str]]:
         config = Config.from_dict({"tokenizer": {"name": "char"}, **options})
-        config, lines = settle(config, 65, "char", {})
+        config, lines = settle(config, 65, "char")
         return config.model.vocab_size, lines
 
     assert settled() == (65, ["Vocabulary: 65 (the tokenizer's)"])
@@ -394,9 +394,3 @@ def test_the_plan_of_an_oracle_does_not_end_with_an_epoch() -> None:
     assert planned_steps(Config.from_dict({"training": training}), 1, epoch_tokens=320) == 32
     oracle = Config.from_dict({"training": {**training, "use_oracle": True}})
     assert planned_steps(oracle, 1, epoch_tokens=320) == 60
-
-
-def test_pretrained_shapes_replace_what_the_config_says() -> None:
-    config = Config.from_dict({"model": {"name": "gpt", "vocab_size": None}})
-    config, _ = settle(config, 50257, "gpt2", {"n_layer": 12, "vocab_size": 50257, "bias": True})
-    assert (config.model.n_layer, config.model.vocab_size, config.model.bias) == (12, 50257, True)

@@ -259,7 +259,7 @@ def test_the_source_tells_the_shape_and_what_nanogpt_noted(tmp_path: Path) -> No
     assert published.source == f"{tmp_path}: {shape}"
     assert (published.block_size, published.options["vocab_size"]) == (16, 19)
     path = write_nanogpt(tmp_path / "ckpt.pt", nanogpt_weights())
-    noted = "2,500 iterations, best held-out loss 1.4697"
+    noted = "2,500 iterations, best held-out loss 1.4697 (weights alone: no optimizer moments)"
     assert read(os.fspath(path)).source == f"{path}: {shape}, {noted}"
 
 
@@ -339,25 +339,15 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
 def test_missing_files_are_named_with_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder. It takes scratch, resume"):
         read(os.fspath(tmp_path / "absent"))
-    with pytest.raises(CheckpointError, match="must be a folder with config.json and model.safe"):
+    with pytest.raises(CheckpointError, match="or a folder with config.json and model.safe"):
         read(os.fspath(tmp_path))
     write_published(tmp_path)
-    with pytest.raises(CheckpointError, match="must be a folder .* Give that folder"):
-        read(os.fspath(tmp_path / "model.safetensors"))
+    assert read(os.fspath(tmp_path / "model.safetensors")).options["n_layer"] == LAYERS
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(
         CheckpointError, match=r"no model.safetensors in it. It has config.json, py"
     ):
         read(os.fspath(tmp_path))
-
-
-def test_a_run_of_this_trainer_is_sent_to_resume(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint_5.json").touch()
-    with pytest.raises(CheckpointError, match="resume_from_checkpoint continues its runs"):
-        read(os.fspath(tmp_path))
-    torch.save({"format": 1, "model": {}}, tmp_path / "checkpoint_5.pt")
-    with pytest.raises(CheckpointError, match="resume_from_checkpoint continues its runs"):
-        read(os.fspath(tmp_path / "checkpoint_5.pt"))
 
 
 def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
@@ -409,7 +399,10 @@ ARGUMENTS = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 9, "block_siz
         (saved({"model": {}})[:-40], "cannot be read as a checkpoint"),
         (compressed(), "is compressed"),
         (saved([1, 2]), "holds no dictionary"),
-        (saved({"weights": {}, "epoch": 1}), "no model and model_args .* It has weights, epoch"),
+        (
+            saved({"weights": {}, "epoch": 1}),
+            "with its model_args.* It has weights, epoch",
+        ),
         (saved({}), "It has nothing"),
         (saved({"model": {"a": 1}, "model_args": ARGUMENTS}), "a is no tensor"),
         (saved({"model": {}, "model_args": ARGUMENTS | {"bias": 1}}), "bias: 1 is not true"),
