@@ -112,10 +112,11 @@ def _joined(words: Sequence[str]) -> list[str]:
     return joined
 
 
-def open_runs(words: Sequence[str]) -> list[Run]:
+def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
     """The runs that the words mean, and a line on standard error for what cannot be read of them.
 
-    Raises DataError for a word that means none.
+    with_records: read metrics.jsonl whole, not only its end. Raises DataError for a word that means
+    none.
     """
     runs = []
     for path in find_runs([_path(word) for word in words]):
@@ -124,7 +125,8 @@ def open_runs(words: Sequence[str]) -> list[Run]:
         except DataError as error:  # removed in this moment
             print(error, file=sys.stderr)
     for run, label in zip(runs, labels(runs), strict=True):
-        for problem in run.problems:
+        more = run.problems_of_records if with_records else ()
+        for problem in dict.fromkeys((*run.problems, *more)):
             print(printable(f"{label}: {problem}"), file=sys.stderr)
     return runs
 
@@ -141,7 +143,7 @@ def _path(word: str) -> Path:
 
 def show_list(arguments: argparse.Namespace) -> None:
     """One line per run, or JSON."""
-    runs = open_runs(arguments.runs)
+    runs = open_runs(arguments.runs, with_records=False)
     for condition in arguments.filter:
         runs = filter_runs(runs, condition)
     if arguments.sort:

@@ -6,19 +6,18 @@ found, which say all that a list of runs needs.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from engine.manifest import MAX_BYTES, METRICS, steps_in
+from engine.run_files import is_protected, missing_bytes, parse_line, read_lines
 from settings.files import open_regular, read_regular
 
-_SHOWN = 5  # names in a message
 _BLOCK = 1 << 16
 _Best: TypeAlias = "tuple[float | None, int | None]"
-_ANY, _TRAIN, _EVAL = b'"step"', b'"train/loss"', b'"eval/val_loss"'
+_KINDS = _ANY, _TRAIN, _EVAL = b'"step"', b'"train/loss"', b'"eval/val_loss"'
 
 
 def number(value: Any) -> float | None:
@@ -52,58 +51,67 @@ def reason(error: OSError) -> str:
 def read_records(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """All whole records of a run directory in order, and one line on what was left out."""
     try:
-        lines = read_regular(path / METRICS, MAX_BYTES).splitlines(keepends=True)
+        lines, damage = read_lines(read_regular(path / METRICS, MAX_BYTES))
     except OSError as error:
         return [], (f"{METRICS}: {reason(error)}",)
-    parsed = [_parse(line) for line in lines]
-    broken = [n for n, record in enumerate(parsed, 1) if record is None]
-    if broken and not lines[-1].endswith(b"\n") and parsed[-1] is None:
-        broken.pop()  # cut off: it is being written, or was when the run crashed
-    told = ", ".join(map(str, broken[:_SHOWN])) + (", ..." if len(broken) > _SHOWN else "")
-    problems = (f"{METRICS}: left out {len(broken)} broken lines ({told})",) if broken else ()
-    return [record for record in parsed if record is not None], problems
+    problems = (f"{METRICS}: {damage}",) if damage else ()
+    return [line.record for line in lines if line.record is not None], problems
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A record; None for what is none."""
-    try:
-        record = json.loads(line, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and whole(record.get("step")) is not None else None
+def read_tail(path: Path, written: Any, problems: list[str]) -> tuple[dict[str, Any], _Best, float]:
+    """The newest values, the best evaluation, and when something was last written (0: unknown).
 
-
-def read_tail(path: Path, problems: list[str]) -> tuple[dict[str, Any], _Best, float]:
-    """The newest values, the best evaluation, and when something was last written (0: unknown)."""
+    written: how many bytes the run says that it wrote, None where it does not.
+    """
     best: _Best = (None, None)
     last, changed = dict[str, Any](), 0.0
     try:
         with open(path / METRICS, "rb", opener=open_regular) as file:
             status = os.fstat(file.fileno())
             changed = status.st_mtime
-            last, best = _newest(file.fileno(), status.st_size)
-        problems += [] if last else [f"{METRICS}: holds no whole record"]
+            last, best, damaged = _newest(file.fileno(), status.st_size)
+        if damaged:
+            problems += read_records(path)[1]
+        lost = missing_bytes(written, status.st_size)
+        if lost:
+            problems.append(f"{METRICS}: {lost}")
+        elif not last and (status.st_size or written != 0):
+            problems.append(f"{METRICS}: holds no whole record")
     except OSError as error:
         problems.append(f"{METRICS}: {reason(error)}")
     return last or {"step": max(steps_in(path), default=0)}, best, changed
 
 
-def _newest(descriptor: int, size: int) -> tuple[dict[str, Any], _Best]:
-    """Reads backwards until both a log line and an evaluation are found."""
+def _newest(descriptor: int, size: int) -> tuple[dict[str, Any], _Best, bool]:
+    """The newest values, the best evaluation, and whether a line on the way was damaged. Reads
+    backwards until both a log line and an evaluation are found."""
     block = _BLOCK
     while True:
         data = os.pread(descriptor, block, max(0, size - block))
-        whole_lines = data[data.find(b"\n") :]
-        if block >= size or (_TRAIN in whole_lines and _EVAL in whole_lines):
+        lines = data.split(b"\n")[block < size :]  # the first may lack its beginning
+        text = b"\n".join(lines)
+        if block >= size or (_TRAIN in text and _EVAL in text):
             break
         block *= 8
+    some, damaged = any(map(is_protected, reversed(lines))), False
     newest: dict[bytes, dict[str, Any]] = {}
-    for kind in (_ANY, _TRAIN, _EVAL):
-        parsed = (_parse(line) for line in _lines_with(kind, data))
-        newest[kind] = next((record for record in parsed if record is not None), {})
+    for number, line in enumerate(reversed(lines)):
+        intact = is_protected(line)
+        kinds = [kind for kind in _KINDS if kind not in newest and kind in line]
+        record: dict[str, Any] | None = {}
+        if some and not intact:
+            record = None
+        elif kinds:
+            record = parse_line(line, intact)
+        if record is None:
+            damaged = damaged or number > 0  # the last one may be under way
+            continue
+        newest |= dict.fromkeys(kinds, record)
+        if len(newest) == len(_KINDS):
+            break
     records = sorted(newest.values(), key=lambda record: record.get("step", -1))
     last = {key: value for record in records for key, value in record.items()}
-    return last, _best(newest[_EVAL], descriptor, size)
+    return last, _best(newest.get(_EVAL, {}), descriptor, size), damaged
 
 
 def _lines_with(kind: bytes, data: bytes) -> Iterator[bytes]:
@@ -121,6 +129,7 @@ def _best(newest: Mapping[str, Any], descriptor: int, size: int) -> _Best:
     best = number(newest.get("eval/best_loss"))
     if best is not None or not newest:
         return best, whole(newest.get("eval/best_step"))
-    records = map(_parse, _lines_with(_EVAL, os.pread(descriptor, size, 0)))
+    lines = _lines_with(_EVAL, os.pread(descriptor, size, 0))
+    records = (parse_line(line, is_protected(line)) for line in lines)
     losses = ((number(r.get("eval/val_loss")), r["step"]) for r in records if r is not None)
     return min(((loss, step) for loss, step in losses if loss is not None), default=(None, None))

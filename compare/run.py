@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
-import json
 import os
 import shlex
 import struct
@@ -28,6 +27,7 @@ from compare.records import mapping, number, read_records, read_tail, reason, te
 from config import SECTIONS, Config, ConfigError, DataError
 from engine.find_runs import FOLDER, is_run, runs_in
 from engine.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
+from engine.run_files import METRICS_BYTES, NOT_SAVED, read_environment
 from settings import dialects
 from settings.files import open_regular, read_regular
 from settings.names import resolve
@@ -156,7 +156,8 @@ def read_run(path: Path) -> Run:
     problems: list[str] = []
     environment = _read_environment(path, problems)
     config = _read_config(path, environment, problems)
-    last, best, changed = read_tail(path, problems)
+    written = environment.pop(METRICS_BYTES, None)
+    last, best, changed = read_tail(path, written, problems)
     name = os.path.basename(os.path.abspath(path))
     run = Run(path, name, config, environment, "", last, *best, tuple(problems))
     return replace(run, state=_state(run, changed))
@@ -214,31 +215,32 @@ def schema() -> Schema:
 # ---- environment.json and config.yaml
 
 
-def _read_environment(path: Path, problems: list[str]) -> Mapping[str, Any]:
+def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(read_regular(path / ENVIRONMENT, MAX_BYTES))
+        return read_environment(path)
     except OSError as error:
         problems.append(f"{ENVIRONMENT}: {reason(error)}")
-        return {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        problems.append(f"{ENVIRONMENT}: damaged, not a JSON object")
-    return mapping(value)
+    except ValueError as error:
+        problems.append(f"{ENVIRONMENT}: {error}")
+    return {}
 
 
 def _read_config(
     path: Path, environment: Mapping[str, Any], problems: list[str]
 ) -> Mapping[str, Any]:
+    copy = mapping(environment.get("config"))
+    values = _flat(mapping(copy.get("values")))
     try:
         data = read_regular(path / CONFIG, MAX_BYTES)
     except OSError as error:
-        problems.append(f"{CONFIG}: {reason(error)}")
-        return {}
-    copy = mapping(environment.get("config"))
-    same = copy.get("sha256") == hashlib.sha256(data).hexdigest()
-    values = _flat(mapping(copy.get("values"))) if same else {}
-    values = values or _read_yaml(path / CONFIG, data, problems)
+        used = f"; its copy in {ENVIRONMENT} is used" if values else ""
+        problems.append(f"{CONFIG}: {reason(error)}{used}")
+    else:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if not values or sha256 == copy.get("replaces"):
+            values = _read_yaml(path / CONFIG, data, problems)
+        elif sha256 != copy.get("sha256"):
+            problems.append(f"{CONFIG}: {NOT_SAVED}")
     if not values:
         return {}
     known = schema().options

@@ -36,6 +36,7 @@ from engine.find_runs import find_by_name
 from engine.foreign import is_foreign, open_foreign
 from engine.manifest import (
     CONFIG,
+    ENVIRONMENT,
     FORMAT,
     Facts,
     Manifest,
@@ -56,6 +57,7 @@ from engine.metrics import warn
 from engine.precision import restructure
 from engine.precision.four_bit import bitsandbytes
 from engine.precision.lora import merge_adapters
+from engine.run_files import read_config
 from engine.state import check_rng
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
@@ -267,6 +269,11 @@ def _find(path: Path) -> tuple[Resume, list[str]]:
                     f"init_from={path / 'ckpt.pt'} starts a new run with its weights, from step 0 "
                     "and without its optimizer moments."
                 )
+            if not rejects and (path / ENVIRONMENT).exists():
+                reasons += (
+                    " It ended before its first one, so there is nothing to resume. To train it "
+                    f"again: python train.py --config {path / CONFIG}"
+                )
             raise CheckpointError(f"{path}: no valid checkpoint in it.{reasons}")
         return best, rejects
     path = in_runs(path)
@@ -309,7 +316,9 @@ def _find_run(
     runs = (path for path in checkpoint_dir.glob("run_*") if path.is_dir())
     for run in sorted(runs, reverse=True):
         try:
-            keys = differing(Config.from_yaml(run / CONFIG))
+            config, told = read_config(run)
+            notes += [f"{run.name}: {CONFIG}: {told}"] if told else []
+            keys = differing(config)
             if not keys:
                 resume, rejects = _find(run)
                 return resume, [*notes, *(f"not used: {line}" for line in rejects)]

@@ -1,4 +1,5 @@
-"""The directory of a run: created with the first checkpoint, locked, continued at resume.
+"""The directory of a run: created with the first checkpoint or after a minute, locked, continued at
+resume.
 
 The one idea: the directory always shows one course of the run up to its newest checkpoint. So
 when a run goes on from step s, what lies after s (checkpoints, metrics) leaves first, newest
@@ -13,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from config import CheckpointError, Config, ConfigError, WriteError
+from config import CheckpointError, Config, ConfigError, NonFiniteError, WriteError
 from engine.environment import describe_session, now
 from engine.files import (
     check_writable,
@@ -50,13 +50,27 @@ from engine.manifest import (
     steps_in,
 )
 from engine.metrics import say
+from engine.run_files import (
+    METRICS_BYTES,
+    config_copy,
+    environment_text,
+    metrics_line,
+    missing_bytes,
+    protected,
+    read_environment,
+    read_lines,
+)
 from settings.files import open_regular, read_regular
+
+LASTING_S = 60.0
+"""A run that has trained for so long leaves its directory, whether or not it saved a checkpoint."""
 
 
 class RunDirectory:
     """One run on disk, for the process (rank 0) that writes it; a context manager.
 
-    `start` promises a new directory, made by the first `prepare`; `reopen` continues one.
+    `start` promises a new directory, made by the first `prepare` or by `trained_for`; `reopen`
+    continues one.
     """
 
     def __init__(
@@ -74,8 +88,12 @@ class RunDirectory:
         self._ended: dict[str, Any] | None = None
         self._started = datetime.now()
         self._held = ExitStack()
-        self._unwritten: list[str] = []
+        self._environment: dict[str, Any] = {}
+        self._unwritten: list[bytes] = []
+        self._metrics_bytes = 0
         self._metrics_error: WriteError | None = None
+        self._lasting = False
+        self._next_attempt_s = LASTING_S
 
     @classmethod
     def start(
@@ -116,9 +134,7 @@ class RunDirectory:
             remove_temporaries(folder)
             run.notes += _remove_unfinished(folder)
             run.notes += _set_aside(folder, resume.step)
-            _cut_metrics(folder / METRICS, resume.manifest)
-            run._renew_config(folder)
-            run._renew_environment(folder)
+            run._continue_files(folder, resume.manifest)
             undo.pop_all()
         return run
 
@@ -145,6 +161,9 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
         if kind is not None:
+            if isinstance(error, NonFiniteError | WriteError) and self.saves:
+                with contextlib.suppress(WriteError):  # that error is being reported
+                    self._make_lasting()
             first = (str(error).strip().splitlines() or [""])[0]
             self.end("failed", f"{kind.__name__}: {first}")
         try:
@@ -159,7 +178,23 @@ class RunDirectory:
         if self.path is None:
             self.path = self._create()
         self._write_metrics(durable=True)
+        if self._environment.get(METRICS_BYTES) != self._metrics_bytes:
+            with contextlib.suppress(OSError):  # a checkpoint is worth more; the next save tries
+                self._save_environment()
         return self.path
+
+    def trained_for(self, elapsed_s: float) -> None:
+        """Creates the directory once a run has trained for `LASTING_S`, checkpoint or not.
+
+        A failure is told and tried again as much later.
+        """
+        if self._lasting or not self.saves or elapsed_s < self._next_attempt_s:
+            return
+        try:
+            self._make_lasting()
+        except WriteError as error:
+            self._next_attempt_s = elapsed_s + LASTING_S
+            say(f"{error} Training goes on; metrics wait in memory.")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl, in memory until there is a directory.
@@ -167,7 +202,7 @@ class RunDirectory:
         NaN and infinity become null. A failure is told once and retried with the next record;
         `close` raises it if it stays.
         """
-        self._unwritten.append(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._unwritten.append(metrics_line(_finite(record)))
         self._write_metrics()
 
     def end(self, state: str, reason: str = "") -> None:
@@ -177,21 +212,26 @@ class RunDirectory:
     def close(self) -> None:
         """Writes what is left, gives up the lock; raises WriteError if metrics were lost.
 
-        A directory without any finished checkpoint is removed.
+        The directory of a short run without any finished checkpoint is removed.
         """
         with self._held:
             if self.path is None:
                 return
-            if self.last_checkpoint is None and not steps_in(self.path):
+            saved = self.last_checkpoint is not None or steps_in(self.path)
+            if not (saved or self._lasting):
                 shutil.rmtree(self.path, ignore_errors=True)
                 return
             self._write_metrics(durable=True)
             if self._ended is not None:
                 with contextlib.suppress(OSError, WriteError):  # only a word in a list of runs
-                    known = _read_json(self.path / ENVIRONMENT)
-                    _write_json(self.path / ENVIRONMENT, known | {"ended": self._ended})
+                    self._environment["ended"] = self._ended
+                    self._save_environment()
             if self._metrics_error is not None:
                 raise self._metrics_error
+
+    def _make_lasting(self) -> None:
+        self.prepare()
+        self._lasting = True
 
     def _create(self) -> Path:
         parent = Path(self._config.training.checkpoint_dir)
@@ -201,9 +241,10 @@ class RunDirectory:
             undo.callback(self._held.close)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             self._take_lock(folder)
-            write_text(folder / CONFIG, self._config.to_yaml(self._origin))
-            session = self._session() | {"resumed": []}
-            _write_json(folder / ENVIRONMENT, session | self._known(folder))
+            text = self._config.to_yaml(self._origin)
+            write_text(folder / CONFIG, text)
+            self._environment = {**self._session(), "resumed": [], **self._known(text, None)}
+            write_text(folder / ENVIRONMENT, environment_text(self._environment))
             sync_folder(parent)
             undo.pop_all()
         return folder
@@ -235,49 +276,104 @@ class RunDirectory:
         owner = f"host {socket.gethostname()} pid {os.getpid()} since {datetime.now():%H:%M}"
         os.pwrite(descriptor, f"{owner} ({datetime.now():%Y-%m-%d})\n".encode(), 0)
 
-    def _renew_config(self, folder: Path) -> None:
-        """Saves the config of this session; one that differed is kept as config.before_<step>."""
+    def _continue_files(self, folder: Path, manifest: Manifest) -> None:
+        """Brings config, metrics and environment to the state of a resumed session.
+
+        environment.json is written before the two that it vouches for: a crash in between leaves a
+        config that it names as the one before, and metrics that are longer than it says.
+        """
+        known = self._old_environment(folder)
+        before, after = self._kept_metrics(folder, manifest, known)
+        config_before, config_after = self._kept_config(folder)
+        known.pop("ended", None)
+        earlier = known.get("resumed")
+        sessions = earlier if isinstance(earlier, list) else []
+        known["resumed"] = [*sessions, {"step": self.resumed_step, **self._session()}]
+        replaced = hashlib.sha256(config_before).hexdigest() if config_before else None
+        self._metrics_bytes = len(after)
+        self._environment = known | self._known(config_after, replaced)
+        self._save_environment(folder)
+        if before != after:
+            write_whole(folder / METRICS, lambda out: out.write(after))
+        if config_before != config_after.encode():
+            write_text(folder / CONFIG, config_after)
+
+    def _old_environment(self, folder: Path) -> dict[str, Any]:
+        """What earlier sessions wrote; a file that cannot be read is put aside."""
+        place = folder / ENVIRONMENT
+        try:
+            return read_environment(folder)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            aside = _free_name(folder, "environment.damaged", ".json")
+            os.replace(place, aside)
+            self.notes.append(f"{place.name}: {reason}; a new one is begun, it is {aside.name} now")
+        return {}
+
+    def _kept_config(self, folder: Path) -> tuple[bytes, str]:
+        """The config that is there, and the one to be; where they differ, the old one is kept as
+        config.before_<step>."""
         place = folder / CONFIG
         try:
+            before = read_regular(place, MAX_BYTES)
+        except FileNotFoundError:
+            return b"", self._config.to_yaml(self._origin)
+        try:
             if Config.from_yaml(place) == self._config:
-                return
+                return before, before.decode(errors="surrogateescape")
         except ConfigError:
             pass  # of another version, or damaged: kept for the record all the same
-        if place.exists():
-            before = _free_name(folder, f"config.before_{self.resumed_step}", ".yaml")
-            _copy(place, before)
-            self.notes.append(f"the config differs from before; the old one is {before.name}")
-        write_text(place, self._config.to_yaml(self._origin))
+        aside = _free_name(folder, f"config.before_{self.resumed_step}", ".yaml")
+        _copy(place, aside)
+        self.notes.append(f"the config differs from before; the old one is {aside.name}")
+        return before, self._config.to_yaml(self._origin)
 
-    def _renew_environment(self, folder: Path) -> None:
-        known = _read_json(folder / ENVIRONMENT)
-        known.pop("ended", None)
-        before = known.get("resumed")
-        sessions = before if isinstance(before, list) else []
-        known["resumed"] = [*sessions, {"step": self.resumed_step, **self._session()}]
-        _write_json(folder / ENVIRONMENT, known | self._known(folder))
+    def _kept_metrics(
+        self, folder: Path, manifest: Manifest, environment: Mapping[str, Any]
+    ) -> tuple[bytes, bytes]:
+        """metrics.jsonl as it is, and as the checkpoint knows it: without later records, an
+        evaluation made after it, the `final/` ones, and damaged lines. Lines of an earlier version
+        get their checksums.
+        """
+        content = b""
+        with contextlib.suppress(FileNotFoundError):
+            content = read_regular(folder / METRICS, MAX_BYTES)
+        lines, damage = read_lines(content)
+        lost = missing_bytes(environment.get(METRICS_BYTES), len(content))
+        self.notes += [f"{METRICS}: {problem}" for problem in (damage, lost) if problem]
+        kept = [line.text for line in lines if line.record and _belongs(line.record, manifest)]
+        return content, b"".join(map(protected, kept))
 
     def _session(self) -> dict[str, Any]:
         processes = self._facts.get("run", {}).get("processes", 1)
         return describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
 
-    def _known(self, folder: Path) -> dict[str, Any]:
+    def _known(self, text: str, replaced: str | None) -> dict[str, Any]:
         """What of a run a list of runs wants to know, so that it need not work it out."""
-        saved = hashlib.sha256(read_regular(folder / CONFIG, MAX_BYTES)).hexdigest()
         facts = {key: value for key, value in self._facts.items() if key != "device"}
-        return facts | {"config": {"sha256": saved, "values": self._config.to_dict()}}
+        return facts | {"config": config_copy(self._config, text, replaced)}
+
+    def _save_environment(self, folder: Path | None = None) -> None:
+        place = folder or self.path
+        assert place is not None
+        self._environment[METRICS_BYTES] = self._metrics_bytes
+        write_text(place / ENVIRONMENT, environment_text(self._environment))
 
     def _write_metrics(self, durable: bool = False) -> None:
         if self.path is None or not (self._unwritten or durable):
             return
+        data = b"".join(self._unwritten)
         try:
             with explained(f"append to {self.path / METRICS}", self.path):
-                _append(self.path / METRICS, "".join(self._unwritten).encode(), durable)
+                _append(self.path / METRICS, data, durable)
         except WriteError as error:
             if self._metrics_error is None:
                 say(f"{error} Metrics wait in memory; every log line tries again.")
             self._metrics_error = error
             return
+        self._metrics_bytes += len(data)
         self._unwritten.clear()
         self._metrics_error = None
 
@@ -300,19 +396,6 @@ def _free_name(folder: Path, stem: str, suffix: str = "") -> Path:
         number += 1
         path = folder / f"{stem}_{number:02d}{suffix}"
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none that can be read."""
-    try:
-        value = json.loads(read_regular(path, MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -389,27 +472,10 @@ def _complete_moves(folder: Path) -> None:
                 break
 
 
-def _cut_metrics(path: Path, manifest: Manifest) -> None:
-    """Drops what the checkpoint does not know: later records, an evaluation made after it, the
-    `final/` ones, and lines that a crash or a full disk left broken.
-    """
-    if not path.exists():
-        return
-    lines = read_regular(path, MAX_BYTES).splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, manifest)]
-    if kept != lines:
-        write_whole(path, lambda out: out.write(b"".join(kept)))
-
-
-def _belongs(line: bytes, manifest: Manifest) -> bool:
-    try:
-        record = json.loads(line)
-        kinds = {key.split("/")[0] for key in record}
-        unknown = record["step"] == manifest.step and manifest.val_loss is None and "eval" in kinds
-        known = record["step"] <= manifest.step and not unknown and "final" not in kinds
-        return line.endswith(b"\n") and known
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
+def _belongs(record: Mapping[str, Any], manifest: Manifest) -> bool:
+    kinds = {key.split("/")[0] for key in record}
+    unknown = record["step"] == manifest.step and manifest.val_loss is None and "eval" in kinds
+    return record["step"] <= manifest.step and not unknown and "final" not in kinds
 
 
 def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]:
@@ -418,4 +484,5 @@ def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]
         return [f"Run directory: {resume.run_dir}", *directory.notes]
     if not directory.saves:
         return ["Run directory: none (nothing will be saved)"]
-    return [f"Run directory: {directory.promise} (made with the first checkpoint)"]
+    when = "made with the first checkpoint, or after a minute"
+    return [f"Run directory: {directory.promise} ({when})"]

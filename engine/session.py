@@ -202,6 +202,9 @@ class Session:
         if self.pace.has_become_known():
             left = f"{duration(self.left_s)} with evaluations and saves"
             say(f"{self.pace.step_s:.3g} s per step: the run takes about {left}")
+        if self.world.is_main:
+            elapsed_s = self.state.elapsed_s + time.monotonic() - self.counted
+            self.directory.trained_for(elapsed_s)
         if self.live.due:
             self.live.show(self.state.step, loss, self.tokens_per_step / seconds, self.left_s)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from data.dataset import PLAN_VERSION
 from data.text import check_place, embedded_is_missing
 from data.tokenizer import Tokenizer, tokenizer_from_dict
 from engine.checkpoint import Resume, check_weights, load_checkpoint, resolve_resume
+from engine.manifest import CONFIG
 from engine.memory import with_batch
 from engine.metrics import say
 from engine.plan import origin_lines, planned_steps, settle
@@ -22,6 +25,7 @@ from engine.resume import (
     resume_from_folder,
     with_evaluation,
 )
+from engine.run_files import check_config
 from engine.schedule import learning_rate
 from engine.world import World
 from launch.weights import as_begun, check_tokenizer, own_tokenizer, read_weights, take_shape
@@ -95,6 +99,7 @@ def begin(request: Request, world: World) -> Beginning:
         lines += kept
     config = settled
     if resume is not None:
+        check_own_config(request.files, resume)
         config, more = on_processes(settled, then, len(saved["rng"]), world.size)
         fits = check_fits(saved, resume, data, config, world.size)
         lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
@@ -145,6 +150,14 @@ def find_resume(config: Config, request: Request) -> Resume | None:
     resume, notes = resolve_resume(wanted, folder, differing)
     say(*notes)
     return resume
+
+
+def check_own_config(files: Sequence[str], resume: Resume) -> None:
+    """Raises CheckpointError where one of `files` is the config.yaml of the resumed run, and not
+    as the run saved it."""
+    own = resume.run_dir / CONFIG
+    if any(os.path.exists(file) and os.path.samefile(file, own) for file in files):
+        check_config(resume.run_dir)
 
 
 def check_fits(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from engine.run_files import config_copy, environment_text, protected, read_environment
 
 ROWS = "0123456789ab"
 TOKENS_PER_STEP = 4096
@@ -62,11 +62,14 @@ def make_run(
         lines.append(stamp(steps) | final)
     if old:
         lines = [{k: v for k, v in line.items() if k not in NEW_KEYS} for line in lines]
-    write_records(path, lines)
+    write_records(path, lines, old)
     told = SESSION | {"resumed": []}
     if not old:
         told |= facts(path, config) | ({"ended": ended(state, steps)} if state else {})
-    (path / "environment.json").write_text(json.dumps(told | (environment or {})))
+        told |= {"metrics_bytes": (path / "metrics.jsonl").stat().st_size}
+    told |= environment or {}
+    text = json.dumps(told) if old else environment_text(told)
+    (path / "environment.json").write_text(text)
     (path / ".lock").write_text(f"host {socket.gethostname()} pid 1 since 14:30 (2025-11-08)\n")
     add_checkpoint(path, steps)
     os.utime(path / "metrics.jsonl", (1.7e9, 1.7e9))
@@ -120,14 +123,19 @@ def records(
         }
 
 
-def write_records(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    (path / "metrics.jsonl").write_text(text)
+def write_records(path: Path, lines: Sequence[dict[str, Any]], old: bool = False) -> None:
+    plain = (json.dumps(line, allow_nan=False).encode() for line in lines)
+    text = b"".join(line + b"\n" if old else protected(line) for line in plain)
+    (path / "metrics.jsonl").write_bytes(text)
+
+
+def change_environment(path: Path, **values: Any) -> None:
+    """Puts other values there, as its run would have."""
+    (path / "environment.json").write_text(environment_text(read_environment(path) | values))
 
 
 def facts(path: Path, config: Config) -> dict[str, Any]:
     """What this version adds to environment.json."""
-    data = (path / "config.yaml").read_bytes()
     return {
         "run": {
             "parameters": 25_300_000,
@@ -138,7 +146,7 @@ def facts(path: Path, config: Config) -> dict[str, Any]:
             "processes": 1,
             "precision": config.low_precision.compute_dtype,
         },
-        "config": {"sha256": hashlib.sha256(data).hexdigest(), "values": config.to_dict()},
+        "config": config_copy(config, (path / "config.yaml").read_text(), None),
         "data": {"fingerprint": "f00d", "lines": ["Data: 3 files, 240 documents"]},
     }
 

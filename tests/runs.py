@@ -24,6 +24,7 @@ from engine.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 
 TIMED = {
+    "crc",
     "time",
     "train/tokens_per_sec",
     "train/iter_time_ms",

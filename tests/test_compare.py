@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -33,9 +34,16 @@ from compare.paired import Paired, compare, t_quantile
 from compare.run import Run, find_runs, labels, read_run, restart_command
 from config import Config, DataError
 from engine.manifest import Manifest, render
+from engine.run_files import metrics_line, protected
 from tests.conftest import ROOT
 from tests.faults import stand_in
-from tests.run_directories import TOKENS_PER_STEP, add_checkpoint, make_run, stamp
+from tests.run_directories import (
+    TOKENS_PER_STEP,
+    add_checkpoint,
+    change_environment,
+    make_run,
+    stamp,
+)
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", ".lock", "checkpoint_300.json")
 
@@ -44,14 +52,9 @@ def read(path: Path, **options: Any) -> Run:
     return read_run(make_run(path, "run_a", **options))
 
 
-def change_environment(path: Path, **values: Any) -> None:
-    place = path / "environment.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | values))
-
-
 def append(path: Path, *records: dict[str, Any]) -> None:
-    with (path / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.writelines(map(metrics_line, records))
     os.utime(path / "metrics.jsonl", (1.7e9, 1.7e9))
 
 
@@ -103,11 +106,15 @@ def test_the_config_is_that_of_the_reader_by_either_way(tmp_path: Path, old: boo
     assert run.config == {f"{s}.{o}": v for s, values in config.items() for o, v in values.items()}
 
 
-def test_a_config_changed_by_hand_wins_over_its_copy(tmp_path: Path) -> None:
+def test_a_config_that_the_run_did_not_save_yields_to_its_copy(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run_a")
     place = path / "config.yaml"
     place.write_text(place.read_text().replace("n_layer: 6", "n_layer: 7"))
-    assert read_run(path).config["model.n_layer"] == 7
+    run = read_run(path)
+    assert run.config["model.n_layer"] == 6
+    assert run.problems == (
+        "config.yaml: not what the run saved; its copy in environment.json is used",
+    )
 
 
 def test_the_best_loss_of_an_older_run_is_found_in_all_of_its_file(tmp_path: Path) -> None:
@@ -237,7 +244,7 @@ def test_fresh_records_of_a_dead_process_of_this_machine_do_not(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("missing", "problem"),
     [
-        ("config.yaml", "config.yaml: missing"),
+        ("config.yaml", "config.yaml: missing; its copy in environment.json is used"),
         ("environment.json", "environment.json: missing"),
         ("metrics.jsonl", "metrics.jsonl: missing"),
     ],
@@ -255,15 +262,26 @@ def test_a_missing_file_is_named_and_the_rest_is_read(
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("config.yaml", "config.yaml: empty"),
+        (
+            "config.yaml",
+            "config.yaml: not what the run saved; its copy in environment.json is used",
+        ),
         ("environment.json", "environment.json: damaged, not a JSON object"),
-        ("metrics.jsonl", "metrics.jsonl: holds no whole record"),
+        (
+            "metrics.jsonl",
+            "metrics.jsonl: cut short: 0 bytes, 5,398 were written; its last records are lost",
+        ),
     ],
 )
 def test_an_empty_file_is_named(tmp_path: Path, name: str, problem: str) -> None:
-    path = make_run(tmp_path, "run_a")
+    path, older = make_run(tmp_path, "run_a"), make_run(tmp_path, "run_b", old=True)
     (path / name).write_bytes(b"")
-    assert read_run(path).problems == (problem,)
+    (older / name).write_bytes(b"")
+    (found,) = read_run(path).problems
+    assert re.sub(r" \d,\d+ ", " 5,398 ", found) == problem
+    reasons = {"config": "empty", "environment": "damaged, not a JSON object"}
+    reason = reasons.get(name.partition(".")[0], "holds no whole record")
+    assert read_run(older).problems == (f"{name}: {reason}",)
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -303,7 +321,7 @@ def test_broken_lines_are_left_out_and_named(tmp_path: Path) -> None:
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
     run = read_run(path)
     assert len(run.records()) == 16
-    assert run.problems_of_records == ("metrics.jsonl: left out 4 broken lines (3, 4, 5, 6)",)
+    assert run.problems_of_records == ("metrics.jsonl: left out 4 damaged lines (3, 4, 5, 6)",)
 
 
 def test_nan_in_a_record_is_null(tmp_path: Path) -> None:
@@ -327,7 +345,7 @@ def test_a_reason_of_several_lines_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_option_of_a_later_version_is_kept_and_named(tmp_path: Path) -> None:
-    path = make_run(tmp_path, "run_a", options=["n_layer=3"])
+    path = make_run(tmp_path, "run_a", options=["n_layer=3"], old=True)
     place = path / "config.yaml"
     place.write_text(place.read_text().replace("\nmodel:\n", "\nmodel:\n  warp: 9\n"))
     run = read_run(path)
@@ -339,7 +357,7 @@ def test_an_option_of_a_later_version_is_kept_and_named(tmp_path: Path) -> None:
 
 
 def test_a_value_of_a_later_version_is_kept_as_text(tmp_path: Path) -> None:
-    path = make_run(tmp_path, "run_a")
+    path = make_run(tmp_path, "run_a", old=True)
     place = path / "config.yaml"
     place.write_text(place.read_text().replace("name: adamw ", "name: lion "))
     run = read_run(path)
@@ -369,6 +387,51 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(DataError, match="is not a run directory: it holds no metrics.jsonl"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_no_damage_changes_what_is_known_of_a_run_in_silence(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    path, draw = make_run(tmp_path, "run_a", sample="once"), random.Random(name + damage)
+    whole, data = known_of(path), (path / name).read_bytes()
+    silent = 0
+    for _ in range(50):
+        at = draw.randrange(len(data))
+        changed = bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        (path / name).write_bytes(data[:at] + (changed if damage == "flip" else b""))
+        run = read_run(path)
+        if not (run.problems or run.problems_of_records):
+            assert known_of(path) == whole, data[max(0, at - 20) : at + 20]
+            silent += 1
+    assert silent <= 8  # spaces between words, and the last line end
+
+
+def known_of(path: Path) -> tuple[Any, ...]:
+    run = read_run(path)
+    results = run.state, run.last, run.best_loss, run.best_step, run.step
+    return *results, run.config, run.environment, run.records()
+
+
+def test_damaged_lines_are_named_and_those_after_them_are_read(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "run_a")
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(b'"step"', b'"stop"')
+    lines[-2:] = [lines[-2].replace(b"\n", b" ") + lines[-1]]  # a line end is lost: two in one
+    (path / "metrics.jsonl").write_bytes(b"".join(lines))
+    run = read_run(path)
+    assert run.problems == ("metrics.jsonl: left out 2 damaged lines (4, 15)",)
+    assert len(run.records()) == 13 and run.step == 300 and run.best_loss == 3.0
+
+
+def test_records_of_earlier_versions_are_read_as_they_are(tmp_path: Path) -> None:
+    new, old = make_run(tmp_path, "run_a"), make_run(tmp_path, "run_b", old=True)
+    assert "crc" in json.loads((new / "metrics.jsonl").read_text().splitlines()[0])
+    runs = read_run(new), read_run(old)
+    assert all(not run.problems and not run.problems_of_records for run in runs)
+    assert [r["step"] for r in runs[0].records()] == [r["step"] for r in runs[1].records()]
+    assert not any("crc" in record for run in runs for record in (*run.records(), run.last))
 
 
 @settings(max_examples=150, deadline=None)
@@ -417,11 +480,13 @@ def test_no_value_of_another_type_makes_a_run_unreadable(
     inside = isinstance(told[key], dict) and data.draw(st.booleans())
     place = told[key] if inside else told
     place[data.draw(st.sampled_from([*place])) if inside else key] = data.draw(VALUES)
+    told.pop("checksum", None)
     (path / "environment.json").write_text(json.dumps(told))
     lines = (path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[-2])
     record[data.draw(st.sampled_from([*record]))] = data.draw(VALUES)
-    (path / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    added = protected(json.dumps(record).encode()).decode()
+    (path / "metrics.jsonl").write_text("\n".join([*lines, added]))
     assert_readable(path, whole)
     shutil.rmtree(folder)
 
@@ -529,7 +594,7 @@ def test_only_options_that_differ_are_told(tmp_path: Path) -> None:
 
 
 def test_an_option_that_one_version_lacks_is_missing_there(tmp_path: Path) -> None:
-    path, other = make_run(tmp_path, "run_a"), make_run(tmp_path, "run_b")
+    path, other = make_run(tmp_path, "run_a", old=True), make_run(tmp_path, "run_b")
     with (path / "config.yaml").open("a") as file:
         file.write("later:\n  warp: 9\n")
     assert differing([read_run(path), read_run(other)]) == {"later.warp": ["9", MISSING]}

@@ -27,10 +27,11 @@ DOORS = {
     "data": {"numpy", "pyarrow", "torch", "config", "data.*", *TOKENIZERS},
     "engine": {"torch", "numpy", "config", "engine.*", "model", "wandb", "safetensors"}
     | LOW_PRECISION
-    | {"rich", "tensorboard", "settings.files", "settings.terminal"},
+    | {"rich", "tensorboard", "settings.files", "settings.terminal", "settings.values"},
     "launch": {"torch", "config", "model.*", "data.*", "engine.*", "launch.*"},
     "compare": {"numpy", "yaml", "config", "settings.*", "compare.*"}
     | {"engine.files", "engine.find_runs", "engine.manifest", "engine.metrics"}
+    | {"engine.run_files"}
     | PLOTS,
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}

@@ -277,10 +277,10 @@ def empty_metrics(path: Path) -> None:
     ("damage", "problem"),
     [
         (damage_environment, "environment.json: damaged"),
-        (damage_config, "config.yaml: cannot be read"),
-        (damage_line, "metrics.jsonl: left out 1 broken lines (2)"),
+        (damage_config, "config.yaml: not what the run saved"),
+        (damage_line, "metrics.jsonl: left out 1 damaged line (2)"),
         (remove_metrics, "metrics.jsonl: missing"),
-        (empty_metrics, "metrics.jsonl: holds no whole record"),
+        (empty_metrics, "metrics.jsonl: cut short: 0 bytes"),
     ],
 )
 def test_damage_is_named_and_the_rest_is_shown(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,19 +18,24 @@ from typing import Any
 import pytest
 import torch
 
-from config import CheckpointError, Config, DataError, WriteError
+from compare.run import read_run
+from config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WriteError
 from engine.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
 from engine.environment import describe_session
 from engine.manifest import data_path, newest_valid, steps_in, verify
 from engine.run import RunDirectory
+from engine.run_files import NOT_SAVED, check_config, is_protected, read_config, read_lines
+from launch.begin import check_own_config
 from tests.faults import die, failing, stand_in
 from tests.forks import in_child
 from tests.runs import only_run, run_here
 from tests.states import finished_run, make_config, make_state, new_run, reopen, save_steps
 
 
-def records(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines, damage = read_lines((folder / "metrics.jsonl").read_bytes())
+    assert not damage
+    return [line.record for line in lines if line.record is not None]
 
 
 # ---- creation
@@ -56,6 +62,75 @@ def test_a_run_without_any_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     with RunDirectory.start(make_config(tmp_path)) as run:
         run.prepare()
     assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_run_that_trained_for_a_minute_stays_and_shows_how_it_is(tmp_path: Path) -> None:
+    with RunDirectory.start(make_config(tmp_path)) as run:
+        run.append_metrics({"step": 1, "train/loss": 2.0})
+        run.trained_for(59)
+        assert os.listdir(tmp_path) == []
+        run.trained_for(61)
+        folder = run.promise
+        run.append_metrics({"step": 9, "train/loss": 1.5})
+        assert [record["step"] for record in records(folder)] == [1, 9]
+        # In a child: who looks at a lock file of its own gives up the lock.
+        assert in_child(lambda: read_run(folder).state)[1] == "running"
+    left = read_run(folder)
+    assert (left.state, left.step, left.problems) == ("crashed", 9, ())
+    nothing = (
+        f"{folder}: no valid checkpoint in it. It ended before its first one.* --config {folder}"
+    )
+    with pytest.raises(CheckpointError, match=nothing):
+        reopen(folder, tmp_path)
+
+
+def test_a_failed_creation_after_a_minute_is_told_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDirectory.start(make_config(tmp_path)) as run:
+        with failing(1):
+            run.trained_for(61)
+        run.trained_for(62)
+        assert capsys.readouterr().out.count("Training goes on; metrics wait in memory.") == 1
+        assert run.path is None
+        run.trained_for(122)
+        assert run.path is not None
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("loss nan"), WriteError("disk full")])
+def test_a_run_that_ends_by_a_loss_or_a_disk_keeps_what_is_known(
+    tmp_path: Path, error: Exception
+) -> None:
+    for save_model in (True, False):
+        with (
+            pytest.raises(type(error)),
+            RunDirectory.start(make_config(tmp_path, save_model=save_model)) as run,
+        ):
+            if save_model:
+                run.append_metrics({"step": 1, "train/loss": 9.0})
+            raise error
+        assert (run.path is not None) is save_model
+        (folder,) = (tmp_path / "checkpoints").iterdir()
+    left = read_run(folder)
+    assert (left.state, left.step, left.problems) == ("crashed", 1, ())
+    assert left.reason == f"{type(error).__name__}: {error}"
+
+
+def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("unexpected")
+
+    def attempt(folder: Path) -> list[int]:
+        with pytest.raises(RuntimeError, match="unexpected"):
+            run_here([*tiny, f"checkpoint_dir={folder}", "checkpoint_freq=null"])
+        return [r["step"] for run in folder.glob("run_*") for r in records(run)]
+
+    monkeypatch.setattr("engine.session.Session.evaluate", broken)  # at step 10
+    assert attempt(tmp_path / "short") == []
+    monkeypatch.setattr("engine.run.LASTING_S", 0.0)
+    assert attempt(tmp_path / "long") == [1, 5, 10]
 
 
 def test_a_failed_creation_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
@@ -381,6 +456,85 @@ def test_the_config_of_before_is_kept_when_it_differs(tmp_path: Path) -> None:
     reopen(folder, tmp_path, max_iters=8888).close()
     assert (folder / "config.before_10.yaml").read_text() == first
     assert (folder / "config.before_10_01.yaml").exists()
+
+
+def other_run(tmp_path: Path) -> Path:
+    """A run whose config is not the default."""
+    config = make_config(tmp_path, seed=7, keep_last=9)
+    with RunDirectory.start(config) as run:
+        save_steps(run, 10)
+        return run.prepare()
+
+
+def test_a_config_cut_short_does_not_stand_for_its_run(tmp_path: Path) -> None:
+    folder = other_run(tmp_path)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text[: text.index("  keep_last")])
+    Config.from_yaml(folder / "config.yaml")  # a valid one, but another
+    resume, _ = newest_valid(folder)
+    assert resume is not None
+    check_own_config([f"{tmp_path}/mine.yaml"], resume)
+    with pytest.raises(
+        CheckpointError, match=r"It differs in .*keep_last \(saved 9, now"
+    ) as caught:
+        check_own_config([f"{tmp_path}/mine.yaml", f"{folder}/config.yaml"], resume)
+    assert "training.seed (saved 7, now 1337)" in str(caught.value)
+    assert read_config(folder)[0].training.seed == 7
+    _, notes = resolve_resume("auto", folder.parent, lambda _: [])
+    assert notes == [f"{folder.name}: config.yaml: {NOT_SAVED}"]
+
+
+def test_no_damage_of_a_config_is_taken_for_what_the_run_saved(tmp_path: Path) -> None:
+    folder, draw = other_run(tmp_path), random.Random(1)
+    place = folder / "config.yaml"
+    data, saved = place.read_bytes(), Config.from_yaml(place)
+    for number in range(50):
+        at = draw.randrange(len(data))
+        changed = bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        place.write_bytes(data[:at] + (changed if number % 2 else b""))
+        assert read_config(folder)[0] == saved
+        try:
+            check_config(folder)
+        except (CheckpointError, ConfigError):
+            continue
+        assert Config.from_yaml(place) == saved  # in a comment
+
+
+def test_a_config_of_a_resume_that_was_cut_off_is_no_damage(tmp_path: Path) -> None:
+    folder = other_run(tmp_path)
+    before = (folder / "config.yaml").read_bytes()
+    reopen(folder, tmp_path, max_iters=9).close()
+    (folder / "config.yaml").write_bytes(before)  # environment.json is written first
+    check_config(folder)
+    assert read_run(folder).problems == ()
+
+
+def test_damage_of_metrics_and_environment_is_told_at_resume(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20, 30)
+    (folder / "environment.json").write_text((folder / "environment.json").read_text()[:-9])
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"0.05", b"0.04")
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    with reopen(folder, tmp_path) as run:
+        assert run.notes == [
+            "environment.json: damaged, not a JSON object; a new one is begun, "
+            "it is environment.damaged.json now",
+            "metrics.jsonl: left out 1 damaged line (2)",
+        ]
+        assert [record["step"] for record in records(folder)] == [10, 30]
+    (folder / "metrics.jsonl").write_bytes(lines[0])
+    with reopen(folder, tmp_path) as run:
+        assert run.notes[0].startswith("metrics.jsonl: cut short: ")
+    assert read_run(folder).problems == ()
+
+
+def test_lines_of_an_earlier_version_get_their_checksums_at_resume(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, 10, 20)
+    (folder / "metrics.jsonl").write_text('{"step": 10, "a": 1e999}\n{"step": 20}\n')
+    with reopen(folder, tmp_path):
+        texts = (folder / "metrics.jsonl").read_bytes().splitlines()
+    assert [is_protected(text) for text in texts] == [True, True]
+    assert [record["step"] for record in records(folder)] == [10, 20]
 
 
 def test_later_checkpoints_are_set_aside_when_an_older_one_is_continued(tmp_path: Path) -> None:

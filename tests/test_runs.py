@@ -13,7 +13,7 @@ import pytest
 
 import runs
 from tests.conftest import ROOT
-from tests.run_directories import make_run
+from tests.run_directories import change_environment, make_run
 from tests.test_compare import append, evaluation
 
 Captured = pytest.CaptureFixture[str]
@@ -112,9 +112,9 @@ def test_list_as_json_holds_all_that_is_known(capsys: Captured) -> None:
 
 def test_json_has_no_infinity(capsys: Captured) -> None:
     (path,) = make("run_a")
-    data = json.loads((path / "environment.json").read_text())
-    data["config"]["values"]["training"]["learning_rate"] = float("inf")
-    (path / "environment.json").write_text(json.dumps(data))
+    copy = json.loads((path / "environment.json").read_text())["config"]
+    copy["values"]["training"]["learning_rate"] = float("inf")
+    change_environment(path, config=copy)
     (run,) = json.loads(told(capsys, "list", "--json"), parse_constant=pytest.fail)
     assert run["config"]["training.learning_rate"] is None
 
@@ -228,7 +228,7 @@ def test_no_run_left_is_told(capsys: Captured) -> None:
 
 
 def test_a_run_without_a_config_meets_no_condition(capsys: Captured) -> None:
-    (path,) = make("a")
+    (path,) = make("a", old=True)
     (path / "config.yaml").unlink()
     for condition in ("n_layer=2", "n_layer!=2"):
         assert runs.main(["list", "--filter", condition]) == 0
@@ -236,7 +236,7 @@ def test_a_run_without_a_config_meets_no_condition(capsys: Captured) -> None:
 
 
 def test_an_option_of_another_version_can_be_asked_for(capsys: Captured) -> None:
-    path, _ = make("a", "b")
+    path, _ = make("a", "b", old=True)
     with (path / "config.yaml").open("a") as file:
         file.write("later:\n  warp: 9\n")
     assert runs.main(["list", "--filter", "later.warp=9"]) == 0
