@@ -144,7 +144,7 @@ def check_tokenizer(request: Request, found: Tokenizer, weights: Pretrained) -> 
     if all(given) or found.name == "ids":  # tokens without text: nothing can be compared
         return
     if described is None:
-        if given[0]:
+        if given[0] or request.config.tokenizer.name == "auto":  # token files tell theirs
             return
         raise ConfigError(
             f"training.init_from={source} does not tell its tokenizer, and tokenizer.name="
