@@ -260,7 +260,9 @@ def supports_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # Attention in bf16 fails where torch was told to do with AVX2 (ATEN_CPU_CAPABILITY).
+        below = torch.backends.cpu.get_cpu_capability() == "AVX2"
+        return not below and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True
 
 

@@ -48,7 +48,8 @@ def model_of(name: str, **options: Any) -> nn.Module:
 
 
 def bound(model: nn.Module, **fp8: Any) -> NativeBackend:
-    return NativeBackend(Fp8Config(**fp8), model, CPU, FAST)
+    resolved = {"recipe": "current", "format": "hybrid", **fp8}  # as a Config does
+    return NativeBackend(Fp8Config(**resolved), model, CPU, FAST)
 
 
 def train_once(model: nn.Module, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -516,7 +517,8 @@ def test_a_gpu_without_8_bit_products_is_named(
 
 
 def test_a_run_whose_8_bit_products_are_none_stops() -> None:
-    precision = Precision(LowPrecisionConfig(use_fp8=True, use_4bit=False), CPU, Fp8Config())
+    fp8 = Fp8Config(recipe="current", format="hybrid")
+    precision = Precision(LowPrecisionConfig(use_fp8=True, use_4bit=False), CPU, fp8)
     model = model_of("gpt")
     (line,) = precision.prepare(model, 10)
     assert line.startswith("fp8: 8 of 9 matmuls, native, current scaling; lm_head ")
