@@ -4,14 +4,13 @@
 
 The limit is 2 s for 1,000 runs of 10,000 records. Each run has its own config, environment and
 checkpoints; their metrics.jsonl are hard links of one file, one evaluation of 50 batches in ten
-records. `older` runs keep neither a copy of the config nor the best loss: YAML and whole files are
-read.
+records. `older` runs keep neither checksums, nor a copy of the config, nor the best loss: YAML and
+whole files are read.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from engine.run_files import config_copy, environment_text, metrics_line
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -36,7 +36,7 @@ COMMANDS = {
 
 def write_metrics(path: Path, records: int, older: bool) -> None:
     draw, best = random.Random(0), 9.0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         for number in range(1, records + 1):
             record: dict[str, Any] = {
                 "step": number * 10,
@@ -73,7 +73,7 @@ def write_metrics(path: Path, records: int, older: bool) -> None:
                         "eval/seconds": 1.5,
                     }
                 )
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record).encode() + b"\n" if older else metrics_line(record))
 
 
 def write_runs(folder: Path, runs: int, records: int, older: bool) -> None:
@@ -91,13 +91,12 @@ def write_runs(folder: Path, runs: int, records: int, older: bool) -> None:
         if not older:
             environment |= {
                 "run": {"parameters": 25_300_000, "tokens_per_step": 4096, "planned_steps": 100000},
-                "config": {
-                    "sha256": hashlib.sha256(text.encode()).hexdigest(),
-                    "values": config.to_dict(),
-                },
+                "config": config_copy(config, text, None),
+                "metrics_bytes": metrics.stat().st_size,
                 "ended": {"state": "done", "reason": "", "step": records * 10, "time": ""},
             }
-        (run / "environment.json").write_text(json.dumps(environment, indent=2))
+        told = json.dumps(environment, indent=2) if older else environment_text(environment)
+        (run / "environment.json").write_text(told)
         (run / ".lock").write_text("host elsewhere pid 1 since 14:30 (2025-11-08)\n")
         for step in (99000, 99500, 100000):
             (run / f"checkpoint_{step}.json").write_text("{}")
