@@ -35,15 +35,13 @@ from compare.differences import (
     equal_options,
 )
 from compare.figure import draw
+from compare.labels import labels, names, shared_start, short_names
 from compare.page import write_report
 from compare.paired import At, Paired, compare
 from compare.run import (
     Run,
     find_runs,
-    labels,
     read_run,
-    shared_start,
-    short_labels,
 )
 from compare.table import (
     COLUMNS,
@@ -124,10 +122,10 @@ def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
             runs.append(read_run(path))
         except DataError as error:  # removed in this moment
             print(error, file=sys.stderr)
-    for run, label in zip(runs, labels(runs), strict=True):
+    for run, name in zip(runs, names(runs), strict=True):
         more = run.problems_of_records if with_records else ()
         for problem in dict.fromkeys((*run.problems, *more)):
-            print(printable(f"{label}: {problem}"), file=sys.stderr)
+            print(printable(f"{name}: {problem}"), file=sys.stderr)
     return runs
 
 
@@ -181,7 +179,8 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 
 def _results(runs: Sequence[Run]) -> dict[str, list[str]]:
-    rows = {column.name: [cell(column, run) for run in runs] for column in COLUMNS[1:]}
+    rows = {"run": short_names(runs)}
+    rows |= {column.name: [cell(column, run) for run in runs] for column in COLUMNS[1:]}
     rows["time"] = ["-" if run.seconds is None else duration(run.seconds) for run in runs]
     ends = [run.reason for run in runs]
     return rows | ({"reason": [end or "-" for end in ends]} if any(ends) else {})
@@ -191,10 +190,10 @@ def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]])
     """A titled table of a column per run, in parts that fit the width; nothing without rows."""
     if not rows:
         return []
-    names = short_labels(runs)
+    heads = labels(runs)
     columns = [[_cut(value) for value in column] for column in zip(*rows.values(), strict=True)]
     widths = [
-        2 + max(map(len, (name, *column))) for name, column in zip(names, columns, strict=True)
+        2 + max(map(len, (name, *column))) for name, column in zip(heads, columns, strict=True)
     ]
     left, lines, first = max(map(len, (title, *rows))), list[str](), 0
     while first < len(runs):
@@ -202,7 +201,7 @@ def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]])
         while last < len(runs) and left + sum(widths[first : last + 1]) <= width():
             last += 1
         body = [list(row) for row in zip(rows, *columns[first:last], strict=True)]
-        table = [[title, *names[first:last]], *body]
+        table = [[title, *heads[first:last]], *body]
         lines += ["", *aligned(table, [True] * (last - first + 1))]
         first = last
     return lines
@@ -210,7 +209,7 @@ def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]])
 
 def _shared_name(runs: Sequence[Run]) -> list[str]:
     """What the columns are short for."""
-    shared, short = shared_start(labels(runs)), ", ".join(short_labels(runs))
+    shared, short = shared_start(names(runs)), ", ".join(short_names(runs))
     return textwrap.wrap(f"Runs {shared}...: {short}", width()) if shared else []
 
 
@@ -227,22 +226,22 @@ def _data_lines(runs: Sequence[Run]) -> list[str]:
     lines = _section(runs, "Data", data)
     if ledger:
         lines += ["", "Data, as said at the start"]
-    for name, told in zip(labels(runs), ledger, strict=bool(ledger)):
-        lines += [f"  {name}: {line}" for line in told]
+    for label, told in zip(labels(runs), ledger, strict=bool(ledger)):
+        lines += [f"  {label}: {line}" for line in told]
     return lines
 
 
 def _pair_lines(runs: Sequence[Run]) -> list[str]:
     """Each run against the first, where both were evaluated on the same text."""
-    names = short_labels(runs)
+    heads = labels(runs)
     rows, reasons = list[list[str]](), list[str]()
-    for run, name in zip(runs[1:], names[1:], strict=True):
+    for run, label in zip(runs[1:], heads[1:], strict=True):
         for where, pair in _pairs(runs[0], run):
             if isinstance(pair, Paired):
-                rows.append([f"  {name}", *_pair_cells(pair, where)])
+                rows.append([f"  {label}", *_pair_cells(pair, where)])
             else:
-                reasons.append(f"  {name} is not compared: {pair}.")
-    title = f"Held-out loss less that of {names[0]}, nats per token, with its 95 % interval:"
+                reasons.append(f"  {label} is not compared: {pair}.")
+    title = f"Held-out loss less that of {heads[0]}, nats per token, with its 95 % interval:"
     return [
         *["", title],
         *(aligned(rows, [True] * len(rows[0])) if rows else []),

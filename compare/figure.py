@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compare.curves import AXES, COLOURS, Curve, curve, described, metrics_of
+from compare.labels import labels, short_names
 from compare.output import check_folder, write
-from compare.run import Run, labels
+from compare.run import Run
 from config import ConfigError
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: st
     last = described(metrics[-1])
     ends: list[tuple[float, Any, str]] = []
     drawn: list[Curve] = []
-    for index, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+    told = zip(runs, labels(runs), short_names(runs), strict=True)
+    for index, (run, label, time) in enumerate(told):
+        name = label if label.endswith(time) else f"{label} ({time})"
         end: tuple[float, Any, str] | None = None
         for metric in metrics:
             drawn.append(curve(run, metric, x))

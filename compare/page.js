@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const form = document.getElementById("controls");
-const view = {x: "step", logX: false, logY: false, crop: true, smooth: 0, hidden: new Set()};
+const view = {x: "step", logX: false, logY: false, crop: true, smooth: 0, hidden: new Set(), zooms: 0};
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "x", "star"];
 const DASHES = ["solid", "dash", "dot"];
 const SHAPES = {  // the same symbols in an 18 x 10 picture
@@ -15,6 +15,9 @@ const SHAPES = {  // the same symbols in an 18 x 10 picture
   x: "M6 2h2l1 1.8L10 2h2l-1.8 3L12 8h-2L9 6.2 8 8H6l1.8-3Z", star: "M9 .8l1.3 2.9 3.2.3-2.4 2.1.7 3.1L9 7.6 6.2 9.2l.7-3.1L4.5 4l3.2-.3Z",
 };
 const MARKED = 60; // an evaluation curve of more points is a line
+const FEW = 6; // more runs are rows of a table, folded and scrolled
+const PAIRS = 10; // of more, the rest is shown on request
+const coarse = () => matchMedia("(pointer: coarse)").matches;
 
 // ---- small things
 
@@ -24,11 +27,11 @@ function make(tag, attributes, ...children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter(child => child !== null && child !== undefined));
+  made.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
   return made;
 }
 const place = id => document.getElementById(id);
-const show = (id, ...children) => { place(id).append(...children); place(id).hidden = false; };
+const show = (id, ...children) => { place(id).append(...children.filter(child => child)); place(id).hidden = false; };
 const literal = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const isDark = () => (document.documentElement.dataset.theme || system()) === "dark";
 const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -42,8 +45,9 @@ function swatch(index) {
     make("line", {x1: 0, x2: 18, y1: 5, y2: 5, "stroke-dasharray": {solid: null, dash: "4 2", dot: "1.5 2"}[dash(index)]}),
     make("path", {d: SHAPES[symbol(index)]}));
 }
-const runName = index => make("span", {class: "run", title: runs[index].name}, swatch(index),
-  make("span", {class: "name"}, runs[index].short));
+const runName = index => make("span", {class: "run", title: runs[index].path}, swatch(index),
+  make("span", {class: "name"}, runs[index].label));
+const namedRun = index => [runName(index), runs[index].time === runs[index].label ? null : make("small", {class: "time"}, runs[index].time)];
 
 function copyButton(text, name) {
   const button = make("button", {type: "button", class: "copy", "aria-label": `Copy the command of ${name}`}, "Copy");
@@ -99,11 +103,10 @@ const heading = column => [column.section && column.section !== column.title ? m
 function drawResults() {
   const columns = data.columns;
   place("results-title").textContent = runs.length > 1 ? "Results and the settings that differ" : "Results";
-  const wide = runs.length > 6;
-  const table = runs.length === 1 ? cards(columns) : scrolled(wide ? asRows(columns) : asColumns(columns));
+  const table = runs.length === 1 ? cards(columns) : scrolled(runs.length > FEW ? asRows(columns) : asColumns(columns));
   const legend = runs.length > 1 && columns.some(column => column.group === "Settings")
     ? make("p", {class: "hint"}, make("b", {class: "key best"}, "bold"), ": best of all runs. ",
-      make("span", {class: "key other"}, "tinted"), ": other than in ", make("span", {class: "name"}, runs[0].name), ".") : null;
+      make("span", {class: "key other"}, "tinted"), ": other than in ", make("span", {class: "name"}, runs[0].label), ".") : null;
   place("results").append(table, ...(legend ? [legend] : []));
 }
 const scrolled = table => make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Table, scrolls sideways"}, table);
@@ -114,7 +117,7 @@ const cards = columns => make("dl", {class: "cards"}, columns.map(column => {
 }));
 
 function asColumns(columns) {
-  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runName(index))));
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, namedRun(index))));
   const rows = columns.flatMap((column, number) => {
     const starts = number > 0 && columns[number - 1].group !== column.group;
     return make("tr", {class: starts ? "starts" : null},
@@ -124,30 +127,35 @@ function asColumns(columns) {
 }
 
 function asRows(columns) {
-  const body = make("tbody");
-  const fill = order => body.replaceChildren(...order.map(index => make("tr", {class: index === data.best ? "winner" : null},
-    make("th", {scope: "row"}, runName(index)), columns.map(column => cell(column, index)))));
-  fill(runs.map((_, index) => index));
-  const head = make("tr", {}, make("th", {scope: "col"}, "Run"), columns.map(column => sorter(column, fill)));
-  return make("table", {class: "lying"}, make("thead", {}, head), body);
+  const rows = runs.map((_, index) => make("tr", {class: index === data.best ? "winner" : null},
+    make("th", {scope: "row"}, namedRun(index)), columns.map(column => cell(column, index))));
+  const name = {title: "Run", texts: runs.map(run => run.label), values: runs.map(() => null)};
+  return sortable("lying", rows, [name, ...columns]);
 }
 
-function sorter(column, fill) {
-  const button = make("button", {type: "button", title: "Sort"}, heading(column));
-  const th = make("th", {scope: "col", class: column.numeric ? "number" : null}, button);
-  button.addEventListener("click", () => {
-    const up = th.getAttribute("aria-sort") !== "ascending";
-    for (const other of th.parentNode.children) other.removeAttribute("aria-sort");
-    th.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const order = runs.map((_, index) => index).sort((a, b) => {
-      const [one, two] = [column.texts[a], column.texts[b]], [less, more] = [column.values[a], column.values[b]];
-      if ((one === "") !== (two === "")) return one === "" ? 1 : -1; // unknown last
-      return (up ? 1 : -1) * (less !== null && more !== null ? less - more : one.localeCompare(two));
+// A table of `rows`, in their order at first, that is sorted by a click on a heading: a column has
+// `texts` and `values` (null: sort by text) of each row; one without a title is not sorted by.
+function sortable(name, rows, columns) {
+  const body = make("tbody", {}, rows);
+  const heads = columns.map(column => {
+    if (!column.title) return make("td");
+    const button = make("button", {type: "button", title: "Sort"}, heading(column));
+    const th = make("th", {scope: "col", class: column.numeric ? "number" : null}, button);
+    button.addEventListener("click", () => {
+      const up = th.getAttribute("aria-sort") !== "ascending";
+      for (const other of heads) other.removeAttribute("aria-sort");
+      th.setAttribute("aria-sort", up ? "ascending" : "descending");
+      body.replaceChildren(...rows.map((row, index) => ({row, index})).sort(order(column, up)).map(({row}) => row));
     });
-    fill(order);
+    return th;
   });
-  return th;
+  return make("table", {class: `${name} sorted`}, make("thead", {}, make("tr", {}, heads)), body);
 }
+const order = (column, up) => ({index: a}, {index: b}) => {
+  const [one, two] = [column.texts[a], column.texts[b]], [less, more] = [column.values[a], column.values[b]];
+  if ((one === "") !== (two === "")) return one === "" ? 1 : -1; // unknown last
+  return (up ? 1 : -1) * (less !== null && more !== null ? less - more : one.localeCompare(two));
+};
 
 // ---- the paired comparison: a dot and its interval, one line per run
 
@@ -161,14 +169,22 @@ function drawPairs() {
   const high = Math.min(reach, Math.max(0, ...known.map(pair => pair.high)));
   const margin = (high - low) * 0.06 || 1;
   const x = value => 100 * (value - low + margin) / (high - low + 2 * margin);
-  const rows = pairs.map(pair => make("tr", {}, make("th", {scope: "row"}, runName(pair.run)),
+  const rows = pairs.map(pair => make("tr", {}, make("th", {scope: "row"}, namedRun(pair.run)),
     pair.low === null
       ? make("td", {colspan: 3, class: "reason"}, pair.verdict)
       : [make("td", {class: "number"}, pair.text, make("small", {}, `95 %: ${pair.interval}`)),
-        make("td", {class: "forest"}, forest(pair, x)), make("td", {class: "verdict"}, pair.verdict, make("small", {}, pair.where))]));
-  const head = make("tr", {}, ["Run", "Held-out loss", "", ""].map((title, index) =>
-    (title ? make("th", {scope: "col", class: index === 1 ? "number" : null}, title) : make("td"))));
-  show("paired", make("p", {class: "explained"}, data.pairs_told), scrolled(make("table", {class: "pairs"}, make("thead", {}, head), make("tbody", {}, rows))));
+        make("td", {class: "verdict"}, pair.verdict, make("small", {}, pair.where)), make("td", {class: "forest"}, forest(pair, x))]));
+  const differences = {title: "Held-out loss", numeric: true, texts: pairs.map(pair => pair.text || ""), values: pairs.map(pair => pair.difference ?? null)};
+  const verdicts = {title: "Verdict", texts: pairs.map(pair => (pair.low === null ? "" : pair.verdict)), values: pairs.map(() => null)};
+  const names = {title: "Run", texts: pairs.map(pair => runs[pair.run].label), values: pairs.map(() => null)};
+  const table = sortable("pairs", rows, [names, differences, verdicts, {}]);
+  show("paired", make("p", {class: "explained"}, data.pairs_told), scrolled(table), rows.length > PAIRS + 2 ? allButton(table, rows.length) : null);
+}
+function allButton(table, count) {
+  table.classList.add("first");
+  const button = make("button", {type: "button", class: "quiet all"}, `Show all ${count} runs`);
+  button.addEventListener("click", () => { table.classList.remove("first"); button.remove(); });
+  return button;
 }
 function forest(pair, x) {
   const at = value => `${Math.min(100, Math.max(0, x(value)))}%`;
@@ -206,6 +222,7 @@ function buildPanels() {
   for (const panel of panels) {
     panel.plot = make("div", {class: "plot", role: "img", "aria-label": panel.label});
     panel.note = make("small", {class: "note"});
+    watch(panel);
     const unit = panel.unit ? make("span", {class: "unit"}, panel.unit) : null;
     const key = panel.loss ? make("span", {class: "key"}, make("i", {class: "thin"}), "training", make("i", {class: "bold"}), "held-out") : null;
     place("panels").append(make("figure", {class: panel.loss ? "panel main" : "panel"},
@@ -238,14 +255,13 @@ function tracesOf(panel) {
     if (!curve) return [];
     const x = curve.at.map(row => (run.axes[view.x][row] === null ? null : run.axes[view.x][row] / unit));
     const y = curve.y.map(value => (value === null ? null : value * panel.scale));
-    const name = literal(run.short) + (panel.metrics.length > 1 && !metric.bold ? ", training" : "");
-    const base = {x, y, name, meta: index, type: "scatter", mode: "lines", visible: !view.hidden.has(index),
-      hovertemplate: "%{y:.5~g}", line: {color: colour(index), dash: dash(index), width: metric.bold ? 2.6 : 1.4}, opacity: metric.bold ? 1 : 0.8};
+    const base = {x, y, name: literal(run.label), meta: index, legendgroup: metric.key, type: "scatter", mode: "lines", visible: !view.hidden.has(index),
+      line: {color: colour(index), dash: dash(index), width: metric.bold ? 2.6 : 1.4}, opacity: metric.bold ? 1 : 0.8};
     if (metric.bold) {
       return [{...base, mode: y.length <= MARKED ? "lines+markers" : "lines", marker: {size: 7, symbol: symbol(index), color: colour(index)}}];
     }
     if (!metric.smooth || view.smooth === 0) return [base];
-    return [{...base, opacity: 0.22, hoverinfo: "skip", hovertemplate: null, line: {...base.line, width: 1}},
+    return [{...base, opacity: 0.22, hoverinfo: "skip", line: {...base.line, width: 1}},
       {...base, y: smoothed(y, view.smooth)}];
   }));
 }
@@ -272,19 +288,18 @@ function frame(traces) {
 
 function layoutOf(panel, traces, style) {
   const axis = {gridcolor: style.grid, linecolor: style.line, zeroline: false, automargin: true, exponentformat: "B",
-    tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: false};
+    tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: coarse()};
   const framed = panel.loss && view.crop ? frame(traces) : null;
   const logarithmic = view.logY && !panel.zero;
   const range = framed && (logarithmic ? framed.range.map(Math.log10) : framed.range);
   panel.note.textContent = framed ? `start above the frame, up to ${framed.highest.toPrecision(3)}` : "";
   return {
     autosize: true, margin: {l: 46, r: 10, t: 6, b: 42}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: {family: style.font, size: 12, color: style.ink}, showlegend: false, hovermode: "x unified", hoverdistance: 40,
-    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    hoverlabel: {bgcolor: style.paper, bordercolor: style.line, font: {size: 12, color: style.ink, family: style.font}, namelength: -1},
-    uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop]),
+    font: {family: style.font, size: 12, color: style.ink}, showlegend: false, hovermode: false,
+    dragmode: coarse() ? false : "zoom",
+    uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop, view.zooms]),
     xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: timeUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
-      showline: true, hoverformat: view.x === "time" ? ".4~g" : ",.6~g", showspikes: true, spikethickness: -2, spikedash: "solid", spikecolor: style.line, nticks: 8},
+      showline: true, nticks: 8},
     yaxis: {...axis, type: logarithmic ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
       ...(panel.zero ? {rangemode: "tozero"} : {})},
   };
@@ -299,10 +314,10 @@ function styleNow() {
     probe.remove();
     return value;
   };
-  return {font: computed.fontFamily, ink: read("ink"), soft: read("soft"), line: read("line"), grid: read("grid"), paper: read("paper")};
+  return {font: computed.fontFamily, ink: read("ink"), soft: read("soft"), line: read("line"), grid: read("grid")};
 }
 
-const CONFIG = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "autosize", scrollZoom: false};
+const CONFIG = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: false, scrollZoom: false};
 
 function redraw() {
   const style = styleNow();
@@ -312,19 +327,91 @@ function redraw() {
     const traces = tracesOf(panel);
     const first = !panel.plot.data;
     Plotly.react(panel.plot, traces, layoutOf(panel, traces, style), CONFIG);
-    if (first) panel.plot.on("plotly_relayout", change => follow(panel, change));
+    if (!first) continue;
+    panel.plot.on("plotly_relayout", change => follow(panel, change));
+    panel.plot.on("plotly_doubleclick", showWhole);
   }
 }
 
-// A zoom along x, or its end, is that of all panels.
+// As at first and as the boxes say, also the frame of the losses: Plotly's own double click undoes it.
+function showWhole() {
+  view.zooms += 1;
+  redraw();
+}
+
+// A zoom along x is that of all panels.
 let following = false;
 async function follow(panel, change) {
-  const zoomed = "xaxis.range[0]" in change, ended = "xaxis.autorange" in change;
-  if (following || !(zoomed || ended)) return;
+  if (following || !("xaxis.range[0]" in change)) return;
   following = true;
-  const update = ended ? {"xaxis.autorange": true} : {"xaxis.range": [change["xaxis.range[0]"], change["xaxis.range[1]"]]};
+  const update = {"xaxis.range": [change["xaxis.range[0]"], change["xaxis.range[1]"]]};
   await Promise.all(panels.filter(other => other !== panel).map(other => Plotly.relayout(other.plot, {...update})));
   following = false;
+}
+
+// ---- the values under the pointer or a tap, a line per run in the order of the curves on the screen;
+// Plotly's own box has a line per curve and grows beyond the screen
+
+const REACH = 40; // pixels to the nearest point of a curve
+const LINES = 12;
+const readout = make("div", {class: "readout", "aria-hidden": "true", hidden: true}), cursor = make("div", {class: "cursor"});
+document.body.append(readout);
+
+function watch(panel) {
+  for (const kind of ["pointermove", "pointerdown"]) panel.plot.addEventListener(kind, event => read(panel, event));
+  panel.plot.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hideReadout(); });
+}
+function hideReadout() {
+  readout.hidden = true;
+  cursor.remove();
+}
+addEventListener("scroll", hideReadout, {passive: true});
+addEventListener("pointerdown", event => { if (!event.target.closest(".plot")) hideReadout(); });
+
+function read(panel, event) {
+  const {xaxis, yaxis} = panel.plot._fullLayout, box = panel.plot.getBoundingClientRect();
+  const at = event.clientX - box.left - xaxis._offset, height = event.clientY - box.top - yaxis._offset;
+  const found = valuesAt(panel, at, xaxis, yaxis);
+  if (!found.length || at < 0 || at > xaxis._length || height < 0 || height > yaxis._length) return hideReadout();
+  found.sort((a, b) => a.y - b.y);
+  const nearest = found.reduce((best, row) => (Math.abs(row.y - height) < Math.abs(best.y - height) ? row : best));
+  const most = Math.min(LINES, Math.floor(innerHeight / 34));
+  const from = Math.max(0, Math.min(found.indexOf(nearest) - Math.floor(most / 2), found.length - most));
+  const shown = found.slice(from, from + most), under = found.length - from - shown.length;
+  const metrics = panel.metrics.filter(metric => found.some(row => row.values[metric.key] !== undefined)).reverse();
+  const more = (count, where) => (count ? make("p", {}, `${count} more ${where}`) : null);
+  const x = nearest.x.toLocaleString("en", {maximumSignificantDigits: 6});
+  readout.replaceChildren(...[make("b", {}, `${timeUnit()[1]} ${x}`), more(from, "above"),
+    make("table", {}, metrics.length > 1 ? make("tr", {}, make("td"), metrics.map(metric => make("th", {}, metric.bold ? "held-out" : "training"))) : null,
+      shown.map(row => make("tr", {class: row === nearest && found.length > 1 ? "nearest" : null}, make("th", {}, runName(row.run)),
+        metrics.map(metric => make("td", {}, row.values[metric.key] === undefined ? "" : String(Number(row.values[metric.key].toPrecision(5)))))))),
+    more(under, "below")].filter(child => child));
+  cursor.style.cssText = `left: ${xaxis._offset + xaxis.d2p(nearest.x)}px; top: ${yaxis._offset}px; height: ${yaxis._length}px`;
+  panel.plot.append(cursor);
+  readout.hidden = false;
+  const {width, height: tall} = readout.getBoundingClientRect(), right = event.clientX + 18;
+  const left = right + width < innerWidth - 8 ? right : event.clientX - width - 18;
+  readout.style.left = `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`;
+  readout.style.top = `${Math.max(8, Math.min(event.clientY - tall / 2, innerHeight - tall - 8))}px`;
+}
+
+// Of each run that is drawn: its values nearest to a place along x, and how low it lies there.
+function valuesAt(panel, at, xaxis, yaxis) {
+  const found = new Map();
+  for (const trace of panel.plot.data) {
+    if (!trace.visible || trace.hoverinfo === "skip") continue;
+    let place = -1, gap = REACH;
+    trace.x.forEach((x, index) => {
+      const away = x === null || trace.y[index] === null ? Infinity : Math.abs(xaxis.d2p(x) - at);
+      if (away <= gap) [place, gap] = [index, away];
+    });
+    if (place < 0) continue;
+    const row = found.get(trace.meta) || {run: trace.meta, values: {}};
+    row.values[trace.legendgroup] = trace.y[place];
+    [row.x, row.y] = [trace.x[place], yaxis.d2p(trace.y[place])]; // of held-out losses, which come last
+    found.set(trace.meta, row);
+  }
+  return [...found.values()];
 }
 
 function readControls() {
@@ -343,8 +430,7 @@ function startControls() {
   form.addEventListener("reset", () => setTimeout(() => {
     view.hidden.clear();
     readControls();
-    redraw();
-    panels.forEach(panel => Plotly.relayout(panel.plot, {"xaxis.autorange": true}));
+    showWhole();
   }));
   readControls();
 }
@@ -360,7 +446,7 @@ function drawSamples() {
   const told = make("output", {for: "sample-step"});
   const columns = talking.map(({run, index}) => {
     const at = make("small"), text = make("pre", {tabindex: 0});
-    return {run, at, text, box: make("article", {class: "sample"}, make("h3", {}, runName(index), at), text)};
+    return {run, at, text, box: make("article", {class: "sample"}, make("h3", {}, make("span", {}, namedRun(index)), at), text)};
   });
   const fill = () => {
     const step = steps[slider.value];
@@ -375,14 +461,16 @@ function drawSamples() {
   slider.addEventListener("input", fill);
   fill();
   const chooser = steps.length > 1 ? [make("label", {class: "slider"}, "Evaluation at ", slider, told)] : [];
-  show("samples", ...chooser, make("div", {class: "samples"}, columns.map(column => column.box)));
+  show("samples", ...chooser, columns.length > FEW
+    ? make("div", {class: "samples side", tabindex: 0, role: "region", "aria-label": "Samples, scroll sideways"}, columns.map(column => column.box))
+    : make("div", {class: "samples"}, columns.map(column => column.box)));
 }
 
 function drawContexts() {
   if (!data.contexts.length) return;
   const rows = data.contexts.map(([key, values]) => make("tr", {}, make("th", {scope: "row"}, key),
     values.map(value => make("td", {class: value === "" ? "none" : null}, value || "\u2013"))));
-  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runName(index))));
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, namedRun(index))));
   show("contexts", scrolled(make("table", {class: "upright wordy"}, make("thead", {}, head), make("tbody", {}, rows))));
 }
 
@@ -390,11 +478,14 @@ const folded = (title, pairs) => (pairs.length ? make("details", {}, make("summa
   make("dl", {class: "settings"}, pairs.map(([key, value]) => [make("dt", {}, key), make("dd", {}, value || "\u2013")]))) : null);
 
 function drawRuns() {
-  place("runs").append(...runs.map((run, index) => make("article", {class: "again"},
-    make("h3", {}, runName(index), make("span", {class: `state ${run.state}`}, run.told)),
-    make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
-    make("p", {class: "path"}, run.path),
-    folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment))));
+  place("runs").append(...runs.map((run, index) => {
+    const title = [make("span", {}, namedRun(index)), make("span", {class: `state ${run.state}`}, run.told)];
+    const body = [make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
+      make("p", {class: "path"}, run.path),
+      folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment)];
+    return runs.length > FEW ? make("details", {class: "again"}, make("summary", {}, title), body)
+      : make("article", {class: "again"}, make("h3", {}, title), body);
+  }));
 }
 
 // ---- light and dark
@@ -411,6 +502,7 @@ place("theme").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
+if (coarse()) place("zooming").textContent = "Tap a panel for its values.";
 place("zooming").textContent += runs.length > 1 ? " Double-click a run above to see it alone." : "";
 place("curves").hidden = panels.length === 0;
 drawAnswer();

@@ -19,9 +19,10 @@ from typing import Any
 
 from compare import differences, paired
 from compare.curves import AXES, COLOURS, DARK_COLOURS, curve, described, metrics_of
+from compare.labels import labels, names, short_names
 from compare.output import check_folder, write
 from compare.records import number
-from compare.run import Run, labels, restart_command, short_labels
+from compare.run import Run, restart_command
 from config import ConfigError
 from engine.metrics import duration, short
 
@@ -86,9 +87,9 @@ def script_text(source: str) -> str:
 def report(runs: Sequence[Run]) -> dict[str, Any]:
     """All that the page says and draws, the best run first."""
     runs, measure = ranked(runs)
-    names, short_names = labels(runs), short_labels(runs)
+    told = labels(runs)
     return {
-        **_answer(runs, names, measure),
+        **_answer(runs, told, measure),
         "best": 0 if measure(runs[0]) is not None else None,
         "footer": f"Written {datetime.now():%Y-%m-%d %H:%M} by runs.py report. This page holds "
         "all it shows and loads nothing.",
@@ -96,12 +97,14 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
         "axes": {key: title.capitalize() for key, title in AXES.items()},
         "panels": _panels(runs),
         "runs": [
-            _run(run, name) | {"short": _plain(brief)}
-            for run, name, brief in zip(runs, names, short_names, strict=True)
+            _run(run, name) | {"label": _plain(label), "time": _plain(time)}
+            for run, name, label, time in zip(
+                runs, names(runs), told, short_names(runs), strict=True
+            )
         ],
         "columns": _columns(runs),
         "pairs": _pairs(runs),
-        "pairs_told": _pairs_told(names),
+        "pairs_told": _pairs_told(told[0]),
         "contexts": _contexts(runs),
     }
 
@@ -143,7 +146,7 @@ def ranked(runs: Sequence[Run]) -> tuple[list[Run], Measure]:
     return sorted(runs, key=order), measure
 
 
-def _answer(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> dict[str, Any]:
+def _answer(runs: Sequence[Run], told: Sequence[str], measure: Measure) -> dict[str, Any]:
     what = "bits per byte" if measure is _bits else "held-out loss"
     known = [run for run in runs if measure(run) is not None]
     counted = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
@@ -152,40 +155,46 @@ def _answer(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> dict
         headline = f"{counted} on different text: none is best"
         said.append("Losses on different held-out text do not compare.")
     elif not known:
-        headline = (
-            f"{counted}, none evaluated yet" if len(runs) > 1 else f"{names[0]}: no evaluation"
-        )
+        coming = any(run.state == "running" and _evaluates(run) for run in runs)
+        none = "none evaluated yet" if coming else "none evaluated"
+        headline = f"{counted}, {none}" if len(runs) > 1 else f"{told[0]}: no evaluation"
+        if not any(map(_evaluates, runs)):
+            said.append("training.test_freq is null: they are trained without evaluations.")
     elif len(runs) == 1:
-        headline = f"{names[0]}: {what} {_figure(measure(runs[0]))}"
+        headline = f"{told[0]}: {what} {_figure(measure(runs[0]))}"
         said.append(f"Its lowest, at step {runs[0].best_step or 0:,}; {_state(runs[0])}.")
     else:
-        headline = f"Best: {names[0]}, {what} {_figure(measure(runs[0]))}"
+        headline = f"Best: {told[0]}, with {what} {_figure(measure(runs[0]))}"
         if len(known) > 1:
-            said.append(_runner_up(runs, names, measure))
+            said.append(_runner_up(runs, told, measure))
     if len(runs) > 1:
         keys = [_option(key) for key in differences.differing(runs)]
         said.append(f"They differ in {_listed(keys)}." if keys else "Their settings are the same.")
-        going = [name for name, run in zip(names, runs, strict=True) if run.state == "running"]
-        said += [f"Still running: {_listed(going)}."] if going else []
-    told = f"Report of {counted}"
-    return {"headline": headline, "answer": said, "overline": told}
+        going = [label for label, run in zip(told, runs, strict=True) if run.state == "running"]
+        said += [f"Still running: {'; '.join(going)}."] if going else []
+    return {"headline": headline, "answer": said, "overline": f"Report of {counted}"}
 
 
-def _runner_up(runs: Sequence[Run], names: Sequence[str], measure: Measure) -> str:
+def _evaluates(run: Run) -> bool:
+    """Whether it is evaluated at times; also where its config cannot be read."""
+    return run.config.get("training.test_freq", True) is not None
+
+
+def _runner_up(runs: Sequence[Run], told: Sequence[str], measure: Measure) -> str:
     first, second = measure(runs[0]), measure(runs[1])
     assert first is not None and second is not None
     if measure is _bits:
         return (
-            f"{second - first:.4f} bits per byte below {names[1]}. Their tokenizers differ, so "
+            f"{second - first:.4f} bits per byte below {told[1]}. Their tokenizers differ, so "
             "losses per token do not compare."
         )
     pair = paired.compare(runs[0], runs[1], "best")
     if isinstance(pair, str):
-        return f"{second - first:.4f} below {names[1]} ({_figure(second)}); no interval: {pair}."
+        return f"{second - first:.4f} below {told[1]} ({_figure(second)}); no interval: {pair}."
     interval = f"{_interval(pair)}, over {pair.batches} batches"
     if pair.low > 0:
-        return f"{pair.difference:.4f} below {names[1]} ({interval})."
-    return f"Not told apart from {names[1]}: its loss is {pair.difference:.4f} higher ({interval})."
+        return f"{pair.difference:.4f} below {told[1]} ({interval})."
+    return f"Not told apart from {told[1]}: its loss is {pair.difference:.4f} higher ({interval})."
 
 
 def _interval(pair: paired.Paired) -> str:
@@ -319,9 +328,9 @@ def _pair(index: int, pair: paired.Paired) -> dict[str, Any]:
     }
 
 
-def _pairs_told(names: Sequence[str]) -> str:
+def _pairs_told(best: str) -> str:
     return (
-        f"Held-out loss of each run minus that of {names[0]}, batch by batch over the same text, "
+        f"Held-out loss of each run minus that of {best}, batch by batch over the same text, "
         "each at its best evaluation, with the 95 % interval of the mean. An interval that touches "
         "the dotted line shows no difference. It speaks for this kind of text, not for other seeds."
     )

@@ -15,7 +15,6 @@ import shlex
 import struct
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -172,23 +171,6 @@ def find_runs(paths: Sequence[Path] = ()) -> list[Path]:
             raise DataError(f"{path}: {'holds no runs' if path.is_dir() else 'no such run'}.")
         found |= {run.resolve(): run for run in runs}
     return list(found.values())
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: its folder's, else its path."""
-    names = Counter(run.name for run in runs)
-    return [run.name if names[run.name] == 1 else os.path.relpath(run.path) for run in runs]
-
-
-def short_labels(runs: Sequence[Run]) -> list[str]:
-    """Labels without what all of them begin with, such as `run_20251108_`."""
-    names = labels(runs)
-    return [name[len(shared_start(names)) :] for name in names]
-
-
-def shared_start(names: Sequence[str]) -> str:
-    """What all names begin with, up to an underscore; empty for one name."""
-    return "".join(os.path.commonprefix(list(names)).rpartition("_")[:2]) if len(names) > 1 else ""
 
 
 def restart_command(run: Run) -> str:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compare.differences import MISSING
+from compare.labels import LONGEST, descriptions, short_names
 from compare.records import number
-from compare.run import Run, labels, schema
+from compare.run import Run, schema
 from config import ConfigError
 from engine.metrics import short
 from settings.names import resolve
@@ -69,7 +70,9 @@ COLUMNS = (
     Column("precision", "precision", lambda run: run.precision or None),
 )
 _BY_NAME = {name: column for column in COLUMNS for name in (column.name, column.head)}
-_LEFT = {"run", "state", "model", "precision"}
+_DIFFERS = "differs in"
+_NARROWEST = 16  # of what runs differ in
+_LEFT = {"run", _DIFFERS, "state", "model", "precision"}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -80,19 +83,25 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def list_lines(runs: Sequence[Run]) -> list[str]:
-    """A table of one line per run."""
+    """A table of one line per run, with the options in which they differ where there is room."""
     heads = [column.head for column in COLUMNS if column.name != "planned_steps"]
     heads[heads.index("step")] = "steps"
-    rows = [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)]
-    return aligned([heads, *rows], [head in _LEFT for head in heads])
+    rows = [heads, *(_row(run, name) for run, name in zip(runs, short_names(runs), strict=True))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = width() - sum(widths) - len(widths)
+    told = descriptions(runs, min(LONGEST, max(_NARROWEST, room)))
+    if any(told):
+        for row, text in zip(rows, [_DIFFERS, *told], strict=True):
+            row.insert(1, text)
+    return aligned(rows, [head in _LEFT for head in heads])
 
 
-def _row(run: Run, label: str) -> list[str]:
+def _row(run: Run, name: str) -> list[str]:
     cells = {column.name: cell(column, run) for column in COLUMNS}
     planned = cells.pop("planned_steps")
     cells["step"] += "" if planned == _NONE_SHOWN else f"/{planned}"
     cells["precision"] = cells["precision"].replace(" weights", "")
-    return list((cells | {"name": label}).values())
+    return list((cells | {"name": name}).values())
 
 
 def width() -> int:

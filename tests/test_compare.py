@@ -30,8 +30,9 @@ from compare.differences import (
     differing_without_effect,
     equal_options,
 )
+from compare.labels import names
 from compare.paired import Paired, compare, t_quantile
-from compare.run import Run, find_runs, labels, read_run, restart_command
+from compare.run import Run, find_runs, read_run, restart_command
 from config import Config, DataError
 from engine.manifest import Manifest, render
 from engine.run_files import metrics_line, protected
@@ -557,7 +558,7 @@ def test_runs_of_one_name_are_labelled_by_their_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     paths = [make_run(tmp_path / folder, name) for folder, name in ("aa", "ba", "ab")]
-    assert labels([read_run(path) for path in paths]) == ["a/a", "b/a", "b"]
+    assert names([read_run(path) for path in paths]) == ["a/a", "b/a", "b"]
 
 
 # ---- the command that makes it again

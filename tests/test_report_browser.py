@@ -183,8 +183,8 @@ def test_a_gap_is_drawn_as_a_gap(page: Any) -> None:
 
 
 def test_the_answer_stands_on_top(page: Any) -> None:
-    assert page.inner_text("h1") == "Best: run_gpt, held-out loss 3.1000"
-    assert "0.1000 below run_slow" in page.inner_text("#answer .lead")
+    assert page.inner_text("h1") == "Best: gpt, lr 0.001, bfloat16, with held-out loss 3.1000"
+    assert "0.1000 below bdh, lr 0.0001, bfloat16 (" in page.inner_text("#answer .lead")
 
 
 def test_a_setting_other_than_in_the_best_run_is_tinted(page: Any) -> None:
@@ -205,7 +205,14 @@ def test_each_other_run_has_an_interval(page: Any) -> None:
 def test_a_name_and_a_sample_with_markup_are_text(page: Any) -> None:
     assert HOSTILE in page.locator("#samples pre").first.inner_text()
     assert page.locator("img").count() == page.locator("#legend i").count() == 0
-    assert legend(page, 2).inner_text() == "<i>32"
+    assert page.locator("#results thead th").nth(2).inner_text().split("\n") == [
+        "bdh, lr 0.001, float32",
+        "<i>32",
+    ]
+    assert page.locator("#legend button").all_inner_texts()[:2] == [
+        "gpt, lr 0.001, bfloat16",
+        "bdh, lr 0.0001, bfloat16",
+    ]
     assert page.evaluate("window.hacked") is None
 
 
@@ -303,16 +310,35 @@ def test_a_zoom_is_that_of_all_panels_until_a_double_click(page: Any) -> None:
         assert after["range"] == pytest.approx(before["range"])
 
 
+def readout(page: Any) -> list[list[str]]:
+    """The rows of the table beside the pointer, which is to be on the screen as a whole."""
+    box = page.locator(".readout").bounding_box()
+    size = page.viewport_size
+    assert min(box["x"], box["y"]) >= 0
+    assert box["x"] + box["width"] <= size["width"] and box["y"] + box["height"] <= size["height"]
+    script = "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
+    rows: list[list[str]] = page.locator(".readout tr").evaluate_all(script)
+    return rows
+
+
 def test_the_pointer_shows_the_values_of_all_runs(page: Any) -> None:
     page.mouse.move(*over(page, 490))
     page.mouse.move(*over(page, 500), steps=3)
-    page.wait_for_selector(".main .hoverlayer .legend")
-    said = page.text_content(".main .hoverlayer")
-    assert "500" in said
-    assert "gpt, training" in said
-    assert "gpt : 3.6" in said
-    assert "slow : 3.7" in said
-    assert "<i>32, training" in said
+    told = readout(page)
+    assert page.inner_text(".readout b") == "Steps 500"
+    assert told[0] == ["", "held-out", "training"]
+    rows = {cells[0]: cells[1:] for cells in told[1:]}
+    assert list(rows) == [
+        "bdh, lr 0.001, float32",
+        "bdh, lr 0.0001, bfloat16",
+        "gpt, lr 0.001, bfloat16",
+    ]  # from top to bottom, as the curves lie
+    assert rows["gpt, lr 0.001, bfloat16"][0] == "3.6"
+    assert rows["bdh, lr 0.0001, bfloat16"][0] == "3.7"
+    loss, training = rows["bdh, lr 0.001, float32"]
+    assert loss == "" and float(training) > 3  # no evaluation of it is near
+    page.mouse.move(0, 0)
+    assert page.locator(".readout").is_hidden()
 
 
 # ---- samples and commands
@@ -326,6 +352,18 @@ def test_the_step_of_the_samples_is_chosen(page: Any) -> None:
     assert chooser.get_attribute("aria-valuetext") == "step 100"
     chooser.fill("9")
     assert text.inner_text() == "Once upon a time at step 1000"
+
+
+def test_settings_and_environment_unfold_as_text(page: Any) -> None:
+    folds = page.locator("#runs article").first.locator("details")
+    for fold, line in zip(
+        folds.all(), ("training.learning_rate\t0.001", "torch\t2.6.0"), strict=True
+    ):
+        fold.locator("summary").click()
+        words, values = (fold.locator(kind).all_inner_texts() for kind in ("dt", "dd"))
+        assert line in ["\t".join(pair) for pair in zip(words, values, strict=True)]
+        fold.locator("summary").click()
+    assert "[object" not in page.inner_text("body")
 
 
 def test_a_command_is_copied_as_it_is_to_be_typed(page: Any, made: Path) -> None:
@@ -416,6 +454,105 @@ def test_many_runs_on_a_small_screen_need_no_sideways_scroll(browser: Any, many:
         watched.page.wait_for_function(fits)  # the panels follow in a moment
 
 
+PHONE = {"viewport": {"width": 375, "height": 740}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty runs of as many learning rates, each evaluated and sampled from 60 times."""
+    folder = tmp_path_factory.mktemp("thirty")
+    paths = [
+        make_run(
+            folder,
+            f"run_20251108_1430{number}",
+            losses=(9.0, *[3.0 + number / 10] * 59),
+            every=4,
+            options=[f"learning_rate={number}e-4"],
+            sample="Once upon a time",
+        )
+        for number in range(10, 40)
+    ]
+    write_report([read_run(path) for path in paths], folder / "report.html")
+    return folder / "report.html"
+
+
+def test_thirty_runs_fit_on_a_page(browser: Any, thirty: Path) -> None:
+    height = "document.documentElement.scrollHeight"
+    with opened(browser, thirty) as watched:
+        page = watched.page
+        assert page.evaluate(height) < 6000
+        assert page.locator("#runs .command").first.is_hidden()
+        page.locator("#runs summary").first.click()
+        assert page.locator("#runs .command").first.is_visible()
+        pairs = page.locator("#paired tbody tr:visible")
+        assert pairs.count() == 10
+        page.click("#paired .all")
+        assert pairs.count() == 29
+    with opened(browser, thirty, **PHONE) as watched:
+        assert watched.page.evaluate(height) < 9000
+
+
+@pytest.mark.parametrize("table", ["#results", "#paired"])
+def test_tables_of_thirty_runs_are_sorted_by_their_headings(
+    browser: Any, thirty: Path, table: str
+) -> None:
+    with opened(browser, thirty) as watched:
+        page = watched.page
+        first, head = page.locator(f"{table} tbody th").first, page.locator(f"{table} thead th")
+        before = first.inner_text()
+        assert "\u2195" in page.evaluate(
+            """table => getComputedStyle(document.querySelector(`${table} thead button`), "::after")
+            .content""",
+            table,
+        )
+        loss = head.filter(has_text="Held-out loss").first.locator("button")
+        loss.click()
+        assert first.inner_text() == before
+        loss.click()
+        assert first.inner_text().startswith("lr 0.0039")
+
+
+def test_the_readout_of_thirty_runs_is_whole_and_shows_those_at_the_pointer(
+    browser: Any, thirty: Path
+) -> None:
+    with opened(browser, thirty) as watched:
+        page = watched.page
+        x, y = over(page, 200)
+        script = "y => document.querySelector('.main .plot')._fullLayout.yaxis.d2p(y)"
+        top = y - page.evaluate(ORIGIN)[3] / 2
+        for loss, label, more in ((4.0, "lr 0.001", "above"), (6.9, "lr 0.0039", "below")):
+            page.mouse.move(x - 2, top + page.evaluate(script, loss))
+            told = readout(page)
+            assert len(told) == 13  # with the heading
+            assert page.locator(".readout .nearest .name").inner_text() == label
+            assert page.inner_text(".readout p") == f"18 more {more}"
+
+
+def test_a_tap_shows_values_and_leaves_the_frame_as_it_is(browser: Any, thirty: Path) -> None:
+    ranges = "() => document.querySelector('.main .plot')._fullLayout.yaxis.range"
+    with opened(browser, thirty, **PHONE) as watched:
+        page = watched.page
+        x, y = over(page, 150)
+        before = page.evaluate(ranges)
+        assert before[1] < 9  # without the start
+        for _ in range(2):
+            page.touchscreen.tap(x, y)
+            page.wait_for_timeout(400)  # longer than a double click
+            assert page.evaluate(ranges) == before
+            assert len(readout(page)) == 13
+        assert page.is_checked("[name=crop]")
+        page.locator("h2:visible", has_text="Curves").tap()
+        assert page.locator(".readout").is_hidden()
+
+
+def test_the_verdict_is_on_the_screen_of_a_phone(browser: Any, made: Path) -> None:
+    with opened(browser, made, **PHONE) as watched:
+        for verdict in watched.page.locator("#paired td.verdict").all():
+            box = verdict.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 375
+            assert verdict.inner_text().startswith("worse")
+
+
 def test_broken_and_old_runs_are_drawn_among_others_and_sorted(browser: Any, many: Path) -> None:
     with opened(browser, many) as watched:
         page = watched.page
@@ -431,7 +568,9 @@ def test_broken_and_old_runs_are_drawn_among_others_and_sorted(browser: Any, man
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == "descending"
         assert rows.nth(7).inner_text() == first
-        assert rows.nth(8).inner_text().startswith("3\n")  # unknown is last in both orders
+        assert (
+            rows.nth(8).inner_text().startswith("n_layer 5, max_iters 1\n3\t")
+        )  # unknown is last in both orders
 
 
 def test_one_run_is_shown_in_cards_and_no_foreign_script_runs(browser: Any, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def refused(capsys: Captured, *words: str, code: int = 2) -> str:
 
 def names(capsys: Captured, *words: str) -> list[str]:
     """The runs that `list` shows, in order."""
-    return [line.split()[0] for line in told(capsys, "list", *words).splitlines()[1:]]
+    return [run["name"] for run in json.loads(told(capsys, "list", "--json", *words))]
 
 
 # ---- list
@@ -66,10 +66,12 @@ def names(capsys: Captured, *words: str) -> list[str]:
 def test_list_shows_a_line_per_run(capsys: Captured) -> None:
     make("run_a", "run_b")
     heads, first, second = (line.split() for line in told(capsys, "list").splitlines())
-    assert heads[:6] == ["run", "state", "model", "params", "steps", "tokens"]
-    assert heads[6:] == ["best", "last", "bits/B", "tok/s", "precision"]
-    assert first[:9] == ["run_a", "done", "bdh", "25.3", "M", "200/200", "819", "k", "3.0000"]
-    assert second[0] == "run_b"
+    assert heads[:3] == ["run", "differs", "in"]
+    assert heads[3:8] == ["state", "model", "params", "steps", "tokens"]
+    assert heads[8:] == ["best", "last", "bits/B", "tok/s", "precision"]
+    assert first[:5] == ["a", "n_layer", "2", "done", "bdh"]
+    assert first[5:11] == ["25.3", "M", "200/200", "819", "k", "3.0000"]
+    assert second[:3] == ["b", "n_layer", "3"]
 
 
 def test_a_table_of_usual_runs_fits_100_columns(capsys: Captured) -> None:
@@ -381,7 +383,7 @@ def test_diff_leaves_out_what_all_names_begin_with_and_says_so(capsys: Captured)
     make("run_20251108_143022", "run_20251108_150101")
     lines = told(capsys, "diff", "checkpoints").splitlines()
     assert lines[0] == "Runs run_20251108_...: 143022, 150101"
-    assert lines[2].split()[-2:] == ["143022", "150101"]
+    assert lines[2].split("  ")[-2:] == ["n_layer 2", "n_layer 3"]
 
 
 def test_diff_tells_settings_without_effect_apart(capsys: Captured) -> None:
@@ -406,8 +408,8 @@ def test_diff_tells_machine_data_and_reason(capsys: Captured) -> None:
 def test_diff_says_which_run_is_better(capsys: Captured) -> None:
     make("a", "b")
     text = told(capsys, "diff", "a", "b")
-    (line,) = [line for line in text.splitlines() if line.startswith("  b ")]
-    words = line.split()
+    (line,) = [line for line in text.splitlines() if line.startswith("  n_layer 3 ")]
+    words = line.split()[1:]
     assert words[1] == "-0.1000"
     assert float(words[2]) < -0.1 < float(words[4]) < 0
     assert line.endswith("better  (newest: step 200, 8 batches)")
@@ -437,10 +439,11 @@ def test_diff_says_why_runs_are_not_compared(capsys: Captured) -> None:
 
 
 def test_many_runs_are_shown_in_parts_that_fit(capsys: Captured) -> None:
-    make(*(f"{letter}un_20251108_143020" for letter in "abcdefgh"))
+    make(*(f"{letter}un_20251108_143020" for letter in "abcdefgh"), options=[])
+    make("other", options=["n_layer=9"])
     text = told(capsys, "diff", "checkpoints")
     assert max(map(len, text.splitlines())) <= 100
-    assert text.count("model.n_layer") == 3
+    assert text.count("\nmodel.n_layer") == 4
 
 
 def test_a_long_value_is_cut_in_the_table_and_whole_in_json(capsys: Captured) -> None:
