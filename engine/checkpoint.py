@@ -209,7 +209,9 @@ def check_weights(path: Path, content: dict[str, Any]) -> Config:
             kind = weights[name].dtype if name in weights else own.dtype
             if kind != own.dtype and not (kind.is_floating_point and own.is_floating_point):
                 raise ValueError(f"model.{name} holds {kind}, expected {own.dtype}")
-        model.load_state_dict(weights, assign=True)  # there is nothing to copy into
+        # There is nothing to copy into. A plain dict: torch notes `assign` in a state dict's
+        # metadata, and the next load from it would replace the parameters an optimizer holds.
+        model.load_state_dict(dict(weights), assign=True)
     return config
 
 
