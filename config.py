@@ -99,8 +99,12 @@ class TrainingConfig(_Section):
 
     block_size: int = option(512, "length of a training sequence", ge=1, unit="tokens")
     batch_size: int | Literal["auto"] = option(8, "sequences per process and micro-step", ge=1)
-    gradient_accumulation_steps: int = option(1, "micro-steps per step, each process", ge=1)
-    tokens_per_step: int | None = option(None, "size of a step, all processes", ge=1, unit="tokens")
+    gradient_accumulation_steps: int = option(
+        1, "micro-steps per step, each process", ge=1, le=10**6
+    )
+    tokens_per_step: int | None = option(
+        None, "size of a step, all processes", ge=1, le=10**12, unit="tokens"
+    )
     max_iters: int = option(3000, "length of the run", ge=1, unit="optimizer steps")
     epochs: int | None = option(None, "passes over the data, if that ends first", ge=1)
     learning_rate: float = option(1e-3, "peak rate, after warm-up", gt=0)
@@ -120,7 +124,7 @@ class TrainingConfig(_Section):
     init_from: str = option("scratch", "scratch, resume, gpt2, gpt2-xl, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", ge=0)
     sample_prompt: str | None = option(None, "write on from this at each evaluation")
-    sample_tokens: int = option(100, "length of that sample", ge=1, unit="tokens")
+    sample_tokens: int = option(100, "length of that sample", ge=1, le=10**6, unit="tokens")
     use_oracle: bool = option(False, "one batch for ever: loss falls to 0")
     debug: bool = option(False, "show tracebacks")
 
@@ -156,7 +160,9 @@ class DataLoaderConfig(_Section):
 
     num_workers: int = option(0, "processes that read ahead; 0: a thread", ge=0, le=1024)
     pin_memory: bool = option(True, "page-locked batches on CUDA")
-    prefetch_factor: int = option(2, "batches ahead per worker, rounded up to 256 KB", ge=1)
+    prefetch_factor: int = option(
+        2, "batches ahead per worker, rounded up to 256 KB", ge=1, le=4096
+    )
     shuffle: bool = option(True, "a new order of documents each epoch")
 
 
@@ -209,7 +215,7 @@ class Fp8Config(_Section):
     backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
     recipe: Literal["auto", "current", "delayed", "block", "mxfp8"] = option("auto", "scales")
     format: Literal["auto", "hybrid", "e4m3"] = option("auto", "hybrid: gradients in e5m2")
-    amax_history_len: int = option(1024, "delayed: steps looked back on", ge=1)
+    amax_history_len: int = option(1024, "delayed: steps looked back on", ge=1, le=10**6)
     amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
 
 

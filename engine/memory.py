@@ -8,6 +8,7 @@ allocated, and so can its variants, on the same model: other batch sizes, anothe
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -35,6 +36,7 @@ from engine.world import (
 )
 
 SHARE = 0.9  # of the free memory that `batch_size: auto` fills
+IMPOSSIBLE = 4  # times the memory there is: far beyond any error of the prediction
 _GENERAL = "Lower training.batch_size, and raise gradient_accumulation_steps with it."
 _EIGHT_BIT = (4096, 256)  # bitsandbytes: numbers of the smallest tensor in 8 bits, and of a block
 _PIECES = 8  # float32 numbers beside each that the 4-bit step has in hand
@@ -232,6 +234,47 @@ def _muon_bytes(matrix: Tensor, count: int, precision: Formats) -> int:
     return 4 * matrix.numel() + itemsize * (3 * matrix.numel() + square)
 
 
+def refuse_impossible(
+    config: Config, precision: Formats, world: World, build: Callable[[Config], nn.Module]
+) -> None:
+    """Raises ConfigError for a config that no amount of tuning fits into this machine's memory.
+
+    Nothing is allocated to find that out: models of one and of two layers are built on the meta
+    device, and what a layer adds is the difference, so a billion layers cost no more than two.
+    What is short by less is only warned of: the prediction may be off, and other programs may end.
+    """
+    room = Room.of(world)
+    if room.free is None:
+        return
+    small = with_batch(config, 1) if config.training.batch_size == "auto" else config
+    peaks = list[int]()
+    try:
+        for layers in (1, 2):
+            shallow = replace(small, model=replace(small.model, n_layer=layers))
+            with torch.device("meta"):
+                model = build(shallow)
+            peaks.append(Needs(shallow, model, precision, world, base=0).memory().peak)
+    except (RuntimeError, OverflowError, TypeError):  # how torch says it differs by operator
+        raise ConfigError(f"{_sizes(config)}: no machine holds tensors of such sizes.") from None
+    one, two = peaks
+    needed, there = one + (config.model.n_layer - 1) * (two - one), room.held + room.free
+    if needed > IMPOSSIBLE * there:
+        raise ConfigError(
+            f"{_sizes(config)}: a step takes about {size(needed)} of memory, and "
+            f"{world.device} has {size(there)}. Lower the largest of them."
+        )
+
+
+def _sizes(config: Config) -> str:
+    """Names the options that make a run large, with their values."""
+    model, training = config.model, config.training
+    keys = ["n_layer", "n_embd", "vocab_size"]
+    own = {"bdh": "mlp_internal_dim_multiplier", "gpt": "mlp_scale_factor", "llama": "d_ff"}
+    named = {f"model.{key}": getattr(model, key) for key in [*keys, own[model.name]]}
+    named |= {f"training.{key}": getattr(training, key) for key in ("batch_size", "block_size")}
+    return ", ".join(f"{key}={value}" for key, value in named.items() if value is not None)
+
+
 def memory_lines(needs: Needs, room: Room) -> list[str]:
     """What a step needs and what is free; where it does not fit, what would."""
     memory = needs.memory()
@@ -357,8 +400,11 @@ def _resized(config: Config, world_size: int, batch: int, block: int) -> tuple[s
     return words, replace(config, training=sized)
 
 
-def _divisors_below(number: int) -> Iterator[int]:
-    return (each for each in range(number - 1, 0, -1) if number % each == 0)
+def _divisors_below(number: int) -> list[int]:
+    """Returns the divisors of a number but itself, the largest first."""
+    small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    found = {*small, *(number // each for each in small)} - {number}
+    return sorted(found, reverse=True)
 
 
 def _allowed(config: Config, batch: int) -> bool:

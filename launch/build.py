@@ -27,6 +27,7 @@ from engine.memory import (
     confirmed,
     explained_memory,
     largest_batch,
+    refuse_impossible,
     with_batch,
 )
 from engine.metrics import RULE, say
@@ -67,6 +68,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     precision = open_precision(start.config, world)
     data, epoch_tokens = start.data, start.epoch_tokens
     steps = planned_steps(start.config, world.size, epoch_tokens, done_steps(start.saved))
+    refuse_impossible(start.config, precision, world, build_model)
     model = first_model(start, world)
     covered = precision.prepare(model, steps, fill=not start.saved)
     optimizer = new_optimizer(model, start.config)

@@ -12,7 +12,7 @@ from torch import nn
 from config import Config, Request, micro_batch
 from data.text import Text, document_reader, embedded_is_missing
 from engine.forecast import BUDGET_S, choose_trial, forecast, measure
-from engine.memory import Needs, Room, largest_batch, with_batch
+from engine.memory import Needs, Room, largest_batch, refuse_impossible, with_batch
 from engine.metrics import say
 from engine.plan import (
     cost_lines,
@@ -40,9 +40,10 @@ def dry_run(request: Request, world: World) -> None:
     start = None if embedded_is_missing(request.config) else begin(request, world)
     config = request.config if start is None else start.config
     steps = planned_steps(config, world.size, start.epoch_tokens if start else 0)
+    precision = open_precision(config, world)
+    refuse_impossible(config, precision, world, build_model)
     with torch.device("meta"):
         model = build_model(config)
-    precision = open_precision(config, world)
     covered = precision.prepare(model, steps, fill=False)
     optimizer = new_optimizer(model, config)
     wanted = wants_compiler(config, start.saved if start else {}, model, steps, world)

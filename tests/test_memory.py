@@ -594,3 +594,31 @@ def test_a_peak_is_the_sum_of_its_parts_or_of_the_update_where_that_is_more() ->
         "1 kB weights, 1 kB gradients, 2 kB optimizer, 500 B activations, 200 B more in the "
         "optimizer's step, 10 B cached tables, 5 kB the process itself"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model.n_layer=1000000000",
+        "model.name=gpt model.n_layer=4611686018427387904",
+        "model.n_embd=1000000000",
+        "model.n_embd=9223372036854775804",
+        "model.vocab_size=9223372036854775807",
+        "tokenizer.vocab_multiple=1000000000 model.vocab_size=null",
+        "model.mlp_internal_dim_multiplier=9223372036854775807",
+        "model.name=llama model.d_ff=4611686018427387904",
+        "training.block_size=1000000000",
+        "training.batch_size=1000000000",
+        "training.batch_size=1000000000 --dry-run",
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused_before_anything_is_allocated(
+    words: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words.split()
+    assert run_here([*tiny, *given, f"checkpoint_dir={tmp_path / 'runs'}"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    largest = max((word for word in given if word[-1].isdigit()), key=len)
+    assert largest.replace("tokenizer.vocab_multiple", "model.vocab_size") in told
+    assert "no machine holds" in told or "a step takes about" in told
+    assert not (tmp_path / "runs").exists()
