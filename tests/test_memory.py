@@ -51,6 +51,7 @@ from model.bdh import BDH
 from model.gpt import GPT
 from model.llama import Llama
 from tests.conftest import ROOT, TEXT
+from tests.runs import run_here
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 Case = tuple[int, int, int, int, int, int, int, torch.dtype]
