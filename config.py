@@ -160,9 +160,7 @@ class DataLoaderConfig(_Section):
 
     num_workers: int = option(0, "processes that read ahead; 0: a thread", ge=0, le=1024)
     pin_memory: bool = option(True, "page-locked batches on CUDA")
-    prefetch_factor: int = option(
-        2, "batches ahead per worker, rounded up to 256 KB", ge=1, le=4096
-    )
+    prefetch_factor: int = option(2, "batches ahead per worker", ge=1, le=4096)
     shuffle: bool = option(True, "a new order of documents each epoch")
 
 
