@@ -50,6 +50,7 @@ DEFAULT_FILE_HEADER = (
     "Write only what differs into a file of your own: python train.py my.yaml",
     "A test keeps this file equal to config.py. To write it anew: python config.py > config.yaml",
 )
+MOST_MICRO_STEPS = 10**6  # per optimizer step and process
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
@@ -100,11 +101,9 @@ class TrainingConfig(_Section):
     block_size: int = option(512, "length of a training sequence", ge=1, unit="tokens")
     batch_size: int | Literal["auto"] = option(8, "sequences per process and micro-step", ge=1)
     gradient_accumulation_steps: int = option(
-        1, "micro-steps per step, each process", ge=1, le=10**6
+        1, "micro-steps per step, each process", ge=1, le=MOST_MICRO_STEPS
     )
-    tokens_per_step: int | None = option(
-        None, "size of a step, all processes", ge=1, le=10**12, unit="tokens"
-    )
+    tokens_per_step: int | None = option(None, "size of a step, all processes", ge=1, unit="tokens")
     max_iters: int = option(3000, "length of the run", ge=1, unit="optimizer steps")
     epochs: int | None = option(None, "passes over the data, if that ends first", ge=1)
     learning_rate: float = option(1e-3, "peak rate, after warm-up", gt=0)
@@ -290,7 +289,13 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     if tokens is None:
         return config.training.gradient_accumulation_steps
     if tokens % micro_step == 0:
-        return tokens // micro_step
+        steps = tokens // micro_step
+        if steps > MOST_MICRO_STEPS:
+            raise ConfigError(
+                f"{setting(config, 'training.tokens_per_step')} takes {steps:,} micro-steps of "
+                f"{micro_step:,} tokens; at most {MOST_MICRO_STEPS:,} are taken."
+            )
+        return steps
     raise ConfigError(
         f"{setting(config, 'training.tokens_per_step')} is not a multiple of "
         f"{setting(config, 'training.block_size')} * {setting(config, 'training.batch_size')} "

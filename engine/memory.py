@@ -36,6 +36,7 @@ from engine.world import (
 )
 
 SHARE = 0.9  # of the free memory that `batch_size: auto` fills
+MOST_SEQUENCES = 10**9  # of a step whose divisors `batch_size: auto` tries
 IMPOSSIBLE = 4  # times the memory there is: far beyond any error of the prediction
 _GENERAL = "Lower training.batch_size, and raise gradient_accumulation_steps with it."
 _EIGHT_BIT = (4096, 256)  # bitsandbytes: numbers of the smallest tensor in 8 bits, and of a block
@@ -423,6 +424,11 @@ def batch_sizes(config: Config, world_size: int) -> list[int]:
             f"{training.block_size} * {world_size} processes, so no batch_size makes it up."
         )
     sequences = tokens // row
+    if sequences > MOST_SEQUENCES:
+        raise ConfigError(
+            f"training.tokens_per_step={tokens} is {sequences:,} sequences of training.block_size="
+            f"{training.block_size}; batch_size=auto takes at most {MOST_SEQUENCES:,}."
+        )
     found = [each for each in (sequences, *_divisors_below(sequences)) if _allowed(config, each)]
     if not found:
         raise ConfigError(

@@ -177,9 +177,10 @@ class _Layer:
 
     def _in_our_words(self, key: str, entry: Entry) -> Entry:
         """Return an entry whose value is ours where another word for it is known, and say so."""
-        value = entry.value
-        if not isinstance(value, Scalar):
-            return entry
+        value, option = entry.value, self._schema.find(key)
+        any_text = option is not None and option.kind is str and option.form is None
+        if not isinstance(value, Scalar) or (value.quoted and any_text):
+            return entry  # a path that is called "false" is written in quotes
         ours = dialects.VALUES.get(key, {}).get(value.text.lower())
         if ours is None:
             return entry
