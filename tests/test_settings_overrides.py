@@ -490,7 +490,10 @@ def test_names_of_nanogpt_without_a_file_are_said_to_make_a_bdh(ask: Ask) -> Non
 
 
 LATER_MISTAKES = [
-    ("fp8: {amax_history_len: 0}", "fp8.amax_history_len: must be in [1, 1000000], got 0. The default is"),
+    (
+        "fp8: {amax_history_len: 0}",
+        "fp8.amax_history_len: must be in [1, 1000000], got 0. The default is",
+    ),
     ("fp8: {amax_history: 3}", "fp8.amax_history: unknown option. Did you mean amax_history_len?"),
     ("distributed: {x: 3}", "distributed.x: unknown option. See python train.py --help."),
     (
