@@ -23,6 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+# torch keeps compiled code on disk, for whichever CPU: what was for AVX-512 computed nonsense in a
+# process that was told to use AVX2, and would on another machine with the same home.
+torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+
 Kernel = Literal["sdpa", "plain", "flex"]
 _FIRST_CAPACITY = 64  # tokens
 # Up to here torch's backward pass on a CPU takes longer in 16 bits than the formula: 3 times at 64.
