@@ -1,8 +1,9 @@
 """Files that are one long array of tokens: .bin, .ids, .npy.
 
-The one idea: a file is mapped once and read in small pieces, whose pages go back to the system
-soon, so files of many gigabytes take no memory. What a file without a header holds is stated, or
-detected from its size and a sample; the sample also tells one file from another of the same size.
+A file is mapped once and read in small pieces, whose pages go back to the system soon, so files of
+many gigabytes take no memory. What a file without a header holds is stated, or detected from its
+size and a sample; the sample also tells one file from another of the same size. Whatever is read is
+compared with checksums, where there are some, and with the vocabulary, before it is handed out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from config import DataError
+from data.checksums import BLOCK_BYTES, Checksums
+from data.meta import Meta
 from data.order import Tokens
 
 ENDINGS = (".bin", ".ids", ".npy")
@@ -25,6 +28,8 @@ _STRETCH_BYTES = 1 << 16
 _STRETCHES, _MANY_FILES = 8, 64  # stretches of a file; 2 where files are many
 _MAPPED_FILES = 128  # at a time; each takes a file descriptor
 _LOOK_READS, _LOOK_BYTES = 32, 16 << 20  # what comes first: a read may map 2 MB around its bytes
+_CHECKED_AT_START = 32 << 20  # files of fewer bytes together are checked whole: 50 ms
+_DETECTION_PAIRS = 16  # of 32-bit words, at least, to tell 64-bit tokens from 32-bit ones
 _PREPARE = "Correct the path, or make it: python prepare.py --help"
 
 
@@ -75,6 +80,7 @@ class TokenFile:
     count: int
     digest: str
     """Of some stretches of the file."""
+    checksums: Checksums | None = None
 
     def map(self) -> mmap.mmap:
         """All of the file, read-only.
@@ -109,13 +115,15 @@ class TokenFile:
 class TokenMaps:
     """The tokens of files, each mapped when it is first read and kept so; of one thread.
 
+    Nothing damaged and no token outside the vocabulary is handed out.
+
     After every few reads the pages go back to the system, and the files read are looked at again. A
     file that is cut in between ends the process by SIGBUS if a lost page is read before that:
     Python cannot catch it. Until then bytes written into a file in place may be read.
     """
 
-    def __init__(self, files: Sequence[TokenFile]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[TokenFile], vocab_size: int) -> None:
+        self._files, self._vocab_size = files, vocab_size
         self._maps: dict[int, tuple[mmap.mmap, Tokens]] = {}
         self._touched: set[int] = set()
         self._reads = self._bytes = 0
@@ -123,15 +131,35 @@ class TokenMaps:
     def read(self, number: int, first: int, count: int) -> Tokens:
         """Tokens [first, first + count) of a file as a view, to be copied at once.
 
-        Raises DataError where the file is gone or no longer the one that was opened.
+        Raises DataError where the file is gone or no longer the one that was opened, where it is
+        damaged, and where the vocabulary does not have a token.
         """
         if self._reads >= _LOOK_READS or self._bytes >= _LOOK_BYTES:
             self._look()
-        held = self._maps.get(number) or self._map(number)
-        tokens = held[1][first : first + count]
+        pages, tokens = self._maps.get(number) or self._map(number)
+        tokens = tokens[first : first + count]
         self._touched.add(number)
         self._reads, self._bytes = self._reads + 1, self._bytes + tokens.nbytes
+        file = self._files[number]
+        if file.checksums is not None:
+            begin = file.start + first * file.dtype.itemsize
+            end = begin + tokens.nbytes
+            self._bytes += file.checksums.verify(file.path, pages, begin, end)
+        self._check_vocabulary(tokens, file, first)
         return tokens
+
+    def _check_vocabulary(self, tokens: Tokens, file: TokenFile, first: int) -> None:
+        below = tokens.dtype.kind == "i" and int(tokens.min()) < 0
+        if int(tokens.max()) < self._vocab_size and not below:
+            return
+        place = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
+        value, number = int(tokens[place]), first + place
+        fault = "is below 0" if value < 0 else f"is not below the vocabulary's {self._vocab_size}"
+        raise DataError(
+            f"{file.path}: token {value} at offset {file.start + number * file.dtype.itemsize} "
+            f"(token number {number}) {fault}. Set tokenizer.name or model.vocab_size to what made "
+            f"the file; if its tokens are not {file.dtype}, set dataset.token_dtype."
+        )
 
     def _map(self, number: int) -> tuple[mmap.mmap, Tokens]:
         while len(self._maps) >= _MAPPED_FILES:
@@ -156,15 +184,29 @@ class TokenMaps:
         self._maps.clear()
 
 
-def open_files(paths: Sequence[str], dtype: np.dtype[Any] | None) -> tuple[TokenFile, ...]:
-    """Open token files; `dtype` is that of .bin and .ids, and where it is given, of all."""
-    return tuple(_open_file(path, dtype, _stretches(paths)) for path in paths)
+def open_files(
+    paths: Sequence[str],
+    dtypes: Sequence[np.dtype[Any] | None],
+    metas: Sequence[Meta | None],
+) -> tuple[TokenFile, ...]:
+    """Open token files; `dtypes` are those of .bin and .ids, and of .npy files where stated.
+
+    Raises DataError for files that are not what `metas`, their descriptions, say of them.
+    """
+    stretches = _stretches(paths)
+    return tuple(
+        _open_file(path, dtype, meta, stretches)
+        for path, dtype, meta in zip(paths, dtypes, metas, strict=True)
+    )
 
 
-def _open_file(path: str, dtype: np.dtype[Any] | None, stretches: int) -> TokenFile:
+def _open_file(
+    path: str, dtype: np.dtype[Any] | None, meta: Meta | None, stretches: int
+) -> TokenFile:
     stat = os.stat(path)
     if not stat.st_size:
         raise DataError(f"{path}: empty (interrupted copy?). {_PREPARE}")
+    checksums = None if meta is None else _stated_contents(path, stat.st_size, meta)
     if path.endswith(".npy"):
         dtype, start, count = _npy_header(path, dtype)
     else:
@@ -176,7 +218,45 @@ def _open_file(path: str, dtype: np.dtype[Any] | None, stretches: int) -> TokenF
                 "Set dataset.token_dtype, or copy the file again."
             )
     digest = hashlib.blake2b(b"".join(_sample(path, stretches)), digest_size=16).hexdigest()
-    return TokenFile(path, stat.st_size, stat.st_mtime_ns, dtype, start, count, digest)
+    return TokenFile(path, stat.st_size, stat.st_mtime_ns, dtype, start, count, digest, checksums)
+
+
+def _stated_contents(path: str, size: int, meta: Meta) -> Checksums | None:
+    """The checksums of a file, the first of them compared, as a header is read before any token.
+
+    Raises DataError where the file has not the size that its description states.
+    """
+    record = meta.record(path)
+    if record is None:
+        return None
+    if size != record.size:
+        raise DataError(
+            f"{path}: {size} bytes, and {meta.path} states {record.size}: the file was cut, or is "
+            "another one (interrupted copy?). Copy both again, or make both again: "
+            "python prepare.py SOURCE OUT --tokenizer NAME --overwrite"
+        )
+    if record.crcs is None:
+        return None
+    checksums = Checksums(record.crcs, meta.path)
+    checksums.verify(path, _bytes_at(path, 0, BLOCK_BYTES), 0, 1)
+    return checksums
+
+
+def check_at_start(files: Sequence[TokenFile], vocab_size: int) -> int:
+    """Checks all tokens of files that are small, else stretches of each, as `TokenMaps.read` does.
+
+    Returns how many tokens were checked.
+    """
+    maps, checked = TokenMaps(files, vocab_size), 0
+    is_whole, most = sum(file.size for file in files) <= _CHECKED_AT_START, _stretches(files)
+    for number, file in enumerate(files):
+        step = _STRETCH_BYTES // file.dtype.itemsize
+        pieces = -(-file.count // step)
+        spread = sorted({(pieces - 1) * i // (most - 1) for i in range(most)})
+        for piece in range(pieces) if is_whole else spread:
+            checked += len(maps.read(number, piece * step, step))
+    maps.close()
+    return checked
 
 
 def _sample(path: str, stretches: int) -> list[bytes]:
@@ -198,8 +278,8 @@ def _bytes_at(path: str, start: int, count: int = _STRETCH_BYTES + 8) -> bytes:
         ) from None
 
 
-def _stretches(paths: Sequence[str]) -> int:
-    return _STRETCHES if len(paths) <= _MANY_FILES else 2
+def _stretches(files: Sequence[object]) -> int:
+    return _STRETCHES if len(files) <= _MANY_FILES else 2
 
 
 def _refuse_text(path: str) -> None:
@@ -217,7 +297,7 @@ def _npy_header(path: str, stated: np.dtype[Any] | None) -> tuple[np.dtype[Any],
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)  # an archive of arrays has another
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise DataError(f"{path}: not a readable .npy file ({reason}). Write it anew.") from None
     dtype = mapped.dtype
@@ -238,24 +318,41 @@ def _npy_header(path: str, stated: np.dtype[Any] | None) -> tuple[np.dtype[Any],
     return dtype, mapped.offset, len(mapped)
 
 
-def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any]:
+def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any] | None:
     """What files without a header hold, from the vocabulary, their sizes and some of their bytes.
 
-    Tokens of 32 bits in a vocabulary of 16 have no other mark than that their upper halves are 0.
+    Tokens of 32 or 64 bits have no other mark than that their upper parts are 0; None where all
+    that was looked at is 0. Raises DataError where files differ, or where a size fits no type.
     """
-    if vocab_size > 1 << 16:
-        return np.dtype(np.uint32)
-    sizes = {path: os.path.getsize(path) for path in paths}
-    odd = next((path for path, size in sizes.items() if size % 2), None)
-    if odd is not None and vocab_size > 1 << 8:
+    found = {path: _detect(path, vocab_size, _stretches(paths)) for path in paths}
+    kinds = {kind: path for path, kind in found.items() if kind is not None}
+    if len(kinds) > 1:
+        (kind, path), (other, second) = list(kinds.items())[:2]
         raise DataError(
-            f"{odd}: {sizes[odd]} bytes, an odd number, and a vocabulary of {vocab_size:,} tokens "
-            "needs two bytes for each. Copy the file again, or state dataset.token_dtype."
+            f"{path} looks like {kind}, {second} like {other}: files that are read together hold "
+            "tokens of one type. State dataset.token_dtype, or name one of the files."
         )
-    if odd is not None:
-        return np.dtype(np.uint8)
-    if any(size % 4 for size in sizes.values()):
-        return np.dtype(np.uint16)
-    samples = (part for path in paths for part in _sample(path, _stretches(paths)))
-    wide = all(not np.frombuffer(part, dtype="<u4").max(initial=0) >> 16 for part in samples)
-    return np.dtype(np.uint32 if wide else np.uint16)
+    return np.dtype(next(iter(kinds))) if kinds else None
+
+
+def _detect(path: str, vocab_size: int, stretches: int) -> str | None:
+    size, is_small = os.path.getsize(path), vocab_size <= 1 << 16
+    if is_small and size % 2:
+        if vocab_size > 1 << 8:
+            raise DataError(
+                f"{path}: {size} bytes, an odd number, and a vocabulary of {vocab_size:,} tokens "
+                "needs two bytes for each. Copy the file again, or state dataset.token_dtype."
+            )
+        return "uint8"
+    if size % 4:
+        return "uint16" if is_small else "uint32"
+    words = np.frombuffer(b"".join(_sample(path, stretches)), dtype="<u4")
+    if not words.any():
+        return None
+    if is_small and (words >> 16).any():
+        return "uint16"
+    # numpy.save and tofile write int64 unless told otherwise. Read as uint32, every second token
+    # would be 0, which no text is.
+    pairs = len(words) // 2
+    is_long = size % 8 == 0 and pairs >= _DETECTION_PAIRS and not words[1::2].any()
+    return "int64" if is_long else "uint32"

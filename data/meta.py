@@ -1,24 +1,26 @@
-"""What stands beside token files: their tokenizer, the size of its vocabulary and their dtype.
+"""What stands beside token files: tokenizer, vocabulary size, dtype, file sizes and checksums.
 
-The one idea: it is written as JSON. nanoGPT's `meta.pkl` is read too, by a reader that builds plain
-values only: no class or function is ever looked up, so a pickle cannot run anything.
+It is written as JSON. nanoGPT's `meta.pkl` is read too, by a reader that builds plain values only:
+no class or function is ever looked up, so a pickle cannot run anything.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pickle
 import pickletools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from config import DataError, TokenizerConfig, WriteError
+from data.checksums import BLOCK_BYTES, Crcs, from_text, to_text
 from data.tokenizer import (
     CharTokenizer,
     IdTokenizer,
@@ -27,11 +29,21 @@ from data.tokenizer import (
     tokenizer_from_dict,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1 has neither checksums nor a digest
 GPT2_TOKENS = 50257
 _JSON_LIMIT_BYTES = 256 << 20
 _PICKLE_LIMIT_BYTES = 4 << 20
 _REMEDY = "Make the token files again: python prepare.py SOURCE OUT --tokenizer NAME --overwrite"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a description states about the contents of one token file."""
+
+    endings: tuple[str, ...]
+    """Which files of this stem it is about."""
+    size: int
+    crcs: Crcs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,20 @@ class Meta:
     vocab_size: int | None
     dtype: str | None
     path: str
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """By role: "train", "val"."""
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether nanoGPT's scripts wrote it, which do not state the dtype."""
+        return self.path.endswith(".pkl")
+
+    def record(self, tokens: str) -> FileRecord | None:
+        """What it states about a token file beside it, if anything."""
+        is_of_one_file = os.path.basename(self.path) != "meta.json"
+        stem, ending = os.path.splitext(os.path.basename(tokens))
+        record = self.files.get("train" if is_of_one_file else stem)
+        return record if record and ending in record.endings else None
 
 
 def meta_path(tokens: str | os.PathLike[str]) -> Path:
@@ -54,11 +80,25 @@ def read_meta(tokens: str | os.PathLike[str]) -> Meta | None:
 
     None where there is none; raises DataError where it cannot be read.
     """
+    path = _beside(tokens)
+    return None if path is None else read_meta_file(path)
+
+
+def _beside(tokens: str | os.PathLike[str]) -> Path | None:
     folder = Path(tokens).parent
     for path in (meta_path(tokens), folder / "meta.json", folder / "meta.pkl"):
         if path.is_file():
-            return read_meta_file(path)
+            return path
     return None
+
+
+def read_metas(tokens: Sequence[str]) -> list[Meta | None]:
+    """The description of each token file; one that describes several is read once."""
+    found: dict[Path, Meta] = {}
+    return [
+        None if path is None else found.get(path) or found.setdefault(path, read_meta_file(path))
+        for path in map(_beside, tokens)
+    ]
 
 
 def read_meta_file(path: Path) -> Meta:
@@ -102,15 +142,46 @@ def open_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
 
 
 def _from_json(values: dict[str, Any], path: Path) -> Meta:
-    if values["format"] != FORMAT:
+    if values["format"] not in (1, FORMAT):
         raise ValueError(f"format {ascii(values['format'])[:20]}, and {FORMAT} is known here")
+    if values["format"] == FORMAT and values["digest"] != _digest(values):
+        raise ValueError("its digest does not match, so it is damaged or was edited")
     tokenizer = tokenizer_from_dict(values["tokenizer"])
     dtype, vocab_size = values["dtype"], values["vocab_size"]
     if dtype not in ("uint8", "uint16", "uint32"):
         raise ValueError(f"dtype {ascii(dtype)[:20]}")
     if vocab_size != tokenizer.vocab_size:
         raise ValueError(f"vocab_size {ascii(vocab_size)[:20]}, the tokenizer's is not")
-    return Meta(tokenizer, vocab_size, dtype, os.fspath(path))
+    files = _records(values) if values["format"] == FORMAT else _sizes(values, np.dtype(dtype))
+    return Meta(tokenizer, vocab_size, dtype, os.fspath(path), files)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Of all other values, so that a flipped bit in them is noticed."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _records(values: dict[str, Any]) -> dict[str, FileRecord]:
+    if values["block_bytes"] != BLOCK_BYTES:
+        raise ValueError(f"checksums of {values['block_bytes']} bytes, and {BLOCK_BYTES} are known")
+    return {
+        role: FileRecord((file["ending"],), file["bytes"], from_text(file["crc32"], file["bytes"]))
+        for role, file in values["files"].items()
+    }
+
+
+def _sizes(values: dict[str, Any], dtype: np.dtype[Any]) -> dict[str, FileRecord]:
+    """What format 1 tells: the number of tokens, so the size of files without a header."""
+    tokens = values.get("tokens")
+    if not isinstance(tokens, dict):
+        return {}
+    return {
+        role: FileRecord((".bin", ".ids"), count * dtype.itemsize, None)
+        for role, count in tokens.items()
+        if type(count) is int
+    }
 
 
 def _from_pickle(values: dict[Any, Any], path: Path) -> Meta:
@@ -154,21 +225,31 @@ def _plain_values(data: bytes) -> Any:
 
 
 def write_meta(
-    path: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], tokens: Mapping[str, int]
+    path: Path,
+    tokenizer: Tokenizer,
+    dtype: np.dtype[Any],
+    tokens: Mapping[str, int],
+    files: Mapping[str, FileRecord] | None = None,
 ) -> None:
     """Write the description as JSON, whole or not at all; raises WriteError.
 
     `tokens` counts those of each file.
     """
-    values = {
+    values: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer": tokenizer.to_dict(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "tokens": dict(tokens),
         "separator": tokenizer.separator,
+        "block_bytes": BLOCK_BYTES,
+        "files": {
+            role: {"ending": file.endings[0], "bytes": file.size, "crc32": to_text(file.crcs)}
+            for role, file in (files or {}).items()
+            if file.crcs is not None
+        },
     }
-    write_json(path, values)
+    write_json(path, values | {"digest": _digest(values)})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -18,10 +18,19 @@ from config import DataError, DatasetConfig, TokenizerConfig, token_paths
 from data.dataset import Dataset
 from data.folder import characters, check_row_groups, check_rows, open_folder
 from data.index import Index, build_index
-from data.memmap import ENDINGS, TokenFile, detect_dtype, find_files, open_files
-from data.meta import GPT2_TOKENS, Meta, read_meta
+from data.memmap import (
+    ENDINGS,
+    TokenFile,
+    check_at_start,
+    detect_dtype,
+    find_files,
+    open_files,
+)
+from data.meta import GPT2_TOKENS, Meta, read_metas
 from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
 from data.tokens import TokenText, check_split
+
+_DESCRIBED = 10  # meta files that the start of a run names, at most
 
 
 def open_dataset(
@@ -88,22 +97,24 @@ def _open_token_files(
         options = [f"dataset.name={dataset.name}"] * 2
     named = zip(options, paths, strict=True)
     found = [find_files(path, option) for option, path in named if path is not None]
-    metas = [read_meta(files[0]) for files in found]
-    told = any(metas) or vocab_size or config.name != "auto" or known
+    beside = [read_metas(files) for files in found]
+    metas = list({meta.path: meta for metas in beside for meta in metas if meta}.values())
+    told = metas or vocab_size or config.name != "auto" or known
     notes = [] if told else _assumed(dataset)
     tokenizer = known or _token_tokenizer(
         config, metas, found[0][0], GPT2_TOKENS if notes else vocab_size
     )
     if known is not None:
-        written = [(meta.tokenizer, meta.path) for meta in metas if meta and meta.tokenizer]
+        written = [(meta.tokenizer, meta.path) for meta in metas if meta.tokenizer]
         _agreed([(known, "the weights that are trained on"), *written])
     opened: list[tuple[TokenFile, ...]] = []
-    notes += [_meta_note(meta, tokenizer) for meta in metas if meta is not None]
-    for files, meta in zip(found, metas, strict=True):
-        dtype, note = _token_dtype(files, meta, dataset.token_dtype, tokenizer)
-        opened.append(open_files(files, dtype))
+    notes += [_meta_note(meta, tokenizer) for meta in metas[:_DESCRIBED]]
+    for files, descriptions in zip(found, beside, strict=True):
+        dtypes, note = _token_dtypes(files, descriptions, dataset.token_dtype, tokenizer)
+        opened.append(open_files(files, dtypes, descriptions))
         notes += note
     train_files, val_files = opened[0], opened[1] if len(opened) > 1 else ()
+    notes = _checked_notes(train_files + val_files, tokenizer.vocab_size) + notes
     text = TokenText(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
     check_split(text)
     return Dataset(text, tokenizer)
@@ -120,10 +131,10 @@ def _assumed(dataset: DatasetConfig) -> list[str]:
 
 
 def _token_tokenizer(
-    config: TokenizerConfig, metas: Sequence[Meta | None], path: str, vocab_size: int | None
+    config: TokenizerConfig, metas: Sequence[Meta], path: str, vocab_size: int | None
 ) -> Tokenizer:
     """The tokenizer of token files; DataError where it is unknown or a meta file contradicts."""
-    written = [(meta.tokenizer, meta.path) for meta in metas if meta and meta.tokenizer]
+    written = [(meta.tokenizer, meta.path) for meta in metas if meta.tokenizer]
     stated = f"tokenizer.name={config.name}"
     if config.name not in ("auto", "char"):
         return _agreed([(build_tokenizer(config), stated), *written])
@@ -155,10 +166,8 @@ def _agreed(claims: Sequence[tuple[Tokenizer, str]]) -> Tokenizer:
     return first
 
 
-def _tokens_without_text(
-    metas: Sequence[Meta | None], path: str, vocab_size: int | None
-) -> Tokenizer:
-    sizes = [meta.vocab_size for meta in metas if meta and meta.vocab_size]
+def _tokens_without_text(metas: Sequence[Meta], path: str, vocab_size: int | None) -> Tokenizer:
+    sizes = [meta.vocab_size for meta in metas if meta.vocab_size]
     if not sizes and vocab_size is None:
         raise DataError(
             f"{path}: no meta file beside it says which tokens there are. Set tokenizer.name to "
@@ -168,21 +177,48 @@ def _tokens_without_text(
     return IdTokenizer(max(sizes) if sizes else int(vocab_size or 0))
 
 
-def _token_dtype(
-    files: Sequence[str], meta: Meta | None, stated: str, tokenizer: Tokenizer
-) -> tuple[np.dtype[Any] | None, list[str]]:
-    """The dtype of .bin and .ids as stated, written in the meta file or detected; and a note.
+def _token_dtypes(
+    files: Sequence[str], metas: Sequence[Meta | None], stated: str, tokenizer: Tokenizer
+) -> tuple[list[np.dtype[Any] | None], list[str]]:
+    """The dtype of each .bin and .ids as stated, written in its meta file or detected; and a note.
 
     None for .npy, whose header tells it.
     """
     if stated != "auto":
-        return np.dtype(stated), []
+        return [np.dtype(stated)] * len(files), []
     if files[0].endswith(".npy"):
-        return None, []
-    if meta is not None and meta.dtype is not None:
-        return np.dtype(meta.dtype), []
-    found = detect_dtype(files, tokenizer.vocab_size)
-    return found, [f"Token type of {files[0]}: {found}, detected (dataset.token_dtype states it)"]
+        return [None] * len(files), []
+    # nanoGPT's meta.pkl does not state the dtype: it writes uint16, but others keep that file.
+    pairs = list(zip(files, metas, strict=True))
+    unsure = [path for path, meta in pairs if meta is None or meta.dtype is None or meta.is_pickle]
+    found = detect_dtype(unsure, tokenizer.vocab_size) if unsure else None
+    dtypes: list[np.dtype[Any] | None] = []
+    for path, meta in pairs:
+        written = np.dtype(meta.dtype) if meta and meta.dtype else None
+        known = [dtype for dtype in (written, found if path in unsure else None) if dtype]
+        dtypes.append(max(known, key=lambda dtype: dtype.itemsize, default=np.dtype(np.uint32)))
+    first = next((i for i, (path, _) in enumerate(pairs) if path in unsure), None)
+    if first is None or (metas[first] and dtypes[first] == np.uint16):
+        return dtypes, []
+    note = f"Token type of {files[first]}: {dtypes[first]}, detected"
+    return dtypes, [f"{note} (dataset.token_dtype states it)"]
+
+
+def _checked_notes(files: Sequence[TokenFile], vocab_size: int) -> list[str]:
+    """What the start of a run has checked of the tokens, and what nothing protects."""
+    total, checked = sum(file.count for file in files), check_at_start(files, vocab_size)
+    part = "all" if checked == total else f"{checked:,} of"
+    rest = "" if checked == total else "; the rest as it is read"
+    bare = [file.path for file in files if file.checksums is None]
+    sums = "" if len(bare) == len(files) else " and checksums"
+    notes = [f"Checked: {part} {total:,} tokens (ids below {vocab_size:,}{sums}){rest}"]
+    if bare:
+        others = f" and {len(bare) - 1:,} other files" if len(bare) > 1 else ""
+        notes.append(
+            f"No checksums for {bare[0]}{others}: damage that leaves valid token ids would go "
+            "unnoticed (prepare.py writes checksums)"
+        )
+    return notes
 
 
 def _meta_note(meta: Meta, tokenizer: Tokenizer) -> str:

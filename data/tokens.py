@@ -2,8 +2,7 @@
 
 The one idea: a row is T + 1 successive tokens of one file, rows are shuffled one by one, and in
 every epoch they are cut at other places. The name of a row is its number, so the data is the same
-wherever its files lie and whatever they are called. Every row is held against the vocabulary when
-it is read, because files without a header cannot say what they hold.
+wherever its files lie and whatever they are called.
 """
 
 from __future__ import annotations
@@ -269,7 +268,7 @@ class TokenReader:
     """Reads rows of token files."""
 
     def __init__(self, units: RowUnits) -> None:
-        self._units, self._maps = units, TokenMaps(units.files)
+        self._units, self._maps = units, TokenMaps(units.files, units.vocab_size)
         self._dtype = storage_dtype(units.vocab_size)
         self.counts: Counter[str] = Counter()
 
@@ -283,28 +282,9 @@ class TokenReader:
         return file, first, min(units.unit_rows, rows - before) * block_size + 1
 
     def tokens(self, unit: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
-        """The tokens of a unit as they lie in the file.
-
-        Raises DataError naming file, place and value of a token that the vocabulary does not have.
-        """
-        file, first, count = self._place(unit, seed, epoch, shuffle)
-        tokens = self._maps.read(file, first, count)
-        self._check(tokens, self._units.files[file], first)
+        """The tokens of a unit as they lie in the file; raises DataError as TokenMaps.read does."""
+        tokens = self._maps.read(*self._place(unit, seed, epoch, shuffle))
         return tokens.astype(self._dtype)  # a copy, as the map may go
-
-    def _check(self, tokens: Tokens, file: TokenFile, first: int) -> None:
-        vocab_size = self._units.vocab_size
-        below = tokens.dtype.kind == "i" and int(tokens.min()) < 0
-        if int(tokens.max()) < vocab_size and not below:
-            return
-        place = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
-        value, number = int(tokens[place]), first + place
-        fault = "is below 0" if value < 0 else f"is not below the vocabulary's {vocab_size}"
-        raise DataError(
-            f"{file.path}: token {value} at offset {file.start + number * file.dtype.itemsize} "
-            f"(token number {number}) {fault}. Wrong token_dtype ({file.dtype}) or "
-            "model.vocab_size?"
-        )
 
     def places(
         self, unit: int, seed: int, epoch: int, shuffle: bool, tokens: range

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from config import DataError, WriteError
-from data.meta import write_json, write_meta
+from data.checksums import file_checksums
+from data.meta import FileRecord, write_json, write_meta
 from data.tokenizer import Tokenizer
 from data.vocabulary import Ids
 
@@ -149,14 +150,20 @@ class TokenWriter:
                     file.flush()
                     os.fsync(file.fileno())
                 file.close()
+            records = {name: self._record(path) for name, path in self._targets.items()}
             for path in [meta, *stale]:
                 if path not in self._targets.values():
                     path.unlink(missing_ok=True)
             for path in self._targets.values():
                 (self._workspace / path.name).replace(path)
             tokens = {name: getattr(self.counts, name) for name in self._targets}
-            write_meta(meta, tokenizer, self._dtype, tokens)
+            write_meta(meta, tokenizer, self._dtype, tokens, records)
             shutil.rmtree(self._workspace)
+
+    def _record(self, target: Path) -> FileRecord:
+        """Size and checksums, read back: work that was stopped and goes on knows none so far."""
+        path = self._workspace / target.name
+        return FileRecord((path.suffix,), path.stat().st_size, file_checksums(path))
 
     def close(self) -> None:
         """Note how far the work is; leave nothing where nothing was done."""

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataError, WriteError
-from data.meta import _plain_values, meta_path, read_meta, read_meta_file, write_json, write_meta
+from data.meta import (
+    _plain_values,
+    meta_path,
+    read_meta,
+    read_meta_file,
+    read_metas,
+    write_json,
+    write_meta,
+)
 from data.tokenizer import ByteTokenizer, char_tokenizer, train_bpe
 
 
@@ -54,6 +62,20 @@ def test_what_is_written_is_read(tmp_path: Path, tokenizer: Any) -> None:
     assert values["tokens"] == {"train": 7, "val": 1}
     assert values["separator"] == tokenizer.separator
     assert os.listdir(tmp_path) == ["meta.json"]
+
+
+def test_descriptions_of_earlier_versions_are_read_and_tell_sizes(tmp_path: Path) -> None:
+    values = GOOD | {"tokens": {"train": 7, "val": 1}, "separator": 0}
+    (tmp_path / "meta.json").write_text(json.dumps(values))
+    meta, again = read_metas([str(tmp_path / "train.bin"), str(tmp_path / "val.bin")])
+    assert meta is again is not None
+    record = meta.record(str(tmp_path / "train.bin"))
+    assert record is not None
+    assert (record.size, record.crcs, meta.dtype) == (7, None, "uint8")
+    assert meta.record("other.bin") is None
+    assert meta.record("train.npy") is None
+    (tmp_path / "meta.json").write_text(json.dumps(GOOD))
+    assert read_meta_file(tmp_path / "meta.json").record("train.bin") is None
 
 
 def test_the_file_of_its_own_name_comes_first_and_pickle_last(tmp_path: Path) -> None:
@@ -171,7 +193,8 @@ GOOD = {"format": 1, "tokenizer": {"kind": "bytes"}, "vocab_size": 256, "dtype":
         ("[]", "a list, not a dictionary"),
         ("[" * 100_000, "recursion|not a description"),
         ({}, "no 'format'"),
-        (GOOD | {"format": 2}, "format 2, and 1 is known here"),
+        (GOOD | {"format": 3}, "format 3, and 2 is known here"),
+        (GOOD | {"format": 2, "digest": "0"}, "its digest does not match"),
         (GOOD | {"dtype": "float32"}, "dtype 'float32'"),
         (GOOD | {"vocab_size": 7}, "vocab_size 7, the tokenizer's is not"),
         (GOOD | {"tokenizer": {"kind": "x"}}, "kind 'x'"),

@@ -6,8 +6,10 @@ import itertools
 import json
 import mmap
 import os
+import pickle
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,9 +26,10 @@ from hypothesis import strategies as st
 import data
 from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
 from data import loader, memmap, order, tokens
+from data.checksums import BLOCK_BYTES, file_checksums
 from data.dataset import split_of
-from data.meta import write_meta
-from data.tokenizer import build_tokenizer, char_tokenizer
+from data.meta import FileRecord, meta_path, write_meta
+from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
 from data.tokens import Stretch, TokenText
 from tests.batches import G, T, read, spec
 from tests.forks import in_child
@@ -345,6 +348,9 @@ def test_a_second_file_is_held_out_whole(corpus: Path, tmp_path: Path) -> None:
         "Loading data with memory mapping...",
         "Train data size: 4,321 tokens",
         "Validation data size: 333 tokens",
+        "Checked: all 4,654 tokens (ids below 5,000)",
+        f"No checksums for {corpus}/a.bin and 3 other files: damage that leaves valid token ids "
+        "would go unnoticed (prepare.py writes checksums)",
         f"Token type of {corpus}/a.bin: uint16, detected (dataset.token_dtype states it)",
     ]
 
@@ -405,6 +411,53 @@ def test_types_are_detected(
     assert tokens_of(dataset) == values.tolist()
 
 
+def test_numbers_of_numpys_default_type_are_read_and_no_others_taken_for_them(
+    tmp_path: Path,
+) -> None:
+    values = ids(900)
+    often_zero = np.where(ids(900) % 2, 0, values)  # every second token, but for one
+    cases = [
+        ("a", values, "int64", "int64"),
+        ("b", values, "int32", "uint32"),
+        ("c", often_zero, "int64", "int64"),
+        ("d", np.append(often_zero[:-1], 7), "uint32", "uint32"),
+        ("e", np.append(often_zero[:-1], 7), "uint16", "uint16"),
+        ("f", values[:20], "int64", "int64"),
+        ("g", [5, 0, 7, 0], "uint32", "uint32"),  # too few to tell
+        ("h", np.zeros(900), "uint32", "uint32"),
+    ]
+    for vocab_size in (VOCABULARY, 100_000):
+        for name, numbers, dtype, expected in cases:
+            path = put(tmp_path / f"{name}.bin", numbers, dtype)
+            if dtype == "uint16" and vocab_size > 1 << 16:
+                continue
+            dataset = opened(path, vocab_size=vocab_size)
+            assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1]
+            assert tokens_of(dataset) == np.asarray(numbers).astype(int).tolist(), name
+    assert opened(tmp_path / "a.bin", token_dtype="uint32").ledger.tokens == 1800  # as stated
+    assert opened(tmp_path / "c.bin", token_dtype="int64").ledger.tokens == 900
+    with pytest.raises(DataError, match=r"token -1 .* is below 0"):
+        opened(put(tmp_path / "i.bin", -np.arange(900), "int64"), token_dtype="int64")
+    with pytest.raises(DataError, match=r"token 4294967289 .* if its tokens are not uint32"):
+        opened(put(tmp_path / "i.bin", np.append(ids(900), -7), "int64"))
+
+
+def test_files_of_several_types_are_not_read_as_one(tmp_path: Path) -> None:
+    for name, dtype in (("a", "uint16"), ("b", "int64")):
+        put(tmp_path / f"{name}.bin", ids(900), dtype)
+    with pytest.raises(DataError, match=r"a\.bin looks like uint16, .*b\.bin like int64"):
+        opened(tmp_path)
+
+
+def test_a_pickle_that_says_no_type_does_not_hide_a_wider_one(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3}))
+    for dtype in ("uint16", "int64"):
+        path = put(tmp_path / "train.bin", ids(600) % 3, dtype)
+        dataset = opened(path, vocab_size=None)
+        assert tokens_of(dataset) == (ids(600) % 3).tolist()
+        assert any("int64, detected" in line for line in dataset.lines()) == (dtype == "int64")
+
+
 def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
     path = put(tmp_path / "a.bin", ids(701) % 250, "uint8")
     assert tokens_of(opened(path, vocab_size=256)) == ((ids(701) % 250).tolist())
@@ -422,7 +475,7 @@ def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
 def test_a_stated_type_is_taken_without_a_word(tmp_path: Path) -> None:
     path = put(tmp_path / "a.bin", ids(600) % 200, "uint8")
     dataset = opened(path, token_dtype="uint8")
-    assert len(dataset.lines()) == 3
+    assert not [line for line in dataset.lines() if "Token type" in line]
     assert dataset.ledger.tokens == 600
 
 
@@ -440,7 +493,7 @@ def test_the_meta_file_tells_tokenizer_and_type(tmp_path: Path) -> None:
         dataset = opened(train, vocab_size=None, tokenizer=name)
         assert dataset.tokenizer.decode([0, 1, 2]) == "abc"
         assert (dataset.vocab_size, dataset.ledger.tokens) == (3, 600)
-        assert dataset.lines()[3:] == [
+        assert dataset.lines()[5:] == [
             f"Tokens described by {tmp_path / 'meta.json'}: char, 3 in the vocabulary, uint8"
         ]
 
@@ -508,25 +561,147 @@ def test_a_name_is_a_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # Errors: what, where, found value, remedy.
 
 
-def test_a_token_out_of_range_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_token_out_of_range_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:  # only some of it is checked at the start: the first and the last tokens
+        monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
+        monkeypatch.setattr(memmap, "_STRETCH_BYTES", 16)
+        monkeypatch.setattr(memmap, "_STRETCHES", 2)
     values = ids(600)
     values[321] = 50257
-    for path in (put(tmp_path / "a.bin", values, "uint32"), put(tmp_path / "a.npy", values)):
-        dataset = opened(path, vocab_size=50257)
-        start = text_of(dataset).files[0].start
-        size = text_of(dataset).files[0].dtype.itemsize
+    for path in (put(tmp_path / "a.bin", values, "int32"), put(tmp_path / "a.npy", values)):
+        size, start = (2, 128) if path.suffix == ".npy" else (4, 0)
         message = (
             rf"{path}: token 50257 at offset {start + 321 * size} \(token number 321\) is not "
-            rf"below the vocabulary's 50257\. Wrong token_dtype \(uint\d\d\) or model\.vocab_size\?"
+            r"below the vocabulary's 50257\. Set tokenizer\.name or model\.vocab_size .*"
+            r"if its tokens are not u?int\d\d, set dataset\.token_dtype"
+        )
+        if not large:
+            with pytest.raises(DataError, match=message):
+                opened(path, vocab_size=50257)
+            continue
+        dataset = opened(path, vocab_size=50257)
+        first = dataset.lines()[3]
+        assert re.fullmatch(
+            r"Checked: \d+ of 600 tokens \(ids below 50,257\); the rest as .*", first
         )
         with pytest.raises(DataError, match=message):
             tokens_of(dataset)
+        held_out = opened(put(tmp_path / "t.bin", ids(600)), path, 50257)
+        with pytest.raises(DataError, match=message):
+            data.evaluation_rows(held_out, "test", T, 600)
         for workers in (0, 2):
             with pytest.raises(DataError, match=message):
                 read(dataset, STEPS, spec(), workers=workers)
     path = put(tmp_path / "b.npy", [-1] * 300, "int16")
     with pytest.raises(DataError, match=r"token -1 at offset \d+ \(token number 0\) is below 0"):
-        tokens_of(opened(path))
+        opened(path)
+
+
+# Checksums.
+
+
+def protected(folder: Path, name: str = "train.bin", count: int = 3 * BLOCK_BYTES // 2) -> Path:
+    """Token files of three blocks, and of one, with what prepare.py writes beside them."""
+    paths = {"train": folder / name, "val": folder / f"val{Path(name).suffix}"}
+    put(paths["train"], ids(count))
+    put(paths["val"], ids(300))
+    records = {
+        role: FileRecord((path.suffix,), path.stat().st_size, file_checksums(path))
+        for role, path in paths.items()
+    }
+    tokens, meta = {"train": count, "val": 300}, folder / "meta.json"
+    write_meta(meta, IdTokenizer(VOCABULARY), np.dtype(np.uint16), tokens, records)
+    return paths["train"]
+
+
+def whole_text(train: Path) -> tuple[list[int], list[int], str]:
+    """All that a run could take from these files."""
+    dataset = opened(train, train.with_stem("val"), vocab_size=None)
+    fingerprint = dataset.tokenizer.fingerprint
+    return tokens_of(dataset), tokens_of(dataset, "test"), fingerprint
+
+
+@pytest.mark.parametrize("ending", [".bin", ".npy"])
+@pytest.mark.parametrize("large", [False, True])
+def test_no_damage_goes_unnoticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
+    train = protected(tmp_path, f"train{ending}", BLOCK_BYTES + 100)
+    whole = whole_text(train)
+    assert "(ids below 5,000 and checksums)" in opened(train, vocab_size=None).lines()[3]
+    draw = random.Random(f"{ending} {large}")
+    for path in (train, train.with_stem("val"), tmp_path / "meta.json"):
+        content = path.read_bytes()
+        for number in range(50 if path == train else 25):
+            damaged = bytearray(content)
+            at = draw.randrange(len(content))
+            if number % 5 == 0:
+                del damaged[at:]
+            else:
+                damaged[at] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = whole_text(train)
+            except DataError as error:
+                assert re.search(rf"(train|val){ending}|meta\.json", str(error)), error
+            else:
+                assert found == whole, (path.name, number, at)
+        path.write_bytes(content)
+    assert whole_text(train) == whole
+
+
+def test_a_damaged_block_is_named_when_it_is_read_and_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
+    monkeypatch.setattr(memmap, "_STRETCHES", 2)
+    monkeypatch.setattr(memmap, "_STRETCH_BYTES", 16)
+    path = protected(tmp_path)
+    dataset, compared = opened(path, vocab_size=None), []
+    real = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda part: compared.append(len(part)) or real(part))
+    for _ in range(2):
+        read(dataset, 4 * STEPS, spec())
+    assert compared == [BLOCK_BYTES]  # the first and the last were compared at the start
+    content = bytearray(path.read_bytes())
+    content[BLOCK_BYTES + 7] ^= 1
+    path.write_bytes(content)
+    dataset, middle = opened(path, vocab_size=None), f"{BLOCK_BYTES} to {2 * BLOCK_BYTES - 1}"
+    message = rf"train\.bin: damaged: block 1 \(bytes {middle}\) .* in .*meta\.json\. Restore"
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=message):
+            read(dataset, 4 * STEPS, spec(), workers=workers)
+
+
+def test_a_file_of_another_size_than_stated_is_refused(tmp_path: Path) -> None:
+    path = protected(tmp_path)
+    os.truncate(path, 2 * BLOCK_BYTES)
+    message = rf"train\.bin: {2 * BLOCK_BYTES} bytes, and .*meta\.json states {3 * BLOCK_BYTES}"
+    with pytest.raises(DataError, match=message):
+        opened(path, vocab_size=None)
+    values = {"format": 1, "tokenizer": {"kind": "bytes"}, "vocab_size": 256, "dtype": "uint16"}
+    (tmp_path / "meta.json").write_text(json.dumps(values | {"tokens": {"train": 20_000}}))
+    with pytest.raises(DataError, match=r"32768 bytes, and .*meta\.json states 40000: .* cut"):
+        opened(path, vocab_size=None)
+
+
+def test_every_file_of_a_folder_has_its_own_description(tmp_path: Path) -> None:
+    tokenizer: Tokenizer = build_tokenizer(TokenizerConfig())
+    for name, dtype in (("a", "uint8"), ("b", "uint16")):
+        path = put(tmp_path / f"{name}.ids", ids(300) % 200, dtype)
+        record = FileRecord((".ids",), path.stat().st_size, file_checksums(path))
+        write_meta(meta_path(path), tokenizer, np.dtype(dtype), {"train": 300}, {"train": record})
+    dataset = opened(tmp_path, vocab_size=None)
+    assert tokens_of(dataset) == (ids(300) % 200).tolist() * 2
+    assert not [line for line in dataset.lines() if "No checksums" in line]
+    write_meta(meta_path(path), char_tokenizer("ab"), np.dtype(dtype), {})
+    with pytest.raises(DataError, match=r"tokens of two tokenizers: bytes .*b\.meta\.json"):
+        opened(tmp_path, vocab_size=None)
 
 
 def save(path: Path, array: npt.NDArray[Any], **options: Any) -> Path:
@@ -647,7 +822,7 @@ def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, workers: 
 
 
 def test_the_fingerprint_names_the_first_difference(tmp_path: Path) -> None:
-    train = put(tmp_path / "train.bin", ids(600))
+    train = put(tmp_path / "train.bin", ids(600) % 200)
     saved = json.loads(json.dumps(opened(train).summary()))
     opened(train).check_unchanged(saved)
     others: list[tuple[dict[str, Any], str]] = [
