@@ -326,6 +326,8 @@ def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any] | None:
     """
     found = {path: _detect(path, vocab_size, _stretches(paths)) for path in paths}
     kinds = {kind: path for path, kind in found.items() if kind is not None}
+    if "uint8" in kinds:  # an odd size leaves no choice, while bytes of even size look like others
+        return np.dtype(np.uint8)
     if len(kinds) > 1:
         (kind, path), (other, second) = list(kinds.items())[:2]
         raise DataError(
@@ -349,10 +351,11 @@ def _detect(path: str, vocab_size: int, stretches: int) -> str | None:
     words = np.frombuffer(b"".join(_sample(path, stretches)), dtype="<u4")
     if not words.any():
         return None
-    if is_small and (words >> 16).any():
-        return "uint16"
     # numpy.save and tofile write int64 unless told otherwise. Read as uint32, every second token
-    # would be 0, which no text is.
-    pairs = len(words) // 2
-    is_long = size % 8 == 0 and pairs >= _DETECTION_PAIRS and not words[1::2].any()
-    return "int64" if is_long else "uint32"
+    # would be 0, which no text is; negative ones are refused when they are read.
+    limit, pairs = 1 << (16 if is_small else 31), len(words) // 2
+    if size % 8 == 0 and pairs >= _DETECTION_PAIRS:
+        longs = words.view("<i8")
+        if ((longs > -limit) & (longs < limit)).all():
+            return "int64"
+    return "uint16" if is_small and (words >> 16).any() else "uint32"
