@@ -6,10 +6,11 @@
     python prepare.py SOURCE train.ids --tokenizer gpt2    # all tokens in one file
     python prepare.py train-tokenizer SOURCE OUT.json --vocab-size 10000
 
-SOURCE is .txt, .jsonl or .parquet: a file, a folder of them, a URL or (--urls) a list of URLs. For
-parquet each .txt file is cut at line ends where it is longer than 16 KiB, so that it can be
-shuffled and split; a .jsonl line or a parquet row is one document. Where the making of token files
-is stopped, the same command goes on.
+SOURCE is a text file of any ending, .jsonl or .parquet: a file, a folder of them, a URL or (--urls)
+a list of URLs. Of a folder that holds .txt, .jsonl or .parquet only those are taken. For parquet
+each text file is cut at line ends where it is longer than 16 KiB, so that it can be shuffled and
+split; a .jsonl line or a parquet row is one document. Where the making of token files is stopped,
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,7 @@ from data import corpus
 from data.convert import FORMATS, Job, Progress, convert, existing
 from data.download import download, is_url, local_paths, read_url_list
 from data.meta import read_meta_file, write_json
-from data.sources import ENDINGS, unreadable
+from data.sources import ENDINGS, check_readable, is_text, not_text_at, unreadable
 from data.sources import documents as documents_of
 from data.tokenizer import Tokenizer, build_tokenizer, train_bpe
 from data.writer import Counts
@@ -42,9 +44,10 @@ _FILES = 8
 _SMALLEST_FILE_BYTES, _LARGEST_FILE_BYTES = 1 << 20, 256 << 20
 _LINE_EVERY_S, _REDRAW_EVERY_S = 5.0, 0.2  # plain lines, and the one on a terminal
 _SAMPLE_CHARACTERS = 1 << 20
+_SMALL_TOKENS, _MIDDLE_TOKENS = 50_000_000, 1_000_000_000  # for which a recipe is right
 _SMALLEST_BPE = 257  # the bytes and the separator
 _SOURCE = (
-    "python-stdlib (the library of this Python), a .txt, .jsonl or .parquet file, a folder of such "
+    "python-stdlib (the library of this Python), a text, .jsonl or .parquet file, a folder of such "
     "files, or the URL of one"
 )
 
@@ -177,7 +180,7 @@ def _write_parquet(args: argparse.Namespace) -> None:
     print(
         f"Wrote {written.documents} documents, {written.bytes / 1e6:.1f} MB of text, in "
         f"{written.files} files to {args.out} ({written.seconds:.1f} s)\n"
-        f"Next: python train.py dataset.parquet_dir={args.out}"
+        f"Next: python train.py {_recipe(written.bytes)}dataset.parquet_dir={args.out}"
     )
 
 
@@ -204,21 +207,34 @@ def _files(args: argparse.Namespace, folder: Path) -> list[Path]:
             line.show(there, total, 0)
         if line:
             line.end()
+        check_readable(path)
     return paths
 
 
 def _source_files(source: Path) -> list[Path]:
     """The text files, in bytewise order of their paths."""
     if source.is_file():
-        if source.suffix not in ENDINGS:
-            raise DataError(f"{source}: expected a file ending in {', '.join(ENDINGS)}")
+        check_readable(source)
         return [source]
     if not source.is_dir():
         raise DataError(f"SOURCE '{source}': not found (working directory: {os.getcwd()})")
-    files = [path for path in source.rglob("*") if path.suffix in ENDINGS and path.is_file()]
+    found = [path for path in source.rglob("*") if _is_visible(path, source) and path.is_file()]
+    files = [path for path in found if path.suffix.lower() in ENDINGS]
+    files = files or [path for path in found if is_text(path) and not_text_at(path) is None]
+    left_out = Counter(path.suffix for path in set(found).difference(files))
+    kinds = ", ".join(f"{count} *{ending}" for ending, count in left_out.most_common(5))
     if not files:
-        raise DataError(f"SOURCE '{source}' holds no file ending in {', '.join(ENDINGS)}")
+        raise DataError(
+            f"SOURCE '{source}' holds no text (found {kinds or 'nothing'}). Name a file with text, "
+            ".jsonl or .parquet, or a folder of such files."
+        )
+    if kinds:
+        print(f"Left out of {source}: {kinds}", file=sys.stderr)
     return sorted(files, key=os.fsencode)
+
+
+def _is_visible(path: Path, source: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(source).parts)
 
 
 def _named_documents(files: Sequence[Path], column: str) -> Iterator[corpus.Document]:
@@ -259,7 +275,7 @@ def _write_tokens(args: argparse.Namespace) -> str | None:
     _say_tokens(job, counts, time.monotonic() - began)
     if folder.exists():
         print(f"What it was made from is kept in {folder}; delete it if you need it no more")
-    print(f"Next: python train.py {_next_overrides(job)}")
+    print(f"Next: python train.py {_next_arguments(job, counts.train + counts.val)}")
     return None
 
 
@@ -349,15 +365,33 @@ def _say_tokens(job: Job, counts: Counts, seconds: float) -> None:
     )
 
 
+def _recipe(text_bytes: int) -> str:
+    """A config that a text of this size is enough for: without one, a run of hours on a CPU."""
+    return "configs/quickstart.yaml " if text_bytes < _SMALL_TOKENS else ""
+
+
+def _next_arguments(job: Job, tokens: int) -> str:
+    """A run that so many tokens are enough for; without a config file it is GPT-2's, of days."""
+    if tokens < _SMALL_TOKENS:
+        return f"configs/quickstart.yaml {_next_overrides(job)}"
+    if tokens < _MIDDLE_TOKENS:
+        return f"configs/cs336-tinystories.yaml vocab_size=null {_next_paths(job)}"
+    return _next_overrides(job)
+
+
 def _next_overrides(job: Job) -> str:
     """How a run names these files."""
+    if len(job.targets) == 2 and job.ending == ".bin" and job.out.parent == Path("data"):
+        return f"dataset={job.out.name}"
+    return _next_paths(job)
+
+
+def _next_paths(job: Job) -> str:
     targets = list(job.targets.values())
     if job.is_single:
         train = job.out.with_name(f"train{job.out.suffix}")
         is_val = job.out.stem in ("val", "valid", "validation", "test") and train.exists()
         targets = [train, job.out] if is_val else targets
-    elif len(targets) == 2 and job.ending == ".bin" and job.out.parent == Path("data"):
-        return f"dataset={job.out.name}"
     names = ("train_data_path", "val_data_path")
     return " ".join(f"{name}={path}" for name, path in zip(names, targets, strict=False))
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from config import ConfigError, DataError, UserError
 from data.meta import meta_path
-from data.sources import PIECE_BYTES, Piece, head, plan_pieces, read_piece, read_text
+from data.sources import PIECE_BYTES, Piece, head, is_text, plan_pieces, read_piece, read_text
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -71,7 +71,7 @@ class Job:
     @property
     def is_running_text(self) -> bool:
         """Whether the text is one, cut once into train and val, instead of many documents."""
-        one_text = len(self.files) == 1 and self.files[0].suffix == ".txt"
+        one_text = len(self.files) == 1 and is_text(self.files[0])
         return one_text or self.tokenizer is None or isinstance(self.tokenizer, CharTokenizer)
 
     @property
@@ -214,7 +214,7 @@ def _train_characters(lengths: list[int], val_fraction: float) -> list[int]:
 
 def _texts(piece: Piece, work: _Work) -> list[str]:
     """The documents of a piece."""
-    if piece.path.suffix != ".txt":
+    if not is_text(piece.path):
         return list(read_piece(piece, work.column))
     cuts_anywhere = work.tokenizer is None or isinstance(work.tokenizer, _CUT_ANYWHERE)
     return [read_text(piece, None if cuts_anywhere else work.tokenizer)]
@@ -231,14 +231,14 @@ def _encode(item: tuple[Piece, int], work: _Work) -> Encoded:
             text = "".join(texts)
             at = len(text) if train == _ALL else train
             parts = [work.tokenizer.encode(part) for part in (text[:at], text[at:])]
-        elif piece.path.suffix == ".txt":
+        elif is_text(piece.path):
             parts = _part_of_document(texts[0], piece, work)
         else:
             sides = _sides(texts, work.val_fraction)
             parts = [work.tokenizer.encode_documents(side) for side in sides]
     except DataError as error:
         raise DataError(f"{piece.path}: {error}") from None
-    if piece.path.suffix == ".txt":
+    if is_text(piece.path):
         documents, empty = int(piece.is_end), 0
     first, second = (part.astype(work.dtype) for part in parts)
     return Encoded(first, second, documents - empty, empty)

@@ -178,9 +178,10 @@ class Dataset:
         """The error where a split has not one row of successive tokens."""
         ledger = self.ledger
         tokens = {"train": ledger.train_tokens, "test": ledger.test_tokens}[split]
-        about = "about " if ledger.error else ""
+        # An estimate may be above what was found to be too short.
+        count = "" if ledger.error else f"{tokens:,} tokens, "
         return DataError(
-            f"the {split} text ({about}{tokens:,} tokens, {self.source.origin(split)}) is shorter "
+            f"the {split} text ({count}{self.source.origin(split)}) is shorter "
             f"than one row of training.block_size + 1 = {block_size + 1} tokens. "
             "Lower block_size, or give it more text."
         )

@@ -19,12 +19,13 @@ from typing import Any
 
 from config import DataError, WriteError
 from data.meta import write_json
-from data.sources import ENDINGS, unreadable
+from data.sources import unreadable
 
 _ATTEMPTS = 5
 _PAUSE_S = 1.0  # before the second attempt, then twice as long each time
 _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 1 << 18
+_PACKED = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z", ".rar", ".pdf")
 _AGAIN = {408, 416, 425, 429}  # and 500 and above: another attempt may succeed
 
 Fetched = tuple[int, int]
@@ -58,12 +59,12 @@ def read_url_list(path: Path) -> list[str]:
 
 
 def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
-    """Where each address is downloaded to; raises DataError for other endings than of text."""
+    """Where each address is downloaded to; raises DataError for those of archives."""
     paths = []
     for number, url in enumerate(urls):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-        if not name.endswith(ENDINGS):
-            raise DataError(f"{url}: expected a file ending in {', '.join(ENDINGS)}")
+        if name.lower().endswith(_PACKED):
+            raise DataError(f"{url}: not text but packed; download and unpack it, give the file")
         paths.append(folder / f"{number:05d}-{name}")
     return paths
 

@@ -250,9 +250,14 @@ def _column_number(metadata: Any, column: str, path: str) -> int:
         names = ", ".join(arrow.names[:20]) or "none"
         raise DataError(f"{path}: no column '{column}'; columns: {names}. Set dataset.text_column.")
     strings = ", ".join(field.name for field in arrow if _is_string(field.type)) or "none"
+    kind, name = arrow.field(column).type, repr(column)
+    remedy = "Name one of these: dataset.text_column=NAME, with prepare.py --text-column NAME"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        remedy += f"; or store strings, in pandas: df[{name}] = df[{name}].str.decode('utf-8')"
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        remedy += f"; or store one string in each row, in pandas: df = df.explode({name})"
     raise DataError(
-        f"{path}: column '{column}' is {arrow.field(column).type}, not string; string columns: "
-        f"{strings}. Set dataset.text_column, or convert it with: python prepare.py"
+        f"{path}: column '{column}' is {kind}, not string; string columns: {strings}. {remedy}"
     )
 
 

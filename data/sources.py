@@ -1,12 +1,14 @@
 """Text files, JSON lines and parquet rows as documents, and the pieces that are read in parallel.
 
-The one idea: a piece is about 1 MB of one file (bytes of text or lines, rows of a row group), named
-before anything is read. So pieces can be read by any process in any order, memory is bounded, and
-what is done can be told by a number.
+Endings tell JSON lines and parquet files; a file of any other ending is text. A piece is about
+1 MB of one file (bytes of text or lines, rows of a row group), named before anything is read. So
+pieces can be read by any process in any order, memory is bounded, and what is done can be told by a
+number.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,9 @@ from config import DataError
 from data.index import read_footer
 from data.tokenizer import Tokenizer
 
-ENDINGS = (".txt", ".jsonl", ".parquet")
+_LINES, _ROWS = (".jsonl", ".ndjson", ".json"), (".parquet",)
+ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
+"""Of the files that are meant where a folder holds others too."""
 PIECE_BYTES = 1 << 20
 _DOCUMENT_BYTES = 1 << 14
 _MOST_PARTS = 16  # of a row group: each decodes the rows before its own
@@ -41,11 +45,39 @@ class Piece:
     """Whether the file ends with it."""
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file is read as text, not as records."""
+    return path.suffix.lower() not in (*_LINES, *_ROWS)
+
+
+def not_text_at(path: Path) -> int | None:
+    """Where the first 64 KB of a file stop being text in UTF-8: at a zero byte, or by decoding."""
+    data = _read(path, 0, 1 << 16)
+    if 0 in data:
+        return data.index(0)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)  # may end within a character
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+def check_readable(path: Path) -> None:
+    """Raises DataError for a file that is neither text nor records by its ending."""
+    at = not_text_at(path) if is_text(path) and path.suffix != ".txt" else None
+    if at is not None:
+        raise DataError(
+            f"{path}: not text in UTF-8 (byte {at}). Unpack archives, convert other encodings "
+            "(iconv -f LATIN1 -t UTF-8 FILE); records are told by the endings .jsonl and .parquet, "
+            "and token files need no preparing: python train.py train_data_path=FILE"
+        )
+
+
 def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
     """The pieces of all files, in order; raises DataError for a file that cannot be read."""
     pieces: list[Piece] = []
     for path in files:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() in _ROWS:
             for group, (rows, _, size, _) in enumerate(read_footer(str(path), column)[0].tolist()):
                 parts = max(1, min(-(-size // PIECE_BYTES), _MOST_PARTS, rows))
                 bounds = [rows * part // parts for part in range(parts + 1)]
@@ -63,7 +95,7 @@ def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
 
 def read_piece(piece: Piece, column: str) -> Iterator[str]:
     """The documents of a piece of JSON lines or parquet rows, empty ones included."""
-    if piece.path.suffix == ".jsonl":
+    if piece.path.suffix.lower() in _LINES:
         yield from _json_lines(piece.path, column, piece.first, piece.last)
     else:
         yield from _parquet_rows(piece, column)
@@ -108,9 +140,9 @@ def _cut(path: Path, at: int, size: int, tokenizer: Tokenizer | None) -> int:
 
 def documents(path: Path, column: str) -> Iterator[str]:
     """The documents of a file that hold text; text files are cut at line ends into 16 KiB."""
-    if path.suffix == ".txt":
+    if is_text(path):
         texts = _line_pieces(path)
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() in _LINES:
         texts = _json_lines(path, column, 0, _size(path))
     else:
         texts = (
@@ -163,7 +195,9 @@ def _json_text(line: bytes, key: str, path: Path, at: int) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{_place(path, at)}: not JSON ({error})") from None
+        raise DataError(
+            f"{_place(path, at)}: not JSON ({error}); every line is one record"
+        ) from None
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import prepare
@@ -203,7 +205,8 @@ def test_one_tokenizer_serves_two_texts(capsys: pytest.CaptureFixture[str]) -> N
     run("b.txt", "valid.ids", "--tokenizer", "train.meta.json")
     assert tokens("valid.ids") == [5, 0, 3, 4]
     assert capsys.readouterr().out.endswith(
-        "Next: python train.py train_data_path=train.ids val_data_path=valid.ids\n"
+        "Next: python train.py configs/quickstart.yaml "
+        "train_data_path=train.ids val_data_path=valid.ids\n"
     )
     Path("c.txt").write_text("fa\nxe")
     run("c.txt", "other.ids", "--tokenizer", "train.meta.json", code=3)
@@ -227,6 +230,84 @@ def test_a_worker_that_dies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     any_value: Any = None
     with pytest.raises(UserError, match="ended from outside .* goes on where it stopped"):
         list(convert._results(any_value, any_value, collections.deque([broken]), []))
+
+
+@pytest.mark.parametrize("name", ["a.log", "README", "a.Md", "a.b.rst"])
+def test_a_text_may_have_any_ending(name: str) -> None:
+    text = text_file(name).read_text(encoding="utf-8")
+    run(name, "out.ids", "--tokenizer", "bytes")
+    assert bytes(tokens("out.ids")).decode() == text
+    assert prepare.main([name, "out"]) == 0
+    assert "".join(pq.read_table("out")["text"].to_pylist()) == text
+    assert prepare.main(["train-tokenizer", name, "own.json", "--vocab-size", "300"]) == 0
+
+
+def test_of_a_folder_the_files_that_are_meant_are_taken_and_the_others_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("in/b.md", "in/deep/a.rst", "in/.git/config", "in/.hidden"):
+        text_file(name, 20)
+    Path("in/c.png").write_bytes(b"\x89PNG\0")
+    Path("in/settings.json").write_text("{}")
+    run("in", "one.ids", "--tokenizer", "bytes")
+    texts = [Path(name).read_text(encoding="utf-8") for name in ("in/b.md", "in/deep/a.rst")]
+    assert tokens("one.ids") == ByteTokenizer().encode_documents(texts).tolist()
+    assert re.search(r"Left out of in: 1 \*\.\w+, 1 \*\.\w+\n", capsys.readouterr().err)
+    Path("in/lines.JSONL").write_text('{"text": "wing"}\n')
+    run("in", "two.ids", "--tokenizer", "bytes")
+    assert tokens("two.ids") == ByteTokenizer().encode_documents(["wing"]).tolist()
+    for path in (*Path("in").rglob("*.*"), Path("in/deep")):
+        if path.is_file() and path.suffix != ".png":
+            path.unlink()
+    run("in", "three.ids", "--tokenizer", "bytes", code=3)
+    assert "SOURCE 'in' holds no text (found 1 *.png)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.log", b"\x1f\x8b\x08", r"a\.log: not text in UTF-8 \(byte 1\)\. Unpack archives"),
+        ("train.bin", b"a\0b\0", r"train\.bin: not text .*python train\.py train_data_path=FILE"),
+        ("a.md", b"x" * 70000 + b"\xff", r"a\.md: not UTF-8 \(byte 70000\)"),
+        ("a.json", b'[\n{"text": "x"}]', r"a\.json:1: not JSON .*every line is one record"),
+    ],
+)
+def test_what_is_not_text_is_refused_whatever_its_name(
+    name: str, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_bytes(content)
+    for arguments in ([name, "out", "--tokenizer", "bytes"], [name, "out"]):
+        assert prepare.main(arguments) == 3
+        assert re.search(message, capsys.readouterr().err)
+    assert prepare.main(["train-tokenizer", name, "own.json"]) == 3
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ([b"text"], r"binary, not string; string columns: path\. Name .*str\.decode\('utf-8'\)"),
+        ([["a", "b"]], r"list<\w+: string>, not string; .*df\.explode\('text'\)"),
+        (
+            [1],
+            r"int64, not string; .*dataset\.text_column=NAME, with prepare\.py --text-column NAME$",
+        ),
+    ],
+)
+def test_a_column_that_prepare_cannot_read_is_not_sent_to_it(
+    values: list[Any], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"text": values, "path": ["a"]}), "a.parquet")
+    assert prepare.main(["a.parquet", "out"]) == 3
+    assert re.search(remedy, capsys.readouterr().err.strip())
+
+
+def test_the_recipe_that_is_proposed_fits_the_text() -> None:
+    folder, file = job(out=Path("data/mine")), job(out=Path("all.ids"))
+    assert prepare._next_arguments(folder, 2_000_000).startswith("configs/quickstart.yaml ")
+    middle = prepare._next_arguments(file, 100_000_000)
+    assert middle == "configs/cs336-tinystories.yaml vocab_size=null train_data_path=all.ids"
+    assert prepare._next_arguments(folder, 9_000_000_000) == "dataset=mine"
 
 
 # Stops
@@ -449,7 +530,7 @@ def test_too_few_documents_for_a_split_are_said(capsys: pytest.CaptureFixture[st
     run("a.jsonl", "out", "--tokenizer", "bytes", "--val-fraction", 0)
     said = capsys.readouterr().out
     assert "2 documents (1 empty ones left out), tokenizer bytes, vocabulary 256, uint16" in said
-    assert said.endswith(f"Next: python train.py train_data_path={Path('out/train.bin')}\n")
+    assert said.endswith(f" configs/quickstart.yaml train_data_path={Path('out/train.bin')}\n")
 
 
 def test_a_folder_in_data_is_named_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,7 +538,7 @@ def test_a_folder_in_data_is_named_by_its_name(capsys: pytest.CaptureFixture[str
     run("a.txt", "data/wings", "--tokenizer", "bytes")
     said = capsys.readouterr().out
     assert "(6 documents" not in said
-    assert said.endswith("Next: python train.py dataset=wings\n")
+    assert said.endswith("train.py configs/quickstart.yaml dataset=wings\n")
     assert "train.bin (" in said
 
 
@@ -632,7 +713,8 @@ def test_a_url_can_become_parquet_or_a_vocabulary(server: str) -> None:
     ("content", "message"),
     [
         ("SERVER/none.txt", "none.txt: HTTP 404 Not Found"),
-        ("SERVER/a.zip", "a.zip: expected a file ending in .txt, .jsonl, .parquet"),
+        ("SERVER/a.zip", "a.zip: not text but packed"),
+        ("SERVER/a.dat", "00000-a.dat: not text in UTF-8 .byte 1."),
         ("file:///etc/passwd.txt", "urls.txt:1: 'file:///etc/passwd.txt' is not http:// or"),
         ("# nothing\n", "urls.txt: no URLs; write one per line"),
         ("SERVER/bad.txt", "bad.txt: .*(5 attempts).* goes on where it stopped"),
@@ -641,7 +723,7 @@ def test_a_url_can_become_parquet_or_a_vocabulary(server: str) -> None:
 def test_urls_that_give_nothing_are_named(
     server: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Server.files = {"/bad.txt": b"x"}
+    Server.files = {"/bad.txt": b"x", "/a.dat": b"x\0"}
     Server.failures = ["503"] * 5 if "bad" in content else []
     Path("urls.txt").write_text(content.replace("SERVER", server))
     run("urls.txt", "all.ids", "--urls", "--tokenizer", "bytes", code=3)

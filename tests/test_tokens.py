@@ -463,6 +463,8 @@ def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
     assert tokens_of(opened(path, vocab_size=256)) == ((ids(701) % 250).tolist())
     with pytest.raises(DataError, match=r"a\.bin: 701 bytes, an odd number.*50,257 tokens"):
         opened(path, vocab_size=50257)
+    put(tmp_path / "b.bin", ids(700) % 250, "uint8")
+    assert opened(tmp_path, vocab_size=256).ledger.tokens == 1401
 
 
 def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
