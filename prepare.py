@@ -375,7 +375,8 @@ def _next_arguments(job: Job, tokens: int) -> str:
     if tokens < _SMALL_TOKENS:
         return f"configs/quickstart.yaml {_next_overrides(job)}"
     if tokens < _MIDDLE_TOKENS:
-        return f"configs/cs336-tinystories.yaml vocab_size=null {_next_paths(job)}"
+        no_val = "" if "val_data_path" in _next_paths(job) else " val_data_path=null"
+        return f"configs/cs336-tinystories.yaml vocab_size=null {_next_paths(job)}{no_val}"
     return _next_overrides(job)
 
 

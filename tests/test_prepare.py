@@ -306,7 +306,8 @@ def test_the_recipe_that_is_proposed_fits_the_text() -> None:
     folder, file = job(out=Path("data/mine")), job(out=Path("all.ids"))
     assert prepare._next_arguments(folder, 2_000_000).startswith("configs/quickstart.yaml ")
     middle = prepare._next_arguments(file, 100_000_000)
-    assert middle == "configs/cs336-tinystories.yaml vocab_size=null train_data_path=all.ids"
+    paths = "train_data_path=all.ids val_data_path=null"
+    assert middle == f"configs/cs336-tinystories.yaml vocab_size=null {paths}"
     assert prepare._next_arguments(folder, 9_000_000_000) == "dataset=mine"
 
 

@@ -29,7 +29,7 @@ from data import loader, memmap, order, tokens
 from data.checksums import BLOCK_BYTES, file_checksums
 from data.dataset import split_of
 from data.meta import FileRecord, meta_path, write_meta
-from data.tokenizer import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
+from data.tokenizer import IdTokenizer, build_tokenizer, char_tokenizer
 from data.tokens import Stretch, TokenText
 from tests.batches import G, T, read, spec
 from tests.forks import in_child
@@ -693,7 +693,7 @@ def test_a_file_of_another_size_than_stated_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_file_of_a_folder_has_its_own_description(tmp_path: Path) -> None:
-    tokenizer: Tokenizer = build_tokenizer(TokenizerConfig())
+    tokenizer = build_tokenizer(TokenizerConfig(name="bytes"))
     for name, dtype in (("a", "uint8"), ("b", "uint16")):
         path = put(tmp_path / f"{name}.ids", ids(300) % 200, dtype)
         record = FileRecord((".ids",), path.stat().st_size, file_checksums(path))
