@@ -68,7 +68,8 @@ def test_descriptions_of_earlier_versions_are_read_and_tell_sizes(tmp_path: Path
     values = GOOD | {"tokens": {"train": 7, "val": 1}, "separator": 0}
     (tmp_path / "meta.json").write_text(json.dumps(values))
     meta, again = read_metas([str(tmp_path / "train.bin"), str(tmp_path / "val.bin")])
-    assert meta is again is not None
+    assert meta is not None
+    assert meta is again
     record = meta.record(str(tmp_path / "train.bin"))
     assert record is not None
     assert (record.size, record.crcs, meta.dtype) == (7, None, "uint8")

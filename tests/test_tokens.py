@@ -416,7 +416,7 @@ def test_numbers_of_numpys_default_type_are_read_and_no_others_taken_for_them(
 ) -> None:
     values = ids(900)
     often_zero = np.where(ids(900) % 2, 0, values)  # every second token, but for one
-    cases = [
+    cases: list[tuple[str, npt.ArrayLike, str, str]] = [
         ("a", values, "int64", "int64"),
         ("b", values, "int32", "uint32"),
         ("c", often_zero, "int64", "int64"),
@@ -664,9 +664,14 @@ def test_a_damaged_block_is_named_when_it_is_read_and_compared_once(
     monkeypatch.setattr(memmap, "_STRETCHES", 2)
     monkeypatch.setattr(memmap, "_STRETCH_BYTES", 16)
     path = protected(tmp_path)
-    dataset, compared = opened(path, vocab_size=None), []
+    dataset, compared = opened(path, vocab_size=None), list[int]()
     real = zlib.crc32
-    monkeypatch.setattr(zlib, "crc32", lambda part: compared.append(len(part)) or real(part))
+
+    def noted(part: bytes) -> int:
+        compared.append(len(part))
+        return real(part)
+
+    monkeypatch.setattr(zlib, "crc32", noted)
     for _ in range(2):
         read(dataset, 4 * STEPS, spec())
     assert compared == [BLOCK_BYTES]  # the first and the last were compared at the start
