@@ -172,7 +172,7 @@ class DatasetConfig(_Section):
     val_data_path: str | None = option(None, "token file; null: test_fraction of the other")
     name: str | None = option(None, "token files data/NAME/train.bin and val.bin")
     token_dtype: Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"] = option(
-        "auto", "of .bin and .ids"
+        "auto", ".bin, .ids"
     )
     max_cached_files: int = option(5, "files open at a time, per worker", ge=1)
     text_column: str = option("text", "column that holds the documents")

@@ -167,7 +167,7 @@ def _check_counts(store: TokenWriter, job: Job) -> None:
             store.discard()
             raise DataError(
                 f"{counts.documents} documents with --val-fraction {job.val_fraction:g}: none of "
-                f"them is in {name}. Give another fraction (0: no val), or one .txt file"
+                f"them is in {name}. Give another fraction (0: no val), or one text file"
             )
 
 
