@@ -101,7 +101,7 @@ def _part(key: str, value: Any) -> tuple[str, bool]:
     if value is MISSING:
         return "", True
     if value is None or value is False:
-        return f"no {name}", option is not None and option.default == value
+        return f"no {name}", True
     if value is True:
         return name, False
     amount = number(value)

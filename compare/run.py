@@ -59,8 +59,8 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, by the newest record."""
-        return whole(self.last.get("step")) or 0
+        """Optimizer steps done: as it said at its end, else by the newest record or checkpoint."""
+        return self._progress[0]
 
     @property
     def planned_steps(self) -> int | None:
@@ -73,8 +73,7 @@ class Run:
     @property
     def tokens(self) -> int | None:
         """Tokens trained on, over all processes."""
-        per_step, known = whole(self.facts.get("tokens_per_step")), whole(self.last.get("tokens"))
-        return self.step * per_step if known is None and per_step is not None else known
+        return self._progress[1]
 
     @property
     def last_loss(self) -> float | None:
@@ -95,7 +94,25 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """How long it has trained, all sessions together."""
-        return number(self.last.get("time"))
+        times = number(self._ended.get("elapsed_s")), number(self.last.get("time"))
+        return max((time for time in times if time is not None), default=None)
+
+    @property
+    def _ended(self) -> Mapping[str, Any]:
+        return mapping(self.environment.get("ended"))
+
+    @cached_property
+    def _progress(self) -> tuple[int, int | None]:
+        """Steps and tokens. The newest record may be of an earlier step than the end."""
+        ended, logged = whole(self._ended.get("step")), whole(self.last.get("step")) or 0
+        step = max([logged, *(steps_in(self.path) if ended is None else [ended])])
+        tokens, per_step = whole(self.last.get("tokens")), whole(self.facts.get("tokens_per_step"))
+        said = whole(self._ended.get("tokens"))
+        if step == ended and said is not None:
+            tokens = said
+        elif per_step is not None and (tokens is None or step > logged):
+            tokens = step * per_step if tokens is None else tokens + (step - logged) * per_step
+        return step, tokens
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -129,7 +146,7 @@ class Run:
     @property
     def reason(self) -> str:
         """Why it ended: `SIGINT`, an error; empty if it says nothing of that."""
-        return text(mapping(self.environment.get("ended")).get("reason"))
+        return text(self._ended.get("reason"))
 
     def records(self) -> list[dict[str, Any]]:
         """All of metrics.jsonl in order, read once; broken lines are left out."""

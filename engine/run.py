@@ -69,7 +69,7 @@ LASTING_S = 60.0
 class RunDirectory:
     """One run on disk, for the process (rank 0) that writes it; a context manager.
 
-    `start` promises a new directory, made by the first `prepare` or by `trained_for`; `reopen`
+    `start` promises a new directory, made by the first `prepare` or by `count_step`; `reopen`
     continues one.
     """
 
@@ -86,6 +86,7 @@ class RunDirectory:
         self._origin = origin
         self._facts = dict(facts or {})
         self._ended: dict[str, Any] | None = None
+        self._progress: dict[str, Any] = {}
         self._started = datetime.now()
         self._held = ExitStack()
         self._environment: dict[str, Any] = {}
@@ -150,6 +151,13 @@ class RunDirectory:
         return training.save_model and not training.eval_only
 
     @property
+    def stays(self) -> bool:
+        """Whether a directory is left at the end: of a run that was saved or trained for long."""
+        if self.path is None:
+            return False
+        return self._lasting or self.last_checkpoint is not None or bool(steps_in(self.path))
+
+    @property
     def promise(self) -> Path:
         """Where the directory is or will be."""
         return self.path or Path(self._config.training.checkpoint_dir) / self.name
@@ -183,11 +191,13 @@ class RunDirectory:
                 self._save_environment()
         return self.path
 
-    def trained_for(self, elapsed_s: float) -> None:
-        """Creates the directory once a run has trained for `LASTING_S`, checkpoint or not.
+    def count_step(self, step: int, tokens: int, elapsed_s: float) -> None:
+        """Notes how far training got, for `end`, and creates the directory once it has taken
+        `LASTING_S`, checkpoint or not.
 
         A failure is told and tried again as much later.
         """
+        self._progress = {"step": step, "tokens": tokens, "elapsed_s": round(elapsed_s, 3)}
         if self._lasting or not self.saves or elapsed_s < self._next_attempt_s:
             return
         try:
@@ -206,8 +216,9 @@ class RunDirectory:
         self._write_metrics()
 
     def end(self, state: str, reason: str = "") -> None:
-        """Notes how this session ended, for environment.json: done, stopped or failed."""
-        self._ended = {"state": state, "reason": reason, "time": now()}
+        """Notes how this session ended and at which step, for environment.json: done, stopped or
+        failed."""
+        self._ended = {"state": state, "reason": reason, **self._progress, "time": now()}
 
     def close(self) -> None:
         """Writes what is left, gives up the lock; raises WriteError if metrics were lost.
@@ -217,8 +228,7 @@ class RunDirectory:
         with self._held:
             if self.path is None:
                 return
-            saved = self.last_checkpoint is not None or steps_in(self.path)
-            if not (saved or self._lasting):
+            if not self.stays:
                 shutil.rmtree(self.path, ignore_errors=True)
                 return
             self._write_metrics(durable=True)
@@ -237,6 +247,7 @@ class RunDirectory:
         parent = Path(self._config.training.checkpoint_dir)
         with ExitStack() as undo, explained(f"create a run directory in {parent}", parent):
             os.makedirs(parent, exist_ok=True)
+            promised = parent / self.name
             folder = _make_folder(parent, self.name)
             undo.callback(self._held.close)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -247,6 +258,8 @@ class RunDirectory:
             write_text(folder / ENVIRONMENT, environment_text(self._environment))
             sync_folder(parent)
             undo.pop_all()
+        if folder != promised:
+            say(f"Run directory: {folder}, because another run took {promised.name}")
         return folder
 
     def _take_lock(self, folder: Path) -> None:

@@ -204,7 +204,7 @@ class Session:
             say(f"{self.pace.step_s:.3g} s per step: the run takes about {left}")
         if self.world.is_main:
             elapsed_s = self.state.elapsed_s + time.monotonic() - self.counted
-            self.directory.trained_for(elapsed_s)
+            self.directory.count_step(self.state.step, self.state.tokens, elapsed_s)
         if self.live.due:
             self.live.show(self.state.step, loss, self.tokens_per_step / seconds, self.left_s)
 
@@ -405,10 +405,10 @@ class Session:
 
     def finish(self) -> None:
         """The end of a whole run: last record, last checkpoint, what to do next."""
-        state = self.state
+        state, record = self.state, self.stamp()
         if state.evaluated_step == state.step:
             losses = {"final/train_loss": state.train_loss, "final/val_loss": state.val_loss}
-            self.record(self.stamp() | losses)
+            self.record(record | losses)
         self.save(last=True)
         self.directory.end("done")
         took = duration(state.elapsed_s)

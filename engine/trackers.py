@@ -16,7 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from config import Config
-from engine.metrics import LOCAL, warn
+from engine.files import write_whole
+from engine.metrics import LOCAL, say, warn
 
 CONNECT_S, FINISH_S = 30, 60  # how long a network that is gone holds up the start and the end
 
@@ -27,6 +28,7 @@ class Wandb:
     def __init__(self, run: Any, run_id: str) -> None:
         self._run = run  # None after a failure
         self.run_id = run_id
+        self._files = Path(run.settings.sync_dir)
 
     @staticmethod
     def start(config: Config, name: str, run_id: str | None, folder: Path | None) -> Wandb | None:
@@ -67,6 +69,11 @@ class Wandb:
         }
         self._attempt("log", values)
 
+    def tell_files(self, unless: Callable[[], bool]) -> None:
+        """Says where wandb keeps the files of a run, unless more of it stays."""
+        if not unless() and self._files.is_dir():
+            say(f"No checkpoint was saved; wandb keeps its files of this run in {self._files}")
+
     def close(self, exit_code: int = 0) -> None:
         """Sends what is left; wandb shows another exit code than 0 as a failed run."""
         self._attempt("finish", exit_code)
@@ -103,7 +110,7 @@ class TensorBoard:
         """None where the config asks for none or the package is missing.
 
         first_step: the first that this session will make; what a resumed run wrote of it and of
-        later ones is hidden.
+        later ones is removed.
         """
         if not config.logging.tensorboard:
             return None
@@ -139,8 +146,10 @@ class TensorBoard:
     def _open(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = self._first_step if self._first_step > 1 else None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        if self._first_step > 1:
+            for path in (folder / "tensorboard").glob("*tfevents*"):
+                _cut_events(path, self._first_step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
         fenced = "\n".join(f"    {line}" for line in self._text.splitlines())
         self._writer.add_text("config", fenced, self._first_step - 1)
 
@@ -162,6 +171,26 @@ class TensorBoard:
         except Exception as error:  # anything: it must not end the run
             self._failed = True
             warn(f"tensorboard: {_reason(error)}; training goes on without it.")
+
+
+def _cut_events(path: Path, first_step: int) -> None:
+    """Removes events of this step and later ones, which a resumed run makes again. Readers of
+    TensorBoard's files do not all do that for text, as `purge_step` asks them to."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    events = [(raw, Event.FromString(raw)) for raw in RawEventFileLoader(str(path)).Load()]
+    kept = [raw for raw, event in events if not event.summary.value or event.step < first_step]
+    if len(kept) == len(events):
+        return
+
+    def write_events(out: Any) -> None:
+        writer = RecordWriter(out)
+        for raw in kept:
+            writer.write(raw)
+
+    write_whole(path, write_events)
 
 
 def _connected(options: dict[str, Any]) -> Any:

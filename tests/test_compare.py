@@ -33,6 +33,7 @@ from compare.differences import (
 from compare.labels import names
 from compare.paired import Paired, compare, t_quantile
 from compare.run import Run, find_runs, read_run, restart_command
+from compare.table import list_lines
 from config import Config, DataError
 from engine.manifest import Manifest, render
 from engine.run_files import metrics_line, protected
@@ -151,6 +152,33 @@ def test_planned_steps_of_older_runs_are_those_of_the_config(tmp_path: Path) -> 
     known = read(tmp_path / "a", old=True, options=["max_iters=700"])
     by_epochs = read(tmp_path / "b", old=True, options=["epochs=2"])
     assert (known.planned_steps, by_epochs.planned_steps) == (700, None)
+
+
+@pytest.mark.parametrize(
+    ("ended", "saved", "step", "tokens", "seconds"),
+    [
+        ({"state": "stopped", "step": 34, "tokens": 512, "elapsed_s": 9.5}, 30, 34, 512, 9.5),
+        ({"state": "stopped", "step": 34}, 30, 34, 34 * TOKENS_PER_STEP, 1.0),
+        (None, 34, 34, 34 * TOKENS_PER_STEP, 1.0),  # killed after a checkpoint
+        (None, 10, 20, 20 * TOKENS_PER_STEP, 1.0),  # killed after a record
+        ({"state": "failed", "step": "x", "tokens": -1, "elapsed_s": None}, 34, 34, 34 * 4096, 1.0),
+    ],
+)
+def test_a_run_got_as_far_as_it_says_at_its_end_not_as_its_newest_record(
+    tmp_path: Path,
+    ended: dict[str, Any] | None,
+    saved: int,
+    step: int,
+    tokens: int,
+    seconds: float,
+) -> None:
+    path = make_run(tmp_path, "run", losses=(3.0,), every=20, state=None)
+    change_environment(path, ended=ended)
+    for suffix in ("json", "pt"):
+        (path / f"checkpoint_20.{suffix}").rename(path / f"checkpoint_{saved}.{suffix}")
+    run = read_run(path)
+    assert (run.step, run.tokens, run.seconds) == (step, tokens, seconds)
+    assert list_lines([run])[1].split()[5].startswith(f"{step}/")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ DOORS = {
     | PLOTS,
 }
 LAZY = {"torch", "triton", "numpy", "pyarrow", "model", "data", "engine", "safetensors", "wandb"}
-LAZY |= TOKENIZERS | LOW_PRECISION | PLOTS | {"rich"}
+LAZY |= TOKENIZERS | LOW_PRECISION | PLOTS | {"rich", "tensorboard"}
 """Packages that may be imported inside a function: slow, optional, or built on those."""
 
 

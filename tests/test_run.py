@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -67,9 +68,9 @@ def test_a_run_without_any_checkpoint_leaves_nothing(tmp_path: Path) -> None:
 def test_a_run_that_trained_for_a_minute_stays_and_shows_how_it_is(tmp_path: Path) -> None:
     with RunDirectory.start(make_config(tmp_path)) as run:
         run.append_metrics({"step": 1, "train/loss": 2.0})
-        run.trained_for(59)
+        run.count_step(7, 70, 59)
         assert os.listdir(tmp_path) == []
-        run.trained_for(61)
+        run.count_step(7, 70, 61)
         folder = run.promise
         run.append_metrics({"step": 9, "train/loss": 1.5})
         assert [record["step"] for record in records(folder)] == [1, 9]
@@ -84,16 +85,64 @@ def test_a_run_that_trained_for_a_minute_stays_and_shows_how_it_is(tmp_path: Pat
         reopen(folder, tmp_path)
 
 
+def test_a_run_says_how_far_it_got_however_it_ends(tmp_path: Path) -> None:
+    for number, error in enumerate((None, NonFiniteError("loss nan"))):
+        with (
+            contextlib.suppress(NonFiniteError),
+            RunDirectory.start(make_config(tmp_path / str(number))) as run,
+        ):
+            run.count_step(34, 512, 61.25)
+            run.end("stopped", "SIGINT")
+            if error:
+                raise error
+        assert run.path is not None
+        ended = told_of(run.path)["ended"]
+        assert (ended["step"], ended["tokens"], ended["elapsed_s"]) == (34, 512, 61.25)
+        assert ended["state"] == ("failed" if error else "stopped")
+
+
+def test_a_name_that_another_run_of_the_same_second_took_is_told_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (RunDirectory.start(make_config(tmp_path)) for _ in range(2))
+    second._started = first._started
+    promised = first.promise
+    assert second.promise == promised  # neither is made yet
+    first.prepare()
+    assert capsys.readouterr().out == ""
+    folder = second.prepare()
+    assert folder.name == f"{promised.name}_01"
+    told = f"Run directory: {folder}, because another run took {promised.name}\n"
+    assert capsys.readouterr().out == told
+    first.close()
+    second.close()
+
+
+def test_the_closing_line_has_the_time_of_a_run_that_saves_and_logs_nothing(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engine.session.duration", lambda seconds: f"{seconds:.6f}")
+    monkeypatch.setattr("engine.progress.duration", lambda seconds: f"{seconds:.6f}")
+    words = ["save_model=false", "log_freq=1000", "test_freq=null", "max_iters=5"]
+    assert run_here([*tiny, *words]) == 0
+    told = capsys.readouterr().out
+    took, steps = (
+        float(re.findall(pattern, told)[0])
+        for pattern in (r"tokens in ([\d.]+)", r"steps ([\d.]+)")
+    )
+    assert took >= steps > 0
+
+
 def test_a_failed_creation_after_a_minute_is_told_and_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunDirectory.start(make_config(tmp_path)) as run:
         with failing(1):
-            run.trained_for(61)
-        run.trained_for(62)
+            run.count_step(7, 70, 61)
+        run.count_step(7, 70, 62)
         assert capsys.readouterr().out.count("Training goes on; metrics wait in memory.") == 1
         assert run.path is None
-        run.trained_for(122)
+        run.count_step(7, 70, 122)
         assert run.path is not None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -313,6 +314,37 @@ def test_what_a_resumed_run_makes_again_is_shown_once(tiny: list[str], tmp_path:
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record["train/loss"] for record in written if "train/loss" in record][-2:]
     assert [value for _, value in losses[-2:]] == pytest.approx(last, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sample_that_a_resumed_run_writes_again_is_there_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for first, last in ((1, 30), (21, 40)):
+        tracker = board(tmp_path, first)
+        for step in range(first, last + 1):
+            text = {"eval/sample": f"from {first}"} if step % 10 == 0 else {}
+            tracker.log({"step": step, "train/loss": 1 / step, **text})
+        tracker.close()
+        time.sleep(0.01)
+    samples = events(tmp_path).Tensors("eval/sample/text_summary")
+    told = [(event.step, event.tensor_proto.string_val[0].decode()) for event in samples]
+    assert told == [(10, "from 1"), (20, "from 1"), (30, "from 21"), (40, "from 21")]
+    assert [*scalars(tmp_path, "train/loss")] == [*range(1, 41)]
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_the_files_that_wandb_keeps_of_a_run_without_checkpoint_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    stays: bool,
+) -> None:
+    fake(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "place" / "offline-run").mkdir(parents=True)
+    started().tell_files(unless=lambda: stays)
+    named = "No checkpoint was saved; wandb keeps its files of this run in place/offline-run\n"
+    assert capsys.readouterr().out == ("" if stays else named)
 
 
 def test_an_aborted_run_leaves_no_event_files(tmp_path: Path) -> None:
