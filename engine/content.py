@@ -56,7 +56,7 @@ class ParameterGroup(TypedDict):
 class OptimizerState(TypedDict):
     """`state_dict()` of the optimizer."""
 
-    state: dict[int, dict[str, Tensor | int | float]]
+    state: dict[int, dict[str, Tensor | int | float | dict[str, Any]]]
     param_groups: list[ParameterGroup]
 
 
@@ -196,6 +196,7 @@ def _is(value: object, kind: Any) -> bool:
         return value.layout is torch.strided and not value.is_meta and not value.is_quantized
     if isinstance(value, int) and kind is int:
         return type(value) is int and 0 <= value <= _LARGEST
+    kind = get_origin(kind) or kind
     return type(value) is kind or (kind is float and type(value) is int)
 
 

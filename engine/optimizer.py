@@ -13,6 +13,8 @@ from engine.adamw4bit import AdamW4bit
 from engine.muon import Muon
 from engine.precision.four_bit import bitsandbytes
 
+_BITSANDBYTES = "__bnb_optimizer_quant_state__"  # under which it saves its moments
+
 
 class HasMatrices(Protocol):
     """What Muon asks of a model."""
@@ -105,11 +107,15 @@ def check_optimizer(
         raise ValueError(f"optimizer.state.{odd[0]} is not of these {len(parameters)} parameters")
     for number, (parameter, group) in enumerate(parameters):
         own = optimizer.state.get(parameter) or _first_state(parameter, group)
-        for name in sorted({*own, *states[number]}):
+        found = dict(states[number])
+        if isinstance(packed := found.get(_BITSANDBYTES), dict):
+            found = {**found, **packed}
+            del found[_BITSANDBYTES]
+        for name in sorted({*own, *found}):
             place = f"optimizer.state.{number}.{name}"
-            if name not in own or name not in states[number]:
+            if name not in own or name not in found:
                 raise ValueError(f"{place} is {'not known here' if name not in own else 'missing'}")
-            if not _same_kind(own[name], value := states[number][name]):
+            if not _same_kind(own[name], value := found[name]):
                 raise ValueError(f"{place} is {_kind(value)}, expected {_kind(own[name])}")
             if name == "step" and not 0 <= float(value) <= steps:
                 raise ValueError(f"{place} is {float(value)}, of {steps} steps")
