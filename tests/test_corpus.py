@@ -153,7 +153,6 @@ def test_the_result_carries_page_checksums(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("missing", None, "SOURCE '.*missing': not found"),
-        ("a.csv", b"x", "expected a file ending in .txt, .jsonl, .parquet"),
         ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 \(byte 2\)"),
         ("a.txt", b"", "no text found"),
         ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
@@ -264,7 +263,8 @@ def test_a_full_folder_is_replaced_only_when_asked(
 def test_the_command_builds_the_corpus_and_says_what_is_next(tmp_path: Path) -> None:
     command = [sys.executable, prepare.__file__, "python-stdlib", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert "Next: python train.py dataset.parquet_dir=" in result.stdout
+    assert "Next: python train.py configs/quickstart.yaml" in result.stdout
+    assert f"parquet_dir={tmp_path / 'out'}" in result.stdout
     assert (
         corpus.NAME
         in subprocess.run(

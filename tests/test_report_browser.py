@@ -312,6 +312,7 @@ def test_a_zoom_is_that_of_all_panels_until_a_double_click(page: Any) -> None:
 
 def readout(page: Any) -> list[list[str]]:
     """The rows of the table beside the pointer, which is to be on the screen as a whole."""
+    page.locator(".readout").wait_for()
     box = page.locator(".readout").bounding_box()
     size = page.viewport_size
     assert min(box["x"], box["y"]) >= 0
@@ -521,7 +522,8 @@ def test_the_readout_of_thirty_runs_is_whole_and_shows_those_at_the_pointer(
         script = "y => document.querySelector('.main .plot')._fullLayout.yaxis.d2p(y)"
         top = y - page.evaluate(ORIGIN)[3] / 2
         for loss, label, more in ((4.0, "lr 0.001", "above"), (6.9, "lr 0.0039", "below")):
-            page.mouse.move(x - 2, top + page.evaluate(script, loss))
+            page.mouse.move(x - 2, top + page.evaluate(script, loss), steps=3)
+            page.locator(".readout .nearest .name", has_text=re.compile(f"^{label}$")).wait_for()
             told = readout(page)
             assert len(told) == 13  # with the heading
             assert page.locator(".readout .nearest .name").inner_text() == label
