@@ -2,8 +2,8 @@
 
 Nothing is assumed of the device, disks aside. The run's own model computes the run's own
 micro-steps, an optimizer step and an evaluation's forward pass, for about a second each; the run is
-that many times as long. What takes longer than half a second is timed in a smaller size, chosen by
-the measured rate of plain matrix products, and scaled by FLOPs.
+that many times as long. Micro-steps of more than a second are timed in a smaller size and scaled by
+FLOPs.
 
 Left out: starting, reading data, and the exchange of gradients between processes.
 """
@@ -28,7 +28,8 @@ from engine.state import saves_due, times_due
 from engine.stopwatch import Stopwatch
 
 BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
-TRIAL_S = 0.5  # micro-steps grow until one takes so long
+TRIAL_S = 1.0  # micro-steps grow until one takes so long
+_EACH_S = 0.3  # of timing one size on the way there
 _MOST_PARAMETERS = 50_000_000  # on a CPU, where one more is drawn in 10 ns and updated in 5
 _DISK_RATE = 500e6  # bytes per second; nothing is written to find it out
 
@@ -215,11 +216,11 @@ def measure(
         group["lr"] = 0.0
     whole = _flops(model, micro_batch(trial.config), trial.config.training.block_size)
     before, flops, seconds = (0, 0.0), 0, 0.0
-    for batch, length in trial.sizes:
+    for number, (batch, length) in enumerate(trial.sizes):
         rows = torch.randint(vocab, (batch, length + 1))
         before, flops = (flops, seconds), _flops(model, batch, length)
-        seconds = watch.fastest(micro_step, enough_s=TRIAL_S)
-        if seconds > TRIAL_S or watch.is_over:
+        seconds = watch.fastest(micro_step, _EACH_S, warm_up=number == 0)
+        if seconds > TRIAL_S * watch.scale or watch.is_over:
             break
     grown = _on_line(before, (flops, seconds), whole) / seconds
     update_s = watch.fastest(update)

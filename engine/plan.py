@@ -86,13 +86,19 @@ def planned_steps(
 
 
 def length_lines(
-    config: Config, world_size: int, epoch_tokens: int, error: float = 0.0
+    config: Config,
+    world_size: int,
+    epoch_tokens: int,
+    error: float = 0.0,
+    done: tuple[int, int] = (0, 0),
 ) -> list[str]:
     """Tokens per step, and how long the run is in steps, tokens and passes over the data, whose
     tokens are estimated where `error`, the share by which they may be off, is not 0.
+
+    done: steps and tokens before a resume, whose steps may have had another size.
     """
-    steps = planned_steps(config, world_size, epoch_tokens)
-    planned = steps * tokens_per_step(config, world_size)
+    steps = planned_steps(config, world_size, epoch_tokens, done)
+    planned = planned_tokens(config, world_size, steps, done)
     ends = steps < config.training.max_iters and error > 0
     about, within = ("about ", f" (to within {error:.1%}: the data ends it)") if ends else ("", "")
     return [
@@ -100,6 +106,13 @@ def length_lines(
         f"Max iterations: {about}{steps}{within} = {short(planned)} tokens, "
         f"about {planned / max(1, epoch_tokens):.2f} epochs",
     ]
+
+
+def planned_tokens(
+    config: Config, world_size: int, steps: int, done: tuple[int, int] = (0, 0)
+) -> int:
+    """Returns the tokens of a run of so many steps, of which the first ones are `done`."""
+    return done[1] + max(0, steps - done[0]) * tokens_per_step(config, world_size)
 
 
 def parameter_lines(model: nn.Module) -> list[str]:
@@ -173,9 +186,8 @@ def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> li
     ]
 
 
-def ratio_line(config: Config, world: World, steps: int, model: nn.Module) -> str:
-    """Tokens per parameter; frozen ones are counted."""
-    tokens = steps * tokens_per_step(config, world.size)
+def ratio_line(tokens: int, model: nn.Module) -> str:
+    """Returns the tokens of a run per parameter; frozen parameters are counted."""
     count = sum(parameter_counts(model))
     return (
         f"Tokens per parameter: {tokens / count:.3g} ({short(tokens)} tokens, {short(count)} "

@@ -53,10 +53,13 @@ class Stopwatch:
         """Whether no further trial shall begin."""
         return time.perf_counter() >= self.until
 
-    def fastest(self, trial: Callable[[], object], enough_s: float = ENOUGH_S) -> float:
+    def fastest(
+        self, trial: Callable[[], object], enough_s: float = ENOUGH_S, warm_up: bool = True
+    ) -> float:
         """Returns the fastest of several times of `trial`, after a first one that does not count:
         it chooses kernels and starts caches."""
-        self.once(trial)
+        if warm_up:
+            self.once(trial)
         best, began = math.inf, time.perf_counter()
         for _ in range(100):
             best = min(best, self.once(trial))

@@ -39,6 +39,7 @@ from engine.plan import (
     origin_lines,
     parameter_counts,
     planned_steps,
+    planned_tokens,
     ratio_line,
     tokens_per_step,
     training_flops,
@@ -67,7 +68,8 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     start = begin(request, world)
     precision = open_precision(start.config, world)
     data, epoch_tokens = start.data, start.epoch_tokens
-    steps = planned_steps(start.config, world.size, epoch_tokens, done_steps(start.saved))
+    before = done_steps(start.saved)
+    steps = planned_steps(start.config, world.size, epoch_tokens, before)
     refuse_impossible(start.config, precision, world, build_model)
     model = first_model(start, world)
     covered = precision.prepare(model, steps, fill=not start.saved)
@@ -95,8 +97,8 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, epoch_tokens, data.ledger.error))
-    say(ratio_line(config, world, steps, model))
+    say(*length_lines(config, world.size, epoch_tokens, data.ledger.error, before))
+    say(ratio_line(planned_tokens(config, world.size, steps, before), model))
     say(f"Seed: {config.training.seed}", RULE)
     return Session(
         config=config,

@@ -20,6 +20,7 @@ from engine.plan import (
     length_lines,
     origin_lines,
     planned_steps,
+    planned_tokens,
     ratio_line,
     tokens_line,
 )
@@ -27,7 +28,7 @@ from engine.precision import Precision
 from engine.run import RunDirectory, directory_lines
 from engine.stopwatch import Stopwatch, stopwatch
 from engine.world import World
-from launch.begin import EVAL_BATCH, Beginning, begin
+from launch.begin import EVAL_BATCH, Beginning, begin, done_steps
 from launch.build import new_optimizer, open_precision, sampler, wants_compiler
 from model import build_model
 
@@ -39,7 +40,8 @@ def dry_run(request: Request, world: World) -> None:
     room = Room.of(world)
     start = None if embedded_is_missing(request.config) else begin(request, world)
     config = request.config if start is None else start.config
-    steps = planned_steps(config, world.size, start.epoch_tokens if start else 0)
+    before = done_steps(start.saved if start else {})
+    steps = planned_steps(config, world.size, start.epoch_tokens if start else 0, before)
     precision = open_precision(config, world)
     refuse_impossible(config, precision, world, build_model)
     with torch.device("meta"):
@@ -63,10 +65,11 @@ def dry_run(request: Request, world: World) -> None:
     say(*lines, *cost_lines(needs, room, optimizer), *covered)
     if start is not None:
         tokens_off = start.data.ledger.error
-        say(*length_lines(config, world.size, start.epoch_tokens, tokens_off))
+        say(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
     else:
         say(tokens)
-    say(ratio_line(config, world, steps, model), *learning_rate_plot(config, steps))
+    whole = planned_tokens(config, world.size, steps, before)
+    say(ratio_line(whole, model), *learning_rate_plot(config, steps))
     directory = RunDirectory.start(config)
     say(*directory_lines(directory, start.resume if start else None))
     if request.show_config:

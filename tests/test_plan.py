@@ -22,7 +22,14 @@ from engine.forecast import (
 )
 from engine.memory import Needs, Room
 from engine.optimizer import build_optimizer
-from engine.plan import BARS, learning_rate_plot, model_lines, ratio_line
+from engine.plan import (
+    BARS,
+    learning_rate_plot,
+    length_lines,
+    model_lines,
+    planned_tokens,
+    ratio_line,
+)
 from engine.precision import Precision
 from engine.schedule import learning_rate
 from engine.state import saves_due
@@ -270,8 +277,14 @@ def test_the_plan_tells_tokens_per_parameter() -> None:
     config = configured()
     model = build_model(config)
     count = sum(p.numel() for p in model.parameters())
-    line = ratio_line(config, World(0, 2, torch.device("cpu")), 100, model)
+    line = ratio_line(planned_tokens(config, 2, 100), model)
     assert line.startswith(f"Tokens per parameter: {100 * 2 * 4 * 32 / count:.3g} (25.6 k tokens")
+
+
+def test_a_plan_counts_the_tokens_of_steps_before_a_resume_as_they_were() -> None:
+    config = configured(training={"batch_size": 8, "max_iters": 60})
+    line = length_lines(config, 1, 100_000, done=(40, 40 * 128))[-1]
+    assert line == "Max iterations: 60 = 10.2 k tokens, about 0.10 epochs"
 
 
 def test_a_start_tells_parameters_memory_and_work() -> None:
