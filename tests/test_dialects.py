@@ -280,7 +280,7 @@ MISTAKES = [
     ("tensorboard: {enabled: true, log_dirs: a}", "tensorboard.log_dirs: unknown option."),
     (
         "training: {runs_dir: a, gradient_accumulation_steps: 0, max_iters: 10}",
-        "training.gradient_accumulation_steps: must be >= 1, got 0",
+        "training.gradient_accumulation_steps: must be in [1, 1000000], got 0",
     ),
     (
         "training: {runs_dir: a, gradient_accumulation_steps: 2, max_iters: soon}",

@@ -321,7 +321,8 @@ def test_published_sizes_have_the_published_number_of_parameters(name: str) -> N
 
 def test_weights_are_drawn_as_gpt_2_draws_them() -> None:
     torch.manual_seed(0)
-    shape = ModelConfig(name="gpt", n_layer=3, n_embd=128, bias=True, tie_embeddings=False)
+    sizes = {"n_layer": 3, "n_embd": 128, "vocab_size": 256}
+    shape = ModelConfig(name="gpt", bias=True, tie_embeddings=False, **sizes)  # type: ignore[arg-type]
     for name, p in GPT(shape, 64).named_parameters():
         assert p.dtype == torch.float32 and p.requires_grad
         if p.dim() == 1:

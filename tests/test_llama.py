@@ -165,7 +165,8 @@ def test_the_mlp_is_eight_thirds_as_wide_rounded_up_to_64(width: int, expected: 
 
 def test_weights_are_drawn_by_their_shape() -> None:
     torch.manual_seed(0)
-    model = Llama(ModelConfig(name="llama", n_layer=2, n_embd=128, n_kv_head=2, d_ff=320))
+    sizes = ModelConfig(name="llama", n_layer=2, n_embd=128, n_kv_head=2, d_ff=320, vocab_size=256)
+    model = Llama(sizes)
     deviations = {
         "embedding": 1.0,
         "lm_head": math.sqrt(2 / (256 + 128)),

@@ -150,11 +150,15 @@ VALUES = [  # section, line of the section, message
     ("model", "attention: falsh", "got 'falsh'. Did you mean flash?"),
     (
         "optimizer",
-        "name: adam",
-        "expected one of adamw, adamw_8bit, muon, got 'adam'. Did you mean adamw?",
+        "name: adams",
+        "expected one of adamw, adamw_8bit, muon, got 'adams'. Did you mean adamw?",
     ),
     ("distributed", "backend: mpi", "expected one of auto, nccl, gloo, got 'mpi'. The default is"),
-    ("dataset", "token_dtype: uint64", "expected one of auto, uint8, uint16, uint32, got 'uint64'"),
+    (
+        "dataset",
+        "token_dtype: uint64",
+        "expected one of auto, uint8, uint16, uint32, int32, int64, got 'uint64'",
+    ),
     ("dataset", "on_bad_shard: skp", "expected one of error, skip, got 'skp'. Did you mean skip?"),
     ("dataloader", "num_workers: 5000", "must be in [0, 1024], got 5000."),
     ("system", "compile: maybe", "expected true, false or auto, got 'maybe'."),

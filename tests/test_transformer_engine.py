@@ -84,8 +84,13 @@ def small(name: str, **changes: Any) -> Any:
     return Llama(ModelConfig(**{**options, "name": "llama", **changes}))
 
 
+def resolved(**fp8: Any) -> Fp8Config:
+    """The options as a Config gives them, without `auto`."""
+    return Fp8Config(**{"recipe": "current", "format": "hybrid", **fp8})
+
+
 def attached(model: nn.Module, **fp8: Any) -> TransformerEngineBackend:
-    return TransformerEngineBackend(Fp8Config(**fp8), CUDA, model)
+    return TransformerEngineBackend(resolved(**fp8), CUDA, model)
 
 
 def step(
@@ -338,7 +343,7 @@ def test_scales_of_another_run_are_not_taken_over(stub: te_stub.Stub) -> None:
 
 def test_a_cpu_is_refused_with_what_runs_there(stub: te_stub.Stub) -> None:
     with pytest.raises(ConfigError, match="runs on CUDA only, and the device is cpu.*native"):
-        TransformerEngineBackend(Fp8Config(), torch.device("cpu"), small("gpt"))
+        TransformerEngineBackend(resolved(), torch.device("cpu"), small("gpt"))
 
 
 @pytest.mark.parametrize("broken", ["missing", "old"])
@@ -350,7 +355,7 @@ def test_without_the_library_the_command_that_installs_it_is_named(
     else:
         monkeypatch.delattr(sys.modules["transformer_engine.pytorch"], "autocast")
     with pytest.raises(ConfigError) as refusal:
-        TransformerEngineBackend(Fp8Config(), CUDA, small("gpt"))
+        TransformerEngineBackend(resolved(), CUDA, small("gpt"))
     assert INSTALL in str(refusal.value) and "fp8.backend: native" in str(refusal.value)
 
 
@@ -368,7 +373,7 @@ def test_a_gpu_that_cannot_is_named_with_the_reason(
 ) -> None:
     stub.unavailable[function] = "Device compute capability 8.9 or higher required."
     with pytest.raises(ConfigError) as refusal:
-        TransformerEngineBackend(Fp8Config(recipe=cast(Any, recipe)), CUDA, small("gpt"))
+        TransformerEngineBackend(resolved(recipe=recipe), CUDA, small("gpt"))
     text = str(refusal.value)
     assert f"low_precision.use_fp8 with fp8.recipe={recipe}" in text
     assert "NVIDIA Stub 100, of compute capability 8.0: Device compute capability 8.9" in text
@@ -407,7 +412,7 @@ def real_step(name: str, recipe: str) -> tuple[dict[str, Tensor], dict[str, Tens
     model = small(name, **(sizes if name != "llama" else {**sizes, "n_kv_head": 2})).to(device)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = step(model, tokens, None)
-        engine = TransformerEngineBackend(Fp8Config(recipe=cast(Any, recipe)), device, model)
+        engine = TransformerEngineBackend(resolved(recipe=recipe), device, model)
         with engine.training():
             found = step(model, tokens, engine)
     return expected, found, engine.calls
