@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from config import Config, ConfigError, Request, setting
+from config import GPT2_NAMES, Config, ConfigError, Request, setting
 from data.meta import open_tokenizer
 from data.tokenizer import Tokenizer
 from engine.checkpoint import open_model
+from engine.find_runs import FOLDER, find_by_name
 from engine.foreign import is_foreign
 from engine.resume import PRETRAINED
 from model import LanguageModel
@@ -29,16 +30,19 @@ UNTOLD = ("n_layer", "n_head")  # what some files leave to the config
 def read_weights(config: Config, request: Request) -> Pretrained:
     """The weights that `training.init_from` names; raises CheckpointError."""
     shape = {n: getattr(config.model, n) for n in UNTOLD if is_given(request, f"model.{n}")}
-    return open_weights(config.training.init_from, shape)
+    folder = Path(config.training.checkpoint_dir)
+    return open_weights(config.training.init_from, shape, folder)
 
 
-def open_weights(init_from: str, shape: Mapping[str, int]) -> Pretrained:
+def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER) -> Pretrained:
     """The weights that `training.init_from` names, of this trainer or of others; raises
     CheckpointError.
 
     shape: `n_layer` and `n_head` where the user gave them; some files do not tell one of them.
+    folder: where a run is looked for by a part of its name first.
     """
-    path = Path(init_from).expanduser()
+    published = init_from in GPT2_NAMES
+    path = Path(init_from) if published else find_by_name(Path(init_from).expanduser(), folder)
     if not path.exists() or is_foreign(path):
         return read(init_from, shape)
     model, config, tokenizer = open_model(path, "cpu")

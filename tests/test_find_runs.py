@@ -68,5 +68,8 @@ def test_training_sampling_and_export_take_the_name_of_a_run(
     assert export.main([name, "exported"]) == 0
     assert os.path.exists("exported/model.safetensors")
     capsys.readouterr()
+    new = ["checkpoint_dir=new", "max_iters=1", "test_freq=null", f"init_from={name}"]
+    assert run_here([*tiny, *new]) == 0
+    assert f"{name}: bdh, n_layer 2" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="999999: not found"):
         resolve_resume("999999", Path("out"), lambda config: [])
