@@ -383,7 +383,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
 def open_model(
     path: str | Path, device: str | torch.device
 ) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """As `load_model`, and what makes text of its tokens, for `data.meta.open_tokenizer`."""
+    """Returns a model in eval mode, its Config, and the description of its tokenizer as
+    `data.meta.open_tokenizer` takes it. Raises CheckpointError.
+    """
     from model import build_model  # only here: the rest of the engine names no model
 
     if is_foreign(Path(path)):

@@ -106,7 +106,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialStep:
     """What is timed in place of the run's micro-step."""
 
     config: Config
@@ -119,7 +119,7 @@ class Trial:
     """Parameters of the run's model per parameter of the trial's."""
 
 
-def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module]) -> Trial:
+def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module]) -> TrialStep:
     """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
     config, model, length = needs.config, needs.model, needs.config.training.block_size
     while needs.world.on_cpu and _parameters(model) > _MOST_PARAMETERS and config.model.n_layer > 1:
@@ -127,7 +127,7 @@ def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module])
         with torch.device("meta"):
             model = build(config)
     smaller = replace(needs, config=config, model=model)
-    return Trial(
+    return TrialStep(
         config,
         [
             size
@@ -177,7 +177,7 @@ def measure(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
-    trial: Trial,
+    trial: TrialStep,
     watch: Stopwatch,
     documents: DocumentIds | None = None,
 ) -> Rates:

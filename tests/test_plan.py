@@ -15,7 +15,7 @@ from config import Config
 from engine.forecast import (
     Forecast,
     Rates,
-    Trial,
+    TrialStep,
     choose_trial,
     forecast,
     measure,
@@ -164,7 +164,9 @@ def test_the_parts_of_a_run_are_measured_on_its_own_objects(
     model, precision = build_model(config), Precision(config.low_precision, CPU.device)
     precision.prepare(model, 10)
     optimizer = build_optimizer(model, config.optimizer, 0.1)
-    rates = measure(model, optimizer, precision, Trial(config, [(4, 32)]), Stopwatch(CPU.device))
+    rates = measure(
+        model, optimizer, precision, TrialStep(config, [(4, 32)]), Stopwatch(CPU.device)
+    )
     assert min(rates.micro_step, rates.update, rates.evaluation_batch, rates.matmul) > 0
     assert (rates.rounding > 0) is use_4bit
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -204,7 +206,7 @@ def test_plain_products_have_a_rate() -> None:
     assert Stopwatch(CPU.device).matmul_rate(torch.float32) > 1e8
 
 
-def trial_of(config: Config, free: int | None = None) -> Trial:
+def trial_of(config: Config, free: int | None = None) -> TrialStep:
     with torch.device("meta"):
         model = build_model(config)
     needs = Needs(config, model, Precision(config.low_precision, CPU.device), CPU, base=0)
@@ -266,7 +268,7 @@ def test_a_slow_micro_step_is_timed_in_a_smaller_size_and_scaled_by_its_flops(
     precision = Precision(config.low_precision, CPU.device)
     optimizer = build_optimizer(model, config.optimizer, 0.1)
     watch = Stopwatch(CPU.device, clock=lambda: clock[0])
-    trial = Trial(config, [(1, 32), (2, 32), (4, 32), (64, 32)], work=2.0)
+    trial = TrialStep(config, [(1, 32), (2, 32), (4, 32), (64, 32)], work=2.0)
     rates = measure(model, optimizer, precision, trial, watch)
     assert rates.tokens == 4 * 32, "9 seconds are enough"
     assert rates.micro_step == pytest.approx(2.0 * (5 + 64), rel=0.15)
