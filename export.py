@@ -6,8 +6,8 @@
 
 CHECKPOINT is a checkpoint, a run directory (its last checkpoint, or its best one with
 training.always_save_checkpoint: false), a folder of run directories (its newest run) or weights of
-another program, such as nanoGPT's ckpt.pt. OUT is a new folder (engine/export.py says what is in
-it), which `sample.py` takes.
+another program, such as nanoGPT's ckpt.pt. OUT is a new folder (engine/checkpoint/export.py says
+what is in it), which `sample.py` takes.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> list[str]:
     """Writes OUT; returns what to say of it. Raises UserError."""
-    from data.meta import open_tokenizer
-    from engine.checkpoint import open_model  # torch is slow to import
-    from engine.export import WEIGHTS, description, has_config, is_export, write_export
-    from engine.files import size_text
-    from engine.find_runs import find_by_name
-    from engine.precision import DTYPES
-    from engine.precision.quantized import QuantizedWeights, own_tensors
-    from engine.world import resolve_device
+    from data.sources.meta import open_tokenizer
+    from engine.checkpoint.export import WEIGHTS, description, has_config, is_export, write_export
+    from engine.checkpoint.save_load import open_model  # torch is slow to import
+    from engine.hardware.world import resolve_device
+    from engine.precision.precision import DTYPES
+    from engine.precision.weights_4bit import QuantizedWeights, own_tensors
+    from engine.run_directory.find_runs import find_by_name
+    from files.atomic import size_text
 
     given = find_by_name(args.checkpoint)
     if is_export(given) and has_config(given):
@@ -104,7 +104,7 @@ def export(args: argparse.Namespace) -> list[str]:
 
 
 def _upstream(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from model.bdh import BDH, to_upstream
+    from model.bdh.model import BDH, to_upstream
 
     if not isinstance(model, BDH):
         raise ConfigError(

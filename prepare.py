@@ -31,14 +31,14 @@ from types import FrameType
 import numpy as np
 
 from config import DataError, TokenizerConfig, UserError, WriteError
-from data import corpus
-from data.convert import FORMATS, Job, Progress, convert, existing
-from data.download import download, is_url, local_paths, read_url_list
-from data.meta import read_meta_file, write_json
-from data.sources import ENDINGS, check_readable, is_text, not_text_at, unreadable
-from data.sources import documents as documents_of
-from data.tokenizer import Tokenizer, build_tokenizer, train_bpe
-from data.writer import Counts
+from data.preparation import corpus
+from data.preparation.convert import FORMATS, Job, Progress, convert, existing
+from data.preparation.download import download, is_url, local_paths, read_url_list
+from data.preparation.raw_text import ENDINGS, check_readable, is_text, not_text_at, unreadable
+from data.preparation.raw_text import documents as documents_of
+from data.preparation.token_writer import Counts
+from data.sources.meta import read_meta_file, write_json
+from data.tokenizers.bpe import Tokenizer, build_tokenizer, train_bpe
 
 _FILES = 8
 _SMALLEST_FILE_BYTES, _LARGEST_FILE_BYTES = 1 << 20, 256 << 20

@@ -55,8 +55,8 @@ from compare.table import (
     width,
 )
 from config import ConfigError, DataError, UserError
-from engine.find_runs import FOLDER, find_by_name, runs_in, shown_names
-from engine.metrics import duration
+from engine.monitor.console import duration
+from engine.run_directory.find_runs import FOLDER, find_by_name, runs_in, shown_names
 from settings.terminal import printable
 
 _WIDEST = 40  # a value in the table of differences; --json has all of it

@@ -47,7 +47,7 @@ from config import (
 from settings import sampling as nanogpt
 
 if TYPE_CHECKING:
-    from data.tokenizer import StreamDecoder, Tokenizer
+    from data.tokenizers.bpe import StreamDecoder, Tokenizer
     from model import LanguageModel
 
 _LARGEST = 2**63 - 1  # what a random generator takes
@@ -153,9 +153,9 @@ def write_samples(arguments: argparse.Namespace) -> None:
     """Loads the model and writes the samples; raises UserError."""
     import torch  # slow to import: a wrong command line is answered before
 
-    from engine.checkpoint import open_model
-    from engine.world import keep_freed_memory, resolve_device
-    from model.decode import Sampling, generate
+    from engine.checkpoint.save_load import open_model
+    from engine.hardware.world import keep_freed_memory, resolve_device
+    from model.generate import Sampling, generate
 
     device = resolve_device(device_option(arguments.device))
     if device.type == "cpu":
@@ -194,7 +194,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
 
 def open_tokenizer(path: str, spec: dict[str, Any], config: Config) -> Tokenizer:
     """What makes text of the model's tokens; raises CheckpointError that names the file."""
-    from data import meta
+    from data.sources import meta
 
     try:
         tokenizer = meta.open_tokenizer(spec)

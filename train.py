@@ -40,20 +40,20 @@ from contextlib import ExitStack
 import torch
 
 from data import TrainLoader
+from engine.hardware.data_parallel import whole
+from engine.hardware.world import end_process, enter_world, is_main_process, lost_peer
 from engine.interfaces import Batch
-from engine.memory import out_of_memory_lines, ran_out
-from engine.metrics import say, warn
-from engine.optimizer import clip_gradients, gradient_norm, set_learning_rate
-from engine.parallel import whole
-from engine.precision import affordable
+from engine.monitor.console import say, warn
+from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
+from engine.planning.memory import out_of_memory_lines, ran_out
+from engine.precision.precision import affordable
 from engine.schedule import learning_rate
-from engine.session import Session
+from engine.setup.build import build
+from engine.setup.check_resume import check_resume
+from engine.setup.dry_run import dry_run
 from engine.signals import StopRequest
-from engine.state import due
-from engine.world import end_process, enter_world, is_main_process, lost_peer
-from launch.build import build
-from launch.check_resume import check_resume
-from launch.dry_run import dry_run
+from engine.train_state import due
+from engine.trainer import Session
 
 
 def train(run: Session, stop: StopRequest) -> None:

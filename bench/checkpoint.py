@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from config import Config
-from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.manifest import verify
-from engine.run import RunDirectory
-from engine.state import TrainState, rng_state
+from engine.checkpoint.save_load import load_checkpoint, save_checkpoint
+from engine.run_directory.directory import RunDirectory
+from engine.run_directory.manifest import verify
+from engine.train_state import TrainState, rng_state
 
 
 def make_state(megabytes: int) -> dict[str, Any]:

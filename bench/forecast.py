@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from config import command_line
-from engine.forecast import BUDGET_S, Forecast, choose_trial, forecast, measure
-from engine.memory import Needs, Room
-from engine.optimizer import build_optimizer
-from engine.precision import Precision
-from engine.stopwatch import stopwatch
-from engine.world import enter_world
+from engine.hardware.world import enter_world
+from engine.optim.build import build_optimizer
+from engine.planning.forecast import BUDGET_S, Forecast, choose_trial, forecast, measure
+from engine.planning.memory import Needs, Room
+from engine.planning.stopwatch import stopwatch
+from engine.precision.precision import Precision
 from model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent

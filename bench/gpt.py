@@ -30,7 +30,7 @@ import torch
 from bench.bdh_measure import hardware, seconds, table
 from config import Config
 from model import build_model
-from model.decode import Sampling, generate
+from model.generate import Sampling, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = """\

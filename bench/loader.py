@@ -71,7 +71,7 @@ def measure(case: str, folder: str, lanes: int) -> float:
     """One figure, in this process."""
     import data
     from config import DataLoaderConfig, DatasetConfig, TokenizerConfig
-    from data.packing import document_ids
+    from data.loading.packing import document_ids
 
     config = DatasetConfig(parquet_dir=folder, test_fraction=0.0)
     start = time.perf_counter()

@@ -17,9 +17,9 @@ from typing import Any
 
 import train
 from config import command_line
+from engine.hardware.world import enter_world
+from engine.setup.build import build
 from engine.signals import StopRequest
-from engine.world import enter_world
-from launch.build import build
 
 QUICKSTART = "configs/quickstart.yaml"
 STEPS = 60

@@ -49,10 +49,10 @@ from bench.precision_modes import (
     low_precision,
     shape_of,
 )
-from engine.export import write_export
-from engine.optimizer import state_bytes
-from engine.precision.quantized import QuantizedWeights, own_tensors
-from engine.world import supports_fast_bfloat16
+from engine.checkpoint.export import write_export
+from engine.hardware.world import supports_fast_bfloat16
+from engine.optim.build import state_bytes
+from engine.precision.weights_4bit import QuantizedWeights, own_tensors
 from model import build_model
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -39,9 +39,9 @@ from bench.precision_modes import (
     shape_of,
     torchao_mode,
 )
-from engine.export import WEIGHTS, read_weights, write_export
-from engine.precision.quantized import QuantizedWeights
-from engine.world import supports_fast_bfloat16
+from engine.checkpoint.export import WEIGHTS, read_weights, write_export
+from engine.hardware.world import supports_fast_bfloat16
+from engine.precision.weights_4bit import QuantizedWeights
 
 COLUMNS = "mode", "held-out loss", "against", "gap", "gap of each seed", "limit", "verdict"
 EVALUATION = (24, (16, 64))  # batches, and their shape

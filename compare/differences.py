@@ -8,7 +8,7 @@ from typing import Any
 from compare.records import mapping, text
 from compare.run import Run, schema
 from config import CheckpointError
-from engine.manifest import data_path, read_manifest, steps_in
+from engine.run_directory.manifest import data_path, read_manifest, steps_in
 from settings.constraints import MODEL_OPTIONS
 
 MISSING = "?"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from config import WriteError
-from engine.files import write_whole
+from files.atomic import write_whole
 
 
 def check_folder(output: Path) -> None:

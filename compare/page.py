@@ -24,7 +24,7 @@ from compare.output import check_folder, write
 from compare.records import number
 from compare.run import Run, restart_command
 from config import ConfigError
-from engine.metrics import duration, short
+from engine.monitor.console import duration, short
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _POLICY = (

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from engine.manifest import MAX_BYTES, METRICS, steps_in
-from engine.run_files import is_protected, missing_bytes, parse_line, read_lines
-from settings.files import open_regular, read_regular
+from engine.run_directory.manifest import MAX_BYTES, METRICS, steps_in
+from engine.run_directory.run_files import is_protected, missing_bytes, parse_line, read_lines
+from files.regular import open_regular, read_regular
 
 _BLOCK = 1 << 16
 _Best: TypeAlias = "tuple[float | None, int | None]"

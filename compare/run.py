@@ -24,11 +24,11 @@ from typing import Any
 
 from compare.records import mapping, number, read_records, read_tail, reason, text, whole
 from config import SECTIONS, Config, ConfigError, DataError
-from engine.find_runs import FOLDER, is_run, runs_in
-from engine.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
-from engine.run_files import METRICS_BYTES, NOT_SAVED, read_environment
+from engine.run_directory.find_runs import FOLDER, is_run, runs_in
+from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
+from engine.run_directory.run_files import METRICS_BYTES, NOT_SAVED, read_environment
+from files.regular import open_regular, read_regular
 from settings import dialects
-from settings.files import open_regular, read_regular
 from settings.names import resolve
 from settings.reader import Group, read_file
 from settings.schema import Schema, schema_of

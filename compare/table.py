@@ -19,7 +19,7 @@ from compare.labels import LONGEST, descriptions, short_names
 from compare.records import number
 from compare.run import Run, schema
 from config import ConfigError
-from engine.metrics import short
+from engine.monitor.console import short
 from settings.names import resolve
 from settings.terminal import printable
 from settings.values import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, RefusedError, one_line, to_text

@@ -6,10 +6,10 @@ beside them: index <- parquet <- folder, memmap <- tokens. opening picks one, an
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Ledger
-from data.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
-from data.opening import open_dataset
-from data.packing import document_ids
+from data.factory import open_dataset
+from data.loading.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+from data.loading.packing import document_ids
+from data.sources.base import Dataset, Ledger
 
 __all__ = [
     "BatchSpec",

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from engine.evaluate import DocumentIds
+from engine.evaluation import DocumentIds
 
 
 class Text(Protocol):

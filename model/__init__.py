@@ -13,7 +13,7 @@ from torch import nn
 
 from config import Config
 from model import pretrained as pretrained
-from model.bdh import BDH
+from model.bdh.model import BDH
 from model.gpt import GPT
 from model.llama import Llama
 

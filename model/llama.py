@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model.layers import Embedding, Linear, attention, drop
+from model.attention import Embedding, Linear, attention, drop
 from model.transformer import Kept, Pass, Transformer
 
 EPS = 1e-5

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from config import GPT2_NAMES, BDHConfig, CheckpointError
-from model.bdh import UPSTREAM_FREQUENCIES, from_upstream, without_wrappers
+from model.bdh.model import UPSTREAM_FREQUENCIES, from_upstream, without_wrappers
 
 OWNER = "openai-community"  # of the published files, which have no version but the newest
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model.layers import KVCache, Sight, capacity, drop, is_plain_on_cpu, look, look_back
+from model.attention import KVCache, Sight, capacity, drop, is_plain_on_cpu, look, look_back
 
 
 @dataclass(frozen=True)

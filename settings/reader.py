@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from settings.files import open_regular
+from files.regular import open_regular
 from settings.problems import Origin, Problem
 from settings.values import Scalar, one_line
 

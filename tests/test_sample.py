@@ -14,10 +14,10 @@ import pytest
 
 import sample
 from config import CheckpointError, DataError, TokenizerConfig
-from data.tokenizer import build_tokenizer, train_bpe
+from data.tokenizers.bpe import build_tokenizer, train_bpe
 from tests.conftest import ROOT, TINY, write_corpus
+from tests.model.test_pretrained import published_weights, write_published
 from tests.runs import run_here
-from tests.test_pretrained import published_weights, write_published
 
 LARGEST = 2**63 - 1
 COMMAND = [sys.executable, os.fspath(ROOT / "sample.py")]

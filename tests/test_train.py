@@ -19,7 +19,7 @@ import torch
 import sample
 from config import Config, ConfigError, DataError
 from data import StepBatch, TrainLoader
-from engine.checkpoint import load_model
+from engine.checkpoint.save_load import load_model
 from tests.conftest import ROOT
 from tests.runs import assert_same_run, metrics, only_run, run_here, run_main, start
 
@@ -239,7 +239,7 @@ def test_an_error_in_an_evaluation_does_not_cost_the_steps_done(
     def out_of_memory(*arguments: object) -> None:
         raise MemoryError("evaluation needs more than there is")
 
-    monkeypatch.setattr("engine.session.batch_losses", out_of_memory)
+    monkeypatch.setattr("engine.trainer.batch_losses", out_of_memory)
     arguments = ["test_freq=30", "checkpoint_freq=null"]
     assert run_here([*tiny, into(tmp_path / "runs"), *arguments]) == 1
     assert "Lower training.batch_size" in capsys.readouterr().err
@@ -351,7 +351,7 @@ def test_memory_that_runs_out_with_an_automatic_batch_is_explained_too(
     def out_of_memory(*_: object) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr("engine.session.next_token_loss", out_of_memory)
+    monkeypatch.setattr("engine.trainer.next_token_loss", out_of_memory)
     words = ["batch_size=auto", "tokens_per_step=256", into(tmp_path / "runs")]
     assert run_here([*tiny, *words]) == 1
     assert "Out of memory: no more\nA step needs " in capsys.readouterr().err
@@ -388,7 +388,7 @@ def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
 
-    monkeypatch.setattr("engine.session.next_token_loss", out_of_memory)
+    monkeypatch.setattr("engine.trainer.next_token_loss", out_of_memory)
     assert run_here([*tiny, into(tmp_path / "runs"), "batch_size=64", "block_size=256"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("Out of memory: DefaultCPUAllocator")

@@ -1,9 +1,9 @@
 """FP8 training: which backend, which products of the model it covers, and proof that they are made.
 
 Two backends compute the products of activations with weights, forward and backward, in 8-bit
-floats. `native` (plain torch, engine/precision/native.py) covers the tiles of BDH and every linear
-layer; `transformer_engine` has recipes with scales for blocks besides. Embeddings, the head, norms
-and attention keep the dtype of autocast.
+floats. `native` (plain torch, engine/precision/fp8_native.py) covers the tiles of BDH and every
+linear layer; `transformer_engine` has recipes with scales for blocks besides. Embeddings, the
+head, norms and attention keep the dtype of autocast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
-from engine.precision.native import (
+from engine.precision.fp8_native import (
     E4M3,
     E5M2,
     DelayedScales,
@@ -69,7 +69,7 @@ class Fp8Backend(Protocol):
 def check_device(fp8: Fp8Config, device: torch.device) -> None:
     """Raises ConfigError where `device` cannot multiply 8-bit floats as asked."""
     if fp8.backend == "transformer_engine" or fp8.recipe in ITS_RECIPES:
-        from engine.precision.transformer_engine import checked_library
+        from engine.precision.fp8_te import checked_library
 
         checked_library(fp8, device)
     switch, off = "low_precision.use_fp8=true", "Set low_precision.use_fp8: false."
@@ -99,7 +99,7 @@ def bind(fp8: Fp8Config, model: nn.Module, device: torch.device, dtype: torch.dt
         found = find_spec("transformer_engine") is not None
         backend = "transformer_engine" if needed or (layers and found) else "native"
     if backend == "transformer_engine":
-        from engine.precision.transformer_engine import TransformerEngineBackend
+        from engine.precision.fp8_te import TransformerEngineBackend
 
         return cast(Fp8Backend, TransformerEngineBackend(fp8, device, model))
     return NativeBackend(fp8, model, device, dtype)

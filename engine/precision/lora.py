@@ -29,7 +29,7 @@ NAME = "adapter"  # of the module within the linear layer
 
 
 class HasProduct(Protocol):
-    """A linear layer whose product can be exchanged (model/layers.py)."""
+    """A linear layer whose product can be exchanged (model/attention.py)."""
 
     weight: Tensor
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor]

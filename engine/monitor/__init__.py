@@ -1,0 +1,1 @@
+"""Console, progress line, Weights & Biases, TensorBoard."""

@@ -1,0 +1,1 @@
+"""What a run will cost: memory, time, and trials before training."""

@@ -1,0 +1,277 @@
+"""How long a run will take, from what its parts take here and now.
+
+Nothing is assumed of the device, disks aside. The run's own model computes the run's own
+micro-steps, an optimizer step and an evaluation's forward pass, for about a second each; the run is
+that many times as long. Micro-steps of more than a second are timed in a smaller size and scaled by
+FLOPs.
+
+Left out: starting, reading data, and the exchange of gradients between processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
+from engine.evaluation import DocumentIds, evaluating, next_token_loss
+from engine.monitor.console import duration, short
+from engine.optim.build import clip_gradients, gradient_norm
+from engine.planning.memory import Needs, Room, state_bytes
+from engine.planning.stopwatch import Stopwatch
+from engine.precision.precision import Precision
+from engine.train_state import saves_due, times_due
+
+BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
+TRIAL_S = 1.0  # micro-steps grow until one takes so long
+_EACH_S = 0.3  # of timing one size on the way there
+_MOST_PARAMETERS = 50_000_000  # on a CPU, where one more is drawn in 10 ns and updated in 5
+_DISK_RATE = 500e6  # bytes per second; nothing is written to find it out
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds of the parts of a run."""
+
+    micro_step: float
+    """Forward and backward of one micro-batch."""
+    update: float
+    """Gradient norm, clipping and the optimizer's step."""
+    evaluation_batch: float
+    rounding: float
+    """Taking weights to 4 bits and back, once; 0 where they are not."""
+    matmul: float
+    """FLOP/s of plain products in the run's dtype."""
+    tokens: int
+    """Of the micro-step that was timed."""
+    sample: float = 0.0
+    """Writing `training.sample_prompt` on."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted times of a run, in seconds."""
+
+    steps: int
+    step: float
+    """Mean over the run: the last steps of one with 4-bit weights take longer."""
+    evaluations: int
+    evaluation: float
+    saves: int
+    save: float
+    flops: float
+    """FLOP/s that the model reaches in its steps."""
+    share: float
+    """Of what plain products reach."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole run."""
+        evaluations, saves = self.evaluations * self.evaluation, self.saves * self.save
+        return self.steps * self.step + evaluations + saves
+
+    def line(self, world_size: int = 1, note: str = "") -> str:
+        """What a dry run prints."""
+        parts = []
+        if self.steps:
+            parts.append(
+                f"{self.steps:,} steps of {_seconds(self.step)} ({_rate(self.flops)}, "
+                f"{self.share:.0%} of a plain product's rate)"
+            )
+        if self.evaluations:
+            parts.append(
+                f"{_counted(self.evaluations, 'evaluation')} of {_seconds(self.evaluation)}"
+            )
+        if self.saves:
+            parts.append(f"{_counted(self.saves, 'save')} of {_seconds(self.save)}")
+        alone = "; exchange between processes not counted" if world_size > 1 else ""
+        return f"Time: about {duration(self.total)} on this device{note}: {', '.join(parts)}{alone}"
+
+
+def _rate(flops: float) -> str:
+    return f"{short(flops)}FLOP/s".replace(" BFLOP", " GFLOP")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 100 else duration(value)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+@dataclass(frozen=True)
+class TrialStep:
+    """What is timed in place of the run's micro-step."""
+
+    config: Config
+    """The run's; with fewer layers where its model is too large to be built for a trial."""
+    sizes: list[tuple[int, int]]
+    """Sequences, and tokens of each: the smallest first, only what fits into memory."""
+    work: float = 1.0
+    """FLOPs per token of the run's model per FLOP of the trial's."""
+    weights: float = 1.0
+    """Parameters of the run's model per parameter of the trial's."""
+
+
+def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module]) -> TrialStep:
+    """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
+    config, model, length = needs.config, needs.model, needs.config.training.block_size
+    while needs.world.on_cpu and _parameters(model) > _MOST_PARAMETERS and config.model.n_layer > 1:
+        config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
+        with torch.device("meta"):
+            model = build(config)
+    smaller = replace(needs, config=config, model=model)
+    return TrialStep(
+        config,
+        [
+            size
+            for size in _sizes(config)
+            if room.fits(smaller.memory(_sized(config, *size))) is not False
+        ],
+        _flops(needs.model, 1, length) / _flops(model, 1, length),
+        _parameters(needs.model) / _parameters(model),
+    )
+
+
+def _sizes(config: Config) -> Iterator[tuple[int, int]]:
+    """Yields sizes of a micro-step up to the run's own, each about twice the one before."""
+    whole, length = micro_batch(config), config.training.block_size
+    multiple = FP8_MULTIPLE if config.low_precision.use_fp8 else 1
+    shorter = [length >> shift for shift in range(length.bit_length()) if length >> shift >= 64]
+    sizes = [(1, each) for each in reversed(shorter)]
+    sizes += [(1 << power, length) for power in range(1, whole.bit_length())]
+    for batch, each in sizes:
+        if batch * each < whole * length and batch * each % multiple == 0:
+            yield batch, each
+    yield whole, length
+
+
+def _sized(config: Config, batch: int, length: int) -> Config:
+    sizes = replace(
+        config.training,
+        batch_size=batch,
+        block_size=length,
+        tokens_per_step=None,
+        gradient_accumulation_steps=1,
+    )
+    return replace(config, training=sizes)
+
+
+def _flops(model: nn.Module, batch: int, length: int) -> int:
+    """Returns the FLOPs of a micro-step."""
+    per_token: int = model.flops_per_token(length)  # type: ignore[operator]
+    return batch * length * per_token
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    trial: TrialStep,
+    watch: Stopwatch,
+    documents: DocumentIds | None = None,
+) -> Rates:
+    """Returns the rates of the run of which `trial` is a part, by the run's own objects on random
+    tokens; the weights change.
+
+    Micro-steps grow until one takes long enough; a line through the last two gives the run's own.
+    """
+    vocab = trial.config.model.vocab_size
+    assert vocab is not None
+    rows: Tensor
+
+    def loss() -> Tensor:
+        with precision.autocast():
+            total = next_token_loss(model, rows, precision.device, documents)
+        return total / rows.numel()
+
+    def forward() -> None:
+        with torch.inference_mode(), evaluating(model):
+            loss().item()
+
+    def update() -> None:
+        clip_gradients(model, gradient_norm(model), limit=1.0)
+        precision.step(optimizer, lambda values: values)
+
+    def rounding() -> None:
+        with nullcontext() if precision.quantized is None else precision.quantized.applied():
+            pass
+
+    def micro_step() -> None:
+        # 0: a step is counted from 1, and none of these is one with rounded weights
+        with precision.training(0):
+            precision.backward(loss())
+
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    whole = _flops(model, micro_batch(trial.config), trial.config.training.block_size)
+    before, flops, seconds = (0, 0.0), 0, 0.0
+    for number, (batch, length) in enumerate(trial.sizes):
+        rows = torch.randint(vocab, (batch, length + 1))
+        before, flops = (flops, seconds), _flops(model, batch, length)
+        seconds = watch.fastest(micro_step, _EACH_S, warm_up=number == 0)
+        if seconds > TRIAL_S * watch.scale or watch.is_over:
+            break
+    grown = _on_line(before, (flops, seconds), whole) / seconds
+    update_s = watch.fastest(update)
+    optimizer.zero_grad(set_to_none=True)
+    return Rates(
+        micro_step=seconds * grown * trial.work,
+        update=update_s * trial.weights,
+        evaluation_batch=watch.fastest(forward) * grown * trial.work,
+        rounding=0.0 if precision.quantized is None else watch.fastest(rounding) * trial.weights,
+        matmul=watch.matmul_rate(precision.dtype),
+        tokens=batch * length,
+    )
+
+
+def _on_line(first: tuple[int, float], second: tuple[int, float], flops: int) -> float:
+    """Returns the seconds of so many FLOPs on the line through two measurements, FLOPs and seconds.
+
+    Reading all weights takes as long for few tokens as for many, so time is not proportional to
+    work. What is beyond the second point takes at least half as long as its average.
+    """
+    average = second[1] / second[0]
+    slope = (second[1] - first[1]) / max(1, second[0] - first[0])
+    slope = min(max(slope, average / 2), average)
+    return second[1] + slope * (flops - second[0])
+
+
+def forecast(
+    config: Config, rates: Rates, model: nn.Module, span: range, world_size: int
+) -> Forecast:
+    """The times of a run that makes the steps after `span.start` until `span.stop`, by the rates of
+    its parts; of none with `training.eval_only`."""
+    training, low = config.training, config.low_precision
+    if training.eval_only:
+        span = range(span.start, span.start)
+    micro_steps = accumulation_steps(config, world_size)
+    tokens = micro_steps * micro_batch(config) * training.block_size  # of this process
+    plain = micro_steps * rates.micro_step + rates.update
+    late = max(0, span.stop - max(span.start, int(span.stop * low.quantize_after)))
+    rounded = late / max(1, len(span))  # share of the steps
+    splits = 2 if rates.rounding == 0 else 3
+    batches = splits * math.ceil(training.eval_iters / world_size) + 1  # neurons are counted
+    flops = tokens * model.flops_per_token(training.block_size) / plain  # type: ignore[operator]
+    evaluated = eval_batch(config) / micro_batch(config)  # as many at a time
+    found = Forecast(
+        steps=len(span),
+        step=plain + rounded * rates.rounding,
+        evaluations=training.eval_only or times_due(span.start, span.stop, training.test_freq),
+        evaluation=batches * evaluated * rates.evaluation_batch + rates.rounding + rates.sample,
+        saves=0,
+        save=(sum(p.nbytes for p in model.parameters()) + state_bytes(model, config)) / _DISK_RATE,
+        flops=flops,
+        share=flops / rates.matmul,
+    )
+    return replace(found, saves=saves_due(training, span.start, span.stop, found.total))

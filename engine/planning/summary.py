@@ -1,0 +1,219 @@
+"""What a run is made of, said before it starts: vocabulary, parameters, memory, work, steps, and
+the learning rate over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+
+from config import (
+    Config,
+    ConfigError,
+    Request,
+    accumulation_steps,
+    sequences_per_step,
+    warmup_steps,
+)
+from engine.hardware.world import World
+from engine.monitor.console import short
+from engine.optim.build import optimizer_lines
+from engine.planning.memory import Needs, Room, memory_lines
+from engine.precision.precision import Precision
+from engine.schedule import learning_rate
+
+BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
+
+
+class HasCosts(Protocol):
+    """What a model tells of its work."""
+
+    def flops_per_token(self, block_size: int) -> int:
+        """FLOPs of a training step per token."""
+
+
+def settle(config: Config, vocab_size: int, tokenizer: str) -> tuple[Config, list[str]]:
+    """The config with the vocabulary as a number, and lines that tell of it.
+
+    vocab_size: tokens of the text, made by `tokenizer`. Raises ConfigError for a vocabulary that is
+    too small.
+    """
+    model, lines = config.model, list[str]()
+    from_weights = config.training.init_from != "scratch"
+    if model.vocab_size is None:
+        multiple = config.tokenizer.vocab_multiple
+        model = replace(model, vocab_size=math.ceil(vocab_size / multiple) * multiple)
+        lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
+    elif model.vocab_size < vocab_size:
+        named = f"model.vocab_size={model.vocab_size}"
+        source = config.training.init_from if from_weights else named
+        remedy = "Use its own tokenizer." if from_weights else "null takes its size."
+        raise ConfigError(
+            f"{source}: {model.vocab_size} tokens, but the text has {vocab_size} (tokenizer "
+            f"{tokenizer}). {remedy}"
+        )
+    elif model.vocab_size > vocab_size:
+        lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
+    return replace(config, model=model), lines
+
+
+def _used(used: int, size: int | None) -> str:
+    return "the tokenizer's" if used == size else f"of which the tokenizer uses {used}"
+
+
+def origin_lines(request: Request) -> list[str]:
+    """The files and overrides this config came from."""
+    files = f"Config: {', '.join(request.files)}"
+    return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
+
+
+def planned_steps(
+    config: Config, world_size: int, epoch_tokens: int, done: tuple[int, int] = (0, 0)
+) -> int:
+    """Optimizer steps until `max_iters` or, by the tokens of each, the end of `epochs`.
+
+    done: steps and tokens of the run so far, whose steps may have been larger or smaller.
+    """
+    training = config.training
+    if training.epochs is None or training.use_oracle:  # the first batch never ends an epoch
+        return training.max_iters
+    left = max(0, training.epochs * epoch_tokens - done[1])
+    steps = done[0] + -(-left // tokens_per_step(config, world_size))
+    return min(training.max_iters, max(1, steps))
+
+
+def length_lines(
+    config: Config,
+    world_size: int,
+    epoch_tokens: int,
+    error: float = 0.0,
+    done: tuple[int, int] = (0, 0),
+) -> list[str]:
+    """Tokens per step, and how long the run is in steps, tokens and passes over the data, whose
+    tokens are estimated where `error`, the share by which they may be off, is not 0.
+
+    done: steps and tokens before a resume, whose steps may have had another size.
+    """
+    steps = planned_steps(config, world_size, epoch_tokens, done)
+    planned = planned_tokens(config, world_size, steps, done)
+    ends = steps < config.training.max_iters and error > 0
+    about, within = ("about ", f" (to within {error:.1%}: the data ends it)") if ends else ("", "")
+    return [
+        tokens_line(config, world_size),
+        f"Max iterations: {about}{steps}{within} = {short(planned)} tokens, "
+        f"about {planned / max(1, epoch_tokens):.2f} epochs",
+    ]
+
+
+def planned_tokens(
+    config: Config, world_size: int, steps: int, done: tuple[int, int] = (0, 0)
+) -> int:
+    """Returns the tokens of a run of so many steps, of which the first ones are `done`."""
+    return done[1] + max(0, steps - done[0]) * tokens_per_step(config, world_size)
+
+
+def parameter_lines(model: nn.Module) -> list[str]:
+    """Total and trainable parameters, and the part of each weight or module at the top, or below
+    it where all of them lie in one."""
+    total, frozen = parameter_counts(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    named = dict(model.named_parameters())
+    level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
+    parts: dict[str, int] = {}
+    for name, parameter in named.items():
+        part = name.split(".")[level]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    if frozen:
+        parts["frozen matrices"] = frozen
+    listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    return [
+        f"Total parameters: {total + frozen:,} ({listed})",
+        f"Trainable parameters: {trainable:,}",
+    ]
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Of parameters, and of matrices that are frozen and so no parameters to torch."""
+    hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
+    frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
+    return sum(p.numel() for p in model.parameters()), frozen
+
+
+def tokens_per_step(config: Config, world_size: int) -> int:
+    """Tokens of one optimizer step over all processes."""
+    return sequences_per_step(config, world_size) * config.training.block_size
+
+
+def tokens_line(config: Config, world_size: int) -> str:
+    """Tokens per optimizer step, with the formula."""
+    training, count = config.training, tokens_per_step(config, world_size)
+    accumulation = accumulation_steps(config, world_size)
+    plural = "process" if world_size == 1 else "processes"
+    return (
+        f"Tokens per step: {training.batch_size} sequences x {training.block_size} tokens x "
+        f"{accumulation} accumulation x {world_size} {plural} = {count:,}"
+    )
+
+
+def training_flops(model: nn.Module, config: Config) -> int:
+    """FLOPs per token of a training step, by the model's own count."""
+    return cast(HasCosts, model).flops_per_token(config.training.block_size)
+
+
+def model_lines(
+    config: Config,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+) -> list[str]:
+    """The same as `cost_lines`, of a run that is not compiled, with the memory that is free now."""
+    return cost_lines(Needs(config, model, precision, world), Room.of(world), optimizer)
+
+
+def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameters, the size of low-bit moments, and what a step takes: memory at its peak, work."""
+    flops = training_flops(needs.model, needs.config)
+    return [
+        *parameter_lines(needs.model),
+        *optimizer_lines(optimizer),
+        *memory_lines(needs, room),
+        f"Work: {short(flops)} FLOP per token, "
+        f"{short(flops * tokens_per_step(needs.config, needs.world.size))} per step",
+    ]
+
+
+def ratio_line(tokens: int, model: nn.Module) -> str:
+    """Returns the tokens of a run per parameter; frozen parameters are counted."""
+    count = sum(parameter_counts(model))
+    return (
+        f"Tokens per parameter: {tokens / count:.3g} ({short(tokens)} tokens, {short(count)} "
+        "parameters)"
+    )
+
+
+def learning_rate_plot(config: Config, steps: int, width: int = 60, height: int = 6) -> list[str]:
+    """The learning rate over a run of so many steps, as text; from zero to its peak."""
+    columns = [1 + (steps - 1) * place // max(1, width - 1) for place in range(width)]
+    rates = [learning_rate(step, config, steps) for step in columns]
+    warmup, final = warmup_steps(config, steps), learning_rate(steps, config, steps)
+    peak = max(*rates, learning_rate(max(1, min(warmup, steps)), config, steps))
+    eighths = [round(rate / peak * 8 * height) for rate in rates]
+    lines = [
+        f"Learning rate: {peak:.2e} at its peak, {final:.2e} at the end"
+        + (f", warm-up over {warmup:,} steps" if warmup else ", no warm-up")
+    ]
+    for row in reversed(range(height)):
+        label = f"{peak:.1e}" if row == height - 1 else ""
+        bars = "".join(BARS[min(8, max(0, value - 8 * row))] for value in eighths)
+        lines.append(f"{label:>8} │{bars}".rstrip())
+    ends = [place for place, step in enumerate(columns) if step >= warmup > 0]
+    axis = ["─"] * width
+    if ends:
+        axis[ends[0]] = "┴"
+    first, last = "1", f"{steps:,} steps"
+    lines.append(f"{'0':>8} └{''.join(axis)}")
+    return [*lines, f"{'':>10}{first}{last:>{width - len(first)}}"]

@@ -1,0 +1,241 @@
+"""Which checkpoints a run directory holds, and which of them are whole. Imports no torch.
+
+The one idea: `checkpoint_500.pt` exists as a checkpoint if and only if `checkpoint_500.json` does
+and says its size and sha256. The manifest is written last and removed first. It carries a checksum
+of itself and is compared byte for byte with what it would be written as, so that one flipped bit
+in either file is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from config import CheckpointError
+from files.regular import open_regular, read_regular
+
+FORMAT = 3
+CONFIG = "config.yaml"
+"""Every run directory has one; it is written before the first checkpoint."""
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+"""Locked by the process that writes the directory."""
+MAX_BYTES = 1 << 30
+"""What is read of one file of a run at most, checkpoints aside."""
+_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
+_FOREIGN_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)\.pt")
+_LARGEST_MANIFEST = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a checkpoint says about itself without being opened."""
+
+    step: int
+    tokens: int
+    loss: float | None
+    """Training loss; None where it was not measured."""
+    val_loss: float | None
+    """Held-out loss measured at this very step, else None."""
+    fingerprint: str
+    """Of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Facts):
+    """Facts of a finished checkpoint and how to recognise its bytes."""
+
+    size: int
+    sha256: str
+    time: str
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A verified checkpoint to continue from."""
+
+    path: Path
+    manifest: Manifest
+    seen_steps: tuple[int, ...]
+    """Steps that had a manifest at the time; another process may add some before we lock."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory to continue in."""
+        return self.path.parent
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+
+def data_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"checkpoint_{step}.pt"
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest beside a checkpoint."""
+    return path.with_suffix(".json")
+
+
+def render(manifest: Manifest) -> str:
+    """The manifest as JSON text; later formats keep this form, so that damage is told from age."""
+    return _render(asdict(manifest))
+
+
+def _render(fields: dict[str, Any]) -> str:
+    body = json.dumps(fields, sort_keys=True)
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**fields, "checksum": checksum}, sort_keys=True, indent=2) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest beside checkpoint `path`; raises CheckpointError with the reason."""
+    place = manifest_path(path)
+    try:
+        raw = read_regular(place, _LARGEST_MANIFEST)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.name} was not completed (no manifest {place.name})."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{place.name}: cannot be read: {error.strerror}.") from error
+    damaged = CheckpointError(f"{path.name}: its manifest {place.name} is damaged.")
+    try:
+        fields = json.loads(raw)
+        del fields["checksum"]
+        intact = _render(fields).encode() == raw
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise damaged from None
+    if not intact:
+        raise damaged
+    if fields.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path.name}: format {fields.get('format')}; this version reads {FORMAT}."
+        )
+    try:
+        manifest = Manifest(**fields)
+    except TypeError:
+        raise damaged from None
+    _check_name(path, manifest)
+    return manifest
+
+
+def _check_name(path: Path, manifest: Manifest) -> None:
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{path.name}: its manifest is that of step {manifest.step}.")
+
+
+def verify(path: Path) -> Manifest:
+    """Reads the whole file and compares it with its manifest; raises CheckpointError saying why."""
+    if not path.is_file():
+        raise CheckpointError(_not_found(path))
+    manifest = read_manifest(path)
+    try:
+        size, sha256 = path.stat().st_size, _sha256(path) if is_complete(path, manifest) else ""
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}.") from error
+    if size != manifest.size:
+        raise CheckpointError(
+            f"{path.name}: size differs (manifest {manifest.size}, file {size} bytes)."
+        )
+    if sha256 != manifest.sha256:
+        raise CheckpointError(
+            f"{path.name}: sha256 mismatch (manifest {manifest.sha256[:8]}..., "
+            f"file {sha256[:8]}...)."
+        )
+    return manifest
+
+
+def is_complete(path: Path, manifest: Manifest) -> bool:
+    """Whether the file has the manifest's size: the cheap half of `verify`."""
+    return path.is_file() and path.stat().st_size == manifest.size
+
+
+def _not_found(path: Path) -> str:
+    known = ", ".join(map(str, steps_in(path.parent)))
+    where = f"run has {known}" if known else f"working directory: {Path.cwd()}"
+    return f"{path}: not found; {where}."
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def steps_in(folder: Path, suffix: str = "json") -> list[int]:
+    """Steps that have a manifest (or, with suffix `pt`, data), ascending."""
+    found = (_NAME.fullmatch(path.name) for path in folder.glob(f"checkpoint_*.{suffix}"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
+    """Step -> manifest of the checkpoints that pass the cheap check, ascending."""
+    complete = {}
+    for step in steps_in(folder):
+        path = data_path(folder, step)
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue
+        if is_complete(path, manifest):
+            complete[step] = manifest
+    return complete
+
+
+def best_step(complete: Mapping[int, Manifest]) -> int | None:
+    """The step of lowest held-out loss; None where no checkpoint was evaluated."""
+    losses = {step: manifest.val_loss for step, manifest in complete.items()}
+    known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
+    return min(known, key=known.__getitem__, default=None)
+
+
+def in_runs(path: Path) -> Path:
+    """Where the checkpoint `path` lies that a trainer without run directories would have written:
+    `out/checkpoint_iter_500.pt` is that of step 500 of the newest run in `out` that has one."""
+    named = _FOREIGN_NAME.fullmatch(path.name)
+    if named and not path.exists():
+        own = data_path(path.parent, int(named[1]))
+        if manifest_path(own).exists():
+            return own
+        runs = sorted(path.parent.glob("run_*"), reverse=True)
+        holding = (data_path(run, int(named[1])) for run in runs)
+        return next((place for place in holding if manifest_path(place).exists()), path)
+    return path
+
+
+def newest_run(folder: Path) -> Path:
+    """The newest run with a checkpoint in a folder of runs; of a run directory, itself."""
+    runs = sorted(run for run in folder.glob("run_*") if steps_in(run))
+    return runs[-1] if runs and not steps_in(folder) else folder
+
+
+def found(path: Path) -> Resume:
+    """The checkpoint at `path`, verified; raises CheckpointError."""
+    manifest = verify(path)
+    return Resume(path, manifest, tuple(steps_in(path.parent)))
+
+
+def newest_valid(folder: Path) -> tuple[Resume | None, list[str]]:
+    """The verified checkpoint of the highest step, and one line for each newer one refused."""
+    rejects: list[str] = []
+    for step in sorted({*steps_in(folder), *steps_in(folder, "pt")}, reverse=True):
+        try:
+            return found(data_path(folder, step)), rejects
+        except CheckpointError as error:
+            rejects.append(str(error))
+    return None, rejects

@@ -1,0 +1,1 @@
+"""From a config to a trainer, and what is tried before training starts."""

@@ -1,0 +1,131 @@
+"""`--dry-run`: everything is checked, the plan is printed, and its parts are timed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from config import Config, Request, micro_batch
+from data.run_data import Text, document_reader, embedded_is_missing
+from engine.hardware.world import World
+from engine.monitor.console import say
+from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
+from engine.planning.memory import Needs, Room, largest_batch, refuse_impossible, with_batch
+from engine.planning.stopwatch import Stopwatch, stopwatch
+from engine.planning.summary import (
+    cost_lines,
+    learning_rate_plot,
+    length_lines,
+    origin_lines,
+    planned_steps,
+    planned_tokens,
+    ratio_line,
+    tokens_line,
+)
+from engine.precision.precision import Precision
+from engine.run_directory.directory import RunDirectory, directory_lines
+from engine.setup.begin import EVAL_BATCH, Beginning, begin, done_steps
+from engine.setup.build import new_optimizer, open_precision, sampler, wants_compiler
+from model import build_model
+
+BUSY = 0.3  # cores used by others from which on it is said
+
+
+def dry_run(request: Request, world: World) -> None:
+    """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
+    room = Room.of(world)
+    start = None if embedded_is_missing(request.config) else begin(request, world)
+    config = request.config if start is None else start.config
+    before = done_steps(start.saved if start else {})
+    steps = planned_steps(config, world.size, start.epoch_tokens if start else 0, before)
+    precision = open_precision(config, world)
+    refuse_impossible(config, precision, world, build_model)
+    with torch.device("meta"):
+        model = build_model(config)
+    covered = precision.prepare(model, steps, fill=False)
+    optimizer = new_optimizer(model, config)
+    wanted = wants_compiler(config, start.saved if start else {}, model, steps, world)
+    needs = Needs(config, model, precision, world, wanted and precision.compiles)
+    lines = []
+    if config.training.batch_size == "auto":
+        sizes, line = largest_batch(needs, room)
+        config = with_batch(config, sizes[0], EVAL_BATCH)
+        needs, lines = replace(needs, config=config), [line]
+    tokens = tokens_line(config, world.size)
+    if start is not None:
+        Text(start.data, config)  # whether it is long enough
+    else:
+        folder = config.dataset.parquet_dir
+        say(*origin_lines(request))
+        say(f"Data: {folder} is missing; the run will build it from the Python standard library")
+    say(*lines, *cost_lines(needs, room, optimizer), *covered)
+    if start is not None:
+        tokens_off = start.data.ledger.error
+        say(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
+    else:
+        say(tokens)
+    whole = planned_tokens(config, world.size, steps, before)
+    say(ratio_line(whole, model), *learning_rate_plot(config, steps))
+    directory = RunDirectory.start(config)
+    say(*directory_lines(directory, start.resume if start else None))
+    if request.show_config:
+        say("", config.to_yaml())
+    done = start.resume.step if start and start.resume else 0
+    say(f"Timing some steps on {world.device_name}, for at most 15 s...")
+    say(*time_lines(needs, room, range(done, max(done, steps)), start))
+    say("Dry run: nothing was trained or created.")
+
+
+def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -> Iterator[str]:
+    """Yields how long the steps after `span.start` will take, by timing some of the run's own on
+    weights that are thrown away.
+
+    Nothing is compiled for it: that alone would take longer than all trials together.
+    """
+    config, world = needs.config, needs.world
+    documents = None if start is None else document_reader(start.data, config)
+    trial = choose_trial(needs, room, build_model)
+    if not trial.sizes:
+        yield "Time: unknown: not even the smallest micro-step fits into memory"
+        return
+    precision = open_precision(config, world)
+    model = build_model(trial.config).to(world.device)
+    precision.prepare(model, span.stop)
+    optimizer = new_optimizer(model, trial.config)
+    with stopwatch(world.device, BUDGET_S) as watch:
+        rates = measure(model, optimizer, precision, trial, watch, documents)
+        if start is not None and config.training.sample_prompt is not None:
+            sample = _sample_s(trial.config, start, model, precision, watch)
+            rates = replace(rates, sample=sample * trial.work)
+    found = forecast(config, rates, needs.model, span, world.size)
+    yield found.line(world.size, ", before what compiling takes off" if needs.compiled else "")
+    timed, whole = [f"Timed on {world.device_name}", precision.name], config.training.block_size
+    if rates.tokens < (whole := whole * micro_batch(config)):
+        timed.append(f"by {rates.tokens:,} of the {whole:,} tokens of a micro-step")
+    if trial.config is not config:
+        timed.append(f"by {trial.config.model.n_layer} of {config.model.n_layer} layers")
+    yield " | ".join([*timed, *([f"from step {span.start}"] if span.start else [])])
+    if watch.busy >= BUSY:
+        yield (
+            f"Other programs use {watch.busy:.1f} of {os.cpu_count()} cores: the time is that of a "
+            "machine without them, with them it is longer"
+        )
+
+
+def _sample_s(
+    config: Config, start: Beginning, model: nn.Module, precision: Precision, watch: Stopwatch
+) -> float:
+    """Returns what writing `training.sample_prompt` on takes, by the first few tokens of it."""
+    wanted, few = config.training.sample_tokens, min(8, config.training.sample_tokens)
+    took = []
+    for count in (1, few):
+        short = replace(config, training=replace(config.training, sample_tokens=count))
+        write = sampler(model, short, precision, start.data.tokenizer)
+        assert write is not None
+        took.append(watch.once(write))
+    first, all_of_them = took
+    return first + (wanted - 1) * max(0.0, all_of_them - first) / max(1, few - 1)

@@ -1,1 +1,0 @@
-"""From a config to a run: its beginning, its parts, and what is tried before it starts."""

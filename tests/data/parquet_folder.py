@@ -1,0 +1,85 @@
+"""Small parquet folders for the tests of `data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tokenizers
+
+import data
+from config import DatasetConfig, TokenizerConfig
+from data.loading.order import Integers
+from data.sources.base import Reader, split_of
+from data.sources.parquet_text import ParquetText
+
+
+def write(path: Path, texts: list[str | None], **options: Any) -> Path:
+    """One file; `kind` is the Arrow type of the column, the rest goes to `pq.write_table`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = options.pop("kind", pa.string())
+    column = pa.array(texts, pa.string()).cast(kind)
+    options = {"row_group_size": 10, "write_page_checksum": True, **options}
+    pq.write_table(pa.table({"text": column}), path, **options)
+    return path
+
+
+def marked(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
+    """Files of documents that are all different, of 5 to 60 bytes; returns the documents."""
+    texts = [f"<{n}>" + "x" * (n * 7 % 55) for n in range(files * rows)]
+    for f in range(files):
+        write(folder / f"part_{f}.parquet", list(texts[f * rows : (f + 1) * rows]))
+    return texts
+
+
+def opened(folder: Path, **options: Any) -> data.Dataset:
+    """The dataset of a folder; without a test split unless asked for."""
+    options = {"test_fraction": 0.0, **options}
+    config = DatasetConfig(parquet_dir=str(folder), **options)
+    return data.open_dataset(config, TokenizerConfig())
+
+
+def folder_of(dataset: data.Dataset) -> ParquetText:
+    """The source of a dataset of parquet files."""
+    assert isinstance(dataset.source, ParquetText)
+    return dataset.source
+
+
+def reader(dataset: data.Dataset) -> Reader:
+    """Reads the units of a dataset."""
+    return folder_of(dataset).reader()
+
+
+def unit_count(dataset: data.Dataset) -> int:
+    """How many units the text of a folder is."""
+    return len(folder_of(dataset).slices)
+
+
+def split(dataset: data.Dataset, name: str) -> Integers:
+    """The units of "train" or "test"."""
+    return split_of(folder_of(dataset), name)
+
+
+def encoded(folder: Path, name: str, **options: Any) -> data.Dataset:
+    """The dataset of a folder with another tokenizer than bytes."""
+    config = DatasetConfig(parquet_dir=str(folder), **{"test_fraction": 0.0, **options})
+    return data.open_dataset(config, TokenizerConfig(name=name))
+
+
+def small_bpe(folder: Path, texts: list[str]) -> str:
+    """The path of a tokenizer.json with byte pairs of these texts."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    path = folder / "tokenizer.json"
+    inner.save(str(path))
+    return str(path)

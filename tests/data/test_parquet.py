@@ -1,0 +1,559 @@
+"""Every way to store text is read, every bad file is named, and memory and files stay bounded."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import os
+import random
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data
+import prepare
+from config import DataError, DatasetConfig, TokenizerConfig
+from data.sources import counting
+from data.sources import parquet_index as index_module
+from data.sources import parquet_reader as parquet
+from data.sources import parquet_text as folder_module
+from tests.data.parquet_folder import (
+    encoded,
+    folder_of,
+    marked,
+    opened,
+    reader,
+    small_bpe,
+    split,
+    unit_count,
+    write,
+)
+
+
+def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
+    """All documents, unit by unit."""
+    source = reader(dataset)
+    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(unit_count(dataset))]
+    source.close()
+    return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_all_string_types_and_codecs(tmp_path: Path, compression: str, kind: pa.DataType) -> None:
+    texts = ["one", "two", "zw\u00f6lf", "two"] * 5
+    write(tmp_path / "a.parquet", list(texts), kind=kind, compression=compression)
+    assert texts_of(opened(tmp_path)) == texts
+
+
+def test_string_view_columns_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["a", "bc"], kind=pa.string_view())
+    assert texts_of(opened(tmp_path)) == ["a", "bc"]
+
+
+def test_folders_are_searched_in_bytewise_order_and_hidden_names_passed_over(
+    tmp_path: Path,
+) -> None:
+    for name in ("b", "B", "a/z", "a.b", "_x", ".y", "_d/c", "a/.h"):
+        write(tmp_path / f"{name}.parquet", [name])
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert texts_of(opened(tmp_path)) == ["B", "a.b", "a/z", "b"]
+
+
+def test_nulls_empty_documents_empty_files_and_nul_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.parquet", ["x", None, "", "y\0z", "w", "\0"])
+    write(tmp_path / "b.parquet", [])
+    dataset = opened(tmp_path)
+    assert texts_of(dataset) == ["x", "y z", "w", " "]
+    source = reader(dataset)
+    for unit in range(unit_count(dataset)):
+        source.tokens(unit, 1, 0, True)
+    expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
+    assert source.counts == expected
+    assert "1 of 6 rows are null" in caplog.text
+    assert (dataset.ledger.files, dataset.ledger.rows, dataset.ledger.null_rows) == (2, 6, 1)
+
+
+def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
+    texts = marked(tmp_path)
+    shuffled = texts_of(opened(tmp_path), shuffle=True)
+    assert sorted(shuffled) == sorted(texts)
+
+
+def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = marked(tmp_path, files=2, rows=30)
+    dataset = opened(tmp_path)
+    assert unit_count(dataset) == 60  # small data is cut finely
+    monkeypatch.setattr(index_module, "MIN_UNITS", 2)
+    monkeypatch.setattr(index_module, "UNIT_ROWS", 4)
+    dataset = opened(tmp_path)
+    assert folder_of(dataset).slices.rows.tolist() == [4, 4, 2] * 6
+    assert texts_of(dataset) == texts
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 20])
+def test_large_row_groups_are_read_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    monkeypatch.setattr(parquet, "WHOLE_GROUP_BYTES", whole)
+    texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
+    write(tmp_path / "a.parquet", list(texts), row_group_size=250)
+    dataset = opened(tmp_path)
+    assert unit_count(dataset) > 100
+    assert texts_of(dataset) == texts
+    source = reader(dataset)
+    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(unit_count(dataset)))]
+    joined = np.concatenate(backwards[::-1]).tobytes().decode()
+    assert joined == "".join(text + "\0" for text in texts)
+
+
+def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -> None:
+    long = "x" * (3 * index_module.UNIT_BYTES)
+    texts = ["short"] * 500 + [long] + ["short"] * 499
+    write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
+    dataset = opened(tmp_path)
+    source = reader(dataset)
+    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(unit_count(dataset))]
+    assert sum(sizes) == sum(len(text) + 1 for text in texts)
+    assert len(long) < max(sizes) < len(long) + 1000
+    assert sorted(sizes)[-2] < 1000
+
+
+def test_large_row_groups_are_warned_of_once_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, length in (("a", 6_000), ("b", 9_000), ("c", 4)):
+        write(tmp_path / f"{name}.parquet", [f"{i}" * length for i in range(10)])
+    write(tmp_path / "one.parquet", ["z" * 200_000])  # cannot be smaller
+    opened(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(folder_module, "_LARGE_GROUP_BYTES", 1 << 15)
+    opened(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("2 of 4 row groups hold more than 0 MB, the largest 0 MB")
+    assert "b.parquet row group 0): reading is slow" in line
+    assert line.endswith(f"python prepare.py {tmp_path} OUT")
+
+
+def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
+    marked(tmp_path, files=12, rows=5)
+    dataset = opened(tmp_path, max_cached_files=3)
+    before = len(os.listdir("/proc/self/fd"))
+    source = reader(dataset)
+    for unit in random.Random(0).sample(range(unit_count(dataset)), 40):
+        source.tokens(unit, 1, 0, True)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["x" * 50_000] * 100, row_group_size=20, use_dictionary=False)
+    dataset = opened(tmp_path)
+    source = reader(dataset)
+    before = pa.total_allocated_bytes()
+    for _ in range(3):
+        for unit in range(unit_count(dataset)):
+            tokens = source.tokens(unit, 1, 0, True)
+        held = pa.total_allocated_bytes() - before
+        assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
+
+
+# Errors: what, where, found value, remedy.
+
+PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def content(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: content(p, b""), r"b\.parquet: empty \(interrupted download\?\)"),
+        (lambda p: content(p, PAGE), r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
+        (lambda p: content(p, b'{"error": 404}'), r"starts with '\{\"error\": 404\}'"),
+        (lambda p: content(p, POINTER), r"b\.parquet is a Git LFS pointer.*git lfs pull"),
+        (lambda p: content(p, p.read_bytes()[:-9]), r"b\.parquet: no footer; 0\.0 MB present"),
+        (lambda p: content(p, b"some text"), r"b\.parquet: not a parquet file"),
+        (lambda p: content(p, b"PAR1" + b"\xff" * 99 + b"PAR1"), r"its footer is damaged"),
+    ],
+)
+def test_a_file_that_is_not_parquet_is_named_or_skipped(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    write(tmp_path / "a.parquet", ["good"])
+    spoil(write(tmp_path / "b.parquet", ["bad"]))
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+    dataset = opened(tmp_path, on_bad_shard="skip")
+    assert texts_of(dataset) == ["good"]
+    assert re.search(message, caplog.text)
+    assert len(dataset.ledger.skipped_files) == 1
+
+
+def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="none of its 1 parquet files can be read: .*empty"):
+        opened(tmp_path, on_bad_shard="skip")
+
+
+def test_a_missing_or_wrong_folder_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'nowhere': not found \(working directory: .*prepare"):
+        opened(Path("nowhere"))
+    for name in ("a.jsonl", "b.jsonl", "c.tmp"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"holds no \*\.parquet \(found 2 \*\.jsonl, 1 \*\.tmp\)"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match="is a file; give its folder"):
+        opened(tmp_path / "c.tmp")
+
+
+def test_the_text_column_must_be_there_and_hold_strings(tmp_path: Path) -> None:
+    table = pa.table({"content": ["x"], "id": [1], "tags": [["y"]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text'; columns: content, id, tags"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match="'id' is int64, not string; string columns: content"):
+        opened(tmp_path, text_column="id")
+    with pytest.raises(DataError, match="'tags' is list<.*>, not string"):
+        opened(tmp_path, text_column="tags")
+    assert texts_of(opened(tmp_path, text_column="content")) == ["x"]
+
+
+def test_only_the_text_column_has_to_agree_between_files(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "id": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["s"], "text": ["y"]}), tmp_path / "b.parquet")
+    assert texts_of(opened(tmp_path)) == ["x", "y"]
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: column 'text' is int64"):
+        opened(tmp_path)
+
+
+def test_mostly_null_or_no_rows_or_one_row(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "a.parquet", ["x", None, None])
+    with pytest.raises(DataError, match="'text' is null in 2 of 3 rows"):
+        opened(tmp_path / "a")
+    write(tmp_path / "b" / "a.parquet", [])
+    with pytest.raises(DataError, match="1 parquet files hold no rows"):
+        opened(tmp_path / "b")
+    write(tmp_path / "c" / "a.parquet", ["x"])
+    with pytest.raises(DataError, match="1 row cannot be split.*test_fraction: 0"):
+        opened(tmp_path / "c", test_fraction=0.1)
+
+
+def test_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
+    bad = pa.array([b"ok"] * 12 + [b"\xff\xfe"] + [b"ok"] * 7, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet", row_group_size=10)
+    with pytest.raises(DataError, match=r"a\.parquet row group 1: the text of row 2 is not UTF-8"):
+        texts_of(opened(tmp_path))
+    assert len(texts_of(opened(tmp_path, on_bad_shard="skip"))) == 19
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+def test_every_flipped_bit_in_a_page_is_found(tmp_path: Path, compression: str) -> None:
+    texts = [f"document {i} " * 9 for i in range(40)]
+    path = write(tmp_path / "a.parquet", list(texts), row_group_size=40, compression=compression)
+    clean = path.read_bytes()
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    draw = random.Random(1)
+    for _ in range(60):
+        place = draw.randrange(start, start + chunk.total_compressed_size)
+        flipped = bytearray(clean)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert texts_of(opened(tmp_path)) == texts  # a header bit that says nothing
+        except DataError as error:
+            assert "a.parquet row group 0: " in str(error)  # noqa: PT017
+
+
+def test_a_damaged_page_is_skipped_aloud_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(
+        tmp_path / "a.parquet",
+        ["first " * 40, "second " * 40],
+        row_group_size=1,
+        use_dictionary=False,
+        write_statistics=False,  # the page header would hold the text once more
+    )
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    raw = bytearray(path.read_bytes())
+    raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(raw)
+    dataset = opened(tmp_path, on_bad_shard="skip")
+    source = reader(dataset)
+    for epoch in range(2):
+        sizes = [len(source.tokens(unit, 1, epoch, True)) for unit in (0, 1)]
+        assert sizes == [0, 281]
+    lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(lines) == 1
+    assert "row group 0" in lines[0]
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, policy: str) -> None:
+    path = write(tmp_path / "a.parquet", ["x"])
+    dataset = opened(tmp_path, on_bad_shard=policy)
+    write(path, ["xyz" * 50])
+    with pytest.raises(DataError, match=r"a\.parquet: changed during the run"):
+        reader(dataset).tokens(0, 1, 0, True)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.parquet: there at the start of the run, now No such"):
+        reader(dataset).tokens(0, 1, 0, True)
+
+
+# The cache and the fingerprint.
+
+
+def test_the_index_is_cached_and_a_changed_file_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened(tmp_path / "data")
+    read: list[str] = []
+    real = index_module.read_footer
+
+    def noted(path: str, column: str) -> index_module.Footer:
+        read.append(path)
+        return real(path, column)
+
+    monkeypatch.setattr(index_module, "read_footer", noted)
+    opened(tmp_path / "data")
+    assert read == []
+    changed = write(tmp_path / "data" / "part_1.parquet", ["new"])
+    assert opened(tmp_path / "data").ledger.rows == 81
+    assert read == [str(changed)]
+
+
+def test_whatever_the_cache_holds_it_is_made_again_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = marked(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    summary = opened(tmp_path / "data").summary()
+    (cache,) = (tmp_path / "cache" / "hatchery").iterdir()
+    clean, draw = cache.read_bytes(), random.Random(4)
+    archive = io.BytesIO()
+    np.savez(archive, names=np.zeros(3), stats=np.full(9, -1), groups=np.array("x"))
+    damages = [b"", b"junk", b"PK\x03\x04 junk", archive.getvalue(), clean[16:], clean + b"\0"]
+    damages += [clean[: draw.randrange(len(clean))] for _ in range(16)]
+    for _ in range(28):
+        damaged = bytearray(clean)
+        damaged[draw.randrange(len(clean))] ^= 1 << draw.randrange(8)
+        damages.append(bytes(damaged))
+    assert not caplog.records
+    for damage in damages:
+        cache.write_bytes(damage)
+        caplog.clear()
+        assert opened(tmp_path / "data").summary() == summary
+        (line,) = caplog.messages
+        assert line == f"Cache {cache}: not as it was written; it is made again from the data"
+        assert cache.read_bytes() == clean
+    other = cache.with_name("index-0.npz")
+    index_module.save_arrays(str(other), {"names": np.zeros(3)})
+    other.replace(cache)  # whole, and of something else
+    assert texts_of(opened(tmp_path / "data")) == texts
+    cache.unlink()
+    for kind in ("folder", "FIFO"):
+        cache.mkdir() if kind == "folder" else os.mkfifo(cache)
+        caplog.clear()
+        assert texts_of(opened(tmp_path / "data")) == texts
+        assert "not a regular file" in caplog.text
+        cache.rmdir() if kind == "folder" else cache.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "part_0.parquet"))
+    assert texts_of(opened(tmp_path / "data")) == texts
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_files_without_page_checksums_are_counted_at_the_start(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    for name, protected in (("a", True), ("b", False), ("c", False)):
+        path = tmp_path / "it's" / f"{name}.parquet"
+        write(path, ["text " * 9] * 30, write_page_checksum=protected, **options)
+    (line,) = opened(path.parent).lines()[1:]
+    assert line == (
+        f"Page checksums: none in 2 of 3 files ({path.with_name('b.parquet')}): damage to their "
+        f"text may go unnoticed. To add them: python prepare.py "
+        f"{shlex.quote(str(path.parent))} OUT"
+    )
+    assert opened(path.parent).lines()[1:] == [line]  # from the cache
+    assert prepare.main([str(path.parent), str(tmp_path / "new")]) == 0
+    assert len(opened(tmp_path / "new").lines()) == 1
+
+
+def test_the_fingerprint_names_the_first_difference(tmp_path: Path) -> None:
+    marked(tmp_path)
+    saved = opened(tmp_path).summary()
+    opened(tmp_path).check_unchanged(saved)
+    with pytest.raises(DataError, match=r"test_fraction was 0\.0, is 0\.1"):
+        opened(tmp_path, test_fraction=0.1).check_unchanged(saved)
+    write(tmp_path / "z.parquet", ["new"])
+    with pytest.raises(DataError, match=r"z\.parquet is new"):
+        opened(tmp_path).check_unchanged(saved)
+    (tmp_path / "z.parquet").unlink()
+    write(tmp_path / "part_1.parquet", ["other"])
+    with pytest.raises(DataError, match=r"part_1\.parquet had \d+ bytes, has \d+"):
+        opened(tmp_path).check_unchanged(saved)
+    (tmp_path / "part_1.parquet").unlink()
+    with pytest.raises(DataError, match=r"part_1\.parquet is gone"):
+        opened(tmp_path).check_unchanged(saved)
+
+
+def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path) -> None:
+    marked(tmp_path / "a")
+    marked(tmp_path / "b")
+    first, second = (opened(tmp_path / name, test_fraction=0.1) for name in "ab")
+    train, test = split(first, "train"), split(first, "test")
+    assert not set(train) & set(test)
+    assert sorted([*train, *test]) == list(range(unit_count(first)))
+    assert np.array_equal(test, split(second, "test"))
+    assert first.summary()["fingerprint"] == second.summary()["fingerprint"]
+    share = first.ledger.test_tokens / first.ledger.tokens
+    assert 0.05 < share < 0.15
+
+
+def test_the_default_config_opens(tmp_path: Path) -> None:
+    marked(tmp_path)
+    dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
+    assert dataset.ledger.test_tokens > 0
+
+
+# Tokens that are not bytes.
+
+
+TEXT = "the egg hatches when warm and its wings grow with neurons that fire \u00e4\u4e2d"
+
+
+def sentences(count: int = 300) -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(draw.choices(TEXT.split(), k=draw.randint(1, 40))) for _ in range(count)]
+
+
+def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> None:
+    texts = sentences()
+    write(tmp_path / "a.parquet", list(texts), row_group_size=50)
+    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
+    assert texts_of(opened(tmp_path), shuffle=True) != texts
+    source, end = reader(dataset), dataset.tokenizer.separator
+    assert end is not None
+    units = [source.tokens(unit, 1, 0, True) for unit in range(unit_count(dataset))]
+    stream = np.concatenate(units)
+    assert stream.dtype == np.uint16
+    documents = np.split(stream, np.flatnonzero(stream == end) + 1)[:-1]
+    assert [dataset.tokenizer.decode(each) for each in documents] == texts_of(
+        opened(tmp_path), shuffle=True
+    )
+
+
+def test_tokens_are_counted_or_said_to_be_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*sentences(2000), *sentences(300) * 5]
+    write(tmp_path / "a.parquet", [*texts, None, ""], row_group_size=100)
+    names = ["bytes", small_bpe(tmp_path, texts[:300])]
+    limits = {"READ_BYTES": 1, "ENCODE_BYTES": 20_000, "_SAMPLE_UNITS": 40}
+    for name, limit in itertools.product(names, [None, "ENCODE_BYTES", "READ_BYTES"]):
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {limit}"))
+        for key in limits if limit == "READ_BYTES" else filter(None, [limit]):
+            monkeypatch.setattr(counting, key, limits[key])
+        dataset = encoded(tmp_path, name, test_fraction=0.1)
+        source, ledger = reader(dataset), dataset.ledger
+        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(unit_count(dataset)))
+        line = dataset.lines()[0]
+        if limit is None or (name, limit) == ("bytes", "ENCODE_BYTES"):
+            assert (ledger.tokens, ledger.error) == (exact, 0)
+            assert "about" not in line
+        else:
+            assert 0 < ledger.error < 0.2
+            assert ledger.tokens == pytest.approx(exact, rel=max(2 * ledger.error, 0.02))
+            assert f"tokens (estimated, to within {ledger.error:.1%})" in line
+        monkeypatch.setattr(parquet.DocumentReader, "measure", None)  # may not be called again
+        assert encoded(tmp_path, name, test_fraction=0.1).ledger == ledger
+
+
+def test_text_that_cannot_be_read_is_no_text_and_counted_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = pa.array([b"ok"] * 4 + [b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet", row_group_size=1)
+    with pytest.raises(DataError, match="row group 4: the text of row 0 is not UTF-8"):
+        opened(tmp_path).lines()
+    for _ in range(2):
+        caplog.clear()
+        assert opened(tmp_path, on_bad_shard="skip").ledger.tokens == 12
+        assert "row group 4: the text of row 0 is not UTF-8" in caplog.text
+
+
+def test_characters_are_those_of_the_whole_text_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "data" / "a.parquet", ["abc", None, "", "z\u00e9"] * 20)
+    write(tmp_path / "data" / "b.parquet", ["\U0001f409\n"])
+    dataset = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    assert dataset.tokenizer.decode(range(dataset.vocab_size)) == "\nabcz\u00e9\U0001f409"
+    source = reader(dataset)
+    tokens = [source.tokens(unit, 0, 0, False) for unit in range(unit_count(dataset))]
+    assert dataset.tokenizer.decode(np.concatenate(tokens)) == "abcz\u00e9" * 20 + "\U0001f409\n"
+    saved = dataset.summary()
+    monkeypatch.setattr(folder_module, "_code_points", None)  # may not be called again
+    encoded(tmp_path / "data", "char", test_fraction=0.3).check_unchanged(saved)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "data" / "b.parquet", ["\U0001f40a\n"])
+    changed = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    assert "\U0001f40a" in changed.tokenizer.decode(range(changed.vocab_size))
+    with pytest.raises(DataError, match=r"tokenizer was char-\w+, is char-\w+"):
+        changed.check_unchanged(saved)
+
+
+def test_auto_means_bytes(tmp_path: Path) -> None:
+    marked(tmp_path)
+    assert encoded(tmp_path, "auto").summary() == opened(tmp_path).summary()
+
+
+def test_the_line_of_the_data_says_what_there_is(tmp_path: Path) -> None:
+    plain = {"use_dictionary": False, "write_statistics": False}
+    write(tmp_path / "a.parquet", ["x" * 999] * 100, **plain)
+    (line,) = opened(tmp_path, test_fraction=0.1).lines()
+    sizes = "100 k tokens: 90 k to train on, 10 k held out"
+    assert re.fullmatch(rf"Data: {tmp_path}: 1 files, 100 rows, {sizes}", line)
+
+
+def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
+    texts = sentences(60)
+    write(tmp_path / "a.parquet", list(texts))
+    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
+    source, end = reader(dataset), dataset.tokenizer.separator
+    for unit in range(unit_count(dataset)):
+        tokens = source.tokens(unit, 1, 0, True)
+        name, rows = source.places(unit, 1, 0, True, range(len(tokens)))
+        assert re.fullmatch(r".*a\.parquet row group \d rows", name)
+        assert len(rows) == (tokens == end).sum()
+        _, (row,) = source.places(unit, 1, 0, True, range(1))
+        group = int(name.split()[-2])
+        first = dataset.tokenizer.decode(tokens[: np.flatnonzero(tokens == end)[0]])
+        assert texts[10 * group + row.start] == first

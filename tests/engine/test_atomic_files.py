@@ -1,0 +1,196 @@
+"""Durable writes: whole or absent, and every OSError becomes a message with a remedy."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from config import WriteError
+from files.atomic import (
+    HashedFile,
+    check_space,
+    check_writable,
+    explained,
+    remove_temporaries,
+    size_text,
+    write_text,
+    write_whole,
+)
+from files.regular import open_regular, read_regular
+from tests.engine.faults import failing, raise_error, stand_in
+
+
+def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
+    data = os.urandom((1 << 24) * 2 + 12345)  # more than two chunks, so that the thread hashes
+    written = write_whole(tmp_path / "a", lambda out: [out.write(data), out.write(b"end")])
+    assert (tmp_path / "a").read_bytes() == data + b"end"
+    assert written.size == len(data) + 3
+    assert written.sha256 == hashlib.sha256(data + b"end").hexdigest()
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:7])))
+    written = write_text(tmp_path / "a", "x" * 100)
+    assert (tmp_path / "a").read_text() == "x" * 100
+    assert written.size == 100
+
+
+def test_a_failure_at_any_call_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    for at in range(1, 100):
+        write_text(tmp_path / "a", "old")
+        with failing(at) as faults:
+            try:
+                write_text(tmp_path / "a", "new")
+            except OSError as error:
+                assert error.errno == errno.EIO
+        assert os.listdir(tmp_path) == ["a"]
+        assert (tmp_path / "a").read_text() in ("old", "new")
+        if not faults.reached:
+            assert at > 5
+            return
+    pytest.fail("the sweep did not end")
+
+
+def test_an_error_hidden_by_the_caller_of_write_comes_out(tmp_path: Path) -> None:
+    def fill(out: HashedFile) -> None:
+        with failing(1, raise_error(errno.ENOSPC)):
+            try:
+                out.write(b"data")
+            except OSError:
+                raise RuntimeError("unexpected pos 64 vs 0") from None
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", fill)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.EACCES, "cannot write x: Permission denied; kept y. Check the owner"),
+        (errno.EROFS, "Read-only file system; kept y. The file system is read-only: point"),
+        (errno.EFBIG, "File too large; kept y. Raise the file size limit"),
+        (errno.EIO, "Input/output error; kept y. The disk reports"),
+        (errno.ENAMETOOLONG, "cannot write x: File name too long; kept y."),
+    ],
+)
+def test_errors_are_explained(tmp_path: Path, code: int, text: str) -> None:
+    with pytest.raises(WriteError) as caught, explained("write x", tmp_path, 10, "y"):
+        raise_error(code)()
+    assert text in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_numbers(tmp_path: Path, code: int) -> None:
+    with (
+        pytest.raises(WriteError, match=r"^checkpoint needs 1\.2 GB, .* free on .*; kept y\. Free"),
+        explained("write x", tmp_path, 1_200_000_000, "y"),
+    ):
+        raise_error(code)()
+    with pytest.raises(WriteError, match=r"^cannot write x: .*, .* free on "):  # noqa: SIM117
+        with explained("write x", tmp_path):
+            raise_error(code)()
+
+
+def test_space_is_checked_with_five_percent_to_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1050}))
+    check_space(tmp_path, 1000)
+    with pytest.raises(OSError, match="No space"):
+        check_space(tmp_path, 1001)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="is a file.*Part of that path"):
+        check_writable(tmp_path / "file" / "checkpoints")
+    check_writable(tmp_path / "new" / "checkpoints")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(WriteError, match="no permission"):
+        check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_temporaries_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-123-checkpoint_5.pt").write_text("half")
+    (tmp_path / "kept").write_text("")
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(512, "512 bytes"), (34_000_000, "34.0 MB"), (1_234_567_890, "1.2 GB")]
+)
+def test_sizes_read_well(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_an_error_of_an_early_sync_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports a failed write-back once, so the last fsync alone would succeed."""
+    real, results = os.fsync, iter([OSError(errno.EIO, "Input/output error")])
+
+    def failing_once(descriptor: int) -> None:
+        error = next(results, None)
+        if error is not None:
+            raise error
+        real(descriptor)
+
+    monkeypatch.setattr("files.atomic._SYNC_EVERY", 1)
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "file", lambda out: out.write(b"data"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is no regular file
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("fifo", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_only_regular_files_are_opened_and_nothing_waits(
+    tmp_path: Path, kind: str, reason: str
+) -> None:
+    place = tmp_path / "a"
+    stand_in(place, kind)
+    with pytest.raises(OSError) as caught:
+        read_regular(place, 100)
+    assert (caught.value.strerror, caught.value.filename) == (reason, os.fspath(place))
+    with pytest.raises(OSError):
+        open_regular(place, os.O_WRONLY | os.O_CREAT)
+
+
+def test_a_link_is_followed_to_be_read_and_not_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("text")
+    stand_in(tmp_path / "link", "target")
+    assert read_regular(tmp_path / "link", 4) == b"text"
+    with pytest.raises(OSError, match="is a symbolic link"):
+        open_regular(tmp_path / "link", os.O_WRONLY | os.O_TRUNC)
+    assert (tmp_path / "target").read_text() == "text"
+
+
+def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(11))
+    with pytest.raises(OSError, match="is larger than"):
+        read_regular(tmp_path / "a", 10)
+
+
+def test_a_name_too_long_is_a_write_error(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"File name too long. Shorten training.checkpoint_dir"):
+        check_writable(tmp_path / ("a" * 300))

@@ -1,0 +1,265 @@
+"""Several processes: the same run as one, and an end for all of them when one is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    GlobalRank,
+    ProcessFailure,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from config import ConfigError, DistributedConfig, SystemConfig
+from engine.checkpoint.save_load import load_checkpoint
+from engine.hardware.data_parallel import parallelize, without_sync
+from engine.hardware.world import World, enter_world
+from tests.conftest import ROOT
+from tests.runs import metrics, only_run, run_here, start, wait_for
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+CPU = torch.device("cpu")
+COMMON = ["log_freq=1", "dropout=0", "compute_dtype=float32", "test_freq=8", "max_iters=16"]
+
+
+def torchrun(processes: int, arguments: Iterable[str], **options: Any) -> subprocess.Popen[str]:
+    """`torchrun --standalone --nproc_per_node=N train.py ARGUMENTS` as a child."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={processes}", os.fspath(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def processes(count: int, arguments: Iterable[str]) -> str:
+    """What `count` processes print that train together as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(count):
+        place = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(start(arguments, functools.partial(os.environ.update, place)))
+    printed = [child.communicate()[0] for child in children]
+    codes = [child.returncode for child in children]
+    output = "".join(printed)
+    assert codes == [0] * count, output
+    return output
+
+
+def finish(child: subprocess.Popen[str]) -> str:
+    output, _ = child.communicate()
+    assert child.returncode == 0, output
+    return output
+
+
+def worker(child: subprocess.Popen[str], rank: int) -> int:
+    """The process id of one rank."""
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    for pid in children:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return int(pid)
+    raise AssertionError(f"no rank {rank} among {children}")
+
+
+def numbers(run: Path, *names: str) -> list[list[float]]:
+    return [[r[name] for r in metrics(run) if name in r] for name in names]
+
+
+LOSSES = "train/loss", "train/grad_norm", "eval/train_loss", "eval/val_loss"
+
+
+def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, *COMMON, "tokens_per_step=512", "batch_size=2"]
+    assert run_here([*arguments, f"checkpoint_dir={tmp_path / '1'}"]) == 0
+    for count in (2, 4):
+        processes(count, [*arguments, f"checkpoint_dir={tmp_path / str(count)}"])
+    one, two, four = (only_run(tmp_path / name) for name in ("1", "2", "4"))
+    for other in (two, four):
+        for mine, theirs in zip(numbers(one, *LOSSES), numbers(other, *LOSSES), strict=True):
+            assert len(mine) and theirs == pytest.approx(mine, abs=1e-5)
+        states = [load_checkpoint(run / "checkpoint_16.pt") for run in (one, other)]
+        assert states[0]["cursor"] == states[1]["cursor"]
+
+
+def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny, *COMMON, "gradient_accumulation_steps=2", "checkpoint_freq=8"]
+    whole = tmp_path / "whole"
+    output = processes(2, [*arguments, f"checkpoint_dir={whole}"])
+    assert output.count("Iter      1 ") == 1, "one process speaks"
+    assert "x 2 processes" in output
+    assert "4 sequences x 32 tokens x 2 accumulation x 2 processes = 512" in output
+    run = only_run(whole)
+    straight = numbers(run, *LOSSES)
+    saved = run / "checkpoint_8.pt"
+    assert run_here([*arguments, f"checkpoint_dir={whole}", f"resume_from={saved}"]) == 0
+    for mine, theirs in zip(straight, numbers(run, *LOSSES), strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-5)
+
+
+def test_a_killed_process_ends_the_whole_run_soon(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, "log_freq=1", f"checkpoint_dir={tmp_path / 'runs'}"]
+    child = torchrun(2, [*arguments, "max_iters=100000"], start_new_session=True)
+    try:
+        wait_for(child, "Saved checkpoint")
+        os.kill(worker(child, 1), signal.SIGKILL)
+        began = time.monotonic()
+        output, _ = child.communicate()
+        assert time.monotonic() - began < 28  # torchrun kills what is left after 30 s
+        assert child.returncode not in (0, None)
+        assert 'Traceback (most recent call last):\n  File "' + os.fspath(ROOT) not in output
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    run = only_run(tmp_path / "runs")
+    newest = max(int(path.stem.split("_")[1]) for path in run.glob("checkpoint_*.json"))
+    assert run_here([*arguments, f"max_iters={newest + 2}", f"resume_from={run}"]) == 0
+
+
+def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny, "dropout=0.1", "log_freq=1", f"checkpoint_dir={tmp_path / 'runs'}"]
+    child = torchrun(2, [*arguments, "max_iters=100000", "checkpoint_freq=null"])
+    wait_for(child, "Iter      5")
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate()
+    assert child.returncode != 0
+    assert "Stopped by SIGTERM at step" in output, output
+    assert "torchrun reports the stop as a failure below; the checkpoint is complete" in output
+    run = only_run(tmp_path / "runs")
+    (saved,) = run.glob("checkpoint_*.pt")
+    assert len(load_checkpoint(saved)["rng"]) == 2
+    step = int(saved.stem.split("_")[1])
+    output = finish(
+        torchrun(2, [*arguments, f"max_iters={step + 3}", f"resume_from={run}", "test_freq=null"])
+    )
+    assert f"Starting training from iteration {step}..." in output
+    assert numbers(run, "train/loss")[0][-1] < 6
+
+
+def test_torchrun_closes_with_the_cause_of_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a config error, which ends a process before torch is imported, and of a data error."""
+    for word, cause in {"batch_sise=8": "batch_size", f"parquet_dir={tmp_path}": "parquet"}.items():
+        report = tmp_path / f"{cause}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", os.fspath(report))
+        with contextlib.suppress(SystemExit):
+            run_here([word, "device=cpu"])
+        failure = ProcessFailure(0, 1, 2, os.fspath(report))
+        closing = str(ChildFailedError("train.py", {GlobalRank(0): failure}))
+        last = closing.partition("traceback : ")[2]
+        assert cause in last and len(last.splitlines()) <= 4, closing
+
+
+def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
+    (np.arange(2000) % 256).astype(np.uint16).tofile(tmp_path / "train.bin")
+    words = ["model.name=gpt", "n_layer=1", "n_head=2", "n_embd=8", "block_size=32", "batch_size=2"]
+    words += [f"train_data_path={tmp_path / 'train.bin'}", "vocab_size=256", "device=cpu"]
+    words += ["test_freq=null", "test_fraction=0", "epochs=1", "token_dtype=uint16"]
+    words += [f"checkpoint_dir={tmp_path / 'runs'}"]
+    output = processes(2, [*words, "log_freq=1"])  # 61 rows, not the same for both
+    assert "Finished: " in output
+    assert list(only_run(tmp_path / "runs").glob("checkpoint_*.json"))
+
+
+def test_processes_started_by_hand_are_told_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="RANK, .*torchrun --standalone --nproc_per_node=2"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+
+
+def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigError, match="distributed.backend=nccl needs CUDA"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig(backend="nccl")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("WORLD_SIZE", "abc", "from 1 to"),
+        ("WORLD_SIZE", "0", "from 1 to"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("LOCAL_RANK", "", "from 0 to 1"),
+        ("MASTER_PORT", "http", "from 0 to 65535"),
+    ],
+)
+def test_what_a_launcher_sets_wrongly_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, limits: str
+) -> None:
+    good = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for key, text in (good | {"MASTER_ADDR": "localhost", name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"{name}='{value}' is not a whole number {limits}"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_exchanged_on_the_last_micro_step_only(group: None) -> None:
+    calls: list[int] = []
+
+    def counted(state: object, bucket: Any) -> Any:
+        calls.append(1)
+        assert dist.group.WORLD is not None
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    counted.__annotations__.clear()  # DDP wants its own or none
+    model = nn.Linear(3, 2)
+    shared = parallelize(model, World(0, 2, CPU))
+    assert isinstance(shared, DistributedDataParallel)
+    shared.register_comm_hook(None, counted)
+    exchanged = []
+    for hold in (True, True, False):
+        with without_sync(shared, hold):
+            shared(torch.ones(1, 3)).sum().backward()
+        exchanged.append(len(calls))
+    assert exchanged == [0, 0, 1]
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((2, 3), 3.0))
+
+
+def test_alone_a_world_gives_back_what_it_gets() -> None:
+    world = World(0, 1, CPU)
+    assert world.is_main and world.sum_number(1.5) == 1.5 and world.any(True)
+    assert world.broadcast([1]) == [1] and world.gather("a") == ["a"]
+    model = nn.Linear(2, 2)
+    assert parallelize(model, world) is model
