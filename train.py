@@ -119,7 +119,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
             if isinstance(error, (DataError, OSError)) or ran_out(error):
                 run.rescue()
             raise
-        say(*left_out_lines(run.batches))
+        say(*skipped_lines(run.batches))
         if run.finished and not run.evaluation_missing:
             run.finish()
             return 0
@@ -127,9 +127,9 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
         return stop.exit_code
 
 
-def left_out_lines(batches: Iterator[Batch]) -> list[str]:
+def skipped_lines(batches: Iterator[Batch]) -> list[str]:
     """What the loader met in the text and left out or replaced."""
-    counts = batches.left_out if isinstance(batches, TrainLoader) else {}
+    counts = batches.skipped_counts if isinstance(batches, TrainLoader) else {}
     return [f"In the text: {count:,} {what}" for what, count in counts.items() if count]
 
 

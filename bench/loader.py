@@ -79,10 +79,10 @@ def measure(case: str, folder: str, lanes: int) -> float:
     if case in ("index", "cached"):
         return time.perf_counter() - start
     spec = data.BatchSpec(block_size=T, sequences_per_step=lanes, micro_batches=1, seed=SEED)
-    steps = dataset.ledger.tokens // (lanes * T)
+    steps = dataset.stats.tokens // (lanes * T)
 
-    def first(cursor: dict[str, object] | None = None) -> data.StepBatch:
-        with data.TrainLoader(dataset, spec, DataLoaderConfig(), cursor) as batches:
+    def first(data_state: dict[str, object] | None = None) -> data.StepBatch:
+        with data.TrainLoader(dataset, spec, DataLoaderConfig(), data_state) as batches:
             return next(batches)
 
     if case == "first":
@@ -100,7 +100,7 @@ def measure(case: str, folder: str, lanes: int) -> float:
         cpu = time.process_time() - cpu
     if case == "resume":
         start = time.perf_counter()
-        first(batch.cursor())
+        first(batch.data_state())
         return time.perf_counter() - start
     return steps * lanes * T / cpu / 1e6
 

@@ -7,18 +7,24 @@ beside them: index <- parquet <- folder, memmap <- tokens. opening picks one, an
 from __future__ import annotations
 
 from data.factory import open_dataset
-from data.loading.loader import BatchSpec, StepBatch, TrainLoader, evaluation_rows, merge_cursors
+from data.loading.loader import (
+    BatchSpec,
+    StepBatch,
+    TrainLoader,
+    evaluation_rows,
+    merge_data_states,
+)
 from data.loading.packing import document_ids
-from data.sources.base import Dataset, Ledger
+from data.sources.base import Dataset, DatasetStats
 
 __all__ = [
     "BatchSpec",
     "Dataset",
-    "Ledger",
+    "DatasetStats",
     "StepBatch",
     "TrainLoader",
     "document_ids",
     "evaluation_rows",
-    "merge_cursors",
+    "merge_data_states",
     "open_dataset",
 ]

@@ -27,16 +27,16 @@ from data.loading.loader import (
     BatchSpec,
     StepBatch,
     TrainLoader,
-    check_cursor,
+    check_fits,
     evaluation_rows,
-    merge_cursors,
+    merge_data_states,
 )
 from data.loading.packing import document_ids
 from data.preparation import corpus
 from data.sources.base import Dataset
 
 
-class Text:
+class RunData:
     """A dataset as one run reads it.
 
     The fixed rows (n, T+1) of the training and of the held-out text are read at once, in batches:
@@ -46,7 +46,7 @@ class Text:
 
     def __init__(self, dataset: Dataset, config: Config) -> None:
         self._dataset, self._config = dataset, config
-        self.documents = document_reader(dataset, config)
+        self.document_ids = document_id_function(dataset, config)
         """Numbers the documents in rows of tokens; None where tokens may see all before them."""
         self.evaluation = _evaluation_batches(dataset, config)
         self.bytes_per_token = self._count_bytes()
@@ -58,16 +58,16 @@ class Text:
         return {"data": self._dataset.summary(), "tokenizer": tokenizer}
 
     @staticmethod
-    def merge_cursors(cursors: list[dict[str, Any]]) -> dict[str, Any]:
-        """One cursor of those of all processes."""
-        return merge_cursors(cursors)
+    def merge_data_states(data_states: list[dict[str, Any]]) -> dict[str, Any]:
+        """One data state of those of all processes."""
+        return merge_data_states(data_states)
 
     def batches(
-        self, cursor: dict[str, Any] | None, rank: int, world_size: int, pin: bool
+        self, data_state: dict[str, Any] | None, rank: int, world_size: int, pin: bool
     ) -> TrainLoader:
-        """The endless training batches of one process, from `cursor` on; `pin` says: for a GPU."""
+        """The endless training batches of one process, from `data_state` on; `pin`: for a GPU."""
         spec = batch_spec(self._config, rank, world_size, pin)
-        return TrainLoader(self._dataset, spec, self._config.dataloader, cursor)
+        return TrainLoader(self._dataset, spec, self._config.dataloader, data_state)
 
     def _count_bytes(self) -> float | None:
         if not self.evaluation:
@@ -90,24 +90,26 @@ def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) ->
     )
 
 
-def check_place(dataset: Dataset, config: Config, cursor: dict[str, Any], world_size: int) -> None:
-    """Raises DataError where a run cannot go on in the text from the cursor of a checkpoint."""
+def check_data_state(
+    dataset: Dataset, config: Config, data_state: dict[str, Any], world_size: int
+) -> None:
+    """Raises DataError where a run cannot go on in the text from the data state of a checkpoint."""
     units = dataset.source.units(config.training.block_size)
-    check_cursor(cursor, units, batch_spec(config, 0, world_size), config.dataloader.shuffle)
+    check_fits(data_state, units, batch_spec(config, 0, world_size), config.dataloader.shuffle)
 
 
-class Replayed:
+class RepeatFirstBatch:
     """The first batch of a loader for ever, which leaves the data where it stands."""
 
     epoch = 0
 
     def __init__(self, loader: TrainLoader) -> None:
-        self.cursor: Callable[[], dict[str, Any]] = loader.start_cursor
+        self.data_state: Callable[[], dict[str, Any]] = loader.first_data_state
         first = next(loader)
         self.micro_batches, self.describe = first.micro_batches, first.describe
 
     @classmethod
-    def for_ever(cls, loader: TrainLoader) -> Iterator[Replayed]:
+    def for_ever(cls, loader: TrainLoader) -> Iterator[RepeatFirstBatch]:
         return repeat(cls(loader))
 
 
@@ -130,7 +132,7 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     return tuple(torch.split(each, size) for each in rows)
 
 
-def document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
+def document_id_function(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
     """Numbers the documents in rows of tokens; None where tokens may see all before them. Raises
     ConfigError where no token ends a document."""
     if config.model.mask == "causal":
@@ -144,4 +146,10 @@ def document_reader(dataset: Dataset, config: Config) -> Callable[[Tensor], Tens
     return partial(document_ids, separator=separator)
 
 
-__all__ = ["Replayed", "StepBatch", "Text", "document_reader", "embedded_is_missing"]
+__all__ = [
+    "RepeatFirstBatch",
+    "StepBatch",
+    "RunData",
+    "document_id_function",
+    "embedded_is_missing",
+]

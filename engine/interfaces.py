@@ -13,7 +13,7 @@ class Text(Protocol):
     """What a run needs of its text besides batches."""
 
     @property
-    def documents(self) -> DocumentIds | None:
+    def document_ids(self) -> DocumentIds | None:
         """Tells documents apart where tokens may see only their own."""
 
     @property
@@ -27,8 +27,8 @@ class Text(Protocol):
     def identity(self) -> dict[str, Any]:
         """`data`, which identifies it, and `tokenizer`, which makes text of tokens: plain."""
 
-    def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
-        """One cursor of those of all processes."""
+    def merge_data_states(self, data_states: list[dict[str, Any]]) -> dict[str, Any]:
+        """One data state of those of all processes."""
 
 
 class Tracker(Protocol):
@@ -49,7 +49,7 @@ class Batch(Protocol):
     def epoch(self) -> int:
         """Times the data has been seen whole after this batch."""
 
-    def cursor(self) -> dict[str, Any]:
+    def data_state(self) -> dict[str, Any]:
         """Where the data stands after this batch, as plain values."""
 
     def describe(self) -> list[str]:

@@ -80,7 +80,7 @@ class Session:
     """The model's own count of active neurons on tokens (B, T) of documents (B, T)."""
     directory: RunDirectory
     state: TrainState
-    cursor: Callable[[], dict[str, Any]]
+    data_state: Callable[[], dict[str, Any]]
     """Where the data stands after the last batch trained on."""
     planned_steps: int
     """Steps this run will make in all: `max_iters`, or fewer where `epochs` ends it."""
@@ -107,7 +107,7 @@ class Session:
         tokens = rows * self.config.training.block_size
         self.forward_steps = tokens / (3 * self.tokens_per_step)  # a third of a training step
         held_out = self.text.evaluation[1] if self.text.evaluation else ()
-        self.rows = fingerprint(held_out, self.text.documents)
+        self.rows = fingerprint(held_out, self.text.document_ids)
 
     def next_batch(self) -> Batch:
         """The data of the next step."""
@@ -123,7 +123,7 @@ class Session:
         backward pass of the last share.
         """
         targets = sum(self.targets(rows) for rows in batch.micro_batches)
-        if self.text.documents is not None:  # else all processes have as many
+        if self.text.document_ids is not None:  # else all processes have as many
             targets = round(self.world.sum_number(targets))
         else:
             targets *= self.world.size
@@ -136,7 +136,7 @@ class Session:
         """Summed loss of rows (B, T+1) in the run's precision."""
         used, device = model or self.model, self.world.device
         with self.precision.autocast():
-            return next_token_loss(used, rows, device, self.text.documents)
+            return next_token_loss(used, rows, device, self.text.document_ids)
 
     def whole_loss(self, rows: Tensor) -> Tensor:
         """Summed loss of more rows than a micro-batch holds."""
@@ -145,7 +145,7 @@ class Session:
 
     def targets(self, rows: Tensor) -> int:
         """The tokens that `loss` sums over."""
-        return count_targets(rows, self.text.documents)
+        return count_targets(rows, self.text.document_ids)
 
     def stopping(self, stop: StopRequest) -> bool:
         """Whether some process was asked to stop: all of them then do, after the same step."""
@@ -197,7 +197,7 @@ class Session:
         self.state.epoch = self.world.least(batch.epoch)  # some processes read shorter lanes
         self.state.loss_sum += loss
         self.state.loss_steps += 1
-        self.cursor = batch.cursor
+        self.data_state = batch.data_state
         self.pace.step(seconds, self.waited_s)
         if self.pace.has_become_known():
             left = f"{duration(self.left_s)} with evaluations and saves"
@@ -336,7 +336,7 @@ class Session:
         if not self.world.is_main:
             return {}
         rows = self.text.evaluation[1][0].to(self.world.device).long()
-        ids = None if self.text.documents is None else self.text.documents(rows)[:, :-1]
+        ids = None if self.text.document_ids is None else self.text.document_ids(rows)[:, :-1]
         with self.precision.autocast():
             shares = self.activity(rows[:, :-1], ids)
         return {f"eval/active_{name}": values for name, values in shares.items()}
@@ -397,7 +397,7 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
             "train": asdict(self.state),
-            "cursor": self.text.merge_cursors(self.world.gather(self.cursor())),
+            "cursor": self.text.merge_data_states(self.world.gather(self.data_state())),
             "rng": self.world.gather(rng_state(self.world.device)),
             "config": self.config.to_dict(),
             **self.text.identity(),

@@ -162,7 +162,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Weights, optimizer, generators, cursor and metrics are equal, bit for bit."""
+    """Weights, optimizer, generators, data state and metrics are equal, bit for bit."""
     first, second = (load_checkpoint(run / f"checkpoint_{step}.pt") for run in (one, other))
     for state in (first, second):
         state["train"].pop("elapsed_s")

@@ -34,8 +34,8 @@ from data.tokenizers.bpe import row_dtype
 
 log = logging.getLogger(__name__)
 
-CURSOR_VERSIONS = (1, PLAN_VERSION)
-"""Of the plan that a cursor is a place in; a run goes on with the one that it began with."""
+STATE_VERSIONS = (1, PLAN_VERSION)
+"""Of the plan that a data state is a place in; a run goes on with the one that it began with."""
 CHUNK_BYTES = 1 << 18
 _EVALUATION_SEED = 0
 _EVALUATION_UNITS = 16
@@ -193,9 +193,9 @@ class StepBatch:
         """Completed epochs after this batch: of the lane that has the fewest."""
         return min(epoch for epoch, _, _ in self._addresses())
 
-    def cursor(self) -> dict[str, Any]:
-        """Plain values; `TrainLoader(cursor=...)` continues with the batch after this one."""
-        return self._loader.cursor_at(self._addresses())
+    def data_state(self) -> dict[str, Any]:
+        """Plain values; `TrainLoader(data_state=...)` continues with the batch after this one."""
+        return self._loader.data_state_at(self._addresses())
 
     def describe(self) -> list[str]:
         """File and rows or tokens that this batch is made of; reads parquet files again."""
@@ -229,8 +229,8 @@ def _joined(ranges: list[range]) -> str:
 class TrainLoader:
     """Endless training batches of one process; use as a context manager or call `close`.
 
-    Iterating touches no global random state. `cursor` continues where a `StepBatch.cursor` (of all
-    lanes this process reads, see `merge_cursors`) was taken. Raises DataError for a cursor that
+    Iterating touches no global random state. `data_state` continues where a `StepBatch.data_state` (of all
+    lanes this process reads, see `merge_data_states`) was taken. Raises DataError for a data state that
     does not fit, and from `next` for text that cannot be read.
     """
 
@@ -239,15 +239,15 @@ class TrainLoader:
         dataset: Dataset,
         spec: BatchSpec,
         dataloader: DataLoaderConfig,
-        cursor: dict[str, Any] | None = None,
+        data_state: dict[str, Any] | None = None,
     ) -> None:
         self.spec, self.units = spec, dataset.source.units(spec.block_size)
         chosen = split_of(self.units, "train")
         if not len(chosen):
             raise dataset.too_short("train", spec.block_size)
-        self._version = PLAN_VERSION if cursor is None else cursor["version"]
+        self._version = PLAN_VERSION if data_state is None else data_state["version"]
         tokens = None if self._version == 1 else self.units.tokens
-        lanes = _lanes(self.units, spec, dataloader.shuffle, cursor, tokens)
+        lanes = _lanes(self.units, spec, dataloader.shuffle, data_state, tokens)
         total = spec.sequences_per_step
         assert total % (spec.world_size * spec.micro_batches) == 0
         rows = rank_rows(total, spec.world_size, spec.rank)
@@ -256,9 +256,9 @@ class TrainLoader:
         self.layout = _Layout(spec.block_size, rows, mine, total // lanes, dtype)
         shuffle = dataloader.shuffle
         self.plan = Plan(self.units.block, chosen, lanes, spec.seed, shuffle, tokens)
-        if cursor is not None:
-            _check_tokens(cursor, self.plan)
-        self.left_out: collections.Counter[str] = collections.Counter()
+        if data_state is not None:
+            _check_tokens(data_state, self.plan)
+        self.skipped_counts: collections.Counter[str] = collections.Counter()
         """Null and empty documents and NUL bytes met so far, counted by kind."""
         self._batches: Iterator[StepBatch] = iter(())
         workers = min(dataloader.num_workers, len(mine))
@@ -271,7 +271,7 @@ class TrainLoader:
             )
         pin = spec.pin and dataloader.pin_memory
         ahead = -(-dataloader.prefetch_factor // self.layout.chunk_steps)
-        self._begin = _starts(mine, cursor)
+        self._begin = _starts(mine, data_state)
         source = _ChunkSource(self.units, self.plan, self.layout, self._begin)
         self._feed: Feed[Chunk] = Feed(source, lambda parts: _join(parts, pin), workers, ahead, pin)
 
@@ -287,19 +287,19 @@ class TrainLoader:
 
     def _cut(self, chunk: Chunk) -> Iterator[StepBatch]:
         """The steps of a chunk."""
-        self.left_out.update(chunk.counts)
+        self.skipped_counts.update(chunk.counts)
         first, _ = self.layout.own_rows(self.layout.lanes.start)
         rows = chunk.rows.flatten(1, 2)[:, first : first + len(self.layout.rows)]
         shape = len(rows), self.spec.micro_batches, -1, rows.shape[-1]
         steps = rows.view(shape).unbind(0)
         return (StepBatch(self, rows, chunk.traces, step) for step, rows in enumerate(steps))
 
-    def start_cursor(self) -> dict[str, Any]:
-        """The cursor before the first batch of this loader."""
-        return self.cursor_at(self._begin)
+    def first_data_state(self) -> dict[str, Any]:
+        """The data state before the first batch of this loader."""
+        return self.data_state_at(self._begin)
 
-    def cursor_at(self, addresses: list[Address]) -> dict[str, Any]:
-        """The cursor of this process's lanes at these addresses."""
+    def data_state_at(self, addresses: list[Address]) -> dict[str, Any]:
+        """The data state of this process's lanes at these addresses."""
         return {
             "version": self._version,
             "lanes": self.plan.lanes,
@@ -328,12 +328,12 @@ class TrainLoader:
         self.close()
 
 
-def _check_tokens(cursor: dict[str, Any], plan: Plan) -> None:
-    """Raises DataError where the lanes of the cursor were balanced by other counts."""
-    then = cursor.get("epoch_tokens")
+def _check_tokens(data_state: dict[str, Any], plan: Plan) -> None:
+    """Raises DataError where the lanes of the data state were balanced by other counts."""
+    then = data_state.get("epoch_tokens")
     if then != plan.epoch_tokens:
         raise DataError(
-            f"data cursor: the checkpoint counted {then} tokens of training text, this program "
+            f"data state: the checkpoint counted {then} tokens of training text, this program "
             f"{plan.epoch_tokens}, so its order is another. Restore the data and the tokenizer, or "
             f"{_NEW_RUN}"
         )
@@ -343,17 +343,17 @@ def _lanes(
     units: Units,
     spec: BatchSpec,
     shuffle: bool,
-    cursor: dict[str, Any] | None,
+    data_state: dict[str, Any] | None,
     tokens: Integers | None,
 ) -> int:
-    """The number of lanes: the cursor's, else the spec's, else the most that fit."""
+    """The number of lanes: the data state's, else the spec's, else the most that fit."""
     blocks, sequences = training_blocks(units), spec.sequences_per_step
-    if cursor is None:
+    if data_state is None:
         most = blocks if tokens is None else min(blocks, int(tokens[~units.held_out].sum()))
         lanes = spec.lanes or lane_count(sequences, most)
     else:
-        _check_steps(cursor, units, spec, shuffle)
-        lanes = cursor["lanes"]
+        _check_steps(data_state, units, spec, shuffle)
+        lanes = data_state["lanes"]
     if sequences % lanes or lanes > blocks:
         raise DataError(
             f"{lanes} lanes do not fit {sequences} sequences per step and {blocks} "
@@ -362,68 +362,68 @@ def _lanes(
     return lanes
 
 
-def check_cursor(cursor: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
-    """Raises DataError unless a run can go on from the merged cursor of its processes."""
-    _check_steps(cursor, units, spec, shuffle)
-    _starts(range(cursor["lanes"]), cursor)
+def check_fits(data_state: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
+    """Raises DataError unless a run can go on from the merged data state of its processes."""
+    _check_steps(data_state, units, spec, shuffle)
+    _starts(range(data_state["lanes"]), data_state)
 
 
-def _check_steps(cursor: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
-    """Raises DataError unless steps of this shape can go on where the cursor stands, so that no
+def _check_steps(data_state: dict[str, Any], units: Units, spec: BatchSpec, shuffle: bool) -> None:
+    """Raises DataError unless steps of this shape can go on where the data state stands, so that no
     text is skipped or read twice.
 
     A lane goes on at its next token, so a step may take more or fewer rows of each, and rows of
     documents may have another length; rows of token files are fixed by it.
     """
-    if cursor["version"] not in CURSOR_VERSIONS:
+    if data_state["version"] not in STATE_VERSIONS:
         raise DataError(
-            f"data cursor: version {cursor['version']}, this program reads 1 to {PLAN_VERSION}. "
+            f"data state: version {data_state['version']}, this program reads 1 to {PLAN_VERSION}. "
             "Resume with the program that wrote the checkpoint."
         )
-    if not len(cursor["positions"]) or cursor["lanes"] < 1:
-        raise DataError("data cursor: it has no lanes. Take another checkpoint.")
+    if not len(data_state["positions"]) or data_state["lanes"] < 1:
+        raise DataError("data state: it has no lanes. Take another checkpoint.")
     fixed = {"seed": spec.seed, "shuffle": shuffle}
     if units.whole_rows:
         fixed["block_size"] = spec.block_size
     for key, value in fixed.items():
-        if cursor[key] != value:
+        if data_state[key] != value:
             raise DataError(
-                f"data cursor: the checkpoint has {key} {cursor[key]}, this run {value}; the "
+                f"data state: the checkpoint has {key} {data_state[key]}, this run {value}; the "
                 f"text already seen could not be told from the rest. Set it back, or {_NEW_RUN}"
             )
-    if spec.sequences_per_step % cursor["lanes"]:
+    if spec.sequences_per_step % data_state["lanes"]:
         raise DataError(
-            f"data cursor: the checkpoint reads {cursor['lanes']} places of the text side by side, "
+            f"data state: the checkpoint reads {data_state['lanes']} places of the text side by side, "
             f"and {spec.sequences_per_step} sequences per step cannot take as many from each. Make "
             "training.batch_size * gradient_accumulation_steps * processes a multiple of "
-            f"{cursor['lanes']}, or {_NEW_RUN}"
+            f"{data_state['lanes']}, or {_NEW_RUN}"
         )
 
 
-def _starts(lanes: range, cursor: dict[str, Any] | None) -> list[Address]:
+def _starts(lanes: range, data_state: dict[str, Any] | None) -> list[Address]:
     """Where each lane begins."""
-    if cursor is None:
+    if data_state is None:
         return [(0, 0, 0)] * len(lanes)
-    first = cursor["first_lane"]
-    known = range(first, first + len(cursor["positions"]))
+    first = data_state["first_lane"]
+    known = range(first, first + len(data_state["positions"]))
     if lanes.start < known.start or lanes.stop > known.stop:
         raise DataError(
-            f"data cursor: holds lanes {known.start} to {known.stop - 1}, this process reads "
-            f"{lanes.start} to {lanes.stop - 1}. Merge the cursors of all processes."
+            f"data state: holds lanes {known.start} to {known.stop - 1}, this process reads "
+            f"{lanes.start} to {lanes.stop - 1}. Merge the data states of all processes."
         )
-    positions = [cursor["positions"][lane - first] for lane in lanes]
+    positions = [data_state["positions"][lane - first] for lane in lanes]
     return [(epoch, place, offset) for epoch, place, offset in positions]
 
 
-def merge_cursors(cursors: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cursor of all lanes from those of all processes, for any other number of processes."""
+def merge_data_states(data_states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The data state of all lanes from those of all processes, for any other number of processes."""
     positions: dict[int, list[int]] = {}
-    for cursor in cursors:
-        positions.update(enumerate(cursor["positions"], cursor["first_lane"]))
+    for data_state in data_states:
+        positions.update(enumerate(data_state["positions"], data_state["first_lane"]))
     lanes = range(min(positions), max(positions) + 1)
-    assert len(positions) == len(lanes), "cursors of neighbouring lanes"
+    assert len(positions) == len(lanes), "data states of neighbouring lanes"
     return {
-        **cursors[0],
+        **data_states[0],
         "first_lane": lanes.start,
         "positions": [positions[lane] for lane in lanes],
     }

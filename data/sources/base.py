@@ -1,7 +1,7 @@
 """The text of a run, whatever it is kept in: units of two splits, behind one protocol.
 
 The one idea: a source (a folder of parquet files, or token files) says what its units for rows of
-T + 1 tokens are called and how large they are before it reads any. Order, lanes, cursors and resume
+T + 1 tokens are called and how large they are before it reads any. Order, lanes, data states and resume
 need no more, so they are the same for every source, and a loader asks only for the tokens of a
 unit. The split does not depend on the training seed, so runs with different seeds are comparable.
 """
@@ -23,7 +23,7 @@ PLAN_VERSION = 2  # in version 1 lanes of documents were not balanced
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class DatasetStats:
     """What the data amounts to; tokens may be off by the share `error`, 0 where counted."""
 
     files: int
@@ -95,7 +95,7 @@ class Source(Protocol):
     """What holds the text: fixed once opened."""
 
     @property
-    def ledger(self) -> Ledger:
+    def stats(self) -> DatasetStats:
         """What it amounts to."""
 
     @property
@@ -131,9 +131,9 @@ class Dataset:
         return self.tokenizer.vocab_size
 
     @property
-    def ledger(self) -> Ledger:
+    def stats(self) -> DatasetStats:
         """What the data amounts to."""
-        return self.source.ledger
+        return self.source.stats
 
     def epoch_tokens(self, block_size: int, version: int = PLAN_VERSION) -> int:
         """How many tokens one pass over the training text takes, in rows of so many."""
@@ -167,10 +167,10 @@ class Dataset:
 
     def too_short(self, split: str, block_size: int) -> DataError:
         """The error where a split has not one row of successive tokens."""
-        ledger = self.ledger
-        tokens = {"train": ledger.train_tokens, "test": ledger.test_tokens}[split]
+        stats = self.stats
+        tokens = {"train": stats.train_tokens, "test": stats.test_tokens}[split]
         # An estimate may be above what was found to be too short.
-        count = "" if ledger.error else f"{tokens:,} tokens, "
+        count = "" if stats.error else f"{tokens:,} tokens, "
         return DataError(
             f"the {split} text ({count}{self.source.origin(split)}) is shorter "
             f"than one row of training.block_size + 1 = {block_size + 1} tokens. "
@@ -186,7 +186,7 @@ def _kind(summary: dict[str, Any]) -> str:
 
 
 def token_counts(tokens: Integers, held_out: npt.NDArray[np.bool_]) -> dict[str, int]:
-    """The counts of a Ledger that follow from the tokens of each piece and the split."""
+    """The counts of a DatasetStats that follow from the tokens of each piece and the split."""
     return {
         "tokens": int(tokens.sum()),
         "train_tokens": int(tokens[~held_out].sum()),

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from config import DataError, DatasetConfig
 from data.sources.counting import TokenCounts, count_tokens
-from data.sources.base import PLAN_VERSION, Ledger, Reader, token_counts
+from data.sources.base import PLAN_VERSION, DatasetStats, Reader, token_counts
 from data.sources.parquet_index import ENCODED_UNIT_BYTES, UNIT_BYTES, UNIT_ROWS, Index, Units, cache_path, cut_units, index_digest, load_arrays, save_arrays
 from data.loading.order import MIN_UNITS, Integers, Keys, split_units
 from data.sources.parquet_reader import DocumentReader, UnitReader, text_bytes
@@ -116,10 +116,10 @@ class ParquetText:
         return tokens / max(1, size)
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def stats(self) -> DatasetStats:
         """What it amounts to."""
         index = self.index
-        return Ledger(
+        return DatasetStats(
             files=len(index.paths),
             file_bytes=int(index.sizes.sum()),
             rows=int(index.groups[:, 0].sum()),
@@ -155,14 +155,14 @@ class ParquetText:
 
     def lines(self) -> list[str]:
         """Files, rows and tokens."""
-        ledger = self.ledger
+        stats = self.stats
         about, within = "", ""
-        if ledger.error:
-            about, within = "about ", f" (estimated, to within {ledger.error:.1%})"
+        if stats.error:
+            about, within = "about ", f" (estimated, to within {stats.error:.1%})"
         return [
-            f"Data: {self.index.root}: {ledger.files:,} files, {ledger.rows:,} rows, {about}"
-            f"{_short(ledger.tokens)} tokens{within}: {_short(ledger.train_tokens)} to train on, "
-            f"{_short(ledger.test_tokens)} held out",
+            f"Data: {self.index.root}: {stats.files:,} files, {stats.rows:,} rows, {about}"
+            f"{_short(stats.tokens)} tokens{within}: {_short(stats.train_tokens)} to train on, "
+            f"{_short(stats.test_tokens)} held out",
             *unprotected_lines(self.index),
         ]
 

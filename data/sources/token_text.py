@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig, token_paths
-from data.sources.base import Ledger, Reader, token_counts
+from data.sources.base import DatasetStats, Reader, token_counts
 from data.sources.token_file import TokenFile, TokenMaps
 from data.loading.order import Integers, Keys, Tokens, combine, cut_hash, path_keys
 from data.tokenizers.bpe import Tokenizer, storage_dtype
@@ -83,11 +83,11 @@ class TokenText:
         return RowUnits(self.files, self.stretches, block_size, self.tokenizer.vocab_size)
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def stats(self) -> DatasetStats:
         """What it amounts to."""
         lengths = np.array([stretch.length for stretch in self.stretches])
         held_out = np.array([stretch.held_out for stretch in self.stretches])
-        return Ledger(
+        return DatasetStats(
             files=len(self.files),
             file_bytes=sum(file.size for file in self.files),
             rows=0,
@@ -120,8 +120,8 @@ class TokenText:
         """How many tokens, and what was found out about them."""
         return [
             "Loading data with memory mapping...",
-            f"Train data size: {self.ledger.train_tokens:,} tokens",
-            f"Validation data size: {self.ledger.test_tokens:,} tokens",
+            f"Train data size: {self.stats.train_tokens:,} tokens",
+            f"Validation data size: {self.stats.test_tokens:,} tokens",
             *self.notes,
         ]
 
@@ -134,8 +134,8 @@ class TokenText:
             "tokenizer": self.tokenizer.fingerprint,
             "test_fraction": self._test_fraction,
             "files": len(self.files),
-            "file_bytes": self.ledger.file_bytes,
-            "tokens": self.ledger.tokens,
+            "file_bytes": self.stats.file_bytes,
+            "tokens": self.stats.tokens,
             "train": _described(self.train_files) if listed else None,
             "val": _described(self.val_files) if listed else None,
         }
@@ -172,10 +172,10 @@ def check_split(text: TokenText) -> None:
             f"{sorted(both)[0]}: both trained on and held out. Name other files in "
             "dataset.val_data_path, or leave it out to hold out dataset.test_fraction."
         )
-    ledger, splits = text.ledger, not text.val_files and text.config.test_fraction > 0
-    if splits and min(ledger.train_tokens, ledger.test_tokens) < 2:
+    stats, splits = text.stats, not text.val_files and text.config.test_fraction > 0
+    if splits and min(stats.train_tokens, stats.test_tokens) < 2:
         raise DataError(
-            f"{text.paths[0]}: {ledger.tokens:,} tokens are too few to hold out "
+            f"{text.paths[0]}: {stats.tokens:,} tokens are too few to hold out "
             f"dataset.test_fraction {text.config.test_fraction} of them. Add text, name a "
             "dataset.val_data_path, or set dataset.test_fraction: 0"
         )

@@ -82,7 +82,7 @@ class Generators(DeviceGenerators):
     numpy: tuple[str, list[int], int, int, float]
 
 
-class Cursor(TypedDict):
+class DataState(TypedDict):
     """Where the training text stands (data/loading/loader.py)."""
 
     version: int
@@ -117,7 +117,7 @@ class Content(TypedDict):
     precision: PrecisionState
     train: TrainState
     """As a dict."""
-    cursor: Cursor
+    cursor: DataState
     rng: list[Generators]
     """Of each process."""
     config: SavedConfig
@@ -127,7 +127,7 @@ class Content(TypedDict):
 
 _OPEN = (
     *(ShapeOptions, RunOptions, SavedConfig, ParameterGroup),
-    *(Cursor, SavedData, SavedTokenizer),
+    *(DataState, SavedData, SavedTokenizer),
 )
 """May have entries that are not named here."""
 _NAMES = {

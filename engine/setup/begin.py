@@ -11,7 +11,7 @@ from typing import Any
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, open_dataset
 from data.preparation import corpus
-from data.run_data import check_place, embedded_is_missing
+from data.run_data import check_data_state, embedded_is_missing
 from data.sources.base import PLAN_VERSION
 from data.tokenizers.bpe import Tokenizer, tokenizer_from_dict
 from engine.checkpoint.resume_rules import (
@@ -175,7 +175,7 @@ def check_fits(
     processes = len(saved["rng"]), world_size
     lines = check_resumable(then, config, str(resume.path), processes)
     data.check_unchanged(saved["data"])
-    check_place(data, config, saved["cursor"], world_size)
+    check_data_state(data, config, saved["cursor"], world_size)
     tokens = _epoch_tokens(data, config, saved)
     documents = not data.source.units(config.training.block_size).whole_rows
     earlier = documents and saved["cursor"]["version"] < PLAN_VERSION

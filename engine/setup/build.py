@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from config import Config, DataError, Request, micro_batch
-from data.run_data import Replayed, Text, document_reader
+from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from data.tokenizers.bpe import Tokenizer
 from engine.checkpoint.contents import fitting
 from engine.checkpoint.save_load import Resume
@@ -81,23 +81,23 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     config = start.config
     say(*cost_lines(needs, room, optimizer), *covered)
     seed_apart(config.training.seed, 0, world.rank)
-    state, cursor = TrainState(), None
+    state, data_state = TrainState(), None
     if start.saved:
-        state, cursor = restore(start, model, optimizer, precision, world)
-    text, sample = Text(data, config), sampler(model, config, precision, data.tokenizer)
-    trial = partial(try_model, model, precision, config, text.documents)
+        state, data_state = restore(start, model, optimizer, precision, world)
+    text, sample = RunData(data, config), sampler(model, config, precision, data.tokenizer)
+    trial = partial(try_model, model, precision, config, text.document_ids)
     compile_s, compiled = compile_model(model, wanted, world.device, trial)
     state.compiled = compile_s is not None
     say(*precision.prove(trial))
     training = state.has_work(config.training)
-    batches = open_batches(text, config, cursor, world, stack) if training else iter(())
+    batches = open_batches(text, config, data_state, world, stack) if training else iter(())
     known = facts(start, world, model, precision, steps)
     directory = open_directory(start, start.resume if training else None, known, stack)
     say(*directory_lines(directory, start.resume))
     say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
     say(f"Device: {world.device_name} | {precision.name} | {compiled}")
     say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, epoch_tokens, data.ledger.error, before))
+    say(*length_lines(config, world.size, epoch_tokens, data.stats.error, before))
     say(ratio_line(planned_tokens(config, world.size, steps, before), model))
     say(f"Seed: {config.training.seed}", RULE)
     return Session(
@@ -113,7 +113,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
         activity=cast(LanguageModel, model).activity,
         directory=directory,
         state=state,
-        cursor=lambda: cursor or {},
+        data_state=lambda: data_state or {},
         planned_steps=steps,
         trackers=open_trackers(config, directory, state, stack) if world.is_main else (),
         sample=sample,
@@ -169,11 +169,11 @@ def restore(
     precision: Precision,
     world: World,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Puts a checkpoint back, and lets its content go; the state and the data's cursor. Raises
+    """Puts a checkpoint back, and lets its content go; the state and the data state. Raises
     CheckpointError."""
     assert start.resume is not None
     saved = start.saved
-    state, cursor, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
+    state, data_state, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
     if saved["config"]["training"]["block_size"] != start.config.training.block_size:
         state.best_val_loss = state.best_step = None  # longer rows have another loss
     with fitting(start.resume.path):
@@ -187,7 +187,7 @@ def restore(
     model.load_state_dict(saved["model"])
     load_optimizer(optimizer, saved["optimizer"])
     saved.clear()
-    return state, cursor
+    return state, data_state
 
 
 def open_precision(config: Config, world: World) -> Precision:
@@ -215,7 +215,7 @@ def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precisio
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
     if not world.on_cpu:
-        documents = document_reader(start.data, start.config)
+        documents = document_id_function(start.data, start.config)
 
         def attempt(each: int) -> None:
             try_model(model, precision, with_batch(start.config, each), documents)
@@ -239,12 +239,12 @@ def try_model(
 
 
 def open_batches(
-    text: Text, config: Config, cursor: dict[str, Any] | None, world: World, stack: ExitStack
+    text: RunData, config: Config, data_state: dict[str, Any] | None, world: World, stack: ExitStack
 ) -> Iterator[Batch]:
     """The training batches of this process; with `use_oracle` the first one for ever."""
-    loader = text.batches(cursor, world.rank, world.size, pin=world.device.type == "cuda")
+    loader = text.batches(data_state, world.rank, world.size, pin=world.device.type == "cuda")
     stack.enter_context(loader)
-    return Replayed.for_ever(loader) if config.training.use_oracle else loader
+    return RepeatFirstBatch.for_ever(loader) if config.training.use_oracle else loader
 
 
 def open_directory(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from config import Config, Request, micro_batch
-from data.run_data import Text, document_reader, embedded_is_missing
+from data.run_data import RunData, document_id_function, embedded_is_missing
 from engine.hardware.world import World
 from engine.monitor.console import say
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
@@ -57,14 +57,14 @@ def dry_run(request: Request, world: World) -> None:
         needs, lines = replace(needs, config=config), [line]
     tokens = tokens_line(config, world.size)
     if start is not None:
-        Text(start.data, config)  # whether it is long enough
+        RunData(start.data, config)  # whether it is long enough
     else:
         folder = config.dataset.parquet_dir
         say(*origin_lines(request))
         say(f"Data: {folder} is missing; the run will build it from the Python standard library")
     say(*lines, *cost_lines(needs, room, optimizer), *covered)
     if start is not None:
-        tokens_off = start.data.ledger.error
+        tokens_off = start.data.stats.error
         say(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
     else:
         say(tokens)
@@ -87,7 +87,7 @@ def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -
     Nothing is compiled for it: that alone would take longer than all trials together.
     """
     config, world = needs.config, needs.world
-    documents = None if start is None else document_reader(start.data, config)
+    documents = None if start is None else document_id_function(start.data, config)
     trial = choose_trial(needs, room, build_model)
     if not trial.sizes:
         yield "Time: unknown: not even the smallest micro-step fits into memory"

@@ -1,4 +1,4 @@
-"""Reading batches in tests: steps of G rows of T tokens, and the cursor after them."""
+"""Reading batches in tests: steps of G rows of T tokens, and the data state after them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read(
     dataset: data.Dataset,
     steps: int,
     spec: data.BatchSpec,
-    cursor: dict[str, Any] | None = None,
+    data_state: dict[str, Any] | None = None,
     workers: int = 0,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Rows (steps, rows of this process, T + 1) and the cursor after them."""
+    """Rows (steps, rows of this process, T + 1) and the data state after them."""
     config = DataLoaderConfig(num_workers=workers)
-    with data.TrainLoader(dataset, spec, config, cursor) as batches:
+    with data.TrainLoader(dataset, spec, config, data_state) as batches:
         taken = list(itertools.islice(batches, steps))
         rows = [torch.cat(batch.micro_batches) for batch in taken]
-        return torch.stack(rows), json.loads(json.dumps(taken[-1].cursor()))
+        return torch.stack(rows), json.loads(json.dumps(taken[-1].data_state()))

@@ -75,7 +75,7 @@ def run(dataset: data.Dataset, sequences: int, lanes: int | None, epochs: int) -
     with data.TrainLoader(dataset, spec, DataLoaderConfig()) as batches:
         for step, batch in enumerate(batches, 1):
             rows.append(batch.micro_batches[0])
-            for lane, (epoch, _, _) in enumerate(batch.cursor()["positions"]):
+            for lane, (epoch, _, _) in enumerate(batch.data_state()["positions"]):
                 if epoch >= epochs:
                     ends.setdefault(lane, step)
             if batch.epoch >= epochs:

@@ -114,10 +114,10 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(corpus: Path) -> N
     dataset = opened(corpus)
     texts = [dealt(dataset, G, epoch) for epoch in range(9)]
     earlier = rows_of([[epoch[lane] for epoch in texts] for lane in range(G)])
-    _, cursor = read(dataset, 1, spec())
-    cursor |= {"version": 1, "positions": [[0, 0, 0]] * G}
-    del cursor["epoch_tokens"]
-    rows, after = read(dataset, 7, spec(), cursor)
+    _, data_state = read(dataset, 1, spec())
+    data_state |= {"version": 1, "positions": [[0, 0, 0]] * G}
+    del data_state["epoch_tokens"]
+    rows, after = read(dataset, 7, spec(), data_state)
     assert torch.equal(rows, earlier[:7])
     assert after["version"] == 1
     rest, _ = read(dataset, STEPS - 7, spec(), after)
@@ -125,10 +125,10 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(corpus: Path) -> N
 
 
 def test_other_counts_of_tokens_are_another_order(corpus: Path) -> None:
-    _, cursor = read(opened(corpus), 1, spec())
-    cursor["epoch_tokens"] += 1
+    _, data_state = read(opened(corpus), 1, spec())
+    data_state["epoch_tokens"] += 1
     with pytest.raises(DataError, match=r"counted \d+ tokens .*init_from="):
-        read(opened(corpus), 1, spec(), cursor)
+        read(opened(corpus), 1, spec(), data_state)
 
 
 def test_each_document_comes_exactly_once_per_epoch(corpus: Path, expected: torch.Tensor) -> None:
@@ -154,13 +154,13 @@ LAYOUTS = list(itertools.product([1, 2, 4], [0, 1, 3], [1, 4]))
 
 
 def read_all(
-    dataset: data.Dataset, steps: int, layout: Layout, cursor: dict[str, Any] | None
+    dataset: data.Dataset, steps: int, layout: Layout, data_state: dict[str, Any] | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The global rows (steps, G, T + 1) of all processes of a layout, and their merged cursor."""
+    """The global rows (steps, G, T + 1) of all processes, and their merged data state."""
     world, workers, micro = layout
     specs = [spec(rank=rank, world_size=world, micro_batches=micro) for rank in range(world)]
-    parts = [read(dataset, steps, part, cursor, workers) for part in specs]
-    merged = data.merge_cursors([cursor for _, cursor in parts])
+    parts = [read(dataset, steps, part, data_state, workers) for part in specs]
+    merged = data.merge_data_states([data_state for _, data_state in parts])
     return torch.cat([rows for rows, _ in parts], dim=1), merged
 
 
@@ -168,13 +168,13 @@ def read_all(
 def test_the_global_batches_are_the_same_for_every_layout_also_interrupted(
     corpus: Path, expected: torch.Tensor, layout: Layout
 ) -> None:
-    dataset, cursor = opened(corpus), None
+    dataset, data_state = opened(corpus), None
     stops = sorted(random.Random(str(layout)).sample(range(1, STEPS), 2))
     for start, stop in itertools.pairwise([0, *stops, STEPS]):
-        rows, cursor = read_all(dataset, stop - start, layout, cursor)
+        rows, data_state = read_all(dataset, stop - start, layout, data_state)
         assert torch.equal(rows, expected[start:stop])
-    assert cursor == read(dataset, STEPS, spec())[1]
-    assert min(epoch for epoch, _, _ in cursor["positions"]) == 2
+    assert data_state == read(dataset, STEPS, spec())[1]
+    assert min(epoch for epoch, _, _ in data_state["positions"]) == 2
 
 
 def test_accumulation_cuts_the_rows_in_order(corpus: Path, expected: torch.Tensor) -> None:
@@ -196,39 +196,41 @@ def test_accumulation_cuts_the_rows_in_order(corpus: Path, expected: torch.Tenso
 def test_stopping_anywhere_and_resuming_with_another_layout_changes_nothing(
     corpus: Path, expected: torch.Tensor, legs: list[tuple[int, Layout]]
 ) -> None:
-    dataset, cursor, done = opened(corpus), None, 0
+    dataset, data_state, done = opened(corpus), None, 0
     for steps, layout in legs:
         steps = min(steps, STEPS - done)
         if not steps:
             break
-        rows, cursor = read_all(dataset, steps, layout, cursor)
+        rows, data_state = read_all(dataset, steps, layout, data_state)
         assert torch.equal(rows, expected[done : done + steps])
         done += steps
 
 
-def test_every_cursor_continues_exactly_over_the_epoch_boundary(
+def test_every_data_state_continues_exactly_over_the_epoch_boundary(
     corpus: Path, expected: torch.Tensor
 ) -> None:
     dataset = opened(corpus)
     with data.TrainLoader(dataset, spec(), DataLoaderConfig()) as batches:
-        cursors = [batch.cursor() for batch in itertools.islice(batches, STEPS - 1)]
-    epochs = {tuple(e for e, _, _ in cursor["positions"]) for cursor in cursors}
+        data_states = [batch.data_state() for batch in itertools.islice(batches, STEPS - 1)]
+    epochs = {tuple(e for e, _, _ in data_state["positions"]) for data_state in data_states}
     assert len(epochs) == 3
-    for step, cursor in enumerate(cursors, 1):
-        rows, _ = read(dataset, 1, spec(), cursor)
+    for step, data_state in enumerate(data_states, 1):
+        rows, _ = read(dataset, 1, spec(), data_state)
         assert torch.equal(rows[0], expected[step])
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 def test_fewer_lanes_than_processes(corpus: Path, lanes: int) -> None:
     dataset = opened(corpus)
-    alone, cursor = read(dataset, 9, spec(lanes=lanes))
+    alone, data_state = read(dataset, 9, spec(lanes=lanes))
     parts = [read(dataset, 9, spec(rank=r, world_size=4, lanes=lanes)) for r in range(4)]
     assert torch.equal(torch.cat([rows for rows, _ in parts], dim=1), alone)
-    merged = data.merge_cursors([cursor for _, cursor in parts])
-    assert merged == cursor
-    again, _ = read(dataset, 3, spec(rank=1, world_size=2), merged)  # lanes come from the cursor
-    assert torch.equal(again, read(dataset, 3, spec(), cursor)[0][:, G // 2 :])
+    merged = data.merge_data_states([data_state for _, data_state in parts])
+    assert merged == data_state
+    again, _ = read(
+        dataset, 3, spec(rank=1, world_size=2), merged
+    )  # lanes come from the data state
+    assert torch.equal(again, read(dataset, 3, spec(), data_state)[0][:, G // 2 :])
 
 
 def test_tokens_of_any_tokenizer_are_the_same_for_every_layout_also_interrupted(
@@ -241,10 +243,12 @@ def test_tokens_of_any_tokenizer_are_the_same_for_every_layout_also_interrupted(
     assert dataset.vocab_size > 256
     assert expected.max() < dataset.vocab_size
     for layout in [(1, 2, 4), (2, 0, 1), (4, 1, 1)]:
-        first, cursor = read_all(dataset, 7, layout, None)
-        second, cursor = read_all(pickle.loads(pickle.dumps(dataset)), STEPS - 7, layout, cursor)
+        first, data_state = read_all(dataset, 7, layout, None)
+        second, data_state = read_all(
+            pickle.loads(pickle.dumps(dataset)), STEPS - 7, layout, data_state
+        )
         assert torch.equal(torch.cat((first, second)), expected)
-        assert cursor == end
+        assert data_state == end
 
 
 def test_without_shuffling_the_text_comes_in_file_order(tmp_path: Path) -> None:
@@ -263,13 +267,13 @@ def test_epochs_are_counted_by_the_slowest_lane(corpus: Path) -> None:
     assert epochs == sorted(epochs)
     assert (epochs[0], epochs[-1]) == (0, 2)
     for batch in taken:
-        assert batch.epoch == min(epoch for epoch, _, _ in batch.cursor()["positions"])
+        assert batch.epoch == min(epoch for epoch, _, _ in batch.data_state()["positions"])
 
 
 def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ["abc"])
-    rows, cursor = read(opened(tmp_path), 2, spec())
-    assert cursor["lanes"] == 1
+    rows, data_state = read(opened(tmp_path), 2, spec())
+    assert data_state["lanes"] == 1
     assert set(rows.numpy().tobytes().split(b"\0")) >= {b"abc"}
     write(tmp_path / "a.parquet", ["", "", None, ""])
     with pytest.raises(DataError, match="no text in the .* units of lane 0"):
@@ -287,13 +291,13 @@ def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
         ({"first_lane": 4}, "holds lanes 4 to 19, this process reads 0 to 15"),
     ],
 )
-def test_a_cursor_of_another_run_is_refused(
+def test_a_data_state_of_another_run_is_refused(
     corpus: Path, change: dict[str, Any], message: str
 ) -> None:
     dataset = opened(corpus)
-    _, cursor = read(dataset, 1, spec())
+    _, data_state = read(dataset, 1, spec())
     with pytest.raises(DataError, match=message):
-        data.TrainLoader(dataset, spec(), DataLoaderConfig(), {**cursor, **change})
+        data.TrainLoader(dataset, spec(), DataLoaderConfig(), {**data_state, **change})
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(2 * G, T), (G, 7)])
@@ -302,9 +306,9 @@ def test_steps_of_another_shape_go_on_at_the_next_token_of_every_lane(
 ) -> None:
     dataset = opened(corpus)
     other = replace(spec(), sequences_per_step=sequences, block_size=length)
-    before, cursor = read(dataset, 5, spec())
-    after, cursor = read(dataset, 6, other, cursor)
-    last, _ = read(dataset, 3, spec(), cursor)
+    before, data_state = read(dataset, 5, spec())
+    after, data_state = read(dataset, 6, other, data_state)
+    last, _ = read(dataset, 3, spec(), data_state)
     for lane in range(G):
         seen = torch.cat(
             [
@@ -343,8 +347,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         with data.TrainLoader(dataset, spec(), config) as batches:
             for _ in range(60):
                 next(batches)
-            assert batches.left_out["null documents"] >= 4
-            assert batches.left_out["NUL bytes replaced"] >= 4
+            assert batches.skipped_counts["null documents"] >= 4
+            assert batches.skipped_counts["NUL bytes replaced"] >= 4
 
 
 # Evaluation.
@@ -428,7 +432,7 @@ def test_closing_leaves_no_thread_process_or_file(corpus: Path, workers: int) ->
     assert not multiprocessing.active_children()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= files
-    assert kept.cursor()["positions"]
+    assert kept.data_state()["positions"]
     with pytest.raises(DataError, match="closed"):
         for _ in range(10):
             next(batches)

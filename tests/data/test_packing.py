@@ -154,13 +154,13 @@ def test_a_lane_without_text_is_an_error_not_a_hang() -> None:
 
 
 @pytest.mark.parametrize("address", [(0, 2, 0), (0, 1, 5)])
-def test_a_cursor_of_other_data_is_refused(address: tuple[int, int, int]) -> None:
+def test_a_data_state_of_other_data_is_refused(address: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="belongs to other data"):
         filled(LaneStream(Units([5, 5]), 0, address), 1, 1)
 
 
 @pytest.mark.parametrize("address", [(0, 2, 0), (0, 1, 3), (1, 0, 4)])
-def test_a_cursor_between_whole_rows_is_refused(address: tuple[int, int, int]) -> None:
+def test_a_data_state_between_whole_rows_is_refused(address: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="belongs to other data"):
         filled(RowStream(Units([5, 5]), 0, address), 1, 2)
 

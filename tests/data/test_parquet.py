@@ -83,7 +83,7 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
     assert source.counts == expected
     assert "1 of 6 rows are null" in caplog.text
-    assert (dataset.ledger.files, dataset.ledger.rows, dataset.ledger.null_rows) == (2, 6, 1)
+    assert (dataset.stats.files, dataset.stats.rows, dataset.stats.null_rows) == (2, 6, 1)
 
 
 def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_file_that_is_not_parquet_is_named_or_skipped(
     dataset = opened(tmp_path, on_bad_shard="skip")
     assert texts_of(dataset) == ["good"]
     assert re.search(message, caplog.text)
-    assert len(dataset.ledger.skipped_files) == 1
+    assert len(dataset.stats.skipped_files) == 1
 
 
 def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     opened(tmp_path / "data")
     assert read == []
     changed = write(tmp_path / "data" / "part_1.parquet", ["new"])
-    assert opened(tmp_path / "data").ledger.rows == 81
+    assert opened(tmp_path / "data").stats.rows == 81
     assert read == [str(changed)]
 
 
@@ -430,14 +430,14 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
     assert sorted([*train, *test]) == list(range(unit_count(first)))
     assert np.array_equal(test, split(second, "test"))
     assert first.summary()["fingerprint"] == second.summary()["fingerprint"]
-    share = first.ledger.test_tokens / first.ledger.tokens
+    share = first.stats.test_tokens / first.stats.tokens
     assert 0.05 < share < 0.15
 
 
 def test_the_default_config_opens(tmp_path: Path) -> None:
     marked(tmp_path)
     dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
-    assert dataset.ledger.test_tokens > 0
+    assert dataset.stats.test_tokens > 0
 
 
 # Tokens that are not bytes.
@@ -480,18 +480,18 @@ def test_tokens_are_counted_or_said_to_be_estimated(
         for key in limits if limit == "READ_BYTES" else filter(None, [limit]):
             monkeypatch.setattr(counting, key, limits[key])
         dataset = encoded(tmp_path, name, test_fraction=0.1)
-        source, ledger = reader(dataset), dataset.ledger
+        source, stats = reader(dataset), dataset.stats
         exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(unit_count(dataset)))
         line = dataset.lines()[0]
         if limit is None or (name, limit) == ("bytes", "ENCODE_BYTES"):
-            assert (ledger.tokens, ledger.error) == (exact, 0)
+            assert (stats.tokens, stats.error) == (exact, 0)
             assert "about" not in line
         else:
-            assert 0 < ledger.error < 0.2
-            assert ledger.tokens == pytest.approx(exact, rel=max(2 * ledger.error, 0.02))
-            assert f"tokens (estimated, to within {ledger.error:.1%})" in line
+            assert 0 < stats.error < 0.2
+            assert stats.tokens == pytest.approx(exact, rel=max(2 * stats.error, 0.02))
+            assert f"tokens (estimated, to within {stats.error:.1%})" in line
         monkeypatch.setattr(parquet.DocumentReader, "measure", None)  # may not be called again
-        assert encoded(tmp_path, name, test_fraction=0.1).ledger == ledger
+        assert encoded(tmp_path, name, test_fraction=0.1).stats == stats
 
 
 def test_text_that_cannot_be_read_is_no_text_and_counted_again(
@@ -503,7 +503,7 @@ def test_text_that_cannot_be_read_is_no_text_and_counted_again(
         opened(tmp_path).lines()
     for _ in range(2):
         caplog.clear()
-        assert opened(tmp_path, on_bad_shard="skip").ledger.tokens == 12
+        assert opened(tmp_path, on_bad_shard="skip").stats.tokens == 12
         assert "row group 4: the text of row 0 is not UTF-8" in caplog.text
 
 

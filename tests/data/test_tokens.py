@@ -1,4 +1,4 @@
-"""Token files: the same plan, cursor and resume as parquet, checked tokens, little memory."""
+"""Token files: the same plan, data_state and resume as parquet, checked tokens, little memory."""
 
 from __future__ import annotations
 
@@ -104,13 +104,17 @@ LAYOUTS = list(itertools.product([1, 2, 4], [0, 1, 2]))
 
 
 def read_all(
-    dataset: data.Dataset, steps: int, layout: Layout, cursor: dict[str, Any] | None, **options: Any
+    dataset: data.Dataset,
+    steps: int,
+    layout: Layout,
+    data_state: dict[str, Any] | None,
+    **options: Any,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The global rows (steps, G, T + 1) of all processes of a layout, and their merged cursor."""
+    """The global rows (steps, G, T + 1) of all processes, and their merged data state."""
     world, workers = layout
     specs = [spec(rank=rank, world_size=world, **options) for rank in range(world)]
-    parts = [read(dataset, steps, part, cursor, workers) for part in specs]
-    merged = data.merge_cursors([cursor for _, cursor in parts])
+    parts = [read(dataset, steps, part, data_state, workers) for part in specs]
+    merged = data.merge_data_states([data_state for _, data_state in parts])
     return torch.cat([rows for rows, _ in parts], dim=1), merged
 
 
@@ -165,13 +169,13 @@ def expected(corpus: Path) -> torch.Tensor:
 def test_the_batches_are_the_same_for_every_layout_also_interrupted(
     corpus: Path, expected: torch.Tensor, layout: Layout
 ) -> None:
-    dataset, cursor = opened(corpus), None
+    dataset, data_state = opened(corpus), None
     stop = random.Random(str(layout)).randrange(1, STEPS)
     for start, end in ((0, stop), (stop, STEPS)):
-        rows, cursor = read_all(dataset, end - start, layout, cursor)
+        rows, data_state = read_all(dataset, end - start, layout, data_state)
         assert rows.dtype == torch.int32
         assert torch.equal(rows, expected[start:end])
-    assert cursor == read(dataset, STEPS, spec())[1]
+    assert data_state == read(dataset, STEPS, spec())[1]
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 16])
@@ -182,8 +186,8 @@ def test_more_rows_than_a_plan_takes_are_shuffled_by_some(
     monkeypatch.setattr(tokens, "MAX_UNITS", most)
     dataset = opened(corpus)
     expected = slow_batches(corpus, lanes, unit_rows)
-    first, cursor = read_all(dataset, 13, (2, 1), None, lanes=lanes)
-    second, _ = read_all(dataset, STEPS - 13, (4, 0), cursor)
+    first, data_state = read_all(dataset, 13, (2, 1), None, lanes=lanes)
+    second, _ = read_all(dataset, STEPS - 13, (4, 0), data_state)
     assert torch.equal(torch.cat((first, second)), expected)
 
 
@@ -248,33 +252,33 @@ def test_the_rows_of_a_stretch_fit_and_every_token_is_in_some_epoch(
 def test_stopping_anywhere_and_resuming_with_another_layout_changes_nothing(
     corpus: Path, expected: torch.Tensor, legs: list[tuple[int, Layout]]
 ) -> None:
-    dataset, cursor, done = opened(corpus), None, 0
+    dataset, data_state, done = opened(corpus), None, 0
     for steps, layout in legs:
         steps = min(steps, STEPS - done)
         if not steps:
             break
-        rows, cursor = read_all(dataset, steps, layout, cursor)
+        rows, data_state = read_all(dataset, steps, layout, data_state)
         assert torch.equal(rows, expected[done : done + steps])
         done += steps
 
 
-def test_a_loader_starts_where_its_cursor_says(corpus: Path, expected: torch.Tensor) -> None:
+def test_a_loader_starts_where_its_data_state_says(corpus: Path, expected: torch.Tensor) -> None:
     dataset = opened(corpus)
-    _, cursor = read(dataset, 7, spec())
-    for begin, given_cursor in ((0, None), (7, cursor)):
-        with data.TrainLoader(dataset, spec(), DataLoaderConfig(), given_cursor) as batches:
+    _, data_state = read(dataset, 7, spec())
+    for begin, given_state in ((0, None), (7, data_state)):
+        with data.TrainLoader(dataset, spec(), DataLoaderConfig(), given_state) as batches:
             next(batches)
-            again = batches.start_cursor()
-        assert given_cursor in (None, again)
+            again = batches.first_data_state()
+        assert given_state in (None, again)
         assert torch.equal(read(dataset, 1, spec(), again)[0][0], expected[begin])
 
 
 def test_rows_of_token_files_keep_their_length_and_steps_may_change(corpus: Path) -> None:
     dataset = opened(corpus)
-    _, cursor = read(dataset, 1, spec())
-    read(dataset, 1, replace(spec(), sequences_per_step=2 * cursor["lanes"]), cursor)
+    _, data_state = read(dataset, 1, spec())
+    read(dataset, 1, replace(spec(), sequences_per_step=2 * data_state["lanes"]), data_state)
     with pytest.raises(DataError, match=r"block_size 16, this run 8; .* training.init_from=RUN"):
-        read(dataset, 1, replace(spec(), block_size=8), cursor)
+        read(dataset, 1, replace(spec(), block_size=8), data_state)
 
 
 def test_without_shuffling_the_rows_come_as_they_lie(tmp_path: Path) -> None:
@@ -325,18 +329,18 @@ def test_the_end_of_each_file_is_held_out(
     for part in range(2):
         put(tmp_path / f"{part}.bin", ids(count, 10_000 * part), "uint32")
     dataset = opened(tmp_path, test_fraction=fraction, token_dtype="uint32")
-    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (
+    assert (dataset.stats.train_tokens, dataset.stats.test_tokens) == (
         2 * kept,
         2 * (count - kept),
     )
-    assert (dataset.ledger.error, dataset.ledger.rows) == (0, 0)
+    assert (dataset.stats.error, dataset.stats.rows) == (0, 0)
     ends = [(s.file, s.first, s.first + s.length) for s in text_of(dataset).stretches]
     assert ends == [(0, 0, kept), (1, 0, kept), (0, kept, count), (1, kept, count)]
     for split in ("train", "test"):
         rows = data.evaluation_rows(dataset, split, T, 10_000)
         assert bool((rows.diff() % VOCABULARY == 1).all())
     whole = opened(tmp_path / "0.bin", token_dtype="uint32")
-    assert (len(tokens_of(whole)), whole.ledger.test_tokens) == (count, 0)
+    assert (len(tokens_of(whole)), whole.stats.test_tokens) == (count, 0)
     assert not len(split_of(whole.source.units(T), "test"))
     assert len(split_of(dataset.source.units(T), "train")) == 2 * tokens.count_rows(kept, T)
 
@@ -361,7 +365,7 @@ def test_an_epoch_is_the_rows_it_gives(tmp_path: Path) -> None:
     for part in range(5):
         put(tmp_path / f"{part}.ids", ids(60))
     assert opened(tmp_path).epoch_tokens(32) == 5 * 32
-    assert opened(tmp_path).ledger.train_tokens == 5 * 60
+    assert opened(tmp_path).stats.train_tokens == 5 * 60
 
 
 def test_a_prepared_folder_may_stand_where_parquet_files_do(tmp_path: Path) -> None:
@@ -369,7 +373,7 @@ def test_a_prepared_folder_may_stand_where_parquet_files_do(tmp_path: Path) -> N
     put(tmp_path / "val.ids", ids(300))
     config = DatasetConfig(parquet_dir=str(tmp_path), token_dtype="uint16")
     dataset = data.open_dataset(config, TokenizerConfig(name="auto"), VOCABULARY)
-    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (900, 300)
+    assert (dataset.stats.train_tokens, dataset.stats.test_tokens) == (900, 300)
 
 
 def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
@@ -378,7 +382,7 @@ def test_a_folder_is_its_files_in_bytewise_order(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     dataset = opened(tmp_path)
     assert tokens_of(dataset) == list(range(300))
-    assert dataset.ledger.files == 3
+    assert dataset.stats.files == 3
 
 
 # Types.
@@ -436,8 +440,8 @@ def test_numbers_of_numpys_default_type_are_read_and_no_others_taken_for_them(
             dataset = opened(path, vocab_size=vocab_size)
             assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1]
             assert tokens_of(dataset) == np.asarray(numbers).astype(int).tolist(), name
-    assert opened(tmp_path / "a.bin", token_dtype="uint32").ledger.tokens == 1800  # as stated
-    assert opened(tmp_path / "c.bin", token_dtype="int64").ledger.tokens == 900
+    assert opened(tmp_path / "a.bin", token_dtype="uint32").stats.tokens == 1800  # as stated
+    assert opened(tmp_path / "c.bin", token_dtype="int64").stats.tokens == 900
     with pytest.raises(DataError, match=r"token -1 .* is below 0"):
         opened(put(tmp_path / "i.bin", -np.arange(900), "int64"), token_dtype="int64")
     with pytest.raises(DataError, match=r"token -7 .* is below 0.* if its tokens are not int64"):
@@ -466,7 +470,7 @@ def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.bin: 701 bytes, an odd number.*50,257 tokens"):
         opened(path, vocab_size=50257)
     put(tmp_path / "b.bin", ids(700) % 250, "uint8")
-    assert opened(tmp_path, vocab_size=256).ledger.tokens == 1401
+    assert opened(tmp_path, vocab_size=256).stats.tokens == 1401
 
 
 def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
@@ -480,7 +484,7 @@ def test_a_stated_type_is_taken_without_a_word(tmp_path: Path) -> None:
     path = put(tmp_path / "a.bin", ids(600) % 200, "uint8")
     dataset = opened(path, token_dtype="uint8")
     assert not [line for line in dataset.lines() if "Token type" in line]
-    assert dataset.ledger.tokens == 600
+    assert dataset.stats.tokens == 600
 
 
 # Tokenizers and meta files.
@@ -496,7 +500,7 @@ def test_the_meta_file_tells_tokenizer_and_type(tmp_path: Path) -> None:
     for name in ("auto", "char"):
         dataset = opened(train, vocab_size=None, tokenizer=name)
         assert dataset.tokenizer.decode([0, 1, 2]) == "abc"
-        assert (dataset.vocab_size, dataset.ledger.tokens) == (3, 600)
+        assert (dataset.vocab_size, dataset.stats.tokens) == (3, 600)
         assert dataset.lines()[5:] == [
             f"Tokens described by {tmp_path / 'meta.json'}: char, 3 in the vocabulary, uint8"
         ]
@@ -559,7 +563,7 @@ def test_a_name_is_a_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(Path("data/songs/val.bin"), ids(300) % 3)
     characters_meta(Path("data/songs"))
     dataset = data.open_dataset(config, TokenizerConfig(name="auto"))
-    assert (dataset.ledger.train_tokens, dataset.ledger.test_tokens) == (600, 300)
+    assert (dataset.stats.train_tokens, dataset.stats.test_tokens) == (600, 300)
 
 
 # Errors: what, where, found value, remedy.
@@ -1005,7 +1009,7 @@ def test_files_of_gigabytes_take_little_memory(
             reader.tokens(unit, 0, 0, True)
             if unit % 10 == 0:
                 most = max(most, peak() - before)
-        return f"{dataset.ledger.tokens} {most}"
+        return f"{dataset.stats.tokens} {most}"
 
     monkeypatch.setattr(tokens, "MAX_UNITS", 1 << 16)  # the plan is not what is measured here
     status, text = in_child(work)

@@ -61,9 +61,9 @@ def resumed(request: Request) -> dict[str, Any]:
     model = first_model(start, world)
     precision = Precision(start.config.low_precision, world.device, start.config.fp8)
     optimizer = new_optimizer(model, start.config)
-    state, cursor = restore(start, model, optimizer, precision, world)
+    state, data_state = restore(start, model, optimizer, precision, world)
     spec = batch_spec(start.config, 0, 1)
-    with TrainLoader(start.data, spec, start.config.dataloader, cursor) as batches:
+    with TrainLoader(start.data, spec, start.config.dataloader, data_state) as batches:
         batch = next(batches).micro_batches[0]
     moments = optimizer.state_dict()["state"]
     return {"model": model.state_dict(), "moments": moments, "state": vars(state), "batch": batch}
@@ -105,12 +105,12 @@ REFUSED: list[tuple[Damage, str]] = [
     (put("train", "best_step", value=1.5), "train.best_step is 1.5"),
     (put("train", "epoch", value=GONE), "train.epoch is missing"),
     (put("train", "mood", value=1), "train.'mood' is not known here"),
-    (put("cursor", "positions", value=[[0, 0, 0]]), "data cursor: holds lanes 0 to 0"),
+    (put("cursor", "positions", value=[[0, 0, 0]]), "data state: holds lanes 0 to 0"),
     (put("cursor", "positions", 0, value=[0, 10**9, 0]), "asks for unit 1000000000 of"),
     (put("cursor", "positions", 0, value=[0, -1, 0]), "cursor.positions.0.1 is -1"),
     (put("cursor", "positions", 0, value=[0, 0]), "cursor.positions.0 is a list"),
-    (put("cursor", "lanes", value=0), "data cursor: it has no lanes"),
-    (put("cursor", "version", value=99), "data cursor: version 99"),
+    (put("cursor", "lanes", value=0), "data state: it has no lanes"),
+    (put("cursor", "version", value=99), "data state: version 99"),
     (put("rng", value=[]), "rng is empty"),
     (put("rng", 0, "torch", value=torch.ones(3)), "rng: "),
     (put("rng", 0, "torch", value=torch.zeros(5056, dtype=torch.uint8)), "rng: "),
