@@ -76,7 +76,7 @@ def export(args: argparse.Namespace) -> list[str]:
     from engine.precision.precision import DTYPES
     from engine.precision.weights_4bit import QuantizedWeights, own_tensors
     from engine.run_directory.find_runs import find_by_name
-    from files.atomic import size_text
+    from settings.formatting import format_bytes
 
     given = find_by_name(args.checkpoint)
     if is_export(given) and has_config(given):
@@ -97,8 +97,8 @@ def export(args: argparse.Namespace) -> list[str]:
     elif args.dtype:
         weights |= {name: value.to(DTYPES[args.dtype]) for name, value in parameters.items()}
     size = write_export(args.out, weights, texts)
-    sizes = f"{size_text(size)}, {size / count:.2f} bytes per parameter"
-    whole = f"{size_text(4 * count)} in float32"
+    sizes = f"{format_bytes(size)}, {size / count:.2f} bytes per parameter"
+    whole = f"{format_bytes(4 * count)} in float32"
     wrote = f"Wrote {args.out}: {WEIGHTS} ({sizes}; {whole}), {', '.join(texts)}"
     return [*lines, wrote, following]
 

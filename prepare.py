@@ -39,6 +39,7 @@ from data.preparation.raw_text import documents as documents_of
 from data.preparation.token_writer import Counts
 from data.sources.meta import read_meta_file, write_json
 from data.tokenizers.bpe import Tokenizer, build_tokenizer, train_bpe
+from settings.formatting import format_plural
 
 _FILES = 8
 _SMALLEST_FILE_BYTES, _LARGEST_FILE_BYTES = 1 << 20, 256 << 20
@@ -356,7 +357,7 @@ def _say_tokens(job: Job, counts: Counts, seconds: float) -> None:
     files = [f"{path} ({numbers[name]:,} tokens)" for name, path in job.targets.items()]
     meta = read_meta_file(job.meta)
     assert meta.tokenizer is not None
-    documents = f"{counts.documents:,} document{'' if counts.documents == 1 else 's'}"
+    documents = format_plural(counts.documents, "document")
     left_out = f" ({counts.empty:,} empty ones left out)" if counts.empty else ""
     print(
         f"Wrote {' and '.join(files)} and {job.meta} ({seconds:.1f} s)\n"

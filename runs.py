@@ -55,8 +55,8 @@ from compare.table import (
     width,
 )
 from config import ConfigError, DataError, UserError
-from engine.monitor.console import duration
 from engine.run_directory.find_runs import FOLDER, find_by_name, runs_in, shown_names
+from settings.formatting import format_duration
 from settings.terminal import printable
 
 _WIDEST = 40  # a value in the table of differences; --json has all of it
@@ -181,7 +181,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
 def _results(runs: Sequence[Run]) -> dict[str, list[str]]:
     rows = {"run": short_names(runs)}
     rows |= {column.name: [cell(column, run) for run in runs] for column in COLUMNS[1:]}
-    rows["time"] = ["-" if run.seconds is None else duration(run.seconds) for run in runs]
+    rows["time"] = ["-" if run.seconds is None else format_duration(run.seconds) for run in runs]
     ends = [run.reason for run in runs]
     return rows | ({"reason": [end or "-" for end in ends]} if any(ends) else {})
 

@@ -43,7 +43,7 @@ from data import TrainLoader
 from engine.hardware.data_parallel import whole
 from engine.hardware.world import end_process, enter_world, is_main_process, lost_peer
 from engine.interfaces import Batch
-from engine.monitor.console import say, warn
+from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
 from engine.planning.memory import out_of_memory_lines, ran_out
 from engine.precision.precision import affordable
@@ -107,7 +107,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
             run.evaluate(stop)
             return stop.exit_code
         if run.finished and not run.evaluation_missing:
-            say(
+            console.info(
                 f"Already finished at step {run.state.step}: nothing to do. "
                 "Raise training.max_iters or training.epochs to go on."
             )
@@ -119,7 +119,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
             if isinstance(error, (DataError, OSError)) or ran_out(error):
                 run.rescue()
             raise
-        say(*skipped_lines(run.batches))
+        console.info(*skipped_lines(run.batches))
         if run.finished and not run.evaluation_missing:
             run.finish()
             return 0
@@ -144,7 +144,7 @@ def main(request: Request) -> int:
         report_to_torchrun(str(error))
         # Errors raised on every rank are printed by rank 0, rank-local ones by the rank they hit.
         if is_main_process() or isinstance(error, DataError | MemoryShortError | NonFiniteError):
-            warn(str(error))
+            console.warning(str(error))
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         if ran_out(error):
@@ -154,10 +154,10 @@ def main(request: Request) -> int:
         else:
             raise
         report_to_torchrun(message)
-        warn(message)
+        console.warning(message)
         return 1
     except BrokenPipeError:
-        warn("Standard output was closed; stopped after saving what was done.")
+        console.warning("Standard output was closed; stopped after saving what was done.")
         return 1
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from config import WriteError
-from files.atomic import write_whole
+from files.atomic import atomic_write
 
 
 def check_folder(output: Path) -> None:
@@ -22,6 +22,6 @@ def check_folder(output: Path) -> None:
 def write(output: Path, data: bytes) -> None:
     """Creates or replaces a file; on an error nothing has changed. Raises WriteError."""
     try:
-        write_whole(output, lambda out: out.write(data))
+        atomic_write(output, lambda out: out.write(data))
     except OSError as error:
         raise WriteError(f"cannot write {output}: {error.strerror}.") from error

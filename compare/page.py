@@ -24,7 +24,7 @@ from compare.output import check_folder, write
 from compare.records import number
 from compare.run import Run, restart_command
 from config import ConfigError
-from engine.monitor.console import duration, short
+from settings.formatting import format_count, format_duration
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _POLICY = (
@@ -245,10 +245,10 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
         _numbers("Held-out loss, newest", [run.last_loss for run in runs], _figure, lowest),
         _numbers("Bits per byte", bits, _figure, None if other_texts else min),
         _numbers("Tokens/s", speeds, lambda speed: f"{speed:,.0f}", max),
-        _numbers("Tokens", [run.tokens for run in runs], short),
-        _numbers("Time", [number(run.last.get("time")) for run in runs], duration),
+        _numbers("Tokens", [run.tokens for run in runs], format_count),
+        _numbers("Time", [number(run.last.get("time")) for run in runs], format_duration),
         _column("Model", [run.model for run in runs]),
-        _numbers("Parameters", [run.parameters for run in runs], short),
+        _numbers("Parameters", [run.parameters for run in runs], format_count),
         _column("Precision", [run.precision for run in runs]),
     ]
 

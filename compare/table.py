@@ -19,7 +19,7 @@ from compare.labels import LONGEST, descriptions, short_names
 from compare.records import number
 from compare.run import Run, schema
 from config import ConfigError
-from engine.monitor.console import short
+from settings.formatting import format_count
 from settings.names import resolve
 from settings.terminal import printable
 from settings.values import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, RefusedError, one_line, to_text
@@ -59,14 +59,14 @@ COLUMNS = (
     Column("name", "run", lambda run: run.name),
     Column("state", "state", lambda run: run.state),
     Column("model", "model", lambda run: run.model or None),
-    Column("parameters", "params", lambda run: run.parameters, short),
+    Column("parameters", "params", lambda run: run.parameters, format_count),
     Column("step", "step", lambda run: run.step),
     Column("planned_steps", "planned", lambda run: run.planned_steps),
-    Column("tokens", "tokens", lambda run: run.tokens, short),
+    Column("tokens", "tokens", lambda run: run.tokens, format_count),
     Column("best_loss", "best", lambda run: run.best_loss, _loss),
     Column("last_loss", "last", lambda run: run.last_loss, _loss),
     Column("bits_per_byte", "bits/B", lambda run: run.bits_per_byte, _loss),
-    Column("tokens_per_sec", "tok/s", lambda run: run.tokens_per_sec, short),
+    Column("tokens_per_sec", "tok/s", lambda run: run.tokens_per_sec, format_count),
     Column("precision", "precision", lambda run: run.precision or None),
 )
 _BY_NAME = {name: column for column in COLUMNS for name in (column.name, column.head)}

@@ -41,7 +41,7 @@ from engine.evaluation import (
 from engine.hardware.data_parallel import without_sync
 from engine.hardware.world import World, peak_flops, peak_memory_bytes
 from engine.interfaces import Batch, Text, Tracker
-from engine.monitor.console import RULE, duration, iteration_line, say, short, warn
+from engine.monitor import console
 from engine.monitor.progress import LiveLine, Pace
 from engine.planning.summary import tokens_per_step
 from engine.precision.precision import Precision
@@ -49,6 +49,7 @@ from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import best_step, complete_checkpoints, data_path
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, rng_state, saves_due, times_due
+from settings.formatting import format_count, format_duration
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
 OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
@@ -200,8 +201,8 @@ class Session:
         self.data_state = batch.data_state
         self.pace.step(seconds, self.waited_s)
         if self.pace.has_become_known():
-            left = f"{duration(self.left_s)} with evaluations and saves"
-            say(f"{self.pace.step_s:.3g} s per step: the run takes about {left}")
+            left = f"{format_duration(self.left_s)} with evaluations and saves"
+            console.info(f"{self.pace.step_s:.3g} s per step: the run takes about {left}")
         if self.world.is_main:
             elapsed_s = self.state.elapsed_s + time.monotonic() - self.counted
             self.directory.count_step(self.state.step, self.state.tokens, elapsed_s)
@@ -242,7 +243,7 @@ class Session:
             record["train/compile_s"], self.told_compiling = self.compile_s, True
         state.loss_sum, state.loss_steps = 0.0, 0
         self.record(record)
-        say(iteration_line(record, self.left_s))
+        console.info(console.iteration_line(record, self.left_s))
 
     @property
     def left_s(self) -> float:
@@ -265,7 +266,7 @@ class Session:
 
         An error here (memory runs out, say) must not cost the steps done: they are saved first.
         """
-        say(RULE, f"Evaluating at iteration {self.state.step}...")
+        console.info(console.RULE, f"Evaluating at iteration {self.state.step}...")
         self.live.tell("evaluating")
         began = time.monotonic()
         measured: list[Losses] = []
@@ -313,13 +314,13 @@ class Session:
         parts += [f"in 4 bits: {loss:.4f}" for loss in losses[2:]]
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
         parts.append(f"{self.pace.evaluations.last:.1f}s")
-        say(" | ".join(parts + ["best so far"] * best))
+        console.info(" | ".join(parts + ["best so far"] * best))
         if shares:
             means = [f"{key[-1]} {fmean(value):.1%}" for key, value in shares.items()]
-            say(f"Active neurons: {', '.join(means)}")
+            console.info(f"Active neurons: {', '.join(means)}")
         if sample is not None:
-            say("Sample:", indent(sample, "  "))
-        say(RULE)
+            console.info("Sample:", indent(sample, "  "))
+        console.info(console.RULE)
 
     def _views(self) -> Iterator[tuple[tuple[Tensor, ...], AbstractContextManager[None]]]:
         """What is evaluated, and within which context."""
@@ -382,12 +383,12 @@ class Session:
             if last or self.failed_saves == SAVE_ATTEMPTS:
                 raise error
             if self.world.is_main:
-                warn(f"{error}\nTraining goes on; the next checkpoint will try again.")
+                console.warning(f"{error}\nTraining goes on; the next checkpoint will try again.")
             return
         self.failed_saves, self.saved_step = 0, state.step
         self.saved_evaluation = state.evaluated_step
         self.pace.saves.add(time.monotonic() - began)
-        say(f"Saved checkpoint to {self.directory.last_checkpoint}")
+        console.info(f"Saved checkpoint to {self.directory.last_checkpoint}")
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, on any number of processes: tensors and plain values."""
@@ -411,17 +412,17 @@ class Session:
             self.record(record | losses)
         self.save(last=True)
         self.directory.end("done")
-        took = duration(state.elapsed_s)
-        say(f"Finished: {state.step} steps, {short(state.tokens)} tokens in {took}")
-        say(f"Time of this session: {self.pace.describe(self.compile_s)}")
+        took = format_duration(state.elapsed_s)
+        console.info(f"Finished: {state.step} steps, {format_count(state.tokens)} tokens in {took}")
+        console.info(f"Time of this session: {self.pace.describe(self.compile_s)}")
         if state.evaluated_step == state.step:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
-            say(f"Held-out loss: {state.val_loss:.4f}, {best}")
+            console.info(f"Held-out loss: {state.val_loss:.4f}, {best}")
         if self.config.training.save_model:
-            say(f"Checkpoint: {self.directory.last_checkpoint}", *self._best_line())
+            console.info(f"Checkpoint: {self.directory.last_checkpoint}", *self._best_line())
             path = quoted(self.directory.path)
-            say(f"To write text: python {script('sample.py')} {path}")
-            say(f"To see its curves: python {script('runs.py')} report {path}")
+            console.info(f"To write text: python {script('sample.py')} {path}")
+            console.info(f"To see its curves: python {script('runs.py')} report {path}")
 
     def _best_line(self) -> list[str]:
         """Names the best checkpoint where it is not the last."""
@@ -437,22 +438,24 @@ class Session:
     def leave(self, stop: StopRequest) -> None:
         """The end of an interrupted run: save and say how to go on."""
         if self.state.step == 0:
-            say("Stopped before the first step; nothing to save.")
+            console.info("Stopped before the first step; nothing to save.")
             return
         self.save(last=True)
         self.directory.end("stopped", stop.name)
         if not self.config.training.save_model:
-            say(f"Stopped by {stop.name} at step {self.state.step}; save_model is false.")
+            console.info(f"Stopped by {stop.name} at step {self.state.step}; save_model is false.")
             return
         path, size = quoted(self.directory.path), self.world.size
         start = f"torchrun --standalone --nproc_per_node={size}" if size > 1 else "python"
-        say(
+        console.info(
             f"Stopped by {stop.name} at step {self.state.step}. To go on:",
             f"  {start} {script('train.py')} --config {path}/config.yaml "
             f"resume_from_checkpoint={path}",
         )
         if started_by_torchrun():
-            say("torchrun reports the stop as a failure below; the checkpoint is complete.")
+            console.info(
+                "torchrun reports the stop as a failure below; the checkpoint is complete."
+            )
 
     def rescue(self) -> None:
         """Saves the steps done when something outside the step fails: data, disk, terminal.

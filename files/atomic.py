@@ -19,6 +19,7 @@ from pathlib import Path
 
 from files.regular import open_regular
 from settings.errors import WriteError
+from settings.formatting import format_bytes
 
 TEMPORARY = ".tmp-"
 _CHUNK = 1 << 23
@@ -114,10 +115,10 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_whole(path: Path, fill: Callable[[HashedFile], object]) -> Written:
+def atomic_write(path: Path, fill: Callable[[HashedFile], object]) -> Written:
     """Creates or replaces `path` with what `fill` writes; on any error nothing has changed.
 
-    Raises the OSError, also where `fill` turned it into something else; see `explained`.
+    Raises the OSError, also where `fill` turned it into something else; see `as_write_error`.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
@@ -131,9 +132,9 @@ def write_whole(path: Path, fill: Callable[[HashedFile], object]) -> Written:
     return written
 
 
-def write_text(path: Path, text: str) -> Written:
-    """`write_whole` for a small text, as UTF-8; names of files keep bytes that are none."""
-    return write_whole(path, lambda out: out.write(text.encode(errors="surrogateescape")))
+def atomic_write_text(path: Path, text: str) -> Written:
+    """`atomic_write` for a small text, as UTF-8; names of files keep bytes that are none."""
+    return atomic_write(path, lambda out: out.write(text.encode(errors="surrogateescape")))
 
 
 def _write_synced(path: Path, fill: Callable[[HashedFile], object]) -> Written:
@@ -187,7 +188,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def check_writable(folder: Path) -> None:
     """Raises WriteError unless `folder` is writable or can be created; creates nothing."""
     nearest = folder.absolute()
-    with explained(f"write in {folder}", nearest):
+    with as_write_error(f"write in {folder}", nearest):
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         if not nearest.is_dir():
@@ -197,7 +198,7 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(
+def as_write_error(
     action: str, folder: Path, needed_bytes: int | None = None, kept: str = ""
 ) -> Iterator[None]:
     """Turns an OSError inside into a WriteError: what, where, numbers, remedy.
@@ -217,7 +218,7 @@ def explained(
         if code in _NO_SPACE:
             free = _free_text(folder)
             if needed_bytes is not None:
-                text = f"checkpoint needs {size_text(needed_bytes)}, {free} free on {folder}"
+                text = f"checkpoint needs {format_bytes(needed_bytes)}, {free} free on {folder}"
             else:
                 text = f"cannot {action}: {reason}, {free} free on {folder}"
         else:
@@ -227,14 +228,6 @@ def explained(
 
 def _free_text(folder: Path) -> str:
     try:
-        return size_text(shutil.disk_usage(folder).free)
+        return format_bytes(shutil.disk_usage(folder).free)
     except OSError:
         return "unknown space"
-
-
-def size_text(size_bytes: int) -> str:
-    """`1.2 GB`, `34.0 MB` or `512 bytes`."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.1f} {name}"
-    return f"{size_bytes} bytes"

@@ -15,7 +15,7 @@ SCRIPTS = ("train", "sample", "prepare", "export", "runs")
 
 # Each folder may import itself and those above it in this list; of one line, none the others.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("settings.terminal",),
+    ("settings.terminal", "settings.formatting"),
     ("settings.errors",),
     ("files",),
     ("settings",),
@@ -37,6 +37,7 @@ LOOSE = {
 NO_TORCH = (
     "settings.errors",
     "settings.terminal",
+    "settings.formatting",
     "files",
     "settings",
     "config",

@@ -25,6 +25,7 @@ from data.sources.parquet_index import ENCODED_UNIT_BYTES, UNIT_BYTES, UNIT_ROWS
 from data.loading.order import MIN_UNITS, Integers, Keys, split_units
 from data.sources.parquet_reader import DocumentReader, UnitReader, text_bytes
 from data.tokenizers.bpe import ByteTokenizer, Tokenizer
+from settings.formatting import format_count
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +162,8 @@ class ParquetText:
             about, within = "about ", f" (estimated, to within {stats.error:.1%})"
         return [
             f"Data: {self.index.root}: {stats.files:,} files, {stats.rows:,} rows, {about}"
-            f"{_short(stats.tokens)} tokens{within}: {_short(stats.train_tokens)} to train on, "
-            f"{_short(stats.test_tokens)} held out",
+            f"{format_count(stats.tokens)} tokens{within}: {format_count(stats.train_tokens)} to train on, "
+            f"{format_count(stats.test_tokens)} held out",
             *unprotected_lines(self.index),
         ]
 
@@ -297,11 +298,3 @@ def _code_points(index: Index, config: DatasetConfig) -> npt.NDArray[np.uint32]:
             seen[np.frombuffer(points, dtype="<u4")] = True
     documents.close()
     return np.flatnonzero(seen).astype(np.uint32)
-
-
-def _short(number: float) -> str:
-    """`950`, `12.3 k`, `25.3 M`, `1.24 B`: three digits and a unit."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from config import CheckpointError, Config, ConfigError, WriteError
 from engine.precision.four_bit import BLOCK, SCALES, bitsandbytes, from_tensors
 from engine.precision.weights_4bit import own_tensors
-from files.atomic import TEMPORARY, check_space, sync_folder, write_text
+from files.atomic import TEMPORARY, atomic_write_text, check_space, sync_folder
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.yaml", "vocabulary.json"
 INSTALL = "pip install safetensors"
@@ -55,7 +55,7 @@ def write_export(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, s
         temporary.mkdir()
         size = _write_weights(temporary / WEIGHTS, weights)
         for name, text in texts.items():
-            write_text(temporary / name, text)
+            atomic_write_text(temporary / name, text)
         if os.path.lexists(out):
             raise WriteError(f"{out} exists. Name another folder.")
         os.rename(temporary, out)

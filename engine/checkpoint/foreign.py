@@ -22,7 +22,7 @@ from config import (
     TrainingConfig,
 )
 from engine.checkpoint.export import has_config, is_export
-from engine.monitor.console import warn
+from engine.monitor import console
 from engine.run_directory.manifest import in_runs, manifest_path, newest_run, steps_in
 
 
@@ -52,9 +52,9 @@ def open_foreign(
     from model import build_model, pretrained
 
     found = pretrained.read(str(path))
-    warn(found.source)
+    console.warning(found.source)
     if found.tokenizer is None:
-        warn(f"{path}: does not tell its tokenizer; its tokens are written as numbers")
+        console.warning(f"{path}: does not tell its tokenizer; its tokens are written as numbers")
     told = found.tokenizer or {"kind": "ids", "vocab_size": found.options["vocab_size"]}
     try:
         config = Config(

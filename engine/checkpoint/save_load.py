@@ -32,7 +32,7 @@ from engine.checkpoint.contents import (
 )
 from engine.checkpoint.export import is_export, open_export
 from engine.checkpoint.foreign import is_foreign, open_foreign
-from engine.monitor.console import warn
+from engine.monitor import console
 from engine.precision.four_bit import bitsandbytes
 from engine.precision.lora import merge_adapters
 from engine.precision.precision import restructure
@@ -58,7 +58,14 @@ from engine.run_directory.manifest import (
 )
 from engine.run_directory.run_files import read_config
 from engine.train_state import check_rng
-from files.atomic import HashedFile, check_space, explained, remove, write_text, write_whole
+from files.atomic import (
+    HashedFile,
+    as_write_error,
+    atomic_write,
+    atomic_write_text,
+    check_space,
+    remove,
+)
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
 
@@ -91,16 +98,16 @@ def save_checkpoint(directory: Destination, state: dict[str, Any], keep_last: in
     kept = directory.last_checkpoint
     if not _already_saved(path, facts):
         needed = tensor_bytes(state)
-        with explained(f"write {path}", folder, needed, kept.name if kept else ""):
+        with as_write_error(f"write {path}", folder, needed, kept.name if kept else ""):
             check_space(folder, needed)
             _write(path, {"format": FORMAT, **state}, facts)
     directory.last_checkpoint = path
     if keep_last is not None:
         resumed = directory.resumed_step
         try:
-            retire(folder, keep_last, set() if resumed is None else {resumed})
+            prune_checkpoints(folder, keep_last, set() if resumed is None else {resumed})
         except WriteError as error:
-            warn(f"{error} The next checkpoint will try again.")
+            console.warning(f"{error} The next checkpoint will try again.")
     return path
 
 
@@ -129,10 +136,10 @@ def _already_saved(path: Path, facts: Facts) -> bool:
 def _write(path: Path, content: dict[str, Any], facts: Facts) -> None:
     remove(manifest_path(path))  # of a damaged checkpoint of this step; it must not name new data
     try:
-        written = write_whole(path, lambda out: _dump(content, out))
+        written = atomic_write(path, lambda out: _dump(content, out))
         time = datetime.now().astimezone().isoformat(timespec="seconds")
         manifest = Manifest(**vars(facts), **vars(written), time=time)
-        write_text(manifest_path(path), render(manifest))
+        atomic_write_text(manifest_path(path), render(manifest))
     except BaseException:
         if not manifest_path(path).exists():
             with contextlib.suppress(OSError):
@@ -152,7 +159,7 @@ def _dump(content: dict[str, Any], out: HashedFile) -> None:
         torch.serialization.set_crc32_options(before)
 
 
-def retire(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
+def prune_checkpoints(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
     """Removes whole checkpoints older than the newest `keep_last`; returns the steps removed.
 
     The one with the lowest held-out loss and the steps in `keep` stay. Damaged checkpoints do not
@@ -164,7 +171,7 @@ def retire(folder: Path, keep_last: int, keep: set[int]) -> list[int]:
     halves = {*steps_in(folder, "pt")} - {*steps_in(folder)}
     for step in sorted(old | halves):
         path = data_path(folder, step)
-        with explained(f"remove old checkpoint {path}", folder):
+        with as_write_error(f"remove old checkpoint {path}", folder):
             remove(manifest_path(path))
             remove(path)
     return sorted(old | halves)
@@ -395,7 +402,7 @@ def open_model(
         return open_export(path, lambda config: build_model(config).to(device))
     chosen, lines = find_model(path)
     for line in lines:
-        warn(line)
+        console.warning(line)
     content = load_checkpoint(chosen, device)
     config, weights = check_weights(chosen, content), content["model"]
     model = build_model(config)

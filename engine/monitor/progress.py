@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.monitor.console import duration, printing
+from engine.monitor import console
+from settings.formatting import format_duration
 
 REFRESHES_PER_S = 4
 KNOWN_S = 5.0  # of steps, after the first one, from which a run's time is forecast
@@ -78,9 +79,12 @@ class Pace:
 
     def describe(self, compile_s: float | None) -> str:
         """Where the time went, in words."""
-        steps = duration(self.first.seconds + self.steps.seconds)
-        evaluations, saves = duration(self.evaluations.seconds), duration(self.saves.seconds)
-        compiling = "" if compile_s is None else f", compiling {duration(compile_s)}"
+        steps = format_duration(self.first.seconds + self.steps.seconds)
+        evaluations, saves = (
+            format_duration(self.evaluations.seconds),
+            format_duration(self.saves.seconds),
+        )
+        compiling = "" if compile_s is None else f", compiling {format_duration(compile_s)}"
         return f"steps {steps}, evaluations {evaluations}, saves {saves}{compiling}"
 
     def left(self, steps: int, evaluations: int, saves: int, evaluation_steps: float) -> float:
@@ -110,8 +114,8 @@ class LiveLine:
 
     def __enter__(self) -> LiveLine:
         if self._bar is not None:
-            console = self._held.enter_context(self._bar).console
-            self._held.enter_context(printing(_above(console)))
+            terminal = self._held.enter_context(self._bar).console
+            self._held.enter_context(console.redirected(_above(terminal)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +125,7 @@ class LiveLine:
         """After a step."""
         if self._bar is not None:
             self._next = time.monotonic() + 1 / REFRESHES_PER_S
-            note = f"{duration(left_s)} left  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+            note = f"{format_duration(left_s)} left  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
 
     def tell(self, what: str) -> None:
@@ -137,8 +141,8 @@ def _bar() -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     except ImportError:
         return None
-    console = Console()
-    if not console.is_terminal or console.is_dumb_terminal:
+    terminal = Console()
+    if not terminal.is_terminal or terminal.is_dumb_terminal:
         return None
     columns = (
         MofNCompleteColumn(),
@@ -148,7 +152,7 @@ def _bar() -> Any:
     )
     return Progress(
         *columns,
-        console=console,
+        console=terminal,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
@@ -156,6 +160,6 @@ def _bar() -> Any:
     )
 
 
-def _above(console: Any) -> Any:
+def _above(terminal: Any) -> Any:
     """Prints a line above the bar as it is: not wrapped, coloured or read as markup."""
-    return lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return lambda line: terminal.print(line, soft_wrap=True, markup=False, highlight=False)

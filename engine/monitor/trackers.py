@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from config import Config
-from engine.monitor.console import LOCAL, say, warn
-from files.atomic import write_whole
+from engine.monitor import console
+from files.atomic import atomic_write
 
 CONNECT_S, FINISH_S = 30, 60  # how long a network that is gone holds up the start and the end
 
@@ -53,9 +53,11 @@ class Wandb:
             # Records have a step of their own; that of wandb cannot go back, as resumed runs do.
             run.define_metric("*", step_metric="step")
         except ImportError:
-            warn("wandb is not installed; training goes on without it. Install: pip install wandb")
+            console.warning(
+                "wandb is not installed; training goes on without it. Install: pip install wandb"
+            )
         except Exception as error:  # anything: it must not end the run
-            warn(f"wandb: {_reason(error)}; training goes on without it.")
+            console.warning(f"wandb: {_reason(error)}; training goes on without it.")
         else:
             return Wandb(run, run_id)
         return None
@@ -65,14 +67,16 @@ class Wandb:
         values = {
             key: fmean(value) if isinstance(value, list) else value
             for key, value in record.items()
-            if value is not None and value != [] and key not in LOCAL
+            if value is not None and value != [] and key not in console.NOT_PLOTTED
         }
         self._attempt("log", values)
 
     def tell_files(self, unless: Callable[[], bool]) -> None:
         """Says where wandb keeps the files of a run, unless more of it stays."""
         if not unless() and self._files.is_dir():
-            say(f"No checkpoint was saved; wandb keeps its files of this run in {self._files}")
+            console.info(
+                f"No checkpoint was saved; wandb keeps its files of this run in {self._files}"
+            )
 
     def close(self, exit_code: int = 0) -> None:
         """Sends what is left; wandb shows another exit code than 0 as a failed run."""
@@ -86,7 +90,7 @@ class Wandb:
             getattr(self._run, verb)(argument)
         except Exception as error:  # anything: it must not end the run
             self._run = None
-            warn(f"wandb: {_reason(error)}; training goes on without it.")
+            console.warning(f"wandb: {_reason(error)}; training goes on without it.")
 
 
 class TensorBoard:
@@ -115,7 +119,7 @@ class TensorBoard:
         if not config.logging.tensorboard:
             return None
         if find_spec("tensorboard") is None:
-            warn(
+            console.warning(
                 "tensorboard is not installed; training goes on without it. "
                 "Install: pip install tensorboard"
             )
@@ -155,7 +159,7 @@ class TensorBoard:
 
     def _add(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
-            if key in LOCAL or key == "step" or value is None or value == []:
+            if key in console.NOT_PLOTTED or key == "step" or value is None or value == []:
                 continue
             if isinstance(value, str):
                 self._writer.add_text(key, value, record["step"])
@@ -170,7 +174,7 @@ class TensorBoard:
             work()
         except Exception as error:  # anything: it must not end the run
             self._failed = True
-            warn(f"tensorboard: {_reason(error)}; training goes on without it.")
+            console.warning(f"tensorboard: {_reason(error)}; training goes on without it.")
 
 
 def _cut_events(path: Path, first_step: int) -> None:
@@ -190,7 +194,7 @@ def _cut_events(path: Path, first_step: int) -> None:
         for raw in kept:
             writer.write(raw)
 
-    write_whole(path, write_events)
+    atomic_write(path, write_events)
 
 
 def _connected(options: dict[str, Any]) -> Any:
@@ -217,7 +221,9 @@ def _connected(options: dict[str, Any]) -> Any:
         run = wandb.init(**options, settings=settings, mode="offline")
     if run.offline:
         place = run.settings.sync_dir
-        warn(f"wandb: {reason or 'offline'}; to send the records later: wandb sync {place}")
+        console.warning(
+            f"wandb: {reason or 'offline'}; to send the records later: wandb sync {place}"
+        )
     return run
 
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
 from engine.evaluation import DocumentIds, evaluating, next_token_loss
-from engine.monitor.console import duration, short
 from engine.optim.build import clip_gradients, gradient_norm
 from engine.planning.memory import Needs, Room, state_bytes
 from engine.planning.stopwatch import Stopwatch
 from engine.precision.precision import Precision
 from engine.train_state import saves_due, times_due
+from settings.formatting import format_duration, format_plural, format_si
 
 BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
 TRIAL_S = 1.0  # micro-steps grow until one takes so long
@@ -80,29 +80,22 @@ class Forecast:
         parts = []
         if self.steps:
             parts.append(
-                f"{self.steps:,} steps of {_seconds(self.step)} ({_rate(self.flops)}, "
-                f"{self.share:.0%} of a plain product's rate)"
+                f"{self.steps:,} steps of {_seconds(self.step)} "
+                f"({format_si(self.flops, 'FLOP/s')}, {self.share:.0%} of a plain product's rate)"
             )
         if self.evaluations:
             parts.append(
-                f"{_counted(self.evaluations, 'evaluation')} of {_seconds(self.evaluation)}"
+                f"{format_plural(self.evaluations, 'evaluation')} of {_seconds(self.evaluation)}"
             )
         if self.saves:
-            parts.append(f"{_counted(self.saves, 'save')} of {_seconds(self.save)}")
+            parts.append(f"{format_plural(self.saves, 'save')} of {_seconds(self.save)}")
         alone = "; exchange between processes not counted" if world_size > 1 else ""
-        return f"Time: about {duration(self.total)} on this device{note}: {', '.join(parts)}{alone}"
-
-
-def _rate(flops: float) -> str:
-    return f"{short(flops)}FLOP/s".replace(" BFLOP", " GFLOP")
+        total = format_duration(self.total)
+        return f"Time: about {total} on this device{note}: {', '.join(parts)}{alone}"
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value < 100 else duration(value)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    return f"{value:.3g} s" if value < 100 else format_duration(value)
 
 
 @dataclass(frozen=True)

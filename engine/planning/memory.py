@@ -31,9 +31,9 @@ from engine.hardware.world import (
     keeps_freed_memory,
     supports_fast_bfloat16,
 )
-from engine.monitor.console import size
 from engine.optim.adamw_4bit import PIECE, takes_4_bits
 from engine.optim.quantized_moments import zeros
+from settings.formatting import format_bytes
 
 SHARE = 0.9  # of the free memory that `batch_size: auto` fills
 MOST_SEQUENCES = 10**9  # of a step whose divisors `batch_size: auto` tries
@@ -121,7 +121,9 @@ class Memory:
             "the process itself": self.process,
             "between blocks": self.holes,
         }
-        return ", ".join(f"{size(count)} {name}" for name, count in counted.items() if count)
+        return ", ".join(
+            f"{format_bytes(count)} {name}" for name, count in counted.items() if count
+        )
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,8 @@ def refuse_impossible(
     needed, there = one + (config.model.n_layer - 1) * (two - one), room.held + room.free
     if needed > IMPOSSIBLE * there:
         raise ConfigError(
-            f"{_sizes(config)}: a step takes about {size(needed)} of memory, and "
-            f"{world.device} has {size(there)}. Lower the largest of them."
+            f"{_sizes(config)}: a step takes about {format_bytes(needed)} of memory, and "
+            f"{world.device} has {format_bytes(there)}. Lower the largest of them."
         )
 
 
@@ -279,8 +281,8 @@ def _sizes(config: Config) -> str:
 def memory_lines(needs: Needs, room: Room) -> list[str]:
     """What a step needs and what is free; where it does not fit, what would."""
     memory = needs.memory()
-    there = "" if room.free is None else f" of {size(room.held + room.free)} there are"
-    lines = [f"Memory of a step: {size(memory.peak)}{there}: {memory.parts()}"]
+    there = "" if room.free is None else f" of {format_bytes(room.held + room.free)} there are"
+    lines = [f"Memory of a step: {format_bytes(memory.peak)}{there}: {memory.parts()}"]
     if room.fits(memory) is False:
         lines.append(f"WARNING: it does not fit. {_advice(needs, room)}")
     return lines
@@ -295,13 +297,13 @@ def out_of_memory_lines(
     if needs is None or room is None:
         return [*lines, _GENERAL]
     memory = needs.memory()
-    lines.append(f"A step needs {size(memory.peak)}: {memory.parts()}")
+    lines.append(f"A step needs {format_bytes(memory.peak)}: {memory.parts()}")
     there = memory.peak if room.free is None else room.held + room.free
     room = Room(0, int(SHARE * min(there, memory.peak)))  # it has just not fitted
     if memory.peak < SHARE * there:
         lines.append(
-            f"{size(there)} were there when the run began: something else took them, or more is "
-            "needed than was counted."
+            f"{format_bytes(there)} were there when the run began: something else took them, or "
+            "more is needed than was counted."
         )
         return [*lines, _advice(needs, room) if fitting(needs, room) else _GENERAL]
     return [*lines, _advice(needs, room)]
@@ -329,7 +331,7 @@ def _advice(needs: Needs, room: Room) -> str:
     options = fitting(needs, room)
     if not options:
         return "Only a smaller model would fit: lower model.n_layer or model.n_embd."
-    said = [f"{words} ({size(memory.peak)})" for words, memory in options]
+    said = [f"{words} ({format_bytes(memory.peak)})" for words, memory in options]
     return "What would fit: " + ", or ".join(said)
 
 
@@ -461,17 +463,18 @@ def largest_batch(needs: Needs, room: Room) -> tuple[list[int], str]:
     if not places:
         least = memories[-1]
         raise ConfigError(
-            f"training.batch_size=auto: {sizes[-1]} at a time need {size(least.peak)} "
-            f"({least.parts()}), and {SHARE:.0%} of the {size(room.free)} free are to be filled. "
-            "Lower training.block_size or the size of the model."
+            f"training.batch_size=auto: {sizes[-1]} at a time need {format_bytes(least.peak)} "
+            f"({least.parts()}), and {SHARE:.0%} of the {format_bytes(room.free)} free are to be "
+            "filled. Lower training.block_size or the size of the model."
         )
     first = places[0]
     why = "a whole step at once"
     if first:
-        why = f"{sizes[first - 1]} would need {size(memories[first - 1].peak)}"
+        why = f"{sizes[first - 1]} would need {format_bytes(memories[first - 1].peak)}"
     line = (
-        f"Batch size: {sizes[first]} of {sizes[0]} sequences, {size(memories[first].peak)}: the "
-        f"largest that fits in {SHARE:.0%} of {size(room.free)} free ({why})"
+        f"Batch size: {sizes[first]} of {sizes[0]} sequences, "
+        f"{format_bytes(memories[first].peak)}: the largest that fits in "
+        f"{SHARE:.0%} of {format_bytes(room.free)} free ({why})"
     )
     return [sizes[place] for place in places], line
 

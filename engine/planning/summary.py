@@ -19,11 +19,11 @@ from config import (
     warmup_steps,
 )
 from engine.hardware.world import World
-from engine.monitor.console import short
 from engine.optim.build import optimizer_lines
 from engine.planning.memory import Needs, Room, memory_lines
 from engine.precision.precision import Precision
 from engine.schedule import learning_rate
+from settings.formatting import format_count
 
 BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
 
@@ -103,7 +103,7 @@ def length_lines(
     about, within = ("about ", f" (to within {error:.1%}: the data ends it)") if ends else ("", "")
     return [
         tokens_line(config, world_size),
-        f"Max iterations: {about}{steps}{within} = {short(planned)} tokens, "
+        f"Max iterations: {about}{steps}{within} = {format_count(planned)} tokens, "
         f"about {planned / max(1, epoch_tokens):.2f} epochs",
     ]
 
@@ -181,8 +181,8 @@ def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> li
         *parameter_lines(needs.model),
         *optimizer_lines(optimizer),
         *memory_lines(needs, room),
-        f"Work: {short(flops)} FLOP per token, "
-        f"{short(flops * tokens_per_step(needs.config, needs.world.size))} per step",
+        f"Work: {format_count(flops)} FLOP per token, "
+        f"{format_count(flops * tokens_per_step(needs.config, needs.world.size))} per step",
     ]
 
 
@@ -190,8 +190,8 @@ def ratio_line(tokens: int, model: nn.Module) -> str:
     """Returns the tokens of a run per parameter; frozen parameters are counted."""
     count = sum(parameter_counts(model))
     return (
-        f"Tokens per parameter: {tokens / count:.3g} ({short(tokens)} tokens, {short(count)} "
-        "parameters)"
+        f"Tokens per parameter: {tokens / count:.3g} ({format_count(tokens)} tokens, "
+        f"{format_count(count)} parameters)"
     )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from config import CheckpointError, Config, ConfigError, NonFiniteError, WriteError
-from engine.monitor.console import say
+from engine.monitor import console
 from engine.run_directory.environment import describe_session, now
 from engine.run_directory.manifest import (
     CONFIG,
@@ -51,14 +51,14 @@ from engine.run_directory.run_files import (
     read_lines,
 )
 from files.atomic import (
+    as_write_error,
+    atomic_write,
+    atomic_write_text,
     check_writable,
-    explained,
     remove,
     remove_temporaries,
     sync_folder,
     write_all,
-    write_text,
-    write_whole,
 )
 from files.regular import open_regular, read_regular
 
@@ -124,7 +124,7 @@ class RunDirectory:
         run = cls(config, origin, facts)
         folder = run.path = resume.run_dir
         run.last_checkpoint, run.resumed_step = resume.path, resume.step
-        with ExitStack() as undo, explained(f"continue in {folder}", folder):
+        with ExitStack() as undo, as_write_error(f"continue in {folder}", folder):
             undo.callback(run._held.close)
             run._take_lock(folder)
             if tuple(steps_in(folder)) != resume.seen_steps:
@@ -179,7 +179,7 @@ class RunDirectory:
         except WriteError as error:
             if kind is None:
                 raise
-            say(str(error))  # the first error tells more
+            console.info(str(error))  # the first error tells more
 
     def prepare(self) -> Path:
         """The directory, created now if it was not yet, with all metrics so far on the disk."""
@@ -204,7 +204,7 @@ class RunDirectory:
             self._make_lasting()
         except WriteError as error:
             self._next_attempt_s = elapsed_s + LASTING_S
-            say(f"{error} Training goes on; metrics wait in memory.")
+            console.info(f"{error} Training goes on; metrics wait in memory.")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl, in memory until there is a directory.
@@ -245,7 +245,7 @@ class RunDirectory:
 
     def _create(self) -> Path:
         parent = Path(self._config.training.checkpoint_dir)
-        with ExitStack() as undo, explained(f"create a run directory in {parent}", parent):
+        with ExitStack() as undo, as_write_error(f"create a run directory in {parent}", parent):
             os.makedirs(parent, exist_ok=True)
             promised = parent / self.name
             folder = _make_folder(parent, self.name)
@@ -253,13 +253,13 @@ class RunDirectory:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             self._take_lock(folder)
             text = self._config.to_yaml(self._origin)
-            write_text(folder / CONFIG, text)
+            atomic_write_text(folder / CONFIG, text)
             self._environment = {**self._session(), "resumed": [], **self._known(text, None)}
-            write_text(folder / ENVIRONMENT, environment_text(self._environment))
+            atomic_write_text(folder / ENVIRONMENT, environment_text(self._environment))
             sync_folder(parent)
             undo.pop_all()
         if folder != promised:
-            say(f"Run directory: {folder}, because another run took {promised.name}")
+            console.info(f"Run directory: {folder}, because another run took {promised.name}")
         return folder
 
     def _take_lock(self, folder: Path) -> None:
@@ -307,9 +307,9 @@ class RunDirectory:
         self._environment = known | self._known(config_after, replaced)
         self._save_environment(folder)
         if before != after:
-            write_whole(folder / METRICS, lambda out: out.write(after))
+            atomic_write(folder / METRICS, lambda out: out.write(after))
         if config_before != config_after.encode():
-            write_text(folder / CONFIG, config_after)
+            atomic_write_text(folder / CONFIG, config_after)
 
     def _old_environment(self, folder: Path) -> dict[str, Any]:
         """What earlier sessions wrote; a file that cannot be read is put aside."""
@@ -372,18 +372,18 @@ class RunDirectory:
         place = folder or self.path
         assert place is not None
         self._environment[METRICS_BYTES] = self._metrics_bytes
-        write_text(place / ENVIRONMENT, environment_text(self._environment))
+        atomic_write_text(place / ENVIRONMENT, environment_text(self._environment))
 
     def _write_metrics(self, durable: bool = False) -> None:
         if self.path is None or not (self._unwritten or durable):
             return
         data = b"".join(self._unwritten)
         try:
-            with explained(f"append to {self.path / METRICS}", self.path):
+            with as_write_error(f"append to {self.path / METRICS}", self.path):
                 _append(self.path / METRICS, data, durable)
         except WriteError as error:
             if self._metrics_error is None:
-                say(f"{error} Metrics wait in memory; every log line tries again.")
+                console.info(f"{error} Metrics wait in memory; every log line tries again.")
             self._metrics_error = error
             return
         self._metrics_bytes += len(data)
@@ -413,7 +413,7 @@ def _free_name(folder: Path, stem: str, suffix: str = "") -> Path:
 
 def _copy(source: Path, target: Path) -> None:
     content = read_regular(source, MAX_BYTES)
-    write_whole(target, lambda out: out.write(content))
+    atomic_write(target, lambda out: out.write(content))
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from engine.checkpoint.resume_rules import (
 )
 from engine.checkpoint.save_load import Resume, check_weights, load_checkpoint, resolve_resume
 from engine.hardware.world import World
-from engine.monitor.console import say
+from engine.monitor import console
 from engine.planning.memory import with_batch
 from engine.planning.summary import origin_lines, planned_steps, settle
 from engine.run_directory.manifest import CONFIG
@@ -69,7 +69,7 @@ class Beginning:
 
 def begin(request: Request, world: World) -> Beginning:
     """Opens text, checkpoint or pretrained weights, and settles the config; says what it found."""
-    say(*origin_lines(request))
+    console.info(*origin_lines(request))
     asked = resume_from_folder(request.config)
     resume = world.broadcast(find_resume(asked, request) if world.is_main else None)
     saved = dict[str, Any]()
@@ -85,16 +85,16 @@ def begin(request: Request, world: World) -> Beginning:
         if asked.tokenizer.name == then.tokenizer.name:
             known = tokenizer_from_dict(saved["tokenizer"])
     elif asked.training.init_from != "scratch":
-        say(f"Reading the weights of {asked.training.init_from}...")
+        console.info(f"Reading the weights of {asked.training.init_from}...")
         with world.main_first():
             weights = read_weights(asked, request)
-        say(weights.source)
+        console.info(weights.source)
         known = own_tokenizer(asked, request, weights.tokenizer)
         asked, lines = take_shape(asked, request, weights, known)
     with world.main_first():
         data = open_data(asked, known)
         ledger = data.lines()  # the first process counts tokens, the others find them in the cache
-    say(*ledger)
+    console.info(*ledger)
     if weights is not None and known is None:
         check_tokenizer(request, data.tokenizer, weights)
     settled, more = settle(asked, data.vocab_size, data.tokenizer.name)
@@ -110,7 +110,7 @@ def begin(request: Request, world: World) -> Beginning:
         config, more = on_processes(settled, then, len(saved["rng"]), world.size)
         fits = check_fits(saved, resume, data, config, world.size)
         lines += [f"Resumed from {resume.path.name}: {resume.step} steps done", *more, *fits]
-    say(*lines)
+    console.info(*lines)
     return Beginning(replace(request, config=settled), config, data, weights, resume, saved)
 
 
@@ -138,9 +138,11 @@ def open_data(config: Config, known: Tokenizer | None = None) -> Dataset:
     where it is missing."""
     if embedded_is_missing(config):
         folder = Path(config.dataset.parquet_dir)
-        say(f"{folder} is missing: building it from the Python standard library...")
+        console.info(f"{folder} is missing: building it from the Python standard library...")
         built = corpus.build(folder)
-        say(f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s")
+        console.info(
+            f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB, {built.seconds:.1f}s"
+        )
     return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size, known)
 
 
@@ -155,7 +157,7 @@ def find_resume(config: Config, request: Request) -> Resume | None:
         return experiment_differences(saved, as_begun(config, request, saved))
 
     resume, notes = resolve_resume(wanted, folder, differing)
-    say(*notes)
+    console.info(*notes)
     return resume
 
 

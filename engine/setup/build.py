@@ -23,7 +23,7 @@ from engine.evaluation import DocumentIds, evaluating, next_token_loss
 from engine.hardware.data_parallel import parallelize
 from engine.hardware.world import World, held_bytes, is_main_process
 from engine.interfaces import Batch, Tracker
-from engine.monitor.console import RULE, say
+from engine.monitor import console
 from engine.monitor.trackers import TensorBoard, Wandb
 from engine.optim.build import build_optimizer, check_optimizer, load_optimizer
 from engine.planning.memory import (
@@ -79,7 +79,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     needs = settle_batch(start, needs, room, precision)
     stack.enter_context(explained_memory(needs, room))
     config = start.config
-    say(*cost_lines(needs, room, optimizer), *covered)
+    console.info(*cost_lines(needs, room, optimizer), *covered)
     seed_apart(config.training.seed, 0, world.rank)
     state, data_state = TrainState(), None
     if start.saved:
@@ -88,18 +88,20 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     trial = partial(try_model, model, precision, config, text.document_ids)
     compile_s, compiled = compile_model(model, wanted, world.device, trial)
     state.compiled = compile_s is not None
-    say(*precision.prove(trial))
+    console.info(*precision.prove(trial))
     training = state.has_work(config.training)
     batches = open_batches(text, config, data_state, world, stack) if training else iter(())
     known = facts(start, world, model, precision, steps)
     directory = open_directory(start, start.resume if training else None, known, stack)
-    say(*directory_lines(directory, start.resume))
-    say(f"Starting training from iteration {state.step}..." if training else "Nothing to train.")
-    say(f"Device: {world.device_name} | {precision.name} | {compiled}")
-    say(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
-    say(*length_lines(config, world.size, epoch_tokens, data.stats.error, before))
-    say(ratio_line(planned_tokens(config, world.size, steps, before), model))
-    say(f"Seed: {config.training.seed}", RULE)
+    console.info(*directory_lines(directory, start.resume))
+    console.info(
+        f"Starting training from iteration {state.step}..." if training else "Nothing to train."
+    )
+    console.info(f"Device: {world.device_name} | {precision.name} | {compiled}")
+    console.info(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
+    console.info(*length_lines(config, world.size, epoch_tokens, data.stats.error, before))
+    console.info(ratio_line(planned_tokens(config, world.size, steps, before), model))
+    console.info(f"Seed: {config.training.seed}", console.RULE)
     return Session(
         config=config,
         world=world,
@@ -147,7 +149,7 @@ def facts(
 def first_model(start: Beginning, world: World) -> nn.Module:
     """The model with fresh or pretrained weights, on its device."""
     config = start.config
-    say("Initializing model...")
+    console.info("Initializing model...")
     seed_generators(config.training.seed)
     model = build_model(config)
     if start.weights is not None:
@@ -179,7 +181,7 @@ def restore(
     with fitting(start.resume.path):
         skipped = bool(saved["precision"]["scaler"])
         check_optimizer(optimizer, saved["optimizer"], state.step, skipped)
-        say(*precision.load_state_dict(saved["precision"]))
+        console.info(*precision.load_state_dict(saved["precision"]))
         if len(generators) == world.size or world.is_main:
             restore_rng(generators[world.rank], world.device)
         else:  # as many processes as never before: only dropout draws from these
@@ -221,7 +223,9 @@ def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precisio
             try_model(model, precision, with_batch(start.config, each), documents)
 
         batch = confirmed(sizes, attempt, world)
-    say(line, *([f"Batch size: {batch}, after a trial on all processes"] if batch < most else []))
+    console.info(
+        line, *([f"Batch size: {batch}, after a trial on all processes"] if batch < most else [])
+    )
     start.take_batch(batch)
     return replace(needs, config=start.config)
 

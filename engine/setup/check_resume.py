@@ -28,7 +28,7 @@ from torch import Tensor
 from config import Config, ConfigError, Request, WriteError, micro_batch
 from engine.checkpoint.save_load import load_checkpoint
 from engine.hardware.world import World
-from engine.monitor.console import RULE, say
+from engine.monitor import console
 from engine.planning.memory import with_batch
 from engine.setup.build import build
 from engine.signals import StopRequest
@@ -78,7 +78,7 @@ def check_resume(request: Request, world: World, stop: StopRequest, loop: Loop) 
         half = trial.run("interrupted", steps // 2)
         resumed = trial.run("interrupted", steps, resume_from=half)
         if stop:
-            say("The check was stopped: nothing is known of resuming.")
+            console.info("The check was stopped: nothing is known of resuming.")
             return stop.exit_code
         same = world.broadcast(_told(straight, resumed, steps) if world.is_main else True)
         if not same:
@@ -121,7 +121,7 @@ class Trial:
         nothing that counts."""
         if self._stop:
             return self._folder
-        say("", f"Check of resuming: {name}, to step {steps}", RULE)
+        console.info("", f"Check of resuming: {name}, to step {steps}", console.RULE)
         config, fresh = self._request.config, {"resume": "scratch"}
         training = replace(
             config.training,
@@ -179,14 +179,14 @@ def _remove_empty(folder: Path) -> None:
 def _told(straight: Path, resumed: Path, steps: int) -> bool:
     """Says whether the two checkpoints are the same, else where they differ first."""
     count, difference = compared(straight, resumed)
-    say("", RULE)
+    console.info("", console.RULE)
     if difference is None:
-        say(
+        console.info(
             f"The same: {steps} steps straight, and {steps} interrupted after {steps // 2}, agree "
             f"in all {count} values, bit for bit."
         )
     else:
-        say(f"Not the same after {steps} steps: {difference}")
+        console.info(f"Not the same after {steps} steps: {difference}")
     return difference is None
 
 
@@ -194,10 +194,14 @@ def _blame(straight: Path, again: Path) -> None:
     """Says whether the device computes the same twice at all."""
     difference = compared(straight, again)[1]
     if difference is None:
-        say("Two straight runs are the same: what a checkpoint holds or puts back is not all.")
+        console.info(
+            "Two straight runs are the same: what a checkpoint holds or puts back is not all."
+        )
     else:
-        say(f"Two straight runs differ as well ({difference}): this device or its compiler does")
-        say("not compute the same twice, so that no resumed run can be told from another.")
+        console.info(
+            f"Two straight runs differ as well ({difference}): this device or its compiler does"
+        )
+        console.info("not compute the same twice, so that no resumed run can be told from another.")
 
 
 def compared(one: Path, other: Path) -> tuple[int, str | None]:

@@ -12,7 +12,7 @@ from torch import nn
 from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
 from engine.hardware.world import World
-from engine.monitor.console import say
+from engine.monitor import console
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
 from engine.planning.memory import Needs, Room, largest_batch, refuse_impossible, with_batch
 from engine.planning.stopwatch import Stopwatch, stopwatch
@@ -60,24 +60,26 @@ def dry_run(request: Request, world: World) -> None:
         RunData(start.data, config)  # whether it is long enough
     else:
         folder = config.dataset.parquet_dir
-        say(*origin_lines(request))
-        say(f"Data: {folder} is missing; the run will build it from the Python standard library")
-    say(*lines, *cost_lines(needs, room, optimizer), *covered)
+        console.info(*origin_lines(request))
+        console.info(
+            f"Data: {folder} is missing; the run will build it from the Python standard library"
+        )
+    console.info(*lines, *cost_lines(needs, room, optimizer), *covered)
     if start is not None:
         tokens_off = start.data.stats.error
-        say(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
+        console.info(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
     else:
-        say(tokens)
+        console.info(tokens)
     whole = planned_tokens(config, world.size, steps, before)
-    say(ratio_line(whole, model), *learning_rate_plot(config, steps))
+    console.info(ratio_line(whole, model), *learning_rate_plot(config, steps))
     directory = RunDirectory.start(config)
-    say(*directory_lines(directory, start.resume if start else None))
+    console.info(*directory_lines(directory, start.resume if start else None))
     if request.show_config:
-        say("", config.to_yaml())
+        console.info("", config.to_yaml())
     done = start.resume.step if start and start.resume else 0
-    say(f"Timing some steps on {world.device_name}, for at most 15 s...")
-    say(*time_lines(needs, room, range(done, max(done, steps)), start))
-    say("Dry run: nothing was trained or created.")
+    console.info(f"Timing some steps on {world.device_name}, for at most 15 s...")
+    console.info(*time_lines(needs, room, range(done, max(done, steps)), start))
+    console.info("Dry run: nothing was trained or created.")
 
 
 def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -> Iterator[str]:

@@ -12,13 +12,12 @@ import pytest
 from config import WriteError
 from files.atomic import (
     HashedFile,
+    as_write_error,
+    atomic_write,
+    atomic_write_text,
     check_space,
     check_writable,
-    explained,
     remove_temporaries,
-    size_text,
-    write_text,
-    write_whole,
 )
 from files.regular import open_regular, read_regular
 from tests.engine.faults import failing, raise_error, stand_in
@@ -26,7 +25,7 @@ from tests.engine.faults import failing, raise_error, stand_in
 
 def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
     data = os.urandom((1 << 24) * 2 + 12345)  # more than two chunks, so that the thread hashes
-    written = write_whole(tmp_path / "a", lambda out: [out.write(data), out.write(b"end")])
+    written = atomic_write(tmp_path / "a", lambda out: [out.write(data), out.write(b"end")])
     assert (tmp_path / "a").read_bytes() == data + b"end"
     assert written.size == len(data) + 3
     assert written.sha256 == hashlib.sha256(data + b"end").hexdigest()
@@ -35,17 +34,17 @@ def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:7])))
-    written = write_text(tmp_path / "a", "x" * 100)
+    written = atomic_write_text(tmp_path / "a", "x" * 100)
     assert (tmp_path / "a").read_text() == "x" * 100
     assert written.size == 100
 
 
 def test_a_failure_at_any_call_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     for at in range(1, 100):
-        write_text(tmp_path / "a", "old")
+        atomic_write_text(tmp_path / "a", "old")
         with failing(at) as faults:
             try:
-                write_text(tmp_path / "a", "new")
+                atomic_write_text(tmp_path / "a", "new")
             except OSError as error:
                 assert error.errno == errno.EIO
         assert os.listdir(tmp_path) == ["a"]
@@ -65,7 +64,7 @@ def test_an_error_hidden_by_the_caller_of_write_comes_out(tmp_path: Path) -> Non
                 raise RuntimeError("unexpected pos 64 vs 0") from None
 
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a", fill)
+        atomic_write(tmp_path / "a", fill)
     assert os.listdir(tmp_path) == []
 
 
@@ -80,7 +79,7 @@ def test_an_error_hidden_by_the_caller_of_write_comes_out(tmp_path: Path) -> Non
     ],
 )
 def test_errors_are_explained(tmp_path: Path, code: int, text: str) -> None:
-    with pytest.raises(WriteError) as caught, explained("write x", tmp_path, 10, "y"):
+    with pytest.raises(WriteError) as caught, as_write_error("write x", tmp_path, 10, "y"):
         raise_error(code)()
     assert text in str(caught.value)
     assert caught.value.exit_code == 5
@@ -90,11 +89,11 @@ def test_errors_are_explained(tmp_path: Path, code: int, text: str) -> None:
 def test_a_full_disk_is_told_with_numbers(tmp_path: Path, code: int) -> None:
     with (
         pytest.raises(WriteError, match=r"^checkpoint needs 1\.2 GB, .* free on .*; kept y\. Free"),
-        explained("write x", tmp_path, 1_200_000_000, "y"),
+        as_write_error("write x", tmp_path, 1_200_000_000, "y"),
     ):
         raise_error(code)()
     with pytest.raises(WriteError, match=r"^cannot write x: .*, .* free on "):  # noqa: SIM117
-        with explained("write x", tmp_path):
+        with as_write_error("write x", tmp_path):
             raise_error(code)()
 
 
@@ -127,13 +126,6 @@ def test_temporaries_are_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["kept"]
 
 
-@pytest.mark.parametrize(
-    ("size", "text"), [(512, "512 bytes"), (34_000_000, "34.0 MB"), (1_234_567_890, "1.2 GB")]
-)
-def test_sizes_read_well(size: int, text: str) -> None:
-    assert size_text(size) == text
-
-
 def test_an_error_of_an_early_sync_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +141,7 @@ def test_an_error_of_an_early_sync_is_not_lost(
     monkeypatch.setattr("files.atomic._SYNC_EVERY", 1)
     monkeypatch.setattr(os, "fsync", failing_once)
     with pytest.raises(OSError, match="Input/output error"):
-        write_whole(tmp_path / "file", lambda out: out.write(b"data"))
+        atomic_write(tmp_path / "file", lambda out: out.write(b"data"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,8 +23,8 @@ from engine.checkpoint.contents import check_finite, check_plain, tensor_bytes
 from engine.checkpoint.save_load import (
     load_checkpoint,
     load_model,
+    prune_checkpoints,
     resolve_resume,
-    retire,
     save_checkpoint,
 )
 from engine.run_directory.directory import RunDirectory
@@ -361,7 +361,7 @@ def test_a_full_disk_is_noticed_before_writing(
             save_checkpoint(run, make_state(20, numbers=300_000), 3)
         monkeypatch.undo()
         text = str(caught.value)
-        assert text.startswith(f"checkpoint needs 1.2 MB, 300000 bytes free on {run.path}; kept ")
+        assert text.startswith(f"checkpoint needs 1.21 MB, 300 kB free on {run.path}; kept ")
         assert "kept checkpoint_10.pt. Free space there" in text
 
 
@@ -380,7 +380,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     with new_run(tmp_path, 10, 20, 30, 40) as run:
         folder = run.prepare()
         data_path(folder, 30).write_bytes(b"short")
-        assert retire(folder, 2, set()) == [10]
+        assert prune_checkpoints(folder, 2, set()) == [10]
         assert steps_in(folder) == [20, 30, 40]
 
 

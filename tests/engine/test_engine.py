@@ -30,7 +30,7 @@ from engine.checkpoint.resume_rules import on_processes
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import batch_losses, bits_per_byte, count_targets, next_token_loss
 from engine.hardware.world import World, peak_flops, peak_memory_bytes, resolve_device
-from engine.monitor.console import duration, iteration_line, short, size
+from engine.monitor import console
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.planning.summary import planned_steps, settle
 from engine.precision.precision import Precision
@@ -245,16 +245,10 @@ def test_iteration_line_has_the_form_of_the_contract() -> None:
         "train/tokens_per_sec": 113024.0,
         "train/memory_bytes": 1.9e9,
     }
-    assert iteration_line(record, eta_s=243) == (
+    assert console.iteration_line(record, eta_s=243) == (
         "Iter    100 | Loss: 6.2341 | LR: 3.00e-05 | Grad: 1.21 | Time: 145.3ms | "
         "Tokens/sec: 113024 | Mem: 1.9GB | ETA: 4m03s"
     )
-
-
-def test_durations_and_counts_are_short() -> None:
-    assert [duration(s) for s in (7, 243, 7500, 273600)] == ["7s", "4m03s", "2h05m", "3d04h"]
-    assert [short(n) for n in (950, 25_296_896, 1.24e9)] == ["950", "25.3 M", "1.24 B"]
-    assert [size(n) for n in (950, 25_296_896, 1.24e9)] == ["950 B", "25.3 MB", "1.24 GB"]
 
 
 def test_unknown_devices_are_refused_with_a_remedy() -> None:

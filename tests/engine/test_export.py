@@ -359,7 +359,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exports, "write_text", fail)
+    monkeypatch.setattr(exports, "atomic_write_text", fail)
     config = config_of("bdh")
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "out", build(config), config)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.monitor.console import printing, say, warn
+from engine.monitor import console
 from engine.monitor.progress import Pace
 from engine.train_state import due, times_due
 from settings.terminal import printable
@@ -55,10 +55,10 @@ def test_lines_go_where_the_terminal_wants_them_and_back_to_plain(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept: list[str] = []
-    with printing(kept.append):
-        say("one", "two")
-        warn("to standard error, which is no terminal here")
-    say("three")
+    with console.redirected(kept.append):
+        console.info("one", "two")
+        console.warning("to standard error, which is no terminal here")
+    console.info("three")
     assert kept == ["one", "two"]
     told = capsys.readouterr()
     assert (told.out, told.err) == ("three\n", "to standard error, which is no terminal here\n")

@@ -127,8 +127,8 @@ def test_a_name_that_another_run_of_the_same_second_took_is_told_anew(
 def test_the_closing_line_has_the_time_of_a_run_that_saves_and_logs_nothing(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engine.trainer.duration", lambda seconds: f"{seconds:.6f}")
-    monkeypatch.setattr("engine.monitor.progress.duration", lambda seconds: f"{seconds:.6f}")
+    monkeypatch.setattr("engine.trainer.format_duration", lambda seconds: f"{seconds:.6f}")
+    monkeypatch.setattr("engine.monitor.progress.format_duration", lambda seconds: f"{seconds:.6f}")
     words = ["save_model=false", "log_freq=1000", "test_freq=null", "max_iters=5"]
     assert run_here([*tiny, *words]) == 0
     told = capsys.readouterr().out

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from config import Config
-from engine.monitor.console import LOCAL
+from engine.monitor import console
 from engine.monitor.trackers import TensorBoard, Wandb
 from tests.runs import only_run, run_here
 
@@ -291,7 +291,12 @@ def test_tensorboard_has_the_same_names_steps_and_values_and_the_config(
     assert run_here([*tiny, f"checkpoint_dir={tmp_path}", *options]) == 0
     run = only_run(tmp_path)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = {key for record in records for key in record} - {"step", "crc", *LOCAL, "train/mfu"}
+    keys = {key for record in records for key in record} - {
+        "step",
+        "crc",
+        *console.NOT_PLOTTED,
+        "train/mfu",
+    }
     tags = events(run).Tags()
     assert set(tags["scalars"]) == keys - {"eval/sample"}
     assert set(tags["tensors"]) == {"config/text_summary", "eval/sample/text_summary"}
