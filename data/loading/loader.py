@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
-from data.sources.base import PLAN_VERSION, Dataset, Plan, Reader, Units, split_of, training_blocks
-from data.loading.prefetch import Feed
 from data.loading.order import Integers, Tokens, lane_count, rank_lanes, rank_rows
 from data.loading.packing import Address, LaneStream, RowStream, Trace, windows
+from data.loading.prefetch import Feed
+from data.sources.base import PLAN_VERSION, Dataset, Plan, Reader, Units, split_of, training_blocks
 from data.tokenizers.bpe import row_dtype
 
 log = logging.getLogger(__name__)
@@ -229,9 +229,10 @@ def _joined(ranges: list[range]) -> str:
 class TrainLoader:
     """Endless training batches of one process; use as a context manager or call `close`.
 
-    Iterating touches no global random state. `data_state` continues where a `StepBatch.data_state` (of all
-    lanes this process reads, see `merge_data_states`) was taken. Raises DataError for a data state that
-    does not fit, and from `next` for text that cannot be read.
+    Iterating touches no global random state. `data_state` continues where a
+    `StepBatch.data_state` (of all lanes this process reads, see `merge_data_states`) was taken.
+    Raises DataError for a data state that does not fit, and from `next` for text that cannot be
+    read.
     """
 
     def __init__(
@@ -393,10 +394,10 @@ def _check_steps(data_state: dict[str, Any], units: Units, spec: BatchSpec, shuf
             )
     if spec.sequences_per_step % data_state["lanes"]:
         raise DataError(
-            f"data state: the checkpoint reads {data_state['lanes']} places of the text side by side, "
-            f"and {spec.sequences_per_step} sequences per step cannot take as many from each. Make "
-            "training.batch_size * gradient_accumulation_steps * processes a multiple of "
-            f"{data_state['lanes']}, or {_NEW_RUN}"
+            f"data state: the checkpoint reads {data_state['lanes']} places of the text side by "
+            f"side, and {spec.sequences_per_step} sequences per step cannot take as many from "
+            "each. Make training.batch_size * gradient_accumulation_steps * processes a multiple "
+            f"of {data_state['lanes']}, or {_NEW_RUN}"
         )
 
 
@@ -416,7 +417,7 @@ def _starts(lanes: range, data_state: dict[str, Any] | None) -> list[Address]:
 
 
 def merge_data_states(data_states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The data state of all lanes from those of all processes, for any other number of processes."""
+    """The data state of all lanes from those of all processes, for any number of processes."""
     positions: dict[int, list[int]] = {}
     for data_state in data_states:
         positions.update(enumerate(data_state["positions"], data_state["first_lane"]))

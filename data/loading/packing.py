@@ -92,8 +92,8 @@ class _Lane:
 
     def _refuse(self, address: str) -> NoReturn:
         raise DataError(
-            f"lane {self._lane}, epoch {self._epoch}: the data state asks for {address}: it belongs to "
-            "other data, or text that was there is now skipped. Restore the data."
+            f"lane {self._lane}, epoch {self._epoch}: the data state asks for {address}: it "
+            "belongs to other data, or text that was there is now skipped. Restore the data."
         )
 
 

@@ -26,11 +26,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from config import ConfigError, DataError, UserError
-from data.sources.meta import meta_path
-from data.preparation.raw_text import PIECE_BYTES, Piece, head, is_text, plan_pieces, read_piece, read_text
-from data.tokenizers.bpe import ByteTokenizer, CharTokenizer, Tokenizer, char_tokenizer
-from data.tokenizers.base import Ids
+from data.preparation.raw_text import (
+    PIECE_BYTES,
+    Piece,
+    head,
+    is_text,
+    plan_pieces,
+    read_piece,
+    read_text,
+)
 from data.preparation.token_writer import Counts, Encoded, TokenWriter
+from data.sources.meta import meta_path
+from data.tokenizers.base import Ids
+from data.tokenizers.bpe import ByteTokenizer, CharTokenizer, Tokenizer, char_tokenizer
 
 FORMATS = (".bin", ".ids", ".npy")
 _VERSION = 1

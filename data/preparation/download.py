@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from config import DataError, WriteError
-from data.sources.meta import write_json
 from data.preparation.raw_text import unreadable
+from data.sources.meta import write_json
 
 _ATTEMPTS = 5
 _PAUSE_S = 1.0  # before the second attempt, then twice as long each time

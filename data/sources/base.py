@@ -1,9 +1,9 @@
 """The text of a run, whatever it is kept in: units of two splits, behind one protocol.
 
 The one idea: a source (a folder of parquet files, or token files) says what its units for rows of
-T + 1 tokens are called and how large they are before it reads any. Order, lanes, data states and resume
-need no more, so they are the same for every source, and a loader asks only for the tokens of a
-unit. The split does not depend on the training seed, so runs with different seeds are comparable.
+T + 1 tokens are called and how large they are before it reads any. Order, lanes, data states and
+resume need no more, so they are the same for every source, and a loader asks only for the tokens of
+a unit. The split does not depend on the training seed, so runs with different seeds are comparable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError
-from data.loading.order import Integers, Keys, Tokens, balance, count_blocks, epoch_order, lane_of, lane_targets
+from data.loading.order import (
+    Integers,
+    Keys,
+    Tokens,
+    balance,
+    count_blocks,
+    epoch_order,
+    lane_of,
+    lane_targets,
+)
 from data.tokenizers.bpe import Tokenizer
 
 PLAN_VERSION = 2  # in version 1 lanes of documents were not balanced

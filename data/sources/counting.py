@@ -18,8 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import DatasetConfig
-from data.sources.parquet_index import Index, Units, cache_path, index_digest, load_arrays, save_arrays
 from data.loading.order import Integers
+from data.sources.parquet_index import (
+    Index,
+    Units,
+    cache_path,
+    index_digest,
+    load_arrays,
+    save_arrays,
+)
 from data.sources.parquet_reader import DocumentReader
 from data.tokenizers.bpe import ByteTokenizer, Tokenizer
 

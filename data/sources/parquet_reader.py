@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from config import DataError, DatasetConfig
-from data.sources.parquet_index import REMEDY, Index, Units, first_line
 from data.loading.order import Integers, Tokens, document_order
+from data.sources.parquet_index import REMEDY, Index, Units, first_line
 from data.tokenizers.bpe import SEPARATOR, SPACE, ByteTokenizer, Tokenizer, storage_dtype
 
 log = logging.getLogger(__name__)

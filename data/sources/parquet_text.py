@@ -19,10 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig
-from data.sources.counting import TokenCounts, count_tokens
-from data.sources.base import PLAN_VERSION, DatasetStats, Reader, token_counts
-from data.sources.parquet_index import ENCODED_UNIT_BYTES, UNIT_BYTES, UNIT_ROWS, Index, Units, cache_path, cut_units, index_digest, load_arrays, save_arrays
 from data.loading.order import MIN_UNITS, Integers, Keys, split_units
+from data.sources.base import PLAN_VERSION, DatasetStats, Reader, token_counts
+from data.sources.counting import TokenCounts, count_tokens
+from data.sources.parquet_index import (
+    ENCODED_UNIT_BYTES,
+    UNIT_BYTES,
+    UNIT_ROWS,
+    Index,
+    Units,
+    cache_path,
+    cut_units,
+    index_digest,
+    load_arrays,
+    save_arrays,
+)
 from data.sources.parquet_reader import DocumentReader, UnitReader, text_bytes
 from data.tokenizers.bpe import ByteTokenizer, Tokenizer
 from settings.formatting import format_count
@@ -162,7 +173,8 @@ class ParquetText:
             about, within = "about ", f" (estimated, to within {stats.error:.1%})"
         return [
             f"Data: {self.index.root}: {stats.files:,} files, {stats.rows:,} rows, {about}"
-            f"{format_count(stats.tokens)} tokens{within}: {format_count(stats.train_tokens)} to train on, "
+            f"{format_count(stats.tokens)} tokens{within}: "
+            f"{format_count(stats.train_tokens)} to train on, "
             f"{format_count(stats.test_tokens)} held out",
             *unprotected_lines(self.index),
         ]

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from config import DataError
+from data.loading.order import Tokens
 from data.sources.checksums import BLOCK_BYTES, Checksums
 from data.sources.meta import Meta
-from data.loading.order import Tokens
 
 ENDINGS = (".bin", ".ids", ".npy")
 _STRETCH_BYTES = 1 << 16

@@ -20,7 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, TokenizerConfig
-from data.tokenizers.base import REPLACEMENT, ByteTable, Documents, Ids, NumberStream, byte_level, digest, without_surrogates
+from data.tokenizers.base import (
+    REPLACEMENT,
+    ByteTable,
+    Documents,
+    Ids,
+    NumberStream,
+    byte_level,
+    digest,
+    without_surrogates,
+)
 from data.tokenizers.base import StreamDecoder as StreamDecoder
 from data.tokenizers.base import Tokenizer as Tokenizer
 from data.tokenizers.base import row_dtype as row_dtype
