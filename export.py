@@ -74,7 +74,7 @@ def export(args: argparse.Namespace) -> list[str]:
     from engine.checkpoint.save_load import open_model  # torch is slow to import
     from engine.hardware.world import resolve_device
     from engine.precision.precision import DTYPES
-    from engine.precision.weights_4bit import QuantizedWeights, own_tensors
+    from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
     from engine.run_directory.find_runs import find_by_name
     from settings.formatting import format_bytes
 
@@ -84,7 +84,7 @@ def export(args: argparse.Namespace) -> list[str]:
     device = resolve_device(device_option(args.device))
     model, config, tokenizer = open_model(args.checkpoint, device)
     texts = description(config, open_tokenizer(tokenizer).to_dict())
-    weights, lines = own_tensors(model), list[str]()
+    weights, lines = unique_tensors(model), list[str]()
     parameters = dict(model.named_parameters())
     count = sum(value.numel() for value in parameters.values())
     following = f"Next: python sample.py {args.out}"
@@ -93,7 +93,7 @@ def export(args: argparse.Namespace) -> list[str]:
         following = f"Next, in {args.out} beside bdh.py: {_LOAD.format(WEIGHTS)}"
     elif args.format == "bnb4":
         quantized = QuantizedWeights(model, config.low_precision)
-        weights, lines = quantized.tensors(), [quantized.line()]
+        weights, lines = quantized.packed_tensors(), [quantized.description()]
     elif args.dtype:
         weights |= {name: value.to(DTYPES[args.dtype]) for name, value in parameters.items()}
     size = write_export(args.out, weights, texts)

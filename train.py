@@ -46,7 +46,7 @@ from engine.interfaces import Batch
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
 from engine.planning.memory import out_of_memory_lines, ran_out
-from engine.precision.precision import affordable
+from engine.precision.precision import disable_unavailable_4bit
 from engine.schedule import learning_rate
 from engine.setup.build import build
 from engine.setup.check_resume import check_resume
@@ -90,7 +90,7 @@ def train(run: Session, stop: StopRequest) -> None:
 
 def run_to_the_end(request: Request, stop: StopRequest) -> int:
     """Builds, trains, finishes; the exit code."""
-    request = affordable(request)
+    request = disable_unavailable_4bit(request)
     with ExitStack() as stack:
         system, distributed = request.config.system, request.config.distributed
         world = stack.enter_context(enter_world(system, distributed))

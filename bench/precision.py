@@ -52,7 +52,7 @@ from bench.precision_modes import (
 from engine.checkpoint.export import write_export
 from engine.hardware.world import supports_fast_bfloat16
 from engine.optim.build import state_bytes
-from engine.precision.weights_4bit import QuantizedWeights, own_tensors
+from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -105,8 +105,8 @@ def fill_gradients(trainer: Trainer) -> None:
 
 def weights_row(shape: Sections, kind: str) -> list[str]:
     model = build_model(BF16.config(shape))
-    quantized, own = QuantizedWeights(model, low_precision(kind)), own_tensors(model)
-    parts = quantized.tensors()
+    quantized, own = QuantizedWeights(model, low_precision(kind)), unique_tensors(model)
+    parts = quantized.packed_tensors()
     packed = {name for name in own if f"{name}.absmax" in parts}
     rest = sum(value.nbytes for name, value in own.items() if name not in packed)
     taken = sum(part.nbytes for part in parts.values()) - rest

@@ -147,7 +147,7 @@ def losses_of(setting: Setting, mode: Mode, notes: dict[str, str]) -> Iterator[t
 def loss_of_file(setting: Setting, mode: Mode, quantized: QuantizedWeights) -> float:
     """The held-out loss of a fresh model that read the exported weights."""
     with tempfile.TemporaryDirectory() as folder:
-        write_export(Path(folder) / "out", quantized.tensors(), {})
+        write_export(Path(folder) / "out", quantized.packed_tensors(), {})
         reader = setting.trainer(mode)
         read_weights(Path(folder) / "out" / WEIGHTS, reader.model)
     return reader.loss(setting.held_out)

@@ -256,7 +256,7 @@ class Session:
         return self.pace.left(steps, evaluations, saves, self.forward_steps)
 
     def _flops_utilization(self, tokens_per_second: float) -> float | None:
-        peak = peak_flops(self.world.device, self.precision.products)
+        peak = peak_flops(self.world.device, self.precision.matmul_format)
         if peak is None:
             return None
         return tokens_per_second * self.flops_per_token / (peak * self.world.size)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from config import CheckpointError, Config, ConfigError, WriteError
-from engine.precision.four_bit import BLOCK, SCALES, bitsandbytes, from_tensors
-from engine.precision.weights_4bit import own_tensors
+from engine.precision.tensor_4bit import BLOCK, SCALES, from_tensors, import_bitsandbytes
+from engine.precision.weights_4bit import unique_tensors
 from files.atomic import TEMPORARY, atomic_write_text, check_space, sync_folder
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.yaml", "vocabulary.json"
@@ -131,7 +131,7 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
 def read_weights(path: Path, model: nn.Module) -> None:
     """Fills a model with the weights of a file, those in 4 bits unpacked on the model's device into
     its dtype; raises CheckpointError."""
-    own = own_tensors(model)
+    own = unique_tensors(model)
     device = next(iter(own.values())).device
     found = _load(path, device)
     computed = dict(model.named_buffers())  # exports of earlier versions lack them
@@ -166,7 +166,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
 def _unpacked(path: Path, name: str, weight: Tensor, found: dict[str, Tensor]) -> Tensor:
     """Takes a weight's parts out of `found`; they are checked first, since bitsandbytes reads as
     far as the description says, past the end of a tensor too."""
-    bitsandbytes(f"{path}: its 4-bit weights")
+    import_bitsandbytes(f"{path}: its 4-bit weights")
     names = [other for other in found if other == name or other.startswith(f"{name}.")]
     parts = {"weight" + other.removeprefix(name): found.pop(other) for other in names}
     try:

@@ -33,9 +33,9 @@ from engine.checkpoint.contents import (
 from engine.checkpoint.export import is_export, open_export
 from engine.checkpoint.foreign import is_foreign, open_foreign
 from engine.monitor import console
-from engine.precision.four_bit import bitsandbytes
-from engine.precision.lora import merge_adapters
-from engine.precision.precision import restructure
+from engine.precision.lora import merge_lora
+from engine.precision.precision import apply_lora
+from engine.precision.tensor_4bit import import_bitsandbytes
 from engine.run_directory.find_runs import find_by_name
 from engine.run_directory.manifest import (
     CONFIG,
@@ -207,11 +207,11 @@ def check_weights(path: Path, content: dict[str, Any]) -> Config:
         if layers > (MOST_LAYERS if config.model.name == "bdh" else len(weights)):
             raise ValueError(f"config.model.n_layer is {layers}, with {len(weights)} weights")
     if config.low_precision.lora_rank is not None:
-        bitsandbytes(f"{path}: its 4-bit weights")
+        import_bitsandbytes(f"{path}: its 4-bit weights")
     with fitting(path):
         with torch.device("meta"):
             model = build_model(config)
-            restructure(model, config.low_precision, fill=False)
+            apply_lora(model, config.low_precision, init=False)
         for name, own in model.state_dict().items():
             kind = weights[name].dtype if name in weights else own.dtype
             if kind != own.dtype and not (kind.is_floating_point and own.is_floating_point):
@@ -406,8 +406,8 @@ def open_model(
     content = load_checkpoint(chosen, device)
     config, weights = check_weights(chosen, content), content["model"]
     model = build_model(config)
-    if restructure(model, config.low_precision, fill=False):
+    if apply_lora(model, config.low_precision, init=False):
         model.load_state_dict(weights)
-        weights, model = merge_adapters(model), build_model(config)
+        weights, model = merge_lora(model), build_model(config)
     model.load_state_dict(weights)
     return model.to(device).eval(), config, content["tokenizer"]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from engine.optim.adamw import adamw_state, adamw_step
 from engine.optim.quantized_moments import (
-    SPAN,
-    Rounded,
+    SUPERBLOCK,
+    Quantized4bit,
     decode_u,
     decode_v,
     encode_u,
@@ -30,8 +30,8 @@ from engine.optim.quantized_moments import (
     zeros,
 )
 
-FEWEST = 4096  # numbers; smaller tensors are too few bytes to matter
-PIECE = 16 * SPAN  # numbers of a tensor that are stepped at a time: 524,288
+MIN_NUMEL = 4096  # numbers; smaller tensors are too few bytes to matter
+CHUNK = 16 * SUPERBLOCK  # numbers of a tensor that are stepped at a time: 524,288
 SMALLEST_ROOT = 1e-18  # of v; squares of smaller gradients are subnormal in float32, or zero
 
 
@@ -59,10 +59,10 @@ class AdamW4bit(torch.optim.Optimizer):
         """One step on every parameter that has a gradient; takes no closure."""
         assert closure is None
         for index, (parameter, group) in enumerate(self._parameters()):
-            if takes_4_bits(parameter) and parameter.grad is not None:
+            if is_quantizable(parameter) and parameter.grad is not None:
                 self._step(parameter, group, index)
         for group in self.param_groups:
-            others = [p for p in group["params"] if not takes_4_bits(p)]
+            others = [p for p in group["params"] if not is_quantizable(p)]
             adamw_step(others, self.state, group)
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
@@ -74,8 +74,8 @@ class AdamW4bit(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] += 1
         weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)
-        for start in range(0, len(weights), PIECE):
-            stop = min(start + PIECE, len(weights))
+        for start in range(0, len(weights), CHUNK):
+            stop = min(start + CHUNK, len(weights))
             u, v = (_rounded(state, moment).part(start, stop) for moment in "uv")
             square = decode_v(v, stop - start)
             m = decode_u(u, stop - start).mul_(square.sqrt())
@@ -96,13 +96,13 @@ class AdamW4bit(torch.optim.Optimizer):
             _restore(self.state[parameter], state_dict["state"].get(index, {}), index)
 
 
-def takes_4_bits(parameter: Tensor) -> bool:
+def is_quantizable(parameter: Tensor) -> bool:
     """Whether the moments of this parameter are kept in 4 bits."""
-    return parameter.dim() >= 2 and parameter.numel() >= FEWEST and parameter.is_contiguous()
+    return parameter.dim() >= 2 and parameter.numel() >= MIN_NUMEL and parameter.is_contiguous()
 
 
 def _new_state(parameter: nn.Parameter) -> dict[str, Any]:
-    if not takes_4_bits(parameter):
+    if not is_quantizable(parameter):
         return adamw_state(parameter)
     state: dict[str, Any] = {"step": 0}
     for moment in "uv":
@@ -111,8 +111,8 @@ def _new_state(parameter: nn.Parameter) -> dict[str, Any]:
     return state
 
 
-def _rounded(state: dict[str, Any], moment: str) -> Rounded:
-    return Rounded(*(state[f"{moment}_{name}"] for name in Rounded._fields))
+def _rounded(state: dict[str, Any], moment: str) -> Quantized4bit:
+    return Quantized4bit(*(state[f"{moment}_{name}"] for name in Quantized4bit._fields))
 
 
 def _move(weights: Tensor, m: Tensor, v: Tensor, group: dict[str, Any], step: int) -> None:

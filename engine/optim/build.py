@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from config import OptimizerConfig
 from engine.optim.adamw_4bit import AdamW4bit
 from engine.optim.muon import Muon
-from engine.precision.four_bit import bitsandbytes
+from engine.precision.tensor_4bit import import_bitsandbytes
 
 _BITSANDBYTES = "__bnb_optimizer_quant_state__"  # under which it saves its moments
 
@@ -51,7 +51,7 @@ def build_optimizer(
 def _adamw_8bit(
     groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    library = bitsandbytes("8-bit moments", "optimizer.name: adamw")
+    library = import_bitsandbytes("8-bit moments", "optimizer.name: adamw")
     optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=betas, eps=eps)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):  # now, so that its size is known

@@ -66,13 +66,13 @@ class Muon(torch.optim.Optimizer):
         ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
         stacked = ahead.reshape(group["matrices"], -1, parameter.shape[-1])
         bfloat16 = supports_fast_bfloat16(parameter.device)
-        update = orthogonalized(stacked, torch.bfloat16 if bfloat16 else torch.float32)
+        update = orthogonalize(stacked, torch.bfloat16 if bfloat16 else torch.float32)
         scale = STEP_RMS * math.sqrt(max(stacked.shape[1:]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Each of the matrices (count, rows, columns) with its singular values brought near 1.
 
     dtype: of the products and of the result. The values end between 0.68 and 1.21, which trains as

@@ -28,7 +28,7 @@ from torch import Tensor
 
 BLOCK = 128  # numbers with one scale
 GROUP = 256  # scales with one range
-SPAN = BLOCK * GROUP  # numbers with one range
+SUPERBLOCK = BLOCK * GROUP  # numbers with one range
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -142,49 +142,50 @@ def _pack(levels: Tensor) -> Tensor:
     return codes[::2].mul(16).add_(codes[1::2])
 
 
-class Rounded(NamedTuple):
+class Quantized4bit(NamedTuple):
     """Numbers in 4 bits: `codes`, uint8, two in each; a code of the scale of each BLOCK in
-    `scales`, uint8; and a row in `ranges`, float32, for each SPAN. The last of each may be partial.
+    `scales`, uint8; and a row in `ranges`, float32, for each SUPERBLOCK. The last of
+    each may be partial.
     """
 
     codes: Tensor
     scales: Tensor
     ranges: Tensor
 
-    def part(self, start: int, stop: int) -> Rounded:
-        """The numbers from `start`, a multiple of SPAN, to `stop`: the same memory."""
-        sizes = zip(self, (2, BLOCK, SPAN), strict=True)
-        return Rounded(*(own[start // size : -(-stop // size)] for own, size in sizes))
+    def part(self, start: int, stop: int) -> Quantized4bit:
+        """The numbers from `start`, a multiple of SUPERBLOCK, to `stop`: the same memory."""
+        sizes = zip(self, (2, BLOCK, SUPERBLOCK), strict=True)
+        return Quantized4bit(*(own[start // size : -(-stop // size)] for own, size in sizes))
 
-    def write(self, numbers: Rounded) -> None:
+    def write(self, numbers: Quantized4bit) -> None:
         """Takes over codes of whole blocks, as many as there is room for."""
         for own, new in zip(self, numbers, strict=True):
             own.copy_(new[: len(own)])
 
 
-def zeros(count: int, device: torch.device) -> Rounded:
+def zeros(count: int, device: torch.device) -> Quantized4bit:
     """As many zeros: 0.508 bytes for each."""
-    codes, scales, ranges = (-(-count // size) for size in (2, BLOCK, SPAN))
-    return Rounded(
+    codes, scales, ranges = (-(-count // size) for size in (2, BLOCK, SUPERBLOCK))
+    return Quantized4bit(
         torch.zeros(codes, dtype=torch.uint8, device=device),
         torch.zeros(scales, dtype=torch.uint8, device=device),
         torch.zeros(ranges, 2, device=device),
     )
 
 
-def encode_u(numbers: Tensor) -> Rounded:
+def encode_u(numbers: Tensor) -> Quantized4bit:
     """Numbers, float32 (n,), to the nearest levels of NF4."""
     codes, scales = nf4(numbers.device).encode(_whole(numbers, BLOCK))
-    return Rounded(codes, *encode_scales(scales, torch.round))
+    return Quantized4bit(codes, *encode_scales(scales, torch.round))
 
 
-def decode_u(u: Rounded, count: int) -> Tensor:
+def decode_u(u: Quantized4bit, count: int) -> Tensor:
     """The first `count` numbers."""
     scales = decode_scales(u.scales, u.ranges)
     return nf4(u.codes.device).decode(_whole(u.codes, BLOCK // 2), scales)[:count]
 
 
-def encode_v(numbers: Tensor, key: tuple[int, ...]) -> Rounded:
+def encode_v(numbers: Tensor, key: tuple[int, ...]) -> Quantized4bit:
     """Numbers >= 0, float32 (n,), to the level above or below, as `noise` of the key decides.
 
     Numbers below 1/1000 of their block's scale become that.
@@ -197,10 +198,10 @@ def encode_v(numbers: Tensor, key: tuple[int, ...]) -> Rounded:
     ratio = place.sub_(level).mul_(math.log2(RATIO)).exp2_()  # to the level, 1 to RATIO
     levels = ratio.sub_(1).div_(RATIO - 1).add_(level).view(-1)
     chance = noise(blocks.numel(), key, blocks.device)
-    return Rounded(_pack(levels.add_(chance)), scales, ranges)
+    return Quantized4bit(_pack(levels.add_(chance)), scales, ranges)
 
 
-def decode_v(v: Rounded, count: int) -> Tensor:
+def decode_v(v: Quantized4bit, count: int) -> Tensor:
     """The first `count` numbers."""
     blocks = unpack(_whole(v.codes, BLOCK // 2), POWERS).view(-1, BLOCK)
     return (blocks * decode_scales(v.scales, v.ranges).unsqueeze(1)).view(-1)[:count]

@@ -31,7 +31,7 @@ from engine.hardware.world import (
     keeps_freed_memory,
     supports_fast_bfloat16,
 )
-from engine.optim.adamw_4bit import PIECE, takes_4_bits
+from engine.optim.adamw_4bit import CHUNK, is_quantizable
 from engine.optim.quantized_moments import zeros
 from settings.formatting import format_bytes
 
@@ -201,7 +201,7 @@ def state_bytes(model: nn.Module, config: Config) -> int:
         matrices = {id(matrix) for matrix, _ in cast(HasCosts, model).matrices()}
         return sum(p.nbytes * (1 if id(p) in matrices else 2) for p in trained)
     if config.low_precision.use_4bit_optimizer:
-        return sum(_four_bit(p) if takes_4_bits(p) else 2 * p.nbytes for p in trained)
+        return sum(_four_bit(p) if is_quantizable(p) else 2 * p.nbytes for p in trained)
     if config.optimizer.name == "adamw_8bit":
         return sum(_eight_bit(p) for p in trained)
     return sum(2 * p.nbytes for p in trained)
@@ -224,8 +224,8 @@ def _update_bytes(model: nn.Module, config: Config, precision: Formats) -> int:
         found = cast(HasCosts, model).matrices()
         return max((_muon_bytes(m, count, precision) for m, count in found), default=0)
     if config.low_precision.use_4bit_optimizer:
-        most = max((p.numel() for p in trained if takes_4_bits(p)), default=0)
-        return _PIECES * 4 * min(PIECE, most)
+        most = max((p.numel() for p in trained if is_quantizable(p)), default=0)
+        return _PIECES * 4 * min(CHUNK, most)
     return 0
 
 

@@ -2,8 +2,8 @@
 
     y = x W^T + bias + alpha / rank * (x A^T) B^T
 
-    add_adapters(model, low_precision)              # weights loaded; from here on A and B learn
-    plain.load_state_dict(merge_adapters(model))    # W + alpha / rank * B A, under W's name
+    add_lora(model, low_precision)              # weights loaded; from here on A and B learn
+    plain.load_state_dict(merge_lora(model))    # W + alpha / rank * B A, under W's name
 
 W (out, in) is dequantized for each product and its gradient, never kept; A (rank, in) and
 B (out, rank) are float32, and B begins at 0: training starts from the model as it is in 4 bits.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, LowPrecisionConfig
-from engine.precision.four_bit import BLOCK, SCALES, FourBit, library, quantize
+from engine.precision.tensor_4bit import BLOCK, SCALES, Tensor4bit, library, quantize
 
 NAME = "adapter"  # of the module within the linear layer
 
@@ -39,7 +39,7 @@ class _Frozen(torch.autograd.Function):
     """x W^T + bias, with a gradient for x only: neither x nor W is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FourBit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor4bit) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight.dequantize(x.dtype), bias)  # in autocast's dtype
 
@@ -58,14 +58,14 @@ class Adapter(nn.Module):
     outer_levels: Tensor
     offset: Tensor
 
-    def __init__(self, weight: Tensor, low_precision: LowPrecisionConfig, fill: bool) -> None:
+    def __init__(self, weight: Tensor, low_precision: LowPrecisionConfig, init: bool) -> None:
         super().__init__()
         rank, (rows, columns) = low_precision.lora_rank, weight.shape
         assert rank is not None
         self.shape, self.rank = (rows, columns), rank
         self.kind, self.nested = low_precision.quantization_type, low_precision.use_double_quant
         self.factor = low_precision.lora_alpha / rank
-        parts = _parts(quantize(weight, self.kind, self.nested)) if fill else self._empty(weight)
+        parts = _parts(quantize(weight, self.kind, self.nested)) if init else self._empty(weight)
         for name, part in parts.items():
             self.register_buffer(name, part)
         self.lora_a = nn.Parameter(weight.new_empty(rank, columns))
@@ -86,7 +86,7 @@ class Adapter(nn.Module):
             "offset": weight.new_empty(()),
         }
 
-    def base(self) -> FourBit:
+    def base(self) -> Tensor4bit:
         """W. Scales are taken in float32, also where the model was cast."""
         state, outer = library().QuantState, None
         if self.nested:
@@ -105,7 +105,7 @@ class Adapter(nn.Module):
             offset=self.offset.float() if self.nested else None,
             state2=outer,
         )
-        return FourBit(self.codes, inner, self.shape)
+        return Tensor4bit(self.codes, inner, self.shape)
 
     def forward(self, x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         return weight.addmm_(self.lora_b.float(), self.lora_a.float(), alpha=self.factor)
 
 
-def _parts(packed: FourBit) -> dict[str, Tensor]:
+def _parts(packed: Tensor4bit) -> dict[str, Tensor]:
     """The tensors of a flat 4-bit tensor; the 16 levels, which its kind says, left out."""
     state, outer = packed.state, packed.state.state2
     parts = {"codes": packed.codes, "scales": state.absmax}
@@ -129,11 +129,11 @@ def _parts(packed: FourBit) -> dict[str, Tensor]:
     return parts
 
 
-def add_adapters(model: nn.Module, low_precision: LowPrecisionConfig, fill: bool = True) -> None:
+def add_lora(model: nn.Module, low_precision: LowPrecisionConfig, init: bool = True) -> None:
     """Freezes a model in place, hidden matrices in 4 bits, and adds what learns: A and B.
 
     `model` needs `matrices()`, all of them in linear layers; A is drawn from torch's generator.
-    fill: whether 4-bit weights are made of the model's; else they are unset, for load_state_dict.
+    init: whether 4-bit weights are made of the model's; else they are unset, for load_state_dict.
     `matrices()` goes on to tell the shapes of W, without storage, for counts of work and memory.
     Raises ConfigError where the model has other matrices, the rank is more than a side of one, or
     bitsandbytes is missing.
@@ -144,7 +144,7 @@ def add_adapters(model: nn.Module, low_precision: LowPrecisionConfig, fill: bool
     model.requires_grad_(False)
     shapes = {id(weight): (weight.detach().to("meta"), count) for weight, count in hidden}
     for linear in linears.values():
-        adapter = Adapter(linear.weight, low_precision, fill)
+        adapter = Adapter(linear.weight, low_precision, init)
         shape, _ = shapes[id(linear.weight)]
         del linear.weight
         linear.weight, linear.product = shape, adapter.forward
@@ -186,7 +186,7 @@ def _adapters(model: nn.Module) -> dict[str, Adapter]:
     }
 
 
-def merge_adapters(model: nn.Module) -> dict[str, Tensor]:
+def merge_lora(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model without adapters, float32, that computes the same."""
     adapters = _adapters(model)
     weights = {f"{name}.weight": adapter.merged() for name, adapter in adapters.items()}
@@ -194,7 +194,7 @@ def merge_adapters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in kept if f".{NAME}." not in name} | weights
 
 
-def adapter_line(model: nn.Module) -> str:
+def lora_description(model: nn.Module) -> str:
     """One line for the start of a run, counted and measured."""
     adapters = list(_adapters(model).values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
 from engine.hardware.world import resolve_device, supports_fast_bfloat16
-from engine.precision import four_bit
+from engine.precision import tensor_4bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
-from engine.precision.lora import adapter_line, add_adapters
+from engine.precision.lora import add_lora, lora_description
 from engine.precision.weights import HasWeights
 from engine.precision.weights_4bit import QuantizedWeights
 
@@ -65,24 +65,24 @@ class Precision:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def products(self) -> str:
+    def matmul_format(self) -> str:
         """What most products are computed in: "fp8", else the dtype's name."""
         return self.name if self._fp8_config is None else "fp8"
 
-    def prepare(self, model: nn.Module, planned_steps: int, fill: bool = True) -> list[str]:
+    def prepare(self, model: nn.Module, planned_steps: int, init: bool = True) -> list[str]:
         """Takes charge of a model on its device, whose weights are drawn or loaded; lines for the
         start of the run that tell what is covered. Raises ConfigError.
 
-        planned_steps: of the whole run; 4-bit weights set in after `quantize_after` of them. fill:
+        planned_steps: of the whole run; 4-bit weights set in after `quantize_after` of them. init:
         whether the weights matter.
         """
         lines = []
-        if restructure(model, self.config, fill):
-            lines.append(adapter_line(model))
+        if apply_lora(model, self.config, init):
+            lines.append(lora_description(model))
         elif self.config.use_4bit:
             self.quantized = QuantizedWeights(model, self.config)
             self.first_quantized = int(planned_steps * self.config.quantize_after) + 1
-            lines.append(self.quantized.line(self.first_quantized))
+            lines.append(self.quantized.description(self.first_quantized))
         if self._fp8_config is not None:
             self.fp8 = bind(self._fp8_config, model, self.device, self.dtype)
             lines.append(self._fp8_line(model))
@@ -105,7 +105,7 @@ class Precision:
         """Memory of the copies kept while weights are rounded."""
         return 0 if self.quantized is None else self.quantized.nbytes
 
-    def prove(self, trial: Callable[[], object]) -> list[str]:
+    def verify_fp8_used(self, trial: Callable[[], object]) -> list[str]:
         """Runs `trial`, a forward and backward pass, and says how many 8-bit products it made;
         RuntimeError for none. Random generators are left as they were."""
         if self.fp8 is None:
@@ -201,23 +201,23 @@ def _some(products: int) -> int:
     return products
 
 
-def restructure(model: nn.Module, config: LowPrecisionConfig, fill: bool) -> bool:
+def apply_lora(model: nn.Module, config: LowPrecisionConfig, init: bool) -> bool:
     """Gives a model the parameters that `low_precision` asks for in place of its own; whether it
-    did. fill: from the model's weights; else they are unset, for `load_state_dict`."""
+    did. init: from the model's weights; else they are unset, for `load_state_dict`."""
     if config.lora_rank is None:
         return False
-    add_adapters(model, config, fill)
+    add_lora(model, config, init)
     return True
 
 
-def affordable(request: Request) -> Request:
+def disable_unavailable_4bit(request: Request) -> Request:
     """The request without 4-bit weights where they cannot be had here and were not asked for, and
     with a note that says so. Raises ConfigError where they were."""
     low, switch = request.config.low_precision, "low_precision.use_4bit"
     if not low.use_4bit:
         return request
     try:
-        four_bit.check(resolve_device(request.config.system.device))
+        tensor_4bit.check_device(resolve_device(request.config.system.device))
     except ConfigError as error:
         if switch in request.given or low.lora_rank is not None:
             raise

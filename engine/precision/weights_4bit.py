@@ -7,7 +7,7 @@
 
 The one idea: within the block the parameters hold what their 4 bits stand for, and the gradients of
 those numbers are taken for the master weights' own. Nothing else knows of it: no model, optimizer
-or compiler, and checkpoints hold the masters, from which `tensors` packs the same 4 bits again.
+or compiler, and checkpoints hold the masters, from which `packed_tensors` packs the same 4 bits.
 
 Source: Bengio et al., arXiv 1308.3432 (straight-through gradients).
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import LowPrecisionConfig
-from engine.precision.four_bit import FourBit, quantize
+from engine.precision.tensor_4bit import Tensor4bit, quantize
 from engine.precision.weights import HasWeights
 
 
@@ -36,7 +36,7 @@ class QuantizedWeights:
         chosen = {id(matrix) for matrix, _ in weights.matrices()}
         chosen |= {id(end) for end, wanted in zip(ends.values(), asked, strict=True) if wanted}
         self.low_precision = low_precision
-        self._all = own_tensors(model)
+        self._all = unique_tensors(model)
         self._quantized = {name: p for name, p in self._all.items() if id(p) in chosen}
         self._left_out = [name for name, end in ends.items() if id(end) not in chosen]
         self._masters: list[Tensor] = []
@@ -59,7 +59,7 @@ class QuantizedWeights:
                 _write(parameter, master)
             self._masters.clear()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def packed_tensors(self) -> dict[str, Tensor]:
         """Every weight by its name, tied ones once; of those in 4 bits the parts: NAME holds the
         codes, NAME.absmax and so on are bitsandbytes' own."""
         assert not self._masters, "4 bits are packed from masters: rounded weights round otherwise"
@@ -77,7 +77,7 @@ class QuantizedWeights:
         """Memory of the masters during `applied`."""
         return sum(parameter.nbytes for parameter in self._quantized.values())
 
-    def line(self, first_step: int | None = None) -> str:
+    def description(self, first_step: int | None = None) -> str:
         """What is in 4 bits, counted; first_step: of those trained so."""
         low = self.low_precision
         trained = [p for p in self._all.values() if isinstance(p, nn.Parameter)]
@@ -90,7 +90,7 @@ class QuantizedWeights:
             + (f"; {' and '.join(self._left_out)} left out" if self._left_out else "")
         )
 
-    def _pack(self, weight: Tensor) -> FourBit:
+    def _pack(self, weight: Tensor) -> Tensor4bit:
         low = self.low_precision
         return quantize(weight, low.quantization_type, low.use_double_quant)
 
@@ -100,7 +100,7 @@ def _write(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict's own tensors, without copies; tied ones once, under the first name."""
     first: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():

@@ -46,7 +46,7 @@ from engine.planning.summary import (
     tokens_per_step,
     training_flops,
 )
-from engine.precision.precision import Precision, restructure
+from engine.precision.precision import Precision, apply_lora
 from engine.run_directory.directory import RunDirectory, directory_lines
 from engine.setup.begin import Beginning, begin, done_steps
 from engine.train_state import TrainState, restore_rng, seed_apart, seed_generators
@@ -72,7 +72,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     steps = planned_steps(start.config, world.size, epoch_tokens, before)
     refuse_impossible(start.config, precision, world, build_model)
     model = first_model(start, world)
-    covered = precision.prepare(model, steps, fill=not start.saved)
+    covered = precision.prepare(model, steps, init=not start.saved)
     optimizer = new_optimizer(model, start.config)
     wanted = wants_compiler(start.config, start.saved, model, steps, world) and precision.compiles
     needs = Needs(start.config, model, precision, world, wanted, base)
@@ -88,7 +88,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     trial = partial(try_model, model, precision, config, text.document_ids)
     compile_s, compiled = compile_model(model, wanted, world.device, trial)
     state.compiled = compile_s is not None
-    console.info(*precision.prove(trial))
+    console.info(*precision.verify_fp8_used(trial))
     training = state.has_work(config.training)
     batches = open_batches(text, config, data_state, world, stack) if training else iter(())
     known = facts(start, world, model, precision, steps)
@@ -140,7 +140,7 @@ def facts(
             "planned_steps": steps,
             "flops_per_token": training_flops(model, config),
             "processes": world.size,
-            "precision": precision.products,
+            "precision": precision.matmul_format,
         },
         "data": {"fingerprint": data.source.fingerprint, "lines": data.lines()},
     }
@@ -315,6 +315,6 @@ def unbound(model: nn.Module, config: Config, precision: Precision) -> nn.Module
     """A copy whose products are not bound to 8 bits, which take no sizes as odd as one token."""
     with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
         copy = build_model(config)
-    restructure(copy, config.low_precision, fill=False)
+    apply_lora(copy, config.low_precision, init=False)
     copy.load_state_dict(model.state_dict())
     return copy.to(precision.device)

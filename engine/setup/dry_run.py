@@ -46,7 +46,7 @@ def dry_run(request: Request, world: World) -> None:
     refuse_impossible(config, precision, world, build_model)
     with torch.device("meta"):
         model = build_model(config)
-    covered = precision.prepare(model, steps, fill=False)
+    covered = precision.prepare(model, steps, init=False)
     optimizer = new_optimizer(model, config)
     wanted = wants_compiler(config, start.saved if start else {}, model, steps, world)
     needs = Needs(config, model, precision, world, wanted and precision.compiles)

@@ -60,7 +60,7 @@ def build(config: Config) -> nn.Module:
 
 def save(out: Path, model: nn.Module, config: Config) -> int:
     """The export in 4 bits; returns the bytes of the weights."""
-    weights = QuantizedWeights(model, config.low_precision).tensors()
+    weights = QuantizedWeights(model, config.low_precision).packed_tensors()
     return write_export(out, weights, description(config, {"kind": "bytes"}))
 
 
@@ -184,7 +184,7 @@ def test_a_toy_export_takes_less_than_a_fifth_of_float32(tmp_path: Path) -> None
 def test_a_large_matrix_takes_half_a_byte_per_parameter(tmp_path: Path) -> None:
     config = config_of("bdh")
     model = build(replace(config, model=replace(config.model, mlp_internal_dim_multiplier=4096)))
-    weights = QuantizedWeights(model, config.low_precision).tensors()
+    weights = QuantizedWeights(model, config.low_precision).packed_tensors()
     for name, value in model.named_parameters():
         if value.numel() > 1_000_000:
             size = sum(t.nbytes for part, t in weights.items() if f"{part}.".startswith(f"{name}."))

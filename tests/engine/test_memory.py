@@ -44,7 +44,7 @@ from engine.planning.memory import (
     with_batch,
 )
 from engine.precision.fp8 import NativeBackend
-from engine.precision.lora import add_adapters
+from engine.precision.lora import add_lora
 from engine.precision.precision import Precision
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
@@ -179,7 +179,7 @@ def test_so_are_those_of_frozen_weights_with_adapters(
         name=cast(Any, name), n_layer=layers, n_embd=D, n_head=H, vocab_size=V, dropout=0.0
     )
     model = GPT(config, T) if name == "gpt" else Llama(config)
-    add_adapters(model, LowPrecisionConfig(lora_rank=4))
+    add_lora(model, LowPrecisionConfig(lora_rank=4))
     assert 0.87 < ratio(model, torch.randint(V, (B, T + 1)), dtype) < 1.2
 
 
@@ -225,7 +225,7 @@ def needs_of(config: Config, device: str = "meta") -> Needs:
     with torch.device(device):
         model = build_model(config)
     precision = Precision(config.low_precision, CPU.device, config.fp8)
-    precision.prepare(model, 10, fill=device != "meta")
+    precision.prepare(model, 10, init=device != "meta")
     return Needs(config, model, precision, CPU)
 
 

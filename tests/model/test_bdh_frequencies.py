@@ -14,7 +14,7 @@ from torch import Tensor
 from config import BDHConfig, Config, LowPrecisionConfig, ModelConfig
 from engine.checkpoint.export import description, write_export
 from engine.checkpoint.save_load import open_model
-from engine.precision.weights_4bit import QuantizedWeights, own_tensors
+from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model
 from model.bdh.model import BDH, from_upstream, to_upstream
 from model.bdh.tiling import Tiling, rope_frequencies
@@ -125,8 +125,8 @@ def test_frequencies_survive_exports_casts_and_the_way_back(tmp_path: Path) -> N
     back = to_upstream(model)  # type: ignore[arg-type]
     assert all(torch.equal(value, back[name]) for name, value in state.items())
     weights = {
-        "plain": own_tensors(model),
-        "bnb4": QuantizedWeights(model, LowPrecisionConfig()).tensors(),
+        "plain": unique_tensors(model),
+        "bnb4": QuantizedWeights(model, LowPrecisionConfig()).packed_tensors(),
     }
     for name, kept in weights.items():
         write_export(tmp_path / name, kept, description(config, {"kind": "bytes"}))

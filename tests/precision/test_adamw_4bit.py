@@ -27,7 +27,7 @@ from engine.optim.quantized_moments import (
     BLOCK,
     NF4,
     POWERS,
-    SPAN,
+    SUPERBLOCK,
     TORCH,
     decode_u,
     decode_v,
@@ -319,7 +319,9 @@ def test_it_consumes_no_random_numbers_and_depends_on_none() -> None:
 def test_rounding_differs_between_parameters_and_steps_alone() -> None:
     value = torch.full((BLOCK,), 0.5)
     value[0] = 1.0
-    codes = [encode_v(value, key).codes for key in [(0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, SPAN)]]
+    codes = [
+        encode_v(value, key).codes for key in [(0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, SUPERBLOCK)]
+    ]
     for place, one in enumerate(codes):
         assert all(not torch.equal(one, other) for other in codes[:place])
     assert torch.equal(codes[0], encode_v(value.clone(), (0, 1, 0)).codes)
@@ -342,7 +344,7 @@ def test_both_libraries_agree_on_cuda() -> None:
     codec = moments.nf4(device)
     if codec.library == "torch":
         pytest.skip("without bitsandbytes there is one codec")
-    numbers = torch.randn(SPAN, device=device)
+    numbers = torch.randn(SUPERBLOCK, device=device)
     codes, scales = codec.encode(numbers)
     expected, largest = TORCH.encode(numbers)
     assert torch.equal(codes, expected) and torch.equal(scales, largest)
@@ -393,14 +395,16 @@ def test_gradients_of_any_size_give_bounded_steps(size: float) -> None:
 def test_tensors_of_several_pieces_and_odd_ends_keep_their_moments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine.optim.adamw_4bit, "PIECE", SPAN)
+    monkeypatch.setattr(engine.optim.adamw_4bit, "CHUNK", SUPERBLOCK)
     parameter = nn.Parameter(torch.zeros(3, 23_477))  # not a whole number of blocks or pieces
     parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     optimizer = AdamW4bit([{"params": [parameter]}], BETAS, 1e-8)
     optimizer.step()
     values = optimizer.state[parameter]
     u, v = (
-        moments.Rounded(*(values[f"{moment}_{name}"] for name in moments.Rounded._fields))
+        moments.Quantized4bit(
+            *(values[f"{moment}_{name}"] for name in moments.Quantized4bit._fields)
+        )
         for moment in "uv"
     )
     g = parameter.grad.view(-1)
@@ -437,7 +441,7 @@ def test_a_small_bdh_trains_with_it() -> None:
 @st.composite
 def numbers(draw: st.DrawFn) -> Tensor:
     """Float32 numbers >= 0 of any count, over any decades down to subnormal ones, many zero."""
-    count = draw(st.integers(1, 600) | st.integers(SPAN - 3, SPAN + 700))
+    count = draw(st.integers(1, 600) | st.integers(SUPERBLOCK - 3, SUPERBLOCK + 700))
     middle = draw(st.floats(-42, 30))
     decades = draw(st.floats(0, 8))
     zeros = draw(st.sampled_from([0.0, 0.5, 0.99, 1.0]))
@@ -522,12 +526,14 @@ def test_numbers_on_both_sides_of_each_border_take_the_nearer_level() -> None:
 
 def test_second_moments_are_right_on_average() -> None:
     draw = torch.Generator().manual_seed(0)
-    blocks = 10 ** (-2.9 * torch.rand(SPAN // BLOCK, BLOCK, generator=draw))
+    blocks = 10 ** (-2.9 * torch.rand(SUPERBLOCK // BLOCK, BLOCK, generator=draw))
     blocks[:, 0] = 1.0
     values = blocks * 10 ** (-20 * torch.rand(len(blocks), 1, generator=draw))
     total = torch.zeros_like(blocks)
     for step in range(100):
-        total += decode_v(encode_v(values.view(-1), (0, step, 0)), SPAN).view(-1, BLOCK) / values
+        total += (
+            decode_v(encode_v(values.view(-1), (0, step, 0)), SUPERBLOCK).view(-1, BLOCK) / values
+        )
     for decade in (2e-3, 1e-2, 1e-1):
         some = (blocks >= decade) & (blocks < 10 * decade)
         assert total[some].mean().item() / 100 == pytest.approx(1, abs=2e-3)

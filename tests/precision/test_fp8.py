@@ -525,8 +525,8 @@ def test_a_run_whose_8_bit_products_are_none_stops() -> None:
     (line,) = precision.prepare(model, 10)
     assert line.startswith("fp8: 8 of 9 matmuls, native, current scaling; lm_head ")
     with pytest.raises(RuntimeError, match="no 8-bit product is made"):
-        precision.prove(lambda: None)
-    (told,) = precision.prove(lambda: train_once(model, TOKENS))
+        precision.verify_fp8_used(lambda: None)
+    (told,) = precision.verify_fp8_used(lambda: train_once(model, TOKENS))
     assert told == "fp8: 24 products in a trial step"
     assert precision.metrics() == {}
     with precision.training(1):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from config import ConfigError, LowPrecisionConfig
 from engine.checkpoint.contents import check_plain
 from engine.hardware.world import compiler_for
-from engine.precision.four_bit import quantize
-from engine.precision.lora import Adapter, adapter_line, add_adapters, merge_adapters
+from engine.precision.lora import Adapter, add_lora, lora_description, merge_lora
+from engine.precision.tensor_4bit import quantize
 from model import build_model
 from model.transformer import Transformer
 from tests.model.transformers import VOCABULARY, config, small
@@ -42,7 +42,7 @@ def adapted(name: str, trained: bool = True, **options: Any) -> Transformer:
     """A small model with adapters, whose B is zero where not `trained`."""
     torch.manual_seed(0)
     model = small(name, **MODELS[name])
-    add_adapters(model, low(**options))
+    add_lora(model, low(**options))
     for adapter in adapters(model) if trained else []:
         nn.init.normal_(adapter.lora_b, std=0.1)
     return model
@@ -82,7 +82,7 @@ def test_the_first_step_computes_exactly_the_model_in_4_bits(
     rounded = copy.deepcopy(model)
     for weight, _ in rounded.matrices():
         weight.data = quantize(weight, kind, double).dequantize()
-    add_adapters(model, low(quantization_type=kind, use_double_quant=double))
+    add_lora(model, low(quantization_type=kind, use_double_quant=double))
     with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
         assert torch.equal(model(tokens()), rounded(tokens()))
 
@@ -90,7 +90,7 @@ def test_the_first_step_computes_exactly_the_model_in_4_bits(
 @both
 def test_gradients_are_those_of_the_formula_and_only_the_adapters_get_any(name: str) -> None:
     model = adapted(name).double()
-    written_out = plain(name, merge_adapters(model)).double()
+    written_out = plain(name, merge_lora(model)).double()
     matrices = []
     for adapter, (weight, _) in zip(adapters(model), written_out.matrices(), strict=True):
         matrices.append([p.detach().clone().requires_grad_() for p in adapter.parameters()])
@@ -152,7 +152,7 @@ def test_a_frozen_number_takes_about_half_a_byte() -> None:
     hidden = sum(weight.numel() for weight, _ in model.matrices())
     rest = sum(p.numel() for p in model.parameters()) - hidden
     assert live_bytes() - empty >= 4 * (hidden + rest)
-    add_adapters(model, low())
+    add_lora(model, low())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = live_bytes() - empty - 4 * (rest + learning)
     assert 0.5 <= held / hidden <= 0.53
@@ -180,7 +180,7 @@ def test_a_saved_model_is_loaded_bit_for_bit_into_an_unfilled_one(name: str, dou
     torch.save(model.state_dict(), file)
     file.seek(0)
     fresh = cast(Transformer, build_model(config(name, **MODELS[name])))
-    add_adapters(fresh, low(use_double_quant=double), fill=False)
+    add_lora(fresh, low(use_double_quant=double), init=False)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh(tokens()), model(tokens()))
 
@@ -188,7 +188,7 @@ def test_a_saved_model_is_loaded_bit_for_bit_into_an_unfilled_one(name: str, dou
 @both
 def test_the_merged_weights_are_those_of_a_plain_model_that_computes_the_same(name: str) -> None:
     model = adapted(name)
-    merged = plain(name, merge_adapters(model))
+    merged = plain(name, merge_lora(model))
     torch.testing.assert_close(merged(tokens()), model(tokens()), atol=1e-4, rtol=1e-4)
     assert (merged(tokens()) - adapted(name, trained=False)(tokens())).abs().max() > 0.1
 
@@ -215,7 +215,7 @@ def test_counts_of_work_still_know_the_matrices(name: str) -> None:
 
 
 def test_the_line_counts_what_learns_and_what_is_frozen() -> None:
-    assert adapter_line(adapted("llama", quantization_type="fp4", use_double_quant=False)) == (
+    assert lora_description(adapted("llama", quantization_type="fp4", use_double_quant=False)) == (
         "Adapters of rank 4 on 8 matrices: 4,864 trained of 30,720 frozen in fp4 (0.56 bytes each)"
     )
 
@@ -233,21 +233,21 @@ def test_compiled_adapters_compute_the_same() -> None:
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"low_precision\.lora_rank=4.*model\.name=bdh"):
-        add_adapters(build_model(config("bdh")), low())
+        add_lora(build_model(config("bdh")), low())
 
 
 def test_a_rank_beyond_a_matrix_is_refused_before_anything_is_changed() -> None:
     model = small("gpt")
     with pytest.raises(ConfigError, match=r"lora_rank=33 is more .*c_attn\.weight, 96 x 32\. .*32"):
-        add_adapters(model, low(lora_rank=33))
+        add_lora(model, low(lora_rank=33))
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize("init", [True, False])
 def test_without_bitsandbytes_the_install_command_is_given(
-    monkeypatch: pytest.MonkeyPatch, fill: bool
+    monkeypatch: pytest.MonkeyPatch, init: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="pip install 'bitsandbytes"):
-        add_adapters(small("gpt"), low(), fill)
+        add_lora(small("gpt"), low(), init)

@@ -15,7 +15,7 @@ import engine.optim.muon
 from config import BDHConfig, OptimizerConfig
 from engine.checkpoint.contents import check_plain
 from engine.optim.build import build_optimizer, load_optimizer, set_learning_rate
-from engine.optim.muon import COEFFICIENTS, orthogonalized
+from engine.optim.muon import COEFFICIENTS, orthogonalize
 from model.bdh.model import BDH
 
 MUON = OptimizerConfig(name="muon")
@@ -81,9 +81,9 @@ def test_orthogonalized_is_the_papers_iteration_on_each_matrix(shape: tuple[int,
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([slow(matrix) for matrix in matrices])
     torch.testing.assert_close(
-        orthogonalized(matrices, torch.float32).double(), expected, rtol=0, atol=1e-5
+        orthogonalize(matrices, torch.float32).double(), expected, rtol=0, atol=1e-5
     )
-    rounded = orthogonalized(matrices, torch.bfloat16)
+    rounded = orthogonalize(matrices, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.double() - expected).norm() < 0.05 * expected.norm()
 
@@ -91,12 +91,12 @@ def test_orthogonalized_is_the_papers_iteration_on_each_matrix(shape: tuple[int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_singular_values_end_near_one(dtype: torch.dtype) -> None:
     matrices = torch.randn(4, 48, 128, generator=torch.Generator().manual_seed(0)) * 1e-6
-    values = torch.linalg.svdvals(orthogonalized(matrices, dtype).float())
+    values = torch.linalg.svdvals(orthogonalize(matrices, dtype).float())
     assert values.min() > 0.66 and values.max() < 1.22
 
 
 def test_a_matrix_without_gradient_stays_where_it_is() -> None:
-    assert not orthogonalized(torch.zeros(2, 8, 8), torch.bfloat16).any()
+    assert not orthogonalize(torch.zeros(2, 8, 8), torch.bfloat16).any()
 
 
 def test_single_matrices_move_as_torchs_muon_moves_them() -> None:
@@ -225,10 +225,10 @@ def test_the_loss_scaler_unscales_for_it_and_skips_overflows() -> None:
 
 def test_the_products_in_bfloat16_repeat_bit_for_bit() -> None:
     matrices = torch.randn(3, 40, 130, generator=torch.Generator().manual_seed(0))
-    first = orthogonalized(matrices, torch.bfloat16)
+    first = orthogonalize(matrices, torch.bfloat16)
     shifted = torch.empty(matrices.numel() + 1)[1:].view_as(matrices).copy_(matrices)
     for _ in range(20):
-        assert torch.equal(orthogonalized(shifted.clone(), torch.bfloat16), first)
+        assert torch.equal(orthogonalize(shifted.clone(), torch.bfloat16), first)
 
 
 def test_a_small_bdh_trains_with_it() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from config import Config
 from engine.checkpoint.save_load import load_checkpoint, load_model
-from engine.precision.lora import add_adapters
+from engine.precision.lora import add_lora
 from model import build_model
 from tests.engine.test_distributed import processes
 from tests.runs import assert_equal, metrics, only_run, run_here
@@ -273,7 +273,7 @@ def test_adapters_on_4_bit_weights_train_resume_and_load(
     assert not any(name.endswith("c_fc.weight") for name in saved)  # only codes of it
     model, config = load_model(run)
     trained = build_model(config)
-    add_adapters(trained, config.low_precision, fill=False)
+    add_lora(trained, config.low_precision, init=False)
     trained.load_state_dict(saved)
     tokens = torch.arange(32).view(2, 16)
     torch.testing.assert_close(model(tokens), trained.eval()(tokens), rtol=1e-4, atol=1e-4)

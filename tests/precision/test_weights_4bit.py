@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, LowPrecisionConfig, ModelConfig, TrainingConfig
 from engine.precision import weights_4bit as quantized
-from engine.precision.four_bit import quantize
-from engine.precision.weights_4bit import QuantizedWeights, own_tensors
+from engine.precision.tensor_4bit import quantize
+from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import LanguageModel, build_model
 
 V = 256
@@ -194,32 +194,32 @@ def test_options_add_the_embedding_and_the_head(
 
 def test_the_line_counts_what_is_covered() -> None:
     model = build("bdh")
-    assert QuantizedWeights(model, LOW).line(2400) == (
+    assert QuantizedWeights(model, LOW).description(2400) == (
         "4-bit weights: 3 of 5 tensors, 13,824 of 26,112 parameters "
         "(nf4, double quantization, from step 2400); embedding and head left out"
     )
     low = LowPrecisionConfig(
         quantization_type="fp4", use_double_quant=False, quantize_embedding=True, quantize_head=True
     )
-    assert QuantizedWeights(model, low).line() == (
+    assert QuantizedWeights(model, low).description() == (
         "4-bit weights: 5 of 5 tensors, 26,112 of 26,112 parameters (fp4)"
     )
     low = LowPrecisionConfig(quantize_head=True)
-    assert QuantizedWeights(model, low).line().endswith("; embedding left out")
+    assert QuantizedWeights(model, low).description().endswith("; embedding left out")
     assert QuantizedWeights(model, LOW).nbytes == 4 * 13_824
 
 
 def test_a_tied_embedding_is_one_tensor() -> None:
     low = LowPrecisionConfig(quantize_embedding=True, quantize_head=True)
     model = build("gpt")
-    assert "9 of 15 tensors" in QuantizedWeights(model, low).line()
-    assert list(own_tensors(model)) == [name for name, _ in model.named_parameters()]
+    assert "9 of 15 tensors" in QuantizedWeights(model, low).description()
+    assert list(unique_tensors(model)) == [name for name, _ in model.named_parameters()]
 
 
 def test_masters_alone_are_packed() -> None:
     weights = QuantizedWeights(build("bdh"), LOW)
     with weights.applied(), pytest.raises(AssertionError, match="packed from masters"):
-        weights.tensors()
+        weights.packed_tensors()
 
 
 def test_a_compiled_model_sees_the_rounded_weights_and_is_not_compiled_again() -> None:

@@ -27,7 +27,7 @@ SCALES = 256  # scales with one scale of their own
 INSTALL = "pip install 'bitsandbytes>=0.50,<1'"
 
 
-def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
+def import_bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
     """The library; ConfigError with the install command where it cannot be had."""
     # On some CPUs it warns of a kernel for inference that is not there and that nothing here needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -44,10 +44,10 @@ def bitsandbytes(needed_by: str, otherwise: str = "") -> Any:
 
 def library() -> Any:
     """Its functions for weights; raises ConfigError."""
-    return bitsandbytes("4-bit weights", "low_precision.use_4bit: false").functional
+    return import_bitsandbytes("4-bit weights", "low_precision.use_4bit: false").functional
 
 
-def check(device: torch.device) -> None:
+def check_device(device: torch.device) -> None:
     """Raises ConfigError where weights cannot be taken to 4 bits on this device."""
     library()
     if device.type in ("cpu", "cuda"):  # what bitsandbytes is made for
@@ -62,7 +62,7 @@ def check(device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class FourBit:
+class Tensor4bit:
     """A tensor of any shape as codes and scales."""
 
     codes: Tensor  # uint8 (n / 2, 1): two numbers in each, the first in the high bits
@@ -89,7 +89,7 @@ class FourBit:
         return sum(part.nbytes for part in self.tensors().values())
 
 
-def quantize(value: Tensor, kind: str, double: bool) -> FourBit:
+def quantize(value: Tensor, kind: str, double: bool) -> Tensor4bit:
     """kind: "nf4" or "fp4". double: the scales in 8 bits."""
     functional = library()
     codes, state = functional.quantize_4bit(
@@ -100,11 +100,11 @@ def quantize(value: Tensor, kind: str, double: bool) -> FourBit:
         centred = state.absmax - state.offset
         state.absmax, state.state2 = functional.quantize_blockwise(centred, blocksize=SCALES)
         state.nested = True
-    return FourBit(codes, state, tuple(value.shape))
+    return Tensor4bit(codes, state, tuple(value.shape))
 
 
-def from_tensors(parts: dict[str, Tensor]) -> FourBit:
-    """What `FourBit.tensors` gave; ValueError where parts are missing or do not fit."""
+def from_tensors(parts: dict[str, Tensor]) -> Tensor4bit:
+    """What `Tensor4bit.tensors` gave; ValueError where parts are missing or do not fit."""
     codes = parts["weight"]
     stats = {name.removeprefix("weight."): p for name, p in parts.items() if name != "weight"}
     try:
@@ -115,4 +115,4 @@ def from_tensors(parts: dict[str, Tensor]) -> FourBit:
     if codes.dtype != torch.uint8 or codes.numel() != (math.prod(shape) + 1) // 2:
         raise ValueError(f"4-bit weight of shape {shape} with {codes.numel()} bytes of codes")
     state.shape = torch.Size([math.prod(shape)])
-    return FourBit(codes, state, shape)
+    return Tensor4bit(codes, state, shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError
-from engine.precision.four_bit import BLOCK, FourBit, from_tensors, library, quantize
+from engine.precision.tensor_4bit import BLOCK, Tensor4bit, from_tensors, library, quantize
 
 KINDS = [(kind, double) for kind in ("nf4", "fp4") for double in (False, True)]
 # With AVX-512, bitsandbytes unpacks (1000, 32), (1000, 96), (10, 160) wrongly where not flat.
@@ -22,7 +22,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def decoded(packed: FourBit) -> Tensor:
+def decoded(packed: Tensor4bit) -> Tensor:
     """Each number by itself: its level times its block's scale."""
     state = packed.state
     levels, scales = cast(Tensor, state.code), cast(Tensor, state.absmax)
