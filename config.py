@@ -34,9 +34,15 @@ from settings.help import help_text
 from settings.layers import Merged, from_mapping, merge
 from settings.overrides import Arguments, parse_arguments
 from settings.problems import Origin, Problem, raise_problems
-from settings.rules import check_rules, first_superseded, nearest_multiples
+from settings.rules import (
+    Rule,
+    check_rules,
+    first_superseded,
+    model_option_rules,
+    nearest_multiples,
+)
 from settings.rules import setting as setting
-from settings.schema import Form, Schema, option, schema_of
+from settings.schema import Form, Schema, Section, option, schema_of
 from settings.sources import read_layers
 from settings.terminal import printable
 from settings.torchrun import report_to_torchrun as report_to_torchrun
@@ -54,93 +60,144 @@ MOST_MICRO_STEPS = 10**6  # per optimizer step and process
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
-class _Section:
+class _Section(Section, section="", on_resume="explicit", effect="results"):
     """A section checks its own values, however it is made; whole numbers become floats."""
 
-    __slots__ = ()
-
     def __post_init__(self) -> None:
-        name = next(name for name, made in SECTIONS.items() if made is type(self))
-        values, problems = check_section(name, self)
+        values, problems = check_section(self)
         raise_problems(Problem(Origin(), text) for text in problems)
         for option_name, value in values.items():
             object.__setattr__(self, option_name, value)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig(_Section):
+def _has_learned_positions(saved: Config) -> bool:
+    return saved.model.name == "gpt"
+
+
+def _trains_adapters(saved: Config) -> bool:
+    return saved.low_precision.lora_rank is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section, section="model", on_resume="fixed", effect="results"):
     """The network."""
 
     name: Literal["bdh", "gpt", "llama"] = option("bdh", "architecture")
-    n_layer: int = option(6, "layers", ge=1)
+    n_layer: int = option(6, "number of layers", ge=1)
     n_embd: int = option(256, "width of the residual stream", ge=1)
-    n_head: int = option(4, "heads; divides n_embd", ge=1)
-    dropout: float = option(0.1, "share of activations dropped", ge=0, lt=1)
-    vocab_size: int | None = option(None, "vocabulary; null: the tokenizer's", ge=1)
-    mask: Literal["causal", "causal_document"] = option("causal", "causal_document: own text only")
-    mlp_internal_dim_multiplier: int = option(128, "bdh: neurons per n_embd, all heads", ge=1)
-    bias: bool = option(False, "gpt: biases in linear layers and LayerNorms")
-    mlp_bias: bool | None = option(None, "gpt: in the MLP; null: as bias")
-    attn_bias: bool | None = option(None, "gpt: of queries, keys, values")
-    proj_bias: bool | None = option(None, "gpt: of attention's output")
-    ln_bias: bool | None = option(None, "gpt: in LayerNorms")
-    cls_head_bias: bool = option(False, "gpt: of the logits")
-    activation: Literal["gelu", "gelu_tanh", "relu"] = option("gelu", "gpt; gelu_tanh: OpenAI's")
-    mlp_scale_factor: int = option(4, "gpt: width of the MLP per n_embd", ge=1)
-    tie_embeddings: bool = option(True, "gpt: the head is the embedding")
-    d_ff: int | None = option(None, "llama: MLP; null: 8/3 n_embd in 64s", ge=1)
-    rope_theta: float = option(10000.0, "llama: base of the rotation's wavelengths", gt=0)
-    n_kv_head: int | None = option(None, "llama: heads of keys; null: n_head", ge=1)
-    attention: Literal["auto", "flash", "flex", "math"] = option("auto", "gpt, llama: kernel")
+    n_head: int = option(4, "attention heads per layer; must divide n_embd", ge=1)
+    dropout: float = option(0.1, "dropout probability", on_resume="explicit", ge=0, lt=1)
+    vocab_size: int | None = option(None, "vocabulary size; null: from the tokenizer", ge=1)
+    mask: Literal["causal", "causal_document"] = option(
+        "causal", "causal_document: own document only", on_resume="explicit"
+    )
+    mlp_internal_dim_multiplier: int = option(
+        128, "bdh: number of neurons = this * n_embd", models=("bdh",), ge=1
+    )
+    bias: bool = option(False, "gpt: biases in linear layers and LayerNorms", models=("gpt",))
+    mlp_bias: bool | None = option(None, "gpt: biases of the MLP; null: as bias", models=("gpt",))
+    attn_bias: bool | None = option(
+        None, "gpt: biases of q, k and v; null: as bias", models=("gpt",)
+    )
+    proj_bias: bool | None = option(
+        None, "gpt: bias of attention's output; null: as bias", models=("gpt",)
+    )
+    ln_bias: bool | None = option(None, "gpt: biases of LayerNorms; null: as bias", models=("gpt",))
+    cls_head_bias: bool = option(False, "gpt: bias of the output head", models=("gpt",))
+    activation: Literal["gelu", "gelu_tanh", "relu"] = option(
+        "gelu", "gpt: in the MLP; GPT-2 has gelu_tanh", models=("gpt",)
+    )
+    mlp_scale_factor: int = option(4, "gpt: MLP width = this * n_embd", models=("gpt",), ge=1)
+    tie_embeddings: bool = option(
+        True, "gpt: output head shares the embedding's weights", models=("gpt",)
+    )
+    d_ff: int | None = option(
+        None, "llama: MLP width; null: about 8/3 * n_embd", models=("llama",), ge=1
+    )
+    rope_theta: float = option(
+        10000.0, "llama: base of the rotary embedding (RoPE)", models=("llama",), gt=0
+    )
+    n_kv_head: int | None = option(
+        None, "llama: key/value heads; null: n_head", models=("llama",), ge=1
+    )
+    attention: Literal["auto", "flash", "flex", "math"] = option(
+        "auto", "gpt, llama: attention kernel", models=("gpt", "llama"), on_resume="free"
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Section, section="training", on_resume="free", effect="results"):
     """The run: sizes, length, evaluation and checkpoints."""
 
-    block_size: int = option(512, "length of a training sequence", ge=1, unit="tokens")
-    batch_size: int | Literal["auto"] = option(8, "sequences per process and micro-step", ge=1)
-    gradient_accumulation_steps: int = option(
-        1, "micro-steps per step, each process", ge=1, le=MOST_MICRO_STEPS
+    block_size: int = option(
+        512,
+        "context length in training",
+        on_resume="explicit",
+        fixed_if=_has_learned_positions,
+        effect="eval_rows",
+        ge=1,
+        unit="tokens",
     )
-    tokens_per_step: int | None = option(None, "size of a step, all processes", ge=1, unit="tokens")
+    batch_size: int | Literal["auto"] = option(
+        8, "sequences per process and micro-step", on_resume="split", effect="eval_rows", ge=1
+    )
+    gradient_accumulation_steps: int = option(
+        1, "micro-steps per step, on each process", on_resume="split", ge=1, le=MOST_MICRO_STEPS
+    )
+    tokens_per_step: int | None = option(
+        None, "size of a step over all processes", on_resume="split", ge=1, unit="tokens"
+    )
     max_iters: int = option(3000, "length of the run", ge=1, unit="optimizer steps")
-    epochs: int | None = option(None, "passes over the data, if that ends first", ge=1)
-    learning_rate: float = option(1e-3, "peak rate, after warm-up", gt=0)
-    weight_decay: float = option(0.1, "decay of matrices", ge=0)
+    epochs: int | None = option(None, "stop after this many passes over the data", ge=1)
+    learning_rate: float = option(
+        1e-3, "peak learning rate, reached after warm-up", on_resume="explicit", gt=0
+    )
+    weight_decay: float = option(0.1, "weight decay, of matrices only", on_resume="explicit", ge=0)
     log_freq: int = option(100, "logging interval", ge=1, unit="steps")
     test_freq: int | None = option(500, "evaluation interval; null: never", ge=1, unit="steps")
-    eval_iters: int = option(50, "batches per evaluation and split", ge=1)
-    eval_batch_size: int | None = option(None, "sequences in these; null: batch_size", ge=1)
-    eval_only: bool = option(False, "evaluate once and leave")
-    checkpoint_freq: int | None = option(500, "save interval; null: at the end", ge=1, unit="steps")
-    save_every: float | None = option(None, "save also after this time", gt=0, unit="seconds")
-    always_save_checkpoint: bool = option(True, "false: at a best held-out loss and at the end")
-    save_model: bool = option(True, "false: no checkpoints, no run directory")
-    keep_last: int | None = option(None, "newest checkpoints to keep; null: all", ge=1)
-    checkpoint_dir: str = option("checkpoints", "folder that holds the run directories")
-    resume_from_checkpoint: str | None = option(None, "checkpoint, run directory or auto")
-    init_from: str = option("scratch", "scratch, resume, gpt2, gpt2-xl, a path")
-    seed: int = option(1337, "seed of weights, data order and dropout", ge=0)
-    sample_prompt: str | None = option(None, "write on from this at each evaluation")
+    eval_iters: int = option(50, "batches per evaluation and split", effect="eval_rows", ge=1)
+    eval_batch_size: int | None = option(
+        None, "evaluation batch size; null: batch_size", effect="eval_rows", ge=1
+    )
+    eval_only: bool = option(False, "evaluate once and exit, without training")
+    checkpoint_freq: int | None = option(
+        500, "save interval; null: only at the end", ge=1, unit="steps"
+    )
+    save_every: float | None = option(None, "also save after this much time", gt=0, unit="seconds")
+    always_save_checkpoint: bool = option(
+        True, "false: save only at a new best loss and at the end"
+    )
+    save_model: bool = option(True, "false: write no checkpoints and no run directory")
+    keep_last: int | None = option(None, "checkpoints to keep, the newest; null: all", ge=1)
+    checkpoint_dir: str = option("checkpoints", "folder for run directories", effect="none")
+    resume_from_checkpoint: str | None = option(
+        None, "auto, a run directory or a checkpoint", effect="none"
+    )
+    init_from: str = option("scratch", "initial weights: scratch, resume, gpt2, a path")
+    seed: int = option(1337, "seed of weights, data order and dropout", on_resume="fixed", ge=0)
+    sample_prompt: str | None = option(None, "prompt to sample from at evaluations; null: off")
     sample_tokens: int = option(100, "length of that sample", ge=1, le=10**6, unit="tokens")
-    use_oracle: bool = option(False, "one batch for ever: loss falls to 0")
-    debug: bool = option(False, "show tracebacks")
+    use_oracle: bool = option(
+        False, "debugging: repeat one batch; loss should reach 0", on_resume="explicit"
+    )
+    debug: bool = option(False, "show Python tracebacks of errors", effect="none")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig(_Section):
-    """The optimizer; its learning rate and weight decay stand in training."""
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Section, section="optimizer", on_resume="explicit", effect="results"):
+    """The optimizer; learning_rate and weight_decay are set under training."""
 
-    name: Literal["adamw", "adamw_8bit", "muon"] = option("adamw", "muon: adamw but for matrices")
-    beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
-    eps: float = option(1e-8, "added to the denominator", gt=0)
-    grad_clip: float = option(1.0, "largest gradient norm; 0: off", ge=0)
+    name: Literal["adamw", "adamw_8bit", "muon"] = option(
+        "adamw", "muon: hidden matrices, rest AdamW", on_resume="fixed"
+    )
+    beta1: float = option(0.9, "decay rate of the first moment", ge=0, lt=1)
+    beta2: float = option(0.95, "decay rate of the second moment", ge=0, lt=1)
+    eps: float = option(1e-8, "added to AdamW's denominator", gt=0)
+    grad_clip: float = option(1.0, "maximum norm of the gradients; 0: no clipping", ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(_Section, section="schedule", on_resume="explicit", effect="results"):
     """The learning rate over the run."""
 
     decay_lr: bool = option(True, "false: constant after warm-up")
@@ -150,97 +207,115 @@ class ScheduleConfig(_Section):
         None, "end of decay; null: end of the run", ge=1, unit="steps"
     )
     min_lr: float | None = option(None, "final rate; null: learning_rate / 10", ge=0)
-    wsd_decay_fraction: float = option(0.2, "wsd: final share of the steps that decay", gt=0, le=1)
+    wsd_decay_fraction: float = option(0.2, "wsd: fraction of steps in the final decay", gt=0, le=1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataLoaderConfig(_Section):
-    """How batches are prepared; none of it changes the batches, shuffle aside."""
+@dataclass(frozen=True, kw_only=True)
+class DataLoaderConfig(_Section, section="dataloader", on_resume="free", effect="results"):
+    """How batches are prepared; only shuffle changes what is in them."""
 
-    num_workers: int = option(0, "processes that read ahead; 0: a thread", ge=0, le=1024)
-    pin_memory: bool = option(True, "page-locked batches on CUDA")
-    prefetch_factor: int = option(2, "batches ahead per worker", ge=1, le=4096)
-    shuffle: bool = option(True, "a new order of documents each epoch")
+    num_workers: int = option(0, "worker processes; 0: a thread", ge=0, le=1024)
+    pin_memory: bool = option(True, "pinned (page-locked) host memory on CUDA")
+    prefetch_factor: int = option(2, "batches prepared ahead, per worker", ge=1, le=4096)
+    shuffle: bool = option(True, "another order of documents in each epoch", on_resume="fixed")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetConfig(_Section):
-    """The text."""
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(_Section, section="dataset", on_resume="explicit", effect="text"):
+    """The text to train on."""
 
     parquet_dir: str = option("data/python-stdlib", "folder of parquet files, nested or not")
-    train_data_path: str | None = option(None, "token file (.bin, .ids, .npy), not parquet")
-    val_data_path: str | None = option(None, "token file; null: test_fraction of the other")
+    train_data_path: str | None = option(None, "a token file instead (.bin, .ids, .npy)")
+    val_data_path: str | None = option(None, "held-out token file; null: test_fraction")
     name: str | None = option(None, "token files data/NAME/train.bin and val.bin")
     token_dtype: Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"] = option(
-        "auto", ".bin, .ids"
+        "auto", "of .bin, .ids", effect="eval_rows"
     )
-    max_cached_files: int = option(5, "files open at a time, per worker", ge=1)
-    text_column: str = option("text", "column that holds the documents")
-    test_fraction: float = option(0.05, "share held out for evaluation", ge=0, lt=1)
-    on_bad_shard: Literal["error", "skip"] = option("error", "what to do with an unreadable file")
+    max_cached_files: int = option(
+        5, "open files, per worker", on_resume="free", effect="results", ge=1
+    )
+    text_column: str = option("text", "parquet column with the documents")
+    test_fraction: float = option(0.05, "fraction held out for evaluation", ge=0, lt=1)
+    on_bad_shard: Literal["error", "skip"] = option(
+        "error", "unreadable file: stop or leave it out", effect="results"
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(_Section, section="tokenizer", on_resume="explicit", effect="results"):
     """From text to tokens."""
 
-    name: str = option("auto", "auto, bytes, char, gpt2, a file, a Hub name")
-    vocab_multiple: int = option(1, "model.vocab_size: null is rounded up to this", ge=1)
+    name: str = option("auto", "auto, bytes, char, gpt2, a file, a Hub name", effect="eval_rows")
+    vocab_multiple: int = option(1, "vocab_size: null is rounded up to a multiple", ge=1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LowPrecisionConfig(_Section):
-    """Number formats of arithmetic, weights and optimizer state."""
+@dataclass(frozen=True, kw_only=True)
+class LowPrecisionConfig(_Section, section="low_precision", on_resume="explicit", effect="results"):
+    """Number formats of matrix products, weights and optimizer state."""
 
-    use_fp8: bool = option(False, "8-bit products (Hopper and later)")
-    use_4bit: bool | Literal["auto"] = option("auto", "train for 4-bit weights; auto: bdh")
-    use_4bit_optimizer: bool = option(False, "AdamW, its moments in 4 bits")
-    quantization_type: Literal["nf4", "fp4"] = option("nf4", "4-bit weights: the 16 levels")
-    use_double_quant: bool = option(True, "4-bit weights: their scales in 8 bits")
-    quantize_embedding: bool = option(False, "4-bit weights: embeddings too")
-    quantize_head: bool = option(False, "4-bit weights: the head too")
-    quantize_after: float = option(0.8, "4-bit weights: after this part", ge=0, lt=1)
-    lora_rank: int | None = option(None, "adapters on frozen 4-bit weights", ge=1)
-    lora_alpha: float = option(16.0, "adapters: times alpha / rank", gt=0)
+    use_fp8: bool = option(False, "8-bit matrix products (Ada, Hopper or newer GPU)")
+    use_4bit: bool | Literal["auto"] = option("auto", "train for 4-bit weights; auto: bdh and LoRA")
+    use_4bit_optimizer: bool = option(False, "AdamW with moments in 4 bits", on_resume="fixed")
+    quantization_type: Literal["nf4", "fp4"] = option(
+        "nf4", "4-bit weights: the 16 levels", fixed_if=_trains_adapters
+    )
+    use_double_quant: bool = option(
+        True, "4-bit weights: their scales in 8 bits", fixed_if=_trains_adapters
+    )
+    quantize_embedding: bool = option(False, "4-bit weights: the embedding too")
+    quantize_head: bool = option(False, "4-bit weights: the output head too")
+    quantize_after: float = option(0.8, "4-bit weights: after this part of the run", ge=0, lt=1)
+    lora_rank: int | None = option(
+        None, "LoRA rank; base weights frozen in 4 bits", on_resume="fixed", ge=1
+    )
+    lora_alpha: float = option(
+        16.0, "LoRA: output scaled by alpha / rank", fixed_if=_trains_adapters, gt=0
+    )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", "format of matrix products"
+        "bfloat16", "dtype of matrix products"
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fp8Config(_Section):
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config(_Section, section="fp8", on_resume="explicit", effect="results"):
     """How low_precision.use_fp8 computes."""
 
-    backend: Literal["auto", "transformer_engine", "native"] = option("auto", "native: plain torch")
-    recipe: Literal["auto", "current", "delayed", "block", "mxfp8"] = option("auto", "scales")
+    backend: Literal["auto", "transformer_engine", "native"] = option(
+        "auto", "native: plain PyTorch"
+    )
+    recipe: Literal["auto", "current", "delayed", "block", "mxfp8"] = option(
+        "auto", "scaling of operands"
+    )
     format: Literal["auto", "hybrid", "e4m3"] = option("auto", "hybrid: gradients in e5m2")
-    amax_history_len: int = option(1024, "delayed: steps looked back on", ge=1, le=10**6)
-    amax_compute_algo: Literal["max", "most_recent"] = option("max", "delayed: which of them")
+    amax_history_len: int = option(1024, "delayed: length of the amax history", ge=1, le=10**6)
+    amax_compute_algo: Literal["max", "most_recent"] = option(
+        "max", "delayed: which amax of the history"
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistributedConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig(_Section, section="distributed", on_resume="free", effect="results"):
     """Several processes, started by torchrun."""
 
     backend: Literal["auto", "nccl", "gloo"] = option("auto", "auto: nccl on CUDA, else gloo")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoggingConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(_Section, section="logging", on_resume="free", effect="none"):
     """Trackers beside metrics.jsonl."""
 
     wandb_log: bool = option(False, "send metrics to Weights & Biases")
-    wandb_project: str = option("hatchery", "project there")
-    wandb_run_name: str | None = option(None, "name there; null: the folder's")
-    tensorboard: bool = option(False, "event files in the run directory")
+    wandb_project: str = option("hatchery", "project in Weights & Biases")
+    wandb_run_name: str | None = option(None, "name of the run there; null: its directory's")
+    tensorboard: bool = option(False, "TensorBoard event files in the run directory")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SystemConfig(_Section):
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig(_Section, section="system", on_resume="free", effect="results"):
     """The machine."""
 
-    device: str = option("auto", "auto: the best there is", form=DEVICE)
-    compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: where it pays")
+    device: str = option("auto", "auto: the fastest available", form=DEVICE)
+    compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: where it is faster")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,12 +340,19 @@ class _Sections:
             object.__setattr__(self, name, replace(getattr(self, name), **values))
 
 
-SECTIONS: dict[str, type] = get_type_hints(_Sections)
+SECTIONS: dict[str, type[Any]] = get_type_hints(_Sections)
 
 
 @cache
-def _schema() -> Schema:
+def schema() -> Schema:
+    """Returns every option with what is declared of it above."""
     return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
+
+
+@cache
+def rules() -> tuple[Rule[Any], ...]:
+    """Returns what must hold between options."""
+    return (*model_option_rules(schema().options.values()), *RULES)
 
 
 def micro_batch(config: Config) -> int:
@@ -331,7 +413,7 @@ class Config(_Sections):
 
     def __post_init__(self) -> None:
         _Sections.__post_init__(self)
-        raise_problems(check_rules(RULES, self))
+        raise_problems(check_rules(rules(), self))
 
     @staticmethod
     def from_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -339,7 +421,7 @@ class Config(_Sections):
 
         Aliases and ignored names are said on standard error.
         """
-        arguments = parse_arguments(overrides, _schema())
+        arguments = parse_arguments(overrides, schema())
         flags = {
             "--dry-run": arguments.dry_run,
             "--show-config": arguments.show_config,
@@ -357,7 +439,7 @@ class Config(_Sections):
     def from_dict(values: Mapping[str, Any], source: str = "") -> Config:
         """Rebuild a config from `to_dict`; `source` names its file in a ConfigError."""
         entries = from_mapping(values, Origin(1, source=source))
-        return _finish(merge(_schema(), [entries]))
+        return _finish(merge(schema(), [entries]))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return sections of plain values."""
@@ -365,7 +447,7 @@ class Config(_Sections):
 
     def to_yaml(self, header: Sequence[str] = ()) -> str:
         """Return every option with its comment, below `header` lines; reads back equal."""
-        return dump(_schema(), self.to_dict(), header)
+        return dump(schema(), self.to_dict(), header)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write YAML that `Config.from_yaml` reads back to an equal Config."""
@@ -406,9 +488,9 @@ def command_line(argv: Sequence[str]) -> Request:
     """Return what `argv` asks for; --help and --show-config print and leave with 0, mistakes leave
     with 2 and a message.
     """
-    arguments = parse_arguments(argv, _schema())
+    arguments = parse_arguments(argv, schema())
     if arguments.help:
-        print(help_text(_schema()), end="")
+        print(help_text(schema()), end="")
         raise SystemExit(0)
     try:
         request = _load(arguments)
@@ -427,7 +509,7 @@ def command_line(argv: Sequence[str]) -> Request:
 
 def _load(arguments: Arguments) -> Request:
     """Read the files in order and the overrides last."""
-    merged, files, unread = read_layers(_schema(), arguments, DEFAULT_FILE)
+    merged, files, unread = read_layers(schema(), arguments, DEFAULT_FILE)
     config = _finish(merged, unread)
     overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
     return Request(
@@ -446,7 +528,7 @@ def _given(merged: Merged, config: Config) -> frozenset[str]:
     """Return the options that would have another value had they been left out."""
     given = set[str]()
     for key in merged.values:
-        left_out = merged.defaults.get(key, _schema().options[key].default)
+        left_out = merged.defaults.get(key, schema().options[key].default)
         if merged.layer(key) == 0 or merged.values[key] == left_out:
             continue
         section, name = key.split(".")
@@ -459,20 +541,20 @@ def _given(merged: Merged, config: Config) -> frozenset[str]:
 
 def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
     """Check the rules between options whose values are good; return the config or raise."""
-    translate(_schema(), merged)
+    translate(schema(), merged)
     # Where part of a file could not be read, values are missing and rules would mislead.
-    rules = () if unread else RULES
+    kept = () if unread else rules()
     sections = _sections(merged)
-    while found := first_superseded(rules, sections, merged.origins, merged.refused):
+    while found := first_superseded(kept, sections, merged.origins, merged.refused):
         key, later = found
-        default = _schema().options[key].default
+        default = schema().options[key].default
         merged.note(
             f"{setting(sections, key)} of {merged.origins[key].source} yields to "
             f"{setting(sections, later)}: {to_text(default)}"
         )
         merged.put(key, default, merged.origins[later])
         sections = _sections(merged)
-    broken = check_rules(rules, sections, merged.origins, merged.refused)
+    broken = check_rules(kept, sections, merged.origins, merged.refused)
     raise_problems([*unread, *merged.problems, *broken])
     return Config(**{name: getattr(sections, name) for name in SECTIONS})
 
@@ -484,10 +566,10 @@ def _sections(merged: Merged) -> _Sections:
 def reference() -> str:
     """Return the reference file: every option at its default, those left open as they stand."""
     values = {
-        name: {option.name: option.default for option in _schema().in_section(name)}
+        name: {option.name: option.default for option in schema().in_section(name)}
         for name in SECTIONS
     }
-    return dump(_schema(), values, DEFAULT_FILE_HEADER)
+    return dump(schema(), values, DEFAULT_FILE_HEADER)
 
 
 if __name__ == "__main__":

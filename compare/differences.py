@@ -6,28 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compare.records import mapping, text
-from compare.run import Run, schema
-from config import CheckpointError
+from compare.run import Run
+from config import CheckpointError, schema
 from engine.run_directory.manifest import data_path, read_manifest, steps_in
-from settings.constraints import MODEL_OPTIONS
+from settings.schema import Effect
 
 MISSING = "?"
 """The value of what a run does not tell, or does not know."""
-WITHOUT_EFFECT = (
-    "training.checkpoint_dir",
-    "training.resume_from_checkpoint",
-    "training.debug",
-    "logging.",
-)
-"""Options, or sections of them, that change nothing of what a run computes."""
-_TEXT = (
-    "dataset.parquet_dir",
-    "dataset.train_data_path",
-    "dataset.val_data_path",
-    "dataset.name",
-    "dataset.text_column",
-    "dataset.test_fraction",
-)
 _NOT_OF_THE_MACHINE = {
     "time",
     "command",
@@ -46,12 +31,19 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
     Runs whose config cannot be read differ in nothing.
     """
-    return {k: v for k, v in _all_differing(runs).items() if not k.startswith(WITHOUT_EFFECT)}
+    harmless = options_with_effect("none")
+    return {k: v for k, v in _all_differing(runs).items() if k not in harmless}
 
 
 def differing_without_effect(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The same for options that only say where files go or who is told."""
-    return {k: v for k, v in _all_differing(runs).items() if k.startswith(WITHOUT_EFFECT)}
+    harmless = options_with_effect("none")
+    return {k: v for k, v in _all_differing(runs).items() if k in harmless}
+
+
+def options_with_effect(*effects: Effect) -> set[str]:
+    """Returns the options with one of these effects on results."""
+    return {key for key, option in schema().options.items() if option.effect in effects}
 
 
 def equal_options(runs: Sequence[Run]) -> int:
@@ -83,7 +75,8 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def texts_differ(runs: Sequence[Run]) -> bool:
     """Whether runs were held against other text: their options say so, or, with one tokenizer, what
     identifies their data."""
-    said = {tuple(run.config.get(key) for key in _TEXT) for run in runs if run.config}
+    keys = options_with_effect("text")
+    said = {tuple(run.config.get(key) for key in keys) for run in runs if run.config}
     tokenizers = {run.config.get("tokenizer.name") for run in runs if run.config}
     prints = {_fingerprint(run, mapping(run.environment.get("data"))) for run in runs} - {""}
     return len(said) > 1 or (len(tokenizers) == 1 and len(prints) > 1)
@@ -102,7 +95,9 @@ def _all_differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def _of_its_model(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without the options of other models, which keep their defaults in every run."""
     own = config.get("model.name")
-    others = {f"model.{name}" for name, models in MODEL_OPTIONS.items() if own not in models}
+    others = {
+        k for k, option in schema().options.items() if option.models and own not in option.models
+    }
     return {key: value for key, value in config.items() if own is None or key not in others}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from compare.differences import MISSING, differing
 from compare.records import number
-from compare.run import Run, schema
+from compare.run import Run
+from config import schema
 
 LONGEST = 32
 _PARTS = 3  # options in a label

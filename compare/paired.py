@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from compare.differences import options_with_effect
 from compare.records import number
 from compare.run import Run
 
@@ -20,17 +21,6 @@ LEAST_BATCHES = 5
 CONFIDENCE = 0.95
 At = Literal["last", "same", "best"]
 """Each run's newest evaluation; the newest at a step that both have; each run's best."""
-_OF_ROWS = (
-    "dataset.name",
-    "dataset.parquet_dir",
-    "dataset.t",  # text_column, test_fraction, token_dtype, train_data_path
-    "dataset.val_data_path",
-    "tokenizer.name",
-    "training.block_size",
-    "training.batch_size",
-    "training.eval_iters",
-)
-"""What decides which held-out text is evaluated, and how it is cut into batches."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +126,11 @@ def _unlike(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str, Any]) 
 
 
 def _other_text(a: Run, b: Run) -> str:
+    chosen = options_with_effect("text", "eval_rows")
     keys = [
         key
         for key, value in a.config.items()
-        if key.startswith(_OF_ROWS) and key in b.config and value != b.config[key]
+        if key in chosen and key in b.config and value != b.config[key]
     ]
     why = f": they differ in {', '.join(keys)}" if keys else ""
     reason = f"they were evaluated on different held-out text{why}"

@@ -18,20 +18,18 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compare.records import mapping, number, read_records, read_tail, reason, text, whole
-from config import SECTIONS, Config, ConfigError, DataError
+from config import Config, ConfigError, DataError, schema
 from engine.run_directory.find_runs import FOLDER, is_run, runs_in
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from engine.run_directory.run_files import METRICS_BYTES, NOT_SAVED, read_environment
 from files.regular import open_regular, read_regular
-from settings import dialects
 from settings.names import resolve
 from settings.reader import Group, read_file
-from settings.schema import Schema, schema_of
 from settings.values import RefusedError, Scalar, read_scalar
 
 _FRESH_S = 120  # a run elsewhere, whose lock cannot be seen, logs more often than this
@@ -203,12 +201,6 @@ def restart_command(run: Run) -> str:
     folder = text(run.environment.get("folder"))
     there = f"cd {shlex.quote(folder)} && " if folder and folder != os.getcwd() else ""
     return f"{there}{several if count > 1 else 'python'} {shlex.join(words)}"
-
-
-@cache
-def schema() -> Schema:
-    """The options of this version."""
-    return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
 
 
 # ---- environment.json and config.yaml

@@ -17,8 +17,8 @@ from typing import Any
 from compare.differences import MISSING
 from compare.labels import LONGEST, descriptions, short_names
 from compare.records import number
-from compare.run import Run, schema
-from config import ConfigError
+from compare.run import Run
+from config import ConfigError, schema
 from settings.formatting import format_count
 from settings.names import resolve
 from settings.terminal import printable

@@ -17,23 +17,6 @@ from settings.schema import LARGEST_INT
 FP8_MULTIPLE = 16  # what both sides of an 8-bit product are a multiple of
 TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of those that need no file
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# Which models have an option; one that is not here belongs to all.
-MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
-    "mlp_internal_dim_multiplier": ("bdh",),
-    "bias": ("gpt",),
-    "mlp_bias": ("gpt",),
-    "attn_bias": ("gpt",),
-    "proj_bias": ("gpt",),
-    "ln_bias": ("gpt",),
-    "cls_head_bias": ("gpt",),
-    "activation": ("gpt",),
-    "mlp_scale_factor": ("gpt",),
-    "tie_embeddings": ("gpt",),
-    "d_ff": ("llama",),
-    "rope_theta": ("llama",),
-    "n_kv_head": ("llama",),
-    "attention": ("gpt", "llama"),
-}
 
 
 def warmup_steps(config: Any, total: int | None = None) -> int:
@@ -51,19 +34,6 @@ def micro_step_tokens(config: Any, world_size: int) -> int:
     `batch_size` is still to be found."""
     size = config.training.batch_size
     return int(config.training.block_size * (1 if size == "auto" else size) * world_size)
-
-
-def _owned_by(option_name: str, models: tuple[str, ...]) -> Rule[Any]:
-    """An option of other models keeps its default."""
-    return Rule(
-        (f"model.{option_name}", "model.name"),
-        lambda c: (
-            c.model.name in models
-            or getattr(c.model, option_name) == default_of(c.model, option_name)
-        ),
-        f"{{0}} is an option of {' and '.join(models)}, and {{1}}",
-        yields=(f"model.{option_name}",),
-    )
 
 
 def _only_where(keys: tuple[str, str], holds: Callable[[Any], bool], text: str) -> Rule[Any]:
@@ -146,7 +116,6 @@ RULES: tuple[Rule[Any], ...] = (
         "{0} * {1} / {2} is an odd number of neurons per head, and they rotate in pairs",
         lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
     ),
-    *(_owned_by(option, models) for option, models in MODEL_OPTIONS.items()),
     Rule(
         ("model.n_head", "model.n_kv_head"),
         lambda c: c.model.n_head % (c.model.n_kv_head or 1) == 0,

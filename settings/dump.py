@@ -9,7 +9,7 @@ from settings.schema import Schema, title
 from settings.terminal import printable
 from settings.values import to_text
 
-_VALUE_COLUMN = 36
+_VALUE_COLUMN = 34
 
 
 def dump(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from settings.problems import Origin, Problem
+from settings.schema import Option
 from settings.values import to_text
 
 T = TypeVar("T")  # the sections side by side
@@ -79,6 +80,20 @@ def first_superseded(
         if layers[key] < layers[later]:
             return key, later
     return None
+
+
+def model_option_rules(options: Iterable[Option]) -> list[Rule[Any]]:
+    """Returns a rule for each option that only some models have: others keep its default."""
+    return [_model_option_rule(option) for option in options if option.models]
+
+
+def _model_option_rule(option: Option) -> Rule[Any]:
+    def holds(sections: Any) -> bool:
+        value = getattr(getattr(sections, option.section), option.name)
+        return sections.model.name in option.models or bool(value == option.default)
+
+    text = f"{{0}} is an option of {' and '.join(option.models)}, and {{1}}"
+    return Rule((option.key, "model.name"), holds, text, yields=(option.key,))
 
 
 def setting(sections: Any, key: str) -> str:

@@ -7,12 +7,37 @@ A section is a frozen dataclass whose fields are made by `option`; everything el
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 LARGEST_INT = 2**63 - 1  # what torch and the checkpoint can hold
+
+OnResume: TypeAlias = Literal["fixed", "explicit", "free", "split"]
+"""What a resumed run may change.
+
+fixed: another value is refused. In section model: saved weights decide it, pretrained ones too.
+explicit: allowed where the checkpoint or run is named; `auto` takes it for another experiment.
+free: allowed everywhere.
+split: how a step is split into micro-batches; only the sequences per step count, as explicit.
+"""
+Effect: TypeAlias = Literal["none", "results", "eval_rows", "text"]
+"""What another value does to a run's results.
+
+none: nothing. results: it can change them. eval_rows: it also selects the evaluated rows, so that
+two runs cannot be compared row by row. text: as eval_rows, and the run reads another text.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +92,10 @@ class Option:
     unit: str
     limits: Limits
     form: Form | None
+    models: tuple[str, ...]  # that have the option; () for all
+    on_resume: OnResume
+    fixed_if: Callable[[Any], bool] | None  # asked of the saved config: is it fixed after all?
+    effect: Effect
 
     @property
     def key(self) -> str:
@@ -75,10 +104,11 @@ class Option:
     def describe(self) -> str:
         """Return type, range and unit in a few words, as `--help` and the dump show them."""
         words: dict[type | None, list[str]]
-        words = {None: [], bool: ["true", "false"], int: ["int"], float: ["float"], str: ["text"]}
+        words = {None: [], bool: ["bool"], int: ["int"], float: ["float"], str: ["text"]}
         kinds = [self.form.text] if self.form else words[self.kind]
-        text = " | ".join([*kinds, *self.choices])
-        text = f"{text} {self.limits.describe()}".rstrip() + (" or null" if self.optional else "")
+        limits = self.limits.describe()
+        kinds = [f"{kind} {limits}" for kind in kinds] if limits else kinds
+        text = " | ".join([*kinds, *self.choices]) + (" or null" if self.optional else "")
         return f"{text}, {self.unit}" if self.unit else text
 
 
@@ -93,7 +123,7 @@ class Foreign(NamedTuple):
 class Schema:
     """All sections and options of a config class, in the order they are written down."""
 
-    sections: Mapping[str, type]
+    sections: Mapping[str, type[Any]]
     options: Mapping[str, Option]  # by 'section.name'
     later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
     foreign: Mapping[str, Option]  # options of other trainers that are more than another name
@@ -114,34 +144,69 @@ class Schema:
         return [option for option in self.options.values() if option.name == name]
 
 
+class Section:
+    """Base of a section's dataclass; its class keywords say what holds for its options unless an
+    option says otherwise."""
+
+    section: ClassVar[str]
+    on_resume: ClassVar[OnResume]
+    effect: ClassVar[Effect]
+
+    def __init_subclass__(cls, *, section: str, on_resume: OnResume, effect: Effect) -> None:
+        cls.section, cls.on_resume, cls.effect = section, on_resume, effect
+
+
 def option(
-    default: Any, doc: str, *, unit: str = "", form: Form | None = None, **limits: float
+    default: Any,
+    doc: str,
+    *,
+    models: tuple[str, ...] = (),
+    on_resume: OnResume | None = None,
+    fixed_if: Callable[[Any], bool] | None = None,
+    effect: Effect | None = None,
+    unit: str = "",
+    form: Form | None = None,
+    **limits: float,
 ) -> Any:
-    """Return a dataclass field with its meaning and limits (ge, gt, le, lt) attached."""
-    metadata = {"doc": doc, "unit": unit, "limits": Limits(**limits), "form": form}
+    """Returns a dataclass field with its meaning and limits (ge, gt, le, lt) attached.
+
+    models: that have the option; () for all. on_resume, effect: None for those of its section.
+    """
+    metadata = {
+        "doc": doc,
+        "unit": unit,
+        "limits": Limits(**limits),
+        "form": form,
+        "models": models,
+        "on_resume": on_resume,
+        "fixed_if": fixed_if,
+        "effect": effect,
+    }
     return field(default=default, metadata=metadata)
 
 
 @cache
-def section_options(section: str, section_class: type[Any]) -> tuple[Option, ...]:
-    """Return the options of a section's dataclass."""
-    hints = get_type_hints(section_class)
-    return tuple(
-        Option(section, item.name, *_read_hint(hints[item.name]), item.default, **item.metadata)
-        for item in fields(section_class)
-    )
+def section_options(section: Any) -> tuple[Option, ...]:
+    """Returns the options of a section's dataclass, with what the section says for all of them."""
+    hints = get_type_hints(section)
+    found = []
+    for item in fields(section):
+        own = dict(item.metadata)
+        own["on_resume"] = own["on_resume"] or section.on_resume
+        own["effect"] = own["effect"] or section.effect
+        kind = _read_hint(hints[item.name])
+        found.append(Option(section.section, item.name, *kind, item.default, **own))
+    return tuple(found)
 
 
 def schema_of(
-    sections: Mapping[str, type],
+    sections: Mapping[str, Any],
     later: Mapping[str, tuple[str, ...]],
     foreign: Mapping[str, Foreign],
 ) -> Schema:
     """Return the schema of `sections` (name -> dataclass), with the options that no section has."""
     options = {
-        option.key: option
-        for name, section_class in sections.items()
-        for option in section_options(name, section_class)
+        option.key: option for section in sections.values() for option in section_options(section)
     }
     others = {key: foreign_option(key, *made) for key, made in foreign.items()}
     return Schema(sections, options, later, others)
@@ -155,7 +220,10 @@ def title(section_class: type[Any]) -> str:
 def foreign_option(key: str, takes: Any, default: Any) -> Option:
     """Return an option that is read and checked like others, and is in no section."""
     section, name = key.split(".", 1)
-    return Option(section, name, *_read_hint(takes), default, "", "", Limits(), None)
+    kind = _read_hint(takes)
+    return Option(
+        section, name, *kind, default, "", "", Limits(), None, (), "explicit", None, "results"
+    )
 
 
 def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from settings.schema import LARGEST_INT, Option, section_options
+from settings.schema import LARGEST_INT, Option, Section, section_options
 from settings.terminal import is_control
 
 NULL_WORDS = {"", "~", "null", "none"}
@@ -83,11 +83,11 @@ def check_value(option: Option, value: Any) -> Any:
     return value
 
 
-def check_section(name: str, section: Any) -> tuple[dict[str, Any], list[str]]:
+def check_section(section: Section) -> tuple[dict[str, Any], list[str]]:
     """Return the checked values of a section's dataclass, and what is wrong with the others."""
     values, problems = {}, []
     section_class: Any = type(section)
-    for option in section_options(name, section_class):
+    for option in section_options(section_class):
         try:
             values[option.name] = check_value(option, getattr(section, option.name))
         except RefusedError as error:

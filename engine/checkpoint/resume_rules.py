@@ -1,10 +1,7 @@
 """What may differ between a checkpoint's config and the config it is resumed with.
 
-`FIXED` options would make it another run or another model; they are refused. `FREE` options change
-nothing that is learned per step, or only how long the run goes on. Anything else (learning rate,
-weight decay, dropout, the sequences of a step, ...) may be changed on purpose by naming the
-checkpoint or the run; `auto` takes such a config for a different experiment. Whether the text can
-go on exactly in other steps is for the data to say (data/loading/loader.py).
+config.py declares for each option what a resume allows (settings/schema.py: OnResume). Whether the
+text can go on exactly in steps of another size is decided by the data (data/loading/loader.py).
 """
 
 from __future__ import annotations
@@ -18,83 +15,31 @@ from config import (
     accumulation_steps,
     eval_batch,
     micro_batch,
+    schema,
     sequences_per_step,
 )
+from settings.schema import OnResume
 
-FIXED = {
-    "model.name",
-    "model.n_layer",
-    "model.n_embd",
-    "model.n_head",
-    "model.vocab_size",
-    "model.mlp_internal_dim_multiplier",
-    "model.bias",
-    "model.mlp_bias",
-    "model.attn_bias",
-    "model.proj_bias",
-    "model.ln_bias",
-    "model.cls_head_bias",
-    "model.activation",
-    "model.mlp_scale_factor",
-    "model.tie_embeddings",
-    "model.d_ff",
-    "model.rope_theta",
-    "model.n_kv_head",
-    "training.seed",
-    "optimizer.name",
-    "low_precision.use_4bit_optimizer",
-    "low_precision.lora_rank",
-    "dataloader.shuffle",
-}
-POSITIONS = {"training.block_size"}
-"""What the rows of GPT's position embedding are."""
-OF_ADAPTERS = {
-    "low_precision.quantization_type",
-    "low_precision.use_double_quant",
-    "low_precision.lora_alpha",
-}
-"""What saved 4-bit weights and adapters mean something by."""
-PRETRAINED = {key.split(".")[1] for key in FIXED if key.startswith("model.")}
-"""Options of the model that come with pretrained weights."""
-FREE = {
-    "training.max_iters",
-    "training.epochs",
-    "training.log_freq",
-    "training.test_freq",
-    "training.eval_iters",
-    "training.eval_batch_size",
-    "training.eval_only",
-    "training.checkpoint_freq",
-    "training.save_every",
-    "training.always_save_checkpoint",
-    "training.keep_last",
-    "training.checkpoint_dir",
-    "training.resume_from_checkpoint",
-    "training.init_from",
-    "training.save_model",
-    "training.debug",
-    "dataloader.num_workers",
-    "dataloader.pin_memory",
-    "dataloader.prefetch_factor",
-    "dataset.max_cached_files",
-    "system.device",
-    "system.compile",
-    "model.attention",
-    "distributed.backend",
-    "logging.wandb_log",
-    "logging.wandb_project",
-    "logging.wandb_run_name",
-    "logging.tensorboard",
-    "training.sample_prompt",
-    "training.sample_tokens",
-}
-# How a step's sequences are split over micro-batches; only their number, STEP, counts.
 STEP = "sequences per step"
-SPLIT = {
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
-    "training.tokens_per_step",
-}
+"""How a step is split into micro-batches is free, if this number stays."""
+
+
+def _keys(rule: OnResume) -> set[str]:
+    """Returns the options with this rule."""
+    return {key for key, option in schema().options.items() if option.on_resume == rule}
+
+
+def _fixed(saved: Config) -> set[str]:
+    """Returns the options that a run begun with `saved` may not change."""
+    options = schema().options.items()
+    return _keys("fixed") | {
+        k for k, option in options if option.fixed_if and option.fixed_if(saved)
+    }
+
+
+def pretrained_options() -> list[str]:
+    """Returns the options of section model that come with pretrained weights, in sorted order."""
+    return sorted(key.split(".")[1] for key in _keys("fixed") if key.startswith("model."))
 
 
 def resume_from_folder(config: Config) -> Config:
@@ -172,7 +117,8 @@ def experiment_differences(saved: Config, present: Config) -> list[str]:
     sequences = sequences_per_step(saved, 1), sequences_per_step(present, 1)
     others = {STEP} if sequences[0] != sequences[1] else set()
     open_yet = {"model.vocab_size"} if present.model.vocab_size is None else set()
-    return sorted((set(differences(saved, present)) | others) - FREE - SPLIT - open_yet)
+    changed = set(differences(saved, present)) | others
+    return sorted(changed - _keys("free") - _keys("split") - open_yet)
 
 
 def check_resumable(
@@ -187,9 +133,7 @@ def check_resumable(
     sequences = sequences_per_step(saved, processes[0]), sequences_per_step(present, processes[1])
     if sequences[0] != sequences[1]:
         changed[STEP] = sequences
-    fixed = FIXED | (POSITIONS if saved.model.name == "gpt" else set())
-    fixed |= set() if saved.low_precision.lora_rank is None else OF_ADAPTERS
-    refused = sorted(set(changed) & fixed)
+    refused = sorted(set(changed) & _fixed(saved))
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(

@@ -23,6 +23,7 @@ from config import (
     MemoryShortError,
     accumulation_steps,
     micro_batch,
+    schema,
 )
 from engine.hardware.world import (
     World,
@@ -271,9 +272,9 @@ def refuse_impossible(
 def _sizes(config: Config) -> str:
     """Names the options that make a run large, with their values."""
     model, training = config.model, config.training
-    keys = ["n_layer", "n_embd", "vocab_size"]
-    own = {"bdh": "mlp_internal_dim_multiplier", "gpt": "mlp_scale_factor", "llama": "d_ff"}
-    named = {f"model.{key}": getattr(model, key) for key in [*keys, own[model.name]]}
+    own = [o.name for o in schema().in_section("model") if model.name in o.models and o.kind is int]
+    keys = ["n_layer", "n_embd", "vocab_size", *own]
+    named = {f"model.{key}": getattr(model, key) for key in keys}
     named |= {f"training.{key}": getattr(training, key) for key in ("batch_size", "block_size")}
     return ", ".join(f"{key}={value}" for key, value in named.items() if value is not None)
 

@@ -15,14 +15,14 @@ from config import GPT2_NAMES, Config, ConfigError, Request, setting
 from data.sources.meta import open_tokenizer
 from data.tokenizers.bpe import Tokenizer
 from engine.checkpoint.foreign import is_foreign
-from engine.checkpoint.resume_rules import PRETRAINED
+from engine.checkpoint.resume_rules import pretrained_options
 from engine.checkpoint.save_load import open_model
 from engine.run_directory.find_runs import FOLDER, find_by_name
 from model import LanguageModel
 from model.pretrained import Pretrained, read
 
 DECIDED = {"training.block_size", "low_precision.use_4bit", "tokenizer.name"}
-DECIDED |= {f"model.{name}" for name in PRETRAINED}
+DECIDED |= {f"model.{name}" for name in pretrained_options()}
 """Options that weights may decide."""
 UNTOLD = ("n_layer", "n_head")  # what some files leave to the config
 
@@ -46,7 +46,7 @@ def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER
     if not path.exists() or is_foreign(path):
         return read(init_from, shape)
     model, config, tokenizer = open_model(path, "cpu")
-    options = {name: getattr(config.model, name) for name in PRETRAINED}
+    options = {name: getattr(config.model, name) for name in pretrained_options()}
     told = ("n_layer", "n_head", "n_embd", "vocab_size")
     line = ", ".join(f"{name} {options[name]}" for name in told)
     return Pretrained(

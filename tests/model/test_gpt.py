@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, cast
 
@@ -117,7 +118,7 @@ def test_all_kinds_of_attention_agree(name: str, masked: bool) -> None:
 
 
 def as_options(model_config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model_config, name) for name in ModelConfig.__slots__}
+    return asdict(model_config)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -25,17 +25,17 @@ from config import (
     TrainingConfig,
     accumulation_steps,
     holds_out,
+    schema,
     sequences_per_step,
     token_paths,
     warmup_steps,
 )
-from settings.constraints import MODEL_OPTIONS
-from settings.constraints import RULES as ALL_RULES
-from settings.schema import Option, section_options
+from settings.schema import Effect, OnResume, Option, Section, section_options
 from settings.values import check_value, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = [option for name, made in SECTIONS.items() for option in section_options(name, made)]
+OPTIONS = list(schema().options.values())
+OWNED = {option.name: option.models for option in OPTIONS if option.models}
 
 
 def test_the_reference_file_is_the_defaults_word_for_word() -> None:
@@ -49,6 +49,15 @@ def test_the_reference_file_is_the_defaults_word_for_word() -> None:
 def test_every_option_has_a_meaning_and_a_default_in_range(option: Option) -> None:
     assert option.doc and option.doc.isascii()
     assert check_value(option, option.default) == option.default
+
+
+def test_every_section_says_what_a_resume_allows_and_what_its_options_do_to_results() -> None:
+    for option in OPTIONS:
+        assert option.on_resume in get_args(OnResume) and option.effect in get_args(Effect)
+    known = schema().options["model.name"].choices
+    assert all(set(option.models) <= set(known) for option in OPTIONS)
+    with pytest.raises(TypeError, match="on_resume"):
+        type("Forgotten", (Section,), {}, section="forgotten", effect="results")
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -269,7 +278,7 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [
             f"model.{option}={to_text(CHANGED[option])} is an option of {' and '.join(models)}, "
             f"and model.name={next(m for m in MODELS if m not in models)}.",
         )
-        for option, models in MODEL_OPTIONS.items()
+        for option, models in OWNED.items()
     ),
 ]
 
@@ -287,11 +296,11 @@ def test_a_broken_rule_names_its_keys_and_values(
 
 
 def test_every_rule_is_tested() -> None:
-    for rule in ALL_RULES:
+    for rule in module.rules():
         assert any(all(key in message for key in rule.keys) for _, message in RULES)
 
 
-@pytest.mark.parametrize(("option", "models"), MODEL_OPTIONS.items())
+@pytest.mark.parametrize(("option", "models"), OWNED.items())
 def test_an_option_of_a_model_is_taken_by_that_model_and_at_its_default_by_all(
     option: str, models: tuple[str, ...]
 ) -> None:
@@ -521,8 +530,8 @@ def configs(draw: st.DrawFn) -> Config:
     model.update(n_embd=heads * 2, n_head=heads, n_kv_head=None)
     if model["mask"] == "causal_document" and model["attention"] == "flash":
         model["attention"] = "flex"
-    for option in section_options("model", ModelConfig):
-        if model["name"] not in MODEL_OPTIONS.get(option.name, (model["name"],)):
+    for option in section_options(ModelConfig):
+        if model["name"] not in OWNED.get(option.name, (model["name"],)):
             model[option.name] = option.default
     model["vocab_size"] = model["vocab_size"] and max(50257, model["vocab_size"])
     training.update(tokens_per_step=None, test_freq=None, eval_only=False, init_from="scratch")
