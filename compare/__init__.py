@@ -1,4 +1,4 @@
-"""Run directories read and set side by side: what differs, which is better, curves, one page.
+"""What runs.py does: reads run directories, compares them, plots their curves, writes a page.
 
-Reads what a run left behind and writes nothing there; imports no torch.
+Reads what runs left behind and writes nothing there; imports no torch.
 """

@@ -1,7 +1,7 @@
-"""From the records of a run to curves that can be drawn.
+"""Turns the records of a run into curves that can be drawn.
 
-The one idea: a curve is thinned in buckets of which the lowest and the highest value stay, so that
-a spike of one step in ten thousand is still there, and a gap stays a gap.
+A long curve is thinned: of each bucket of points the lowest and the highest stay, so that a spike
+of one step in ten thousand is still drawn, and so does the first gap (a loss of NaN).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compare.records import number
-from compare.run import Run
+from compare.json_values import as_float
+from compare.read import Run
 
 COLOURS = ["#0067B8", "#E06A00", "#009E73", "#A3195B", "#3E9BD6", "#6B4A00", "#4B1F8F", "#24282D"]
-"""On white: 3:1 against it, and apart for the colour-blind too."""
+"""Of runs on white: a contrast of 3:1, and distinct for colour-blind readers too."""
 DARK_COLOURS = [
     "#3B93EA",
     "#FF9440",
@@ -26,17 +26,17 @@ DARK_COLOURS = [
     "#8A5CF0",
     "#F5EFDF",
 ]
-"""The same on black."""
-LIMIT = 1500
-"""Points of a curve: a screen has no more columns."""
+"""Of runs on black, in the same order."""
+MAX_POINTS = 1500
+"""Points of a curve: few screens have more columns."""
 AXES = {"step": "steps", "tokens": "tokens", "time": "time"}
-"""What a curve may be drawn over: key of a record -> title."""
+"""The x axes: key of a record -> title."""
 _NO_CURVES = {"step", "tokens", "time", "eval/val_losses", "eval/best_loss", "eval/best_step"}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown: its values times `scale` have the unit."""
+    """How a metric is shown: its values times `scale` are in `unit`."""
 
     title: str
     unit: str = ""
@@ -65,42 +65,43 @@ METRICS = {
     "eval/active_z": Metric("Active neurons z, mean of layers", "%", 100),
     "eval/seconds": Metric("Time of an evaluation", "s"),
 }
-"""What the trainer writes; a record may hold others, which are shown by their key."""
+"""The metrics that the trainer writes. Others in a record are shown under their key."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over a run; a y of None is a gap."""
+    """A metric over a run. A y of None is a gap."""
 
     rows: list[int]
-    """Which of `Run.records` the points are."""
+    """The index in `Run.records` of each point."""
     x: list[float | None]
     y: list[float | None]
 
 
-def curve(run: Run, metric: str, x: str = "step", limit: int = LIMIT) -> Curve:
-    """The metric over `x` (step, tokens, or time in s), of at most `limit` points."""
-    records = run.records()
+def curve(run: Run, metric: str, x: str = "step", limit: int = MAX_POINTS) -> Curve:
+    """Returns the metric over `x` (step, tokens, or time in s) in at most `limit` points."""
+    records = run.records
     rows = [row for row, record in enumerate(records) if metric in record]
     values = [value_of(records[row][metric]) for row in rows]
     kept = thinned(values, limit)
-    places = [number(records[rows[index]].get(x)) for index in kept]
+    places = [as_float(records[rows[index]].get(x)) for index in kept]
     return Curve([rows[index] for index in kept], places, [values[index] for index in kept])
 
 
 def value_of(entry: Any) -> float | None:
-    """The number that an entry of a record is, or the mean of its list of numbers; else None."""
+    """Returns the number in a record, or the mean if it is a list (of one per layer), else None."""
     if not isinstance(entry, list):
-        return number(entry)
-    known = [value for each in entry if (value := number(each)) is not None]
+        return as_float(entry)
+    known = [value for each in entry if (value := as_float(each)) is not None]
     return math.fsum(known) / len(known) if known else None
 
 
-def thinned(values: Sequence[float | None], limit: int = LIMIT) -> list[int]:
-    """Indices to keep, ascending: the ends, and a bucket's lowest, highest and first gap."""
+def thinned(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
+    """Returns the indices to keep: both ends, and each bucket's lowest, highest and first gap."""
     count = len(values)
     if count <= limit:
         return list(range(count))
+    # Two points stay of a bucket, three where there are gaps, besides the two ends.
     width = math.ceil(count / ((limit - 2) // (3 if None in values else 2)))
     kept = {0, count - 1}
     for start in range(0, count, width):
@@ -114,11 +115,11 @@ def thinned(values: Sequence[float | None], limit: int = LIMIT) -> list[int]:
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
-    """Metrics of which some run has a number: those of METRICS in its order, then others."""
-    waiting = {key for run in runs for record in run.records() for key in record} - _NO_CURVES
+    """Returns the metrics of which a run has a number: in the order of METRICS, then others."""
+    waiting = {key for run in runs for record in run.records for key in record} - _NO_CURVES
     found: set[str] = set()
     for run in runs:
-        for record in run.records():
+        for record in run.records:
             found |= {key for key in record.keys() & waiting if value_of(record[key]) is not None}
             waiting -= found
     known = [key for key in METRICS if key in found]
@@ -126,5 +127,5 @@ def metrics_of(runs: Sequence[Run]) -> list[str]:
 
 
 def described(metric: str) -> Metric:
-    """How a metric is shown, also one that this version does not know."""
+    """Returns how a metric is shown; one that this version does not know, by its key."""
     return METRICS.get(metric, Metric(metric))

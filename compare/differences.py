@@ -1,19 +1,19 @@
-"""Where runs differ: settings, machine and software, data. What a run does not say is `MISSING`."""
+"""Where runs differ: options, machine and software, data. A value that a run lacks is `MISSING`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compare.records import mapping, text
-from compare.run import Run
+from compare.json_values import as_dict, as_str
+from compare.read import Run
 from config import CheckpointError, schema
 from engine.run_directory.manifest import data_path, read_manifest, steps_in
 from settings.schema import Effect
 
 MISSING = "?"
-"""The value of what a run does not tell, or does not know."""
-_NOT_OF_THE_MACHINE = {
+"""Stands for a value that a run did not write, or an option that its version does not have."""
+_NOT_MACHINE = {
     "time",
     "command",
     "resumed",
@@ -26,74 +26,78 @@ _NOT_OF_THE_MACHINE = {
 }
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Option -> its value in each run, where two runs differ in it and it can change the result.
+def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Returns option -> its value in each run, for options that differ and can change the result.
 
     Runs whose config cannot be read differ in nothing.
     """
     harmless = options_with_effect("none")
-    return {k: v for k, v in _all_differing(runs).items() if k not in harmless}
+    return {k: v for k, v in _all_differing_options(runs).items() if k not in harmless}
 
 
 def differing_without_effect(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The same for options that only say where files go or who is told."""
+    """Returns option -> its value in each run, for options that differ and only say where files go
+    or what is shown."""
     harmless = options_with_effect("none")
-    return {k: v for k, v in _all_differing(runs).items() if k in harmless}
+    return {k: v for k, v in _all_differing_options(runs).items() if k in harmless}
 
 
 def options_with_effect(*effects: Effect) -> set[str]:
-    """Returns the options with one of these effects on results."""
+    """Returns the options that have one of these effects on results."""
     return {key for key, option in schema().options.items() if option.effect in effects}
 
 
 def equal_options(runs: Sequence[Run]) -> int:
-    """How many options have one value in all runs that have a config."""
+    """Returns how many options have one value in all runs that have a config."""
     every = {key for run in runs for key in run.config}
-    return len(every) - len(_all_differing(runs))
+    return len(every) - len(_all_differing_options(runs))
 
 
 def differing_environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Versions, revision, machine and number of processes, of the newest session of each run."""
+    """Returns versions, git revision, machine and processes of each run's newest session."""
     sessions = [_newest_session(run) for run in runs]
-    return _known(sessions, (key for session in sessions for key in session))
+    return _differing_rows(sessions, (key for session in sessions for key in session))
 
 
 def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The fingerprint of the text, and lines of the data ledger that not all runs say."""
-    told = [mapping(run.environment.get("data")) for run in runs]
-    prints = [
-        {"fingerprint": _fingerprint(run, data)} for run, data in zip(runs, told, strict=True)
-    ]
-    known = [{k: v for k, v in one.items() if v} for one in prints]
-    lines = [_lines(data) for data in told]
-    said = [set(of_run) for of_run in lines if of_run]
-    shared = set.intersection(*said) if said else set()
-    rest = [[line for line in of_run if line not in shared] for of_run in lines]
-    return _known(known, ["fingerprint"]) | ({"ledger": rest} if any(rest) else {})
+    """Returns under `fingerprint` that of each run's data, and under `ledger` the lines about the
+    data that a run printed at its start, without lines that all runs printed."""
+    data = [as_dict(run.environment.get("data")) for run in runs]
+    fingerprints = [_fingerprint(run, each) for run, each in zip(runs, data, strict=True)]
+    known = [{"fingerprint": each} if each else {} for each in fingerprints]
+    lines = [_lines(each) for each in data]
+    shared = set.intersection(*(set(each) for each in lines if each)) if any(lines) else set()
+    rest = [[line for line in each if line not in shared] for each in lines]
+    return _differing_rows(known, ["fingerprint"]) | ({"ledger": rest} if any(rest) else {})
 
 
 def texts_differ(runs: Sequence[Run]) -> bool:
-    """Whether runs were held against other text: their options say so, or, with one tokenizer, what
-    identifies their data."""
+    """Returns whether runs were evaluated on different text: by their options or, if they share a
+    tokenizer, by the fingerprints of their data, which are taken of tokens."""
+    configs = [run.config for run in runs if run.config]
     keys = options_with_effect("text")
-    said = {tuple(run.config.get(key) for key in keys) for run in runs if run.config}
-    tokenizers = {run.config.get("tokenizer.name") for run in runs if run.config}
-    prints = {_fingerprint(run, mapping(run.environment.get("data"))) for run in runs} - {""}
-    return len(said) > 1 or (len(tokenizers) == 1 and len(prints) > 1)
+    options = {tuple(config.get(key) for key in keys) for config in configs}
+    tokenizers = {config.get("tokenizer.name") for config in configs}
+    fingerprints = {_fingerprint(run, as_dict(run.environment.get("data"))) for run in runs} - {""}
+    return len(options) > 1 or (len(tokenizers) == 1 and len(fingerprints) > 1)
 
 
-def _all_differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    unknown = sorted({key for run in runs for key in run.config} - set(schema().options))
-    columns = [_of_its_model(run.config) for run in runs]
-    absent = {key: [column.get(key, MISSING) for column in columns] for key in unknown}
-    # An option of another version is a difference from the runs that do not have it.
-    readable = [number for number, column in enumerate(columns) if column]
-    apart = {k: row for k, row in absent.items() if any(row[n] is MISSING for n in readable)}
-    return _known(columns, schema().options) | _known(columns, unknown) | apart
+def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    known = schema().options
+    configs = [_of_own_model(run.config) for run in runs]
+    rows = _differing_rows(configs, known)
+    for key in sorted({key for run in runs for key in run.config} - known.keys()):
+        row = [config.get(key, MISSING) for config in configs]
+        # An option of another version counts as a difference from each run that does not have it,
+        # unless that run's config cannot be read.
+        lacking = any(config and key not in config for config in configs)
+        if lacking or _differ(row):
+            rows[key] = row
+    return rows
 
 
-def _of_its_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the options of other models, which keep their defaults in every run."""
+def _of_own_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config without the options of other models, which keep their defaults."""
     own = config.get("model.name")
     others = {
         k for k, option in schema().options.items() if option.models and own not in option.models
@@ -101,32 +105,38 @@ def _of_its_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if own is None or key not in others}
 
 
-def _known(columns: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, list[Any]]:
-    """Key -> a value per column, where columns that say something of it differ."""
+def _differing_rows(
+    columns: Sequence[Mapping[str, Any]], keys: Iterable[str]
+) -> dict[str, list[Any]]:
+    """Returns key -> its value in each column, where the columns that have it differ."""
     rows = {key: [column.get(key, MISSING) for column in columns] for key in keys}
-    told = {key: [value for value in row if value is not MISSING] for key, row in rows.items()}
-    return {key: row for key, row in rows.items() if any(v != told[key][0] for v in told[key])}
+    return {key: row for key, row in rows.items() if _differ(row)}
+
+
+def _differ(row: Sequence[Any]) -> bool:
+    known = [value for value in row if value is not MISSING]
+    return any(value != known[0] for value in known)
 
 
 def _newest_session(run: Run) -> dict[str, Any]:
     resumed = run.environment.get("resumed")
-    newest = mapping(resumed[-1]) if isinstance(resumed, list) and resumed else {}
-    told = {**run.environment, **newest}
-    session = {key: value for key, value in told.items() if key not in _NOT_OF_THE_MACHINE}
-    if text(session.get("git")):  # as git itself shortens it
-        revision, *dirty = text(session["git"]).split("-")
+    newest = as_dict(resumed[-1]) if isinstance(resumed, list) and resumed else {}
+    session = {k: v for k, v in {**run.environment, **newest}.items() if k not in _NOT_MACHINE}
+    if as_str(session.get("git")):  # versions wrote it in full or shortened by git
+        revision, *dirty = as_str(session["git"]).split("-")
         session["git"] = "-".join([revision[:12], *dirty])
-    processes = run.facts.get("processes")
+    processes = run.size.get("processes")
     return ({} if processes is None else {"processes": processes}) | session
 
 
 def _fingerprint(run: Run, data: Mapping[str, Any]) -> str:
-    """As the run says, or its newest checkpoint that can be read; empty if unknown."""
-    if text(data.get("fingerprint")):
-        return text(data["fingerprint"])
+    """Returns the fingerprint that the run wrote, else that of its newest readable checkpoint, else
+    ''."""
+    if as_str(data.get("fingerprint")):
+        return as_str(data["fingerprint"])
     for step in reversed(steps_in(run.path)):
         try:
-            return text(read_manifest(data_path(run.path, step)).fingerprint)
+            return as_str(read_manifest(data_path(run.path, step)).fingerprint)
         except CheckpointError:
             continue
     return ""
@@ -134,4 +144,4 @@ def _fingerprint(run: Run, data: Mapping[str, Any]) -> str:
 
 def _lines(data: Mapping[str, Any]) -> list[str]:
     lines = data.get("lines")
-    return [text(line) for line in lines if text(line)] if isinstance(lines, list) else []
+    return [as_str(line) for line in lines if as_str(line)] if isinstance(lines, list) else []

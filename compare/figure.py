@@ -1,7 +1,7 @@
-"""Curves as a picture for a paper: PNG or SVG, by matplotlib.
+"""Draws curves as a PNG or SVG for a paper, with matplotlib.
 
-The one idea: the legend stands beside the curves in the order in which they end, with the value
-they end at, so that it reads like labels on the lines.
+The legend stands to the right of the curves, in the order of their last values and with them, so
+that it reads like labels at the ends of the lines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compare.curves import AXES, COLOURS, Curve, curve, described, metrics_of
 from compare.labels import labels, short_names
 from compare.output import check_folder, write
-from compare.run import Run
+from compare.read import Run
 from config import ConfigError
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ SUFFIXES = (".png", ".svg")
 _MARKERS = "osD^vPXp"
 _DASHES = ("-", "--", ":")
 _INK, _FAINT = "#24282D", "#6B7178"
-_LOSS = ("train/loss", "eval/val_loss")
-_TRAINING, _EVALUATION = 0, 1
-_MARKED = 40  # an evaluation curve of more points is a line
+_LOSSES = ("train/loss", "eval/val_loss")
+_MAX_MARKERS = 40  # a curve of more evaluations is drawn as a line only
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -45,15 +44,15 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#B4B9BF",
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hatchery",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "hatchery",  # else ids in the file are random
 }
 
 
 def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str = "step") -> None:
     """Writes curves over `x`: both losses in one panel, or each of `metrics` in its own.
 
-    Raises ConfigError for a suffix, a metric or a matplotlib that is not there, and WriteError.
+    Raises WriteError, and ConfigError for an unknown suffix or metric or a missing matplotlib.
     """
     if output.suffix not in SUFFIXES:
         raise ConfigError(f"{output}: a picture ends in .png or .svg; runs.py report makes a page.")
@@ -76,7 +75,7 @@ def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str 
 
 
 def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]]:
-    """The metrics of each panel; raises ConfigError with what there is."""
+    """Returns the metrics of each panel; raises ConfigError for an unknown one."""
     known = metrics_of(runs)
     if not known:
         raise ConfigError("nothing to draw: no run has a record with a number.")
@@ -85,47 +84,47 @@ def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]
         raise ConfigError("\n".join(_unknown(metric, known) for metric in unknown))
     if metrics:
         return [(metric,) for metric in dict.fromkeys(metrics)]
-    return [tuple(metric for metric in _LOSS if metric in known) or (known[0],)]
+    return [tuple(metric for metric in _LOSSES if metric in known) or (known[0],)]
 
 
 def _unknown(metric: str, known: Sequence[str]) -> str:
-    tails: dict[str, list[str]] = {}
+    by_tail: dict[str, list[str]] = {}  # `loss` may mean `train/loss`
     for name in known:
-        tails.setdefault(name.partition("/")[2], []).append(name)
-    near = difflib.get_close_matches(metric, [*known, *tails], n=2, cutoff=0.5)
-    close = tails.get(metric) or [name for one in near for name in tails.get(one, [one])]
-    meant = " or ".join(dict.fromkeys(close))
-    asked = f" Did you mean {meant}?" if meant else ""
-    return f"{metric}: no run has this metric.{asked} There is: {', '.join(known)}."
+        by_tail.setdefault(name.partition("/")[2], []).append(name)
+    near = difflib.get_close_matches(metric, [*known, *by_tail], n=2, cutoff=0.5)
+    close = by_tail.get(metric) or [name for one in near for name in by_tail.get(one, [one])]
+    guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    return f"{metric}: no run has this metric.{guess} There is: {', '.join(known)}."
 
 
 def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: str) -> None:
     last = described(metrics[-1])
-    ends: list[tuple[float, Any, str]] = []
+    legend: list[tuple[float, Any, str]] = []
     drawn: list[Curve] = []
-    told = zip(runs, labels(runs), short_names(runs), strict=True)
-    for index, (run, label, time) in enumerate(told):
-        name = label if label.endswith(time) else f"{label} ({time})"
-        end: tuple[float, Any, str] | None = None
+    for index, (run, label, name) in enumerate(
+        zip(runs, labels(runs), short_names(runs), strict=True)
+    ):
+        title = label if label.endswith(name) else f"{label} ({name})"
+        entry: tuple[float, Any, str] | None = None
         for metric in metrics:
             drawn.append(curve(run, metric, x))
             line = _draw_curve(axes, drawn[-1], index, metric)
             known = [value for value in drawn[-1].y if value is not None]
             if known:
-                end = known[-1], line, f"{_literal(name)}  {known[-1] * last.scale:.4g}"
-        ends += [end] if end else []
-    loss = len(metrics) > 1
-    axes.set_ylabel("Loss (nats per token)" if loss else last.label)
-    if loss:
+                entry = known[-1], line, f"{_literal(title)}  {known[-1] * last.scale:.4g}"
+        legend += [entry] if entry else []
+    axes.set_ylabel("Loss (nats per token)" if len(metrics) > 1 else last.label)
+    if len(metrics) > 1:
         axes.set_title("thin: training   bold: held-out", fontsize=8, color=_FAINT, loc="left")
         _crop_start(axes, drawn)
-    ends.sort(key=lambda end: -end[0])
-    handles, texts = [end[1] for end in ends], [end[2] for end in ends]
+    legend.sort(key=lambda entry: -entry[0])
+    handles, texts = [entry[1] for entry in legend], [entry[2] for entry in legend]
     axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
 
 
 def _literal(name: str) -> str:
-    """A name as it is: matplotlib reads mathematics between dollar signs and hides `_names`."""
+    """Returns a name that is shown as it is: matplotlib typesets text between dollar signs as
+    mathematics and leaves names that begin with an underscore out of legends."""
     return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -142,7 +141,7 @@ def _draw_curve(axes: Axes, points: Curve, index: int, metric: str) -> Any:
         color=COLOURS[index % len(COLOURS)],
         linewidth=1.8 if held_out else 0.8,
         alpha=1.0 if held_out else 0.55,
-        marker=_MARKERS[index % len(_MARKERS)] if held_out and len(values) <= _MARKED else "",
+        marker=_MARKERS[index % len(_MARKERS)] if held_out and len(values) <= _MAX_MARKERS else "",
         markersize=4,
         zorder=3 if held_out else 2,
     )
@@ -150,7 +149,7 @@ def _draw_curve(axes: Axes, points: Curve, index: int, metric: str) -> Any:
 
 
 def _crop_start(axes: Axes, drawn: Sequence[Curve]) -> None:
-    """Frames what follows the first steep fall, and says so."""
+    """Limits the y axis to what follows the first steep fall, and notes how high the start was."""
     top, bottom, highest = frame(drawn)
     if highest > top:
         axes.set_ylim(bottom, top)
@@ -161,17 +160,24 @@ def _crop_start(axes: Axes, drawn: Sequence[Curve]) -> None:
 
 
 def frame(drawn: Sequence[Curve]) -> tuple[float, float, float]:
-    """(top, bottom, highest): a frame of losses that leaves the first twentieth aside if it towers
-    over the rest."""
-    late, values = [], []
+    """Returns the top and bottom of a frame for losses, and the highest loss.
+
+    The frame leaves out the first twentieth of the steps if the losses there are so high that the
+    rest would fill less than four fifths of it.
+    """
+    late, every = list[float](), list[float]()
     for points in drawn:
-        known = [(x, y) for x, y in zip(points.x, points.y, strict=True) if None not in (x, y)]
-        values += [y for _, y in known if y is not None]
-        end = max((x for x, _ in known if x is not None), default=0.0)
-        late += [y for x, y in known if x is not None and y is not None and x >= end / 20]
+        known = [
+            (x, y)
+            for x, y in zip(points.x, points.y, strict=True)
+            if x is not None and y is not None
+        ]
+        end = max((x for x, _ in known), default=0.0)
+        every += [y for _, y in known]
+        late += [y for x, y in known if x >= end / 20]
     if not late:
         return 0.0, 0.0, 0.0
-    bottom, top, highest = min(late), max(late), max(values)
+    bottom, top, highest = min(late), max(late), max(every)
     margin = (top - bottom) * 0.06
     towers = highest - bottom > 1.25 * (top - bottom)
     return (top if towers else highest) + margin, bottom - margin, highest
@@ -186,5 +192,5 @@ def _label_x(axes: Axes, x: str) -> None:
 
 
 def _save(figure: Figure, picture: io.BytesIO, form: str) -> None:
-    metadata = {"Date": None} if form == "svg" else {}
+    metadata = {"Date": None} if form == "svg" else {}  # the same runs give the same file
     figure.savefig(picture, format=form, dpi=200, metadata=metadata)

@@ -1,6 +1,6 @@
-"""Labels that tell the runs of a set apart: what they differ in, in a few words, else their names.
+"""Labels that distinguish the runs of a set: the options in which they differ, else their names.
 
-`labels` is for people; the names of runs are what commands take.
+Labels are read by people; commands take the names of runs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from compare.differences import MISSING, differing
-from compare.records import number
-from compare.run import Run
+from compare.differences import MISSING, differing_options
+from compare.json_values import as_float
+from compare.read import Run
 from config import schema
 
 LONGEST = 32
-_PARTS = 3  # options in a label
-_LONGEST_VALUE = 16
+"""Characters of a label."""
+_MAX_OPTIONS = 3  # in a label
+_MAX_VALUE = 16  # characters
 _FIRST = ("model.name", "tokenizer.name", "optimizer.name", "training.learning_rate")
 _SHORT = {
     "learning_rate": "lr",
@@ -28,74 +29,77 @@ _SHORT = {
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: its folder's, else its path."""
+    """Returns a unique name for each run: its directory's, else its path."""
     counts = Counter(run.name for run in runs)
     return [run.name if counts[run.name] == 1 else os.path.relpath(run.path) for run in runs]
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
-    """Names without what all of them begin with, such as `run_20251108_`: often the time."""
+    """Returns the names without what all begin with, such as `run_20251108_`."""
     known = names(runs)
-    return [name[len(shared_start(known)) :] for name in known]
+    shared = len(shared_start(known))
+    return [name[shared:] for name in known]
 
 
 def shared_start(known: Sequence[str]) -> str:
-    """What all names begin with, up to an underscore; empty for one name."""
+    """Returns what all names begin with, up to an underscore; '' for one name."""
     return "".join(os.path.commonprefix(list(known)).rpartition("_")[:2]) if len(known) > 1 else ""
 
 
 def labels(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
-    """A label for each run that no other has: `llama, lr 0.004`; its short name where nothing
-    differs, and after the options where theirs are those of another run."""
-    told, times = descriptions(runs, longest), short_names(runs)
-    counts = Counter(told)
+    """Returns a unique label for each run, such as `llama, lr 0.004`.
+
+    A run's short name stands for missing options, and after options that another run has too.
+    """
+    described = descriptions(runs, longest)
+    counts = Counter(described)
     return [
-        ", ".join(filter(None, (text, time if counts[text] > 1 or not text else "")))
-        for text, time in zip(told, times, strict=True)
+        ", ".join(filter(None, (text, name if counts[text] > 1 or not text else "")))
+        for text, name in zip(described, short_names(runs), strict=True)
     ]
 
 
 def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
-    """The options in which runs differ, of each run in at most `longest` characters.
+    """Returns the options in which each run differs, in at most `longest` characters.
 
-    Those that tell most runs apart are taken first, those that only follow one of them, as options
-    of a model do, last. A switch that is off is said where it is all
-    there is to say.
+    Options are chosen one after the other: each time the one that splits the runs into the most
+    groups. Of equal ones, an option that always changes together with a chosen one, as the options
+    of a model do with its name, comes last.
     """
-    rows = differing(runs)
+    rows = differing_options(runs)
     keys = sorted(rows, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
-    parts = {key: [_part(key, value) for value in rows[key]] for key in keys}
-    groups = {key: _numbered(parts[key]) for key in keys}
-    chosen, left, told = list[str](), list(keys), [""] * len(runs)
-    while left and len(chosen) < _PARTS:
-        gains = [_gain(told, groups[key], [groups[each] for each in chosen]) for key in left]
-        best = left[gains.index(max(gains))]
+    phrases = {key: [_phrase(key, value) for value in rows[key]] for key in keys}
+    groups = {key: _group_numbers(phrases[key]) for key in keys}
+    chosen, left, described = list[str](), list(keys), [""] * len(runs)
+
+    def gain(key: str) -> tuple[int, bool]:
+        split = {*zip(described, groups[key], strict=True)}
+        return len(split), groups[key] not in [groups[other] for other in chosen]
+
+    while left and len(chosen) < _MAX_OPTIONS:
+        best = max(left, key=gain)
         left.remove(best)
-        wanted = [key for key in keys if key in chosen or key == best]
-        longer = [_joined(row) for row in zip(*(parts[key] for key in wanted), strict=True)]
+        candidate = [key for key in keys if key in chosen or key == best]
+        longer = [_joined(row) for row in zip(*(phrases[key] for key in candidate), strict=True)]
         if max(map(len, longer)) <= longest:
-            chosen, told = wanted, longer
-    return told
+            chosen, described = candidate, longer
+    return described
 
 
-def _gain(told: Sequence[str], own: list[int], known: list[list[int]]) -> tuple[int, bool]:
-    """Groups of runs that an option makes beside those told apart, and whether they are its own."""
-    return len({*zip(told, own, strict=True)}), own not in known
-
-
-def _numbered(values: Sequence[Hashable]) -> list[int]:
-    """Equal values as equal numbers."""
+def _group_numbers(values: Sequence[Hashable]) -> list[int]:
+    """Returns equal numbers for equal values."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
-def _joined(parts: Sequence[tuple[str, bool]]) -> str:
-    loud = [text for text, silent in parts if text and not silent]
-    return ", ".join(loud or [text for text, _ in parts if text])
+def _joined(phrases: Sequence[tuple[str, bool]]) -> str:
+    """Returns the phrases without those of options that are off, unless all are."""
+    on = [text for text, is_off in phrases if text and not is_off]
+    return ", ".join(on or [text for text, _ in phrases if text])
 
 
-def _part(key: str, value: Any) -> tuple[str, bool]:
-    """An option in a word or two, and whether it goes without saying."""
+def _phrase(key: str, value: Any) -> tuple[str, bool]:
+    """Returns an option in a word or two, and whether it is off."""
     name = key.partition(".")[2].removeprefix("use_")
     name = _SHORT.get(name, name)
     option = schema().options.get(key)
@@ -105,11 +109,11 @@ def _part(key: str, value: Any) -> tuple[str, bool]:
         return f"no {name}", True
     if value is True:
         return name, False
-    amount = number(value)
+    amount = as_float(value)
     if amount is not None:
         return f"{name} {amount:.6g}".replace("e-0", "e-").replace("e+0", "e"), False
     text = " ".join(str(value).split())
     text = os.path.basename(text.rstrip("/")) or text
-    text = text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
-    alone = name == "name" or (option is not None and bool(option.choices))
-    return (text if alone else f"{name} {text}"), False
+    text = text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
+    value_suffices = name == "name" or (option is not None and bool(option.choices))
+    return (text if value_suffices else f"{name} {text}"), False

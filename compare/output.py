@@ -1,4 +1,4 @@
-"""Pictures and pages on the disk: whole or not at all."""
+"""Writes pictures and pages: completely, or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from files.atomic import atomic_write
 
 
 def check_folder(output: Path) -> None:
-    """Raises WriteError before work is done for a file that cannot be written."""
+    """Raises WriteError if the file cannot be written, before the work for it is done."""
     if output.is_dir():
         raise WriteError(f"cannot write {output}: it is a folder. Name a file in it.")
     if not output.parent.is_dir():
@@ -20,7 +20,7 @@ def check_folder(output: Path) -> None:
 
 
 def write(output: Path, data: bytes) -> None:
-    """Creates or replaces a file; on an error nothing has changed. Raises WriteError."""
+    """Creates or replaces a file; raises WriteError, and then the old file is unchanged."""
     try:
         atomic_write(output, lambda out: out.write(data))
     except OSError as error:

@@ -1,9 +1,12 @@
-"""Which of two runs is better, and whether that can be said: held-out losses compared in pairs.
+"""Compares two runs by their held-out losses, batch by batch, with a confidence interval.
 
-Two runs evaluated on the same fixed batches of held-out text differ by much less noise than either
-has by itself, because what makes a batch hard is hard for both. The interval is Student's, of the
-mean difference over the batches. It speaks for other text of this kind; for other seeds it does not
-speak, which only several runs can. The quantile: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+Two runs evaluated on the same fixed batches of held-out text differ by much less noise than each
+loss has by itself: a batch that is hard for one is hard for the other. So the mean of the
+differences is taken, and Student's 95 % interval of that mean over the batches.
+
+The interval covers the choice of text. It does not cover the choice of seed: how much a run changes
+with its seed can only be seen from several runs. Quantiles of Student's distribution are computed
+by Abramowitz and Stegun, 26.7.3 and 26.7.4, which takes no scipy.
 """
 
 from __future__ import annotations
@@ -14,18 +17,19 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from compare.differences import options_with_effect
-from compare.records import number
-from compare.run import Run
+from compare.json_values import as_float
+from compare.read import Run
 
-LEAST_BATCHES = 5
+MIN_BATCHES = 5
 CONFIDENCE = 0.95
-At = Literal["last", "same", "best"]
-"""Each run's newest evaluation; the newest at a step that both have; each run's best."""
+At = Literal["newest", "same step", "best"]
+"""Which evaluations are compared: each run's newest; those at the newest step that both runs have;
+each run's best."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Held-out loss of b minus that of a, in nats per token, with its 95 % interval."""
+    """The held-out loss of run b minus that of run a, in nats per token, with its 95 % interval."""
 
     difference: float
     low: float
@@ -36,54 +40,69 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """Of b against a, in words."""
+        """Whether b is better than a, in words."""
         if self.low <= 0 <= self.high:
             return "no difference shown" if self.low < self.high else "equal"
         return "better" if self.high < 0 else "worse"
 
 
-def compare(a: Run, b: Run, at: At = "last") -> Paired | str:
-    """Compares two evaluations, or says why they cannot be compared."""
-    pair = _evaluations(a, b, at)
-    if isinstance(pair, str):
-        return pair
-    if reason := _unlike(a, b, *pair):
+def compare_runs(a: Run, b: Run, at: At = "newest") -> Paired | str:
+    """Compares two evaluations; returns the reason as text if they cannot be compared."""
+    chosen = _evaluations(a, b, at)
+    if isinstance(chosen, str):
+        return chosen
+    record_a, record_b = chosen
+    if reason := _why_not_paired(a, b, record_a, record_b):
         return reason
-    losses_a, losses_b = (record["eval/val_losses"] for record in pair)
-    differences = [after - before for before, after in zip(losses_a, losses_b, strict=True)]
+    losses = zip(record_a["eval/val_losses"], record_b["eval/val_losses"], strict=True)
+    differences = [loss_b - loss_a for loss_a, loss_b in losses]
     count, mean = len(differences), fmean(differences)
     margin = t_quantile(CONFIDENCE, count - 1) * stdev(differences) / math.sqrt(count)
-    steps = (record["step"] for record in pair)
-    return Paired(mean, mean - margin, mean + margin, count, *steps)
+    return Paired(mean, mean - margin, mean + margin, count, record_a["step"], record_b["step"])
 
 
-def t_quantile(confidence: float, freedom: int) -> float:
-    """The t that Student's distribution stays within, on both sides, with this probability."""
+def t_quantile(probability: float, freedom: int) -> float:
+    """Returns the t for which [-t, t] has this probability under Student's distribution.
+
+    freedom: its degrees of freedom. Bisects until the floats of the bracket are neighbours.
+    """
     low, high = 0.0, 1e4
     while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+        if _central_probability(middle, freedom) < probability:
+            low = middle
+        else:
+            high = middle
     return middle
 
 
-def _within(t: float, freedom: int) -> float:
-    """The probability of [-t, t]: a finite sum, as the degrees of freedom are a whole number."""
-    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
-    term = total = (math.cos(angle) if freedom > 1 else 0.0) if odd else 1.0
+def _central_probability(t: float, freedom: int) -> float:
+    """Returns the probability of [-t, t].
+
+    With a whole number of degrees of freedom it is a finite sum of powers of the cosine of
+    theta = atan(t / sqrt(freedom)), of odd powers if the number is odd (26.7.3), else of even ones
+    (26.7.4).
+    """
+    theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    term = total = (math.cos(theta) if freedom > 1 else 0.0) if odd else 1.0
     for power in range(2 + odd, freedom - 1, 2):
-        term *= (power - 1) / power * math.cos(angle) ** 2
+        term *= (power - 1) / power * math.cos(theta) ** 2
         total += term
-    return (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
+    return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
 
 
 def _evaluations(a: Run, b: Run, at: At) -> tuple[dict[str, Any], dict[str, Any]] | str:
-    """The evaluation of each run to be compared, or why there is none."""
-    of_a, of_b = _by_step(a), _by_step(b)
-    for run, evaluations in ((a, of_a), (b, of_b)):
+    """Returns the record of each run to compare, or why there is none."""
+    by_step = [
+        {record["step"]: record for record in run.records if "eval/val_loss" in record}
+        for run in (a, b)
+    ]
+    for run, evaluations in zip((a, b), by_step, strict=True):
         if not evaluations:
             return f"{run.name} has no evaluation"
+    of_a, of_b = by_step
     if at == "best":
-        return _lowest(of_a), _lowest(of_b)
-    if at == "last":
+        return _best(of_a), _best(of_b)
+    if at == "newest":
         return of_a[max(of_a)], of_b[max(of_b)]
     shared = of_a.keys() & of_b.keys()
     if not shared:
@@ -91,46 +110,43 @@ def _evaluations(a: Run, b: Run, at: At) -> tuple[dict[str, Any], dict[str, Any]
     return of_a[max(shared)], of_b[max(shared)]
 
 
-def _by_step(run: Run) -> dict[int, dict[str, Any]]:
-    return {record["step"]: record for record in run.records() if "eval/val_loss" in record}
-
-
-def _lowest(evaluations: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _best(evaluations: dict[int, dict[str, Any]]) -> dict[str, Any]:
     def loss(record: dict[str, Any]) -> float:
-        value = number(record["eval/val_loss"])
+        value = as_float(record["eval/val_loss"])
         return math.inf if value is None else value
 
     return min(evaluations.values(), key=loss)
 
 
-def _unlike(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str, Any]) -> str:
-    """Why two evaluations cannot be taken in pairs; '' if they can."""
+def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str, Any]) -> str:
+    """Returns why the losses of two evaluations cannot be subtracted; '' if they can."""
     counts = []
     for run, record in ((a, record_a), (b, record_b)):
         losses = record.get("eval/val_losses")
         if not isinstance(losses, list) or not record.get("eval/rows"):
             return f"{run.name} has no loss of each batch: its version did not store them"
-        if any(number(loss) is None for loss in losses):
+        if any(as_float(loss) is None for loss in losses):
             return f"{run.name} has batches whose loss is not a number (step {record['step']})"
         counts.append(len(losses))
     if record_a["eval/rows"] != record_b["eval/rows"]:
-        return _other_text(a, b)
+        return _different_text(a, b)
     if counts[0] != counts[1]:
         return f"they were evaluated in {counts[0]} and {counts[1]} batches"
-    if counts[0] < LEAST_BATCHES:
+    if counts[0] < MIN_BATCHES:
         return (
-            f"{counts[0]} held-out batches are too few for an interval: it takes {LEAST_BATCHES} "
+            f"{counts[0]} held-out batches are too few for an interval: it takes {MIN_BATCHES} "
             "(training.eval_iters)"
         )
     return ""
 
 
-def _other_text(a: Run, b: Run) -> str:
-    chosen = options_with_effect("text", "eval_rows")
+def _different_text(a: Run, b: Run) -> str:
+    """Returns the reason, with the options that explain it; between tokenizers, bits per byte."""
+    choosing = options_with_effect("text", "eval_rows")
     keys = [
         key
         for key, value in a.config.items()
-        if key in chosen and key in b.config and value != b.config[key]
+        if key in choosing and key in b.config and value != b.config[key]
     ]
     why = f": they differ in {', '.join(keys)}" if keys else ""
     reason = f"they were evaluated on different held-out text{why}"

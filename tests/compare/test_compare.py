@@ -24,15 +24,15 @@ from hypothesis import strategies as st
 
 from compare.differences import (
     MISSING,
-    differing,
     differing_data,
     differing_environment,
+    differing_options,
     differing_without_effect,
     equal_options,
 )
 from compare.labels import names
-from compare.paired import Paired, compare, t_quantile
-from compare.run import Run, find_runs, read_run, restart_command
+from compare.paired import Paired, compare_runs, t_quantile
+from compare.read import Run, find_runs, read_run, restart_command
 from compare.table import list_lines
 from config import Config, DataError
 from engine.run_directory.manifest import Manifest, render
@@ -133,14 +133,14 @@ def test_an_evaluation_far_from_the_end_is_found(tmp_path: Path, lines: int) -> 
     append(path, *(stamp(200 + n) | {"train/loss": n, "train/mfu": 0.5} for n in range(lines)))
     run = read_run(path)
     assert (run.last_loss, run.best_loss, run.step) == (2.5, 2.5, 199 + lines)
-    assert (run.last["train/loss"], run.last["train/mfu"]) == (lines - 1, 0.5)
+    assert (run.newest["train/loss"], run.newest["train/mfu"]) == (lines - 1, 0.5)
 
 
 def test_the_newest_values_are_those_of_all_records(tmp_path: Path) -> None:
     run = read(tmp_path, losses=[4 - n / 50 for n in range(100)])
-    newest = {key: value for record in run.records() for key, value in record.items()}
+    newest = {key: value for record in run.records for key, value in record.items()}
     newest.pop("train/compile_s")  # only the first record has it
-    assert run.last == newest
+    assert run.newest == newest
 
 
 def test_losses_that_are_null_are_no_best(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_precision_is_what_it_computed_in_not_what_was_asked(tmp_path: Path) -> 
 def test_a_run_is_in_the_state_it_wrote_down(tmp_path: Path, state: str, shown: str) -> None:
     run = read(tmp_path, state=state)
     assert run.state == shown
-    assert bool(run.reason) == (state != "done")
+    assert bool(run.end_reason) == (state != "done")
 
 
 def test_a_locked_run_is_running_whatever_it_says(tmp_path: Path) -> None:
@@ -339,8 +339,8 @@ def test_a_last_line_that_is_cut_is_no_damage(tmp_path: Path) -> None:
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 310, "train/lo')
     run = read_run(path)
-    assert (run.step, run.problems, len(run.records())) == (300, (), 15)
-    assert run.problems_of_records == ()
+    assert (run.step, run.problems, len(run.records)) == (300, (), 15)
+    assert run.record_problems == ()
 
 
 def test_broken_lines_are_left_out_and_named(tmp_path: Path) -> None:
@@ -349,15 +349,15 @@ def test_broken_lines_are_left_out_and_named(tmp_path: Path) -> None:
     lines[2:2] = [b"\x00\xff\n", b"[1]\n", b'{"step": "4"}\n', b"[" * 100_000 + b"\n"]
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
     run = read_run(path)
-    assert len(run.records()) == 16
-    assert run.problems_of_records == ("metrics.jsonl: left out 4 damaged lines (3, 4, 5, 6)",)
+    assert len(run.records) == 16
+    assert run.record_problems == ("metrics.jsonl: left out 4 damaged lines (3, 4, 5, 6)",)
 
 
 def test_nan_in_a_record_is_null(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run_a", losses=())
     (path / "metrics.jsonl").write_text('{"step": 5, "train/loss": NaN, "eval/val_loss": 1e999}\n')
     run = read_run(path)
-    assert run.last["train/loss"] is None
+    assert run.newest["train/loss"] is None
     assert (run.last_loss, run.best_loss) == (None, None)
 
 
@@ -365,12 +365,12 @@ def test_records_of_other_keys_tell_their_step(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run_a", losses=())
     append(path, {"step": 7, "loss": 2.0})
     run = read_run(path)
-    assert (run.step, run.last["loss"], run.problems) == (7, 2.0, ())
+    assert (run.step, run.newest["loss"], run.problems) == (7, 2.0, ())
 
 
 def test_a_reason_of_several_lines_is_one_line(tmp_path: Path) -> None:
     run = read(tmp_path, environment={"ended": {"state": "failed", "reason": "OSError: a\n b\n"}})
-    assert (run.state, run.reason) == ("crashed", "OSError: a b")
+    assert (run.state, run.end_reason) == ("crashed", "OSError: a b")
 
 
 def test_an_option_of_a_later_version_is_kept_and_named(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_no_damage_changes_what_is_known_of_a_run_in_silence(
         changed = bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
         (path / name).write_bytes(data[:at] + (changed if damage == "flip" else b""))
         run = read_run(path)
-        if not (run.problems or run.problems_of_records):
+        if not (run.problems or run.record_problems):
             assert known_of(path) == whole, data[max(0, at - 20) : at + 20]
             silent += 1
     assert silent <= 8  # spaces between words, and the last line end
@@ -439,8 +439,8 @@ def test_no_damage_changes_what_is_known_of_a_run_in_silence(
 
 def known_of(path: Path) -> tuple[Any, ...]:
     run = read_run(path)
-    results = run.state, run.last, run.best_loss, run.best_step, run.step
-    return *results, run.config, run.environment, run.records()
+    results = run.state, run.newest, run.best_loss, run.best_step, run.step
+    return *results, run.config, run.environment, run.records
 
 
 def test_damaged_lines_are_named_and_those_after_them_are_read(tmp_path: Path) -> None:
@@ -451,16 +451,16 @@ def test_damaged_lines_are_named_and_those_after_them_are_read(tmp_path: Path) -
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
     run = read_run(path)
     assert run.problems == ("metrics.jsonl: left out 2 damaged lines (4, 15)",)
-    assert len(run.records()) == 13 and run.step == 300 and run.best_loss == 3.0
+    assert len(run.records) == 13 and run.step == 300 and run.best_loss == 3.0
 
 
 def test_records_of_earlier_versions_are_read_as_they_are(tmp_path: Path) -> None:
     new, old = make_run(tmp_path, "run_a"), make_run(tmp_path, "run_b", old=True)
     assert "crc" in json.loads((new / "metrics.jsonl").read_text().splitlines()[0])
     runs = read_run(new), read_run(old)
-    assert all(not run.problems and not run.problems_of_records for run in runs)
-    assert [r["step"] for r in runs[0].records()] == [r["step"] for r in runs[1].records()]
-    assert not any("crc" in record for run in runs for record in (*run.records(), run.last))
+    assert all(not run.problems and not run.record_problems for run in runs)
+    assert [r["step"] for r in runs[0].records] == [r["step"] for r in runs[1].records]
+    assert not any("crc" in record for run in runs for record in (*run.records, run.newest))
 
 
 @settings(max_examples=150, deadline=None)
@@ -526,13 +526,13 @@ def assert_readable(path: Path, whole: Path) -> None:
         value = getattr(run, thing)
         assert value is None or math.isfinite(value)
     assert run.state in ("done", "stopped", "crashed", "running")
-    assert all(isinstance(word, str) for word in (run.model, run.precision, run.reason))
-    assert all("\n" not in problem for problem in (*run.problems, *run.problems_of_records))
+    assert all(isinstance(word, str) for word in (run.model, run.precision, run.end_reason))
+    assert all("\n" not in problem for problem in (*run.problems, *run.record_problems))
     assert restart_command(run).startswith("python ") or "torchrun" in restart_command(run)
-    assert isinstance(run.records(), list)
+    assert isinstance(run.records, list)
     for pair in ((run, other), (other, run)):
-        assert isinstance(compare(*pair), (Paired, str))
-        for table in (differing, differing_environment, differing_data):
+        assert isinstance(compare_runs(*pair), (Paired, str))
+        for table in (differing_options, differing_environment, differing_data):
             assert all(len(row) == 2 for row in table(pair).values())
 
 
@@ -617,7 +617,7 @@ def test_only_options_that_differ_are_told(tmp_path: Path) -> None:
         make_run(tmp_path, "run_b", options=["n_layer=4", "wandb_run_name=x"], old=True),
     ]
     runs = [read_run(path) for path in paths]
-    assert differing(runs) == {"model.n_layer": [3, 4]}
+    assert differing_options(runs) == {"model.n_layer": [3, 4]}
     assert differing_without_effect(runs) == {"logging.wandb_run_name": [None, "x"]}
     assert equal_options(runs) == len(runs[0].config) - 2
 
@@ -626,14 +626,14 @@ def test_an_option_that_one_version_lacks_is_missing_there(tmp_path: Path) -> No
     path, other = make_run(tmp_path, "run_a", old=True), make_run(tmp_path, "run_b")
     with (path / "config.yaml").open("a") as file:
         file.write("later:\n  warp: 9\n")
-    assert differing([read_run(path), read_run(other)]) == {"later.warp": ["9", MISSING]}
+    assert differing_options([read_run(path), read_run(other)]) == {"later.warp": ["9", MISSING]}
 
 
 def test_a_run_without_a_config_differs_in_nothing(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run_c")
     (path / "config.yaml").unlink()
     runs = [read_run(make_run(tmp_path, "run_a")), read_run(path)]
-    assert differing(runs) == {}
+    assert differing_options(runs) == {}
     assert equal_options(runs) == len(runs[0].config)
 
 
@@ -705,7 +705,7 @@ def two_runs(tmp_path: Path, losses_a: list[Any], losses_b: list[Any]) -> tuple[
 def test_the_interval_is_that_of_a_textbook(tmp_path: Path) -> None:
     # Differences 1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5), t(0.975, 4) = 2.7764.
     a, b = two_runs(tmp_path, [0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])
-    pair = compare(a, b)
+    pair = compare_runs(a, b)
     assert isinstance(pair, Paired)
     margin = 2.776445 * math.sqrt(0.5)
     expected = (3.0, 3.0 - margin, 3.0 + margin)
@@ -716,7 +716,7 @@ def test_the_interval_is_that_of_a_textbook(tmp_path: Path) -> None:
 def test_the_comparison_turns_around_with_the_runs(tmp_path: Path) -> None:
     a = read_run(make_run(tmp_path, "run_a", losses=(4.0, 2.5)))
     b = read_run(make_run(tmp_path, "run_b", losses=(4.0, 2.4), seed=1))
-    one, other = compare(a, b), compare(b, a)
+    one, other = compare_runs(a, b), compare_runs(b, a)
     assert isinstance(one, Paired) and isinstance(other, Paired)
     assert (one.difference, one.low) == pytest.approx((-other.difference, -other.high))
     assert (one.verdict, other.verdict) == ("better", "worse")
@@ -729,8 +729,8 @@ def test_noise_alone_shows_a_difference_one_time_in_twenty(tmp_path: Path) -> No
     for _ in range(1000):
         hard = [draw.gauss(3, 1) for _ in range(8)]
         for run in (a, b):
-            run.records()[-1]["eval/val_losses"] = [loss + draw.gauss(0, 0.1) for loss in hard]
-        pair = compare(a, b)
+            run.records[-1]["eval/val_losses"] = [loss + draw.gauss(0, 0.1) for loss in hard]
+        pair = compare_runs(a, b)
         assert isinstance(pair, Paired)
         shown += pair.verdict != "no difference shown"
     assert 30 <= shown <= 72
@@ -738,7 +738,7 @@ def test_noise_alone_shows_a_difference_one_time_in_twenty(tmp_path: Path) -> No
 
 def test_a_run_is_equal_to_itself(tmp_path: Path) -> None:
     run = read(tmp_path)
-    pair = compare(run, run)
+    pair = compare_runs(run, run)
     assert isinstance(pair, Paired)
     assert asdict(pair) | {"batches": 8} == asdict(Paired(0.0, 0.0, 0.0, 8, 300, 300))
     assert pair.verdict == "equal"
@@ -749,7 +749,7 @@ def test_runs_of_other_length_compare_at_the_end_at_a_shared_step_and_at_their_b
 ) -> None:
     a = read_run(make_run(tmp_path, "run_a", losses=(4.0, 2.0, 3.0)))
     b = read_run(make_run(tmp_path, "run_b", losses=(4.0, 2.5)))
-    pairs = [compare(a, b, at) for at in ("last", "same", "best")]
+    pairs = [compare_runs(a, b, at) for at in ("newest", "same step", "best")]
     steps = [(pair.step_a, pair.step_b) for pair in pairs if isinstance(pair, Paired)]
     assert steps == [(300, 200), (200, 200), (200, 200)]
 
@@ -783,7 +783,7 @@ def test_why_runs_cannot_be_paired_is_told(
     tmp_path: Path, one: dict[str, Any], other: dict[str, Any], reason: str
 ) -> None:
     a, b = (read_run(make_run(tmp_path, n, **o)) for n, o in (("run_a", one), ("run_b", other)))
-    told = compare(a, b)
+    told = compare_runs(a, b)
     assert isinstance(told, str)
     assert reason in told
 
@@ -791,7 +791,7 @@ def test_why_runs_cannot_be_paired_is_told(
 def test_runs_without_a_shared_step_say_so(tmp_path: Path) -> None:
     a = read_run(make_run(tmp_path, "run_a", every=100))
     b = read_run(make_run(tmp_path, "run_b", every=64))
-    assert compare(a, b, "same") == "there is no step at which both were evaluated"
+    assert compare_runs(a, b, "same step") == "there is no step at which both were evaluated"
 
 
 def test_the_room_imports_no_torch() -> None:

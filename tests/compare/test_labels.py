@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compare.labels import LONGEST, descriptions, labels, names
-from compare.run import Run, read_run
+from compare.read import Run, read_run
 from tests.compare.run_directories import make_run
 
 

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 import runs as command_line
 from compare.curves import METRICS, curve, metrics_of, thinned
 from compare.figure import draw
-from compare.page import data_text, page, report
-from compare.run import Run, read_run
+from compare.read import Run, read_run
+from compare.report.content import report
+from compare.report.page import data_text, page
 from tests.compare.run_directories import NEW_KEYS, SESSION, make_run, write_records
 from tests.compare.test_compare import locked_by_another_process
 
@@ -178,7 +179,7 @@ def test_curves_hold_the_numbers_of_the_records() -> None:
     (drawn,) = report([run])["runs"]
     assert set(drawn["curves"]) == set(metrics_of([run]))
     for key, points in drawn["curves"].items():
-        records = [record for record in run.records() if key in record]
+        records = [record for record in run.records if key in record]
         assert points["y"] == pytest.approx([record[key] for record in records], rel=1e-5)
         for axis in ("step", "tokens", "time"):
             places = [drawn["axes"][axis][row] for row in points["at"]]
@@ -324,7 +325,7 @@ def test_a_running_run_is_shown_as_far_as_it_is() -> None:
 def test_a_crashed_run_says_why() -> None:
     (drawn,) = report([make("run_a", state="failed")])["runs"]
     assert drawn["state"] == "crashed"
-    assert drawn["told"].endswith(": NonFiniteError: the loss is NaN")
+    assert drawn["status"].endswith(": NonFiniteError: the loss is NaN")
 
 
 def test_an_old_run_lacks_only_what_it_did_not_write() -> None:
@@ -395,7 +396,7 @@ def test_a_run_that_cannot_be_paired_says_why() -> None:
 def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte() -> None:
     made = [make("run_a"), make("run_b", "tokenizer.name=gpt2", losses=(9.0,))]
     assert report(made)["headline"].startswith("Best: bytes, vocab_size 256, with bits")
-    lines = [record | {"eval/bits_per_byte": 1.5} for record in made[1].records()]
+    lines = [record | {"eval/bits_per_byte": 1.5} for record in made[1].records]
     write_records(made[1].path, lines)
     content = report([made[0], read_run(made[1].path)])
     assert content["headline"].startswith("Best: gpt2, ")

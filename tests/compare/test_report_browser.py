@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from compare.page import write_report
-from compare.run import read_run, restart_command
+from compare.read import read_run, restart_command
+from compare.report.page import write_report
 from tests.compare.run_directories import SESSION, TOKENS_PER_STEP, make_run, write_records
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -110,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             seed=2,
         ),
     ]
-    lines = read_run(paths[2]).records()
+    lines = read_run(paths[2]).records
     lines[7]["train/loss"] = None  # its seventh log line, after an evaluation
     write_records(paths[2], lines)
     write_report([read_run(path) for path in paths], folder / "report.html")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from compare.run import read_run
+from compare.read import read_run
 from config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WriteError
 from engine.checkpoint.save_load import load_checkpoint, resolve_resume, save_checkpoint
 from engine.run_directory.directory import RunDirectory
@@ -168,7 +168,7 @@ def test_a_run_that_ends_by_a_loss_or_a_disk_keeps_what_is_known(
         (folder,) = (tmp_path / "checkpoints").iterdir()
     left = read_run(folder)
     assert (left.state, left.step, left.problems) == ("crashed", 1, ())
-    assert left.reason == f"{type(error).__name__}: {error}"
+    assert left.end_reason == f"{type(error).__name__}: {error}"
 
 
 def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long(

@@ -47,7 +47,7 @@ function swatch(index) {
 }
 const runName = index => make("span", {class: "run", title: runs[index].path}, swatch(index),
   make("span", {class: "name"}, runs[index].label));
-const namedRun = index => [runName(index), runs[index].time === runs[index].label ? null : make("small", {class: "time"}, runs[index].time)];
+const namedRun = index => [runName(index), runs[index].short_name === runs[index].label ? null : make("small", {class: "time"}, runs[index].short_name)];
 
 function copyButton(text, name) {
   const button = make("button", {type: "button", class: "copy", "aria-label": `Copy the command of ${name}`}, "Copy");
@@ -178,7 +178,7 @@ function drawPairs() {
   const verdicts = {title: "Verdict", texts: pairs.map(pair => (pair.low === null ? "" : pair.verdict)), values: pairs.map(() => null)};
   const names = {title: "Run", texts: pairs.map(pair => runs[pair.run].label), values: pairs.map(() => null)};
   const table = sortable("pairs", rows, [names, differences, verdicts, {}]);
-  show("paired", make("p", {class: "explained"}, data.pairs_told), scrolled(table), rows.length > PAIRS + 2 ? allButton(table, rows.length) : null);
+  show("paired", make("p", {class: "explained"}, data.pairs_note), scrolled(table), rows.length > PAIRS + 2 ? allButton(table, rows.length) : null);
 }
 function allButton(table, count) {
   table.classList.add("first");
@@ -479,7 +479,7 @@ const folded = (title, pairs) => (pairs.length ? make("details", {}, make("summa
 
 function drawRuns() {
   place("runs").append(...runs.map((run, index) => {
-    const title = [make("span", {}, namedRun(index)), make("span", {class: `state ${run.state}`}, run.told)];
+    const title = [make("span", {}, namedRun(index)), make("span", {class: `state ${run.state}`}, run.status)];
     const body = [make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
       make("p", {class: "path"}, run.path),
       folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment)];

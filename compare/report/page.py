@@ -1,0 +1,76 @@
+"""Writes the report: one HTML page that holds all it needs and asks no network for anything.
+
+`content.py` computes what the page says, as JSON; `page.js` turns it into elements and lets Plotly
+draw the curves. Names of runs and samples are text of others: `page.js` inserts them as text, and
+the page's Content-Security-Policy allows only its own two scripts, by their hashes, and no request,
+so that no such text can run as code or call home.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from compare.output import check_folder, write
+from compare.read import Run
+from compare.report.content import report, utf8_text
+from config import ConfigError
+
+_FOLDER = Path(__file__).parent
+# 'unsafe-inline' for styles only: Plotly sets them on the elements it draws.
+_POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def write_report(runs: Sequence[Run], output: Path) -> None:
+    """Writes the page; raises WriteError, and ConfigError if plotly is not installed."""
+    check_folder(output)
+    write(output, page(runs).encode())
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Returns the report as HTML."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise ConfigError("the report needs plotly: pip install plotly") from None
+    content = report(runs)
+    plotly, script = script_text(get_plotlyjs()), script_text(_read("page.js"))
+    hashes = " ".join(f"'sha256-{_sha256(source)}'" for source in (plotly, script))
+    return Template(_read("page.html")).substitute(
+        policy=_POLICY.format(scripts=hashes),
+        title=html.escape(utf8_text(content["headline"])),
+        style=_read("page.css"),
+        data=data_text(content),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def data_text(content: Any) -> str:
+    """Returns JSON that can stand in a script element: no character of it can end the element."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def script_text(source: str) -> str:
+    """Returns a script as a browser reads it back: the policy's hash is of exactly these bytes."""
+    return source.replace("\r\n", "\n").replace("</script>", "<\\/script>")
+
+
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
