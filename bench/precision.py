@@ -51,7 +51,7 @@ from bench.precision_modes import (
 )
 from engine.checkpoint.export import write_export
 from engine.hardware.world import supports_fast_bfloat16
-from engine.optim.build import state_bytes
+from engine.optim.build import low_bit_state_size
 from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model
 
@@ -91,7 +91,7 @@ def state_row(shape: Sections, mode: Mode) -> list[str]:
         for state in trainer.optimizer.state.values()
         for storage in (v.untyped_storage() for v in state.values() if isinstance(v, Tensor))
     }
-    low, covered, _ = state_bytes(trainer.optimizer)
+    low, covered, _ = low_bit_state_size(trainer.optimizer)
     title = "AdamW" if mode is BF16 else mode.title
     share = [f"{covered:,}", f"{low / covered:.4f}"] if covered else ["-", "-"]
     each = sum(found.values()) / trainer.parameters

@@ -1,4 +1,4 @@
-"""torch's AdamW, bit for bit, for some of the parameters of an optimizer."""
+"""torch's AdamW, bit for bit, for a part of an optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 def adamw_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The state before the first step; moments have the dtype of the parameter."""
+    """Returns the state before the first step; moments have the parameter's dtype."""
     return {
         "step": torch.zeros((), dtype=torch.float32),
         "exp_avg": torch.zeros_like(parameter),
@@ -24,19 +24,22 @@ def adamw_step(
     states: Mapping[Tensor, dict[str, Tensor]],
     group: dict[str, Any],
 ) -> None:
-    """Moves those with a gradient by the group's lr, betas, eps and weight_decay; state that is
-    empty is made."""
+    """Updates the parameters that have a gradient by the group's lr, betas, eps and weight_decay;
+    initializes empty state."""
     moving = [parameter for parameter in parameters if parameter.grad is not None]
     if not moving:
         return
-    for parameter in moving:
-        if not states[parameter]:
-            states[parameter].update(adamw_state(parameter))
-    fused = moving[0].device.type in ("cpu", "cuda")
     own = [states[parameter] for parameter in moving]
-    if fused:  # a checkpoint is loaded on the CPU, and torch leaves this part there
+    for parameter, state in zip(moving, own, strict=True):
+        if not state:
+            state.update(adamw_state(parameter))
+    device = moving[0].device
+    fused = device.type in ("cpu", "cuda")
+    if fused:
+        # The fused kernel needs `step` on the device; torch leaves it on the CPU when a checkpoint
+        # that was read to the CPU is loaded.
         for state in own:
-            state["step"] = state["step"].to(moving[0].device)
+            state["step"] = state["step"].to(device)
     adamw(
         list[Tensor](moving),
         [parameter.grad for parameter in moving if parameter.grad is not None],

@@ -1,9 +1,9 @@
-"""Optimizers: parameter groups and the step's bookkeeping around them."""
+"""Builds the optimizer; checks and measures its state; norms and clips gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from engine.optim.adamw_4bit import AdamW4bit
 from engine.optim.muon import Muon
 from engine.precision.tensor_4bit import import_bitsandbytes
 
-_BITSANDBYTES = "__bnb_optimizer_quant_state__"  # under which it saves its moments
+_BITSANDBYTES = "__bnb_optimizer_quant_state__"  # bitsandbytes saves its moments under this key
 
 
 class HasMatrices(Protocol):
@@ -26,20 +26,20 @@ class HasMatrices(Protocol):
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerConfig, weight_decay: float, four_bit: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW, or Muon for hidden matrices beside it, by `optimizer.name`.
+    """Returns AdamW for the trained parameters, or Muon for hidden matrices and AdamW beside it.
 
-    Weights decay in matrices only: biases, gains and other vectors are left alone. four_bit: AdamW
-    keeps its moments in 4 bits. ConfigError where adamw_8bit lacks its library.
+    Weights decay in matrices only: biases, gains and other vectors do not. four_bit: AdamW keeps
+    its moments in 4 bits. Raises ConfigError if adamw_8bit lacks its library.
     """
+    betas, eps = (optimizer.beta1, optimizer.beta2), optimizer.eps
     if optimizer.name == "muon":
-        return _muon(model, optimizer, weight_decay)
+        return Muon(_muon_groups(model, weight_decay), betas, eps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas, eps = (optimizer.beta1, optimizer.beta2), optimizer.eps
     if four_bit:
         return AdamW4bit(groups, betas, eps)
     if optimizer.name == "adamw_8bit":
@@ -52,32 +52,30 @@ def _adamw_8bit(
     groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
     library = import_bitsandbytes("8-bit moments", "optimizer.name: adamw")
-    optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=betas, eps=eps)
-    for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):  # now, so that its size is known
-            cast(Any, optimizer).init_state(group, parameter, number, place)
-    return optimizer
+    optimizer = library.optim.AdamW8bit(groups, betas=betas, eps=eps)
+    # Created now instead of in the first step, so that its size can be reported at the start.
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, group_index, index)
+    return cast(torch.optim.Optimizer, optimizer)
 
 
-def _muon(model: nn.Module, optimizer: OptimizerConfig, weight_decay: float) -> Muon:
+def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns one group per number of stacked matrices, and AdamW's groups with 0 of them."""
     stacked = {id(p): count for p, count in cast(HasMatrices, model).matrices()}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             key = stacked.get(id(parameter), 0), parameter.dim() >= 2
             groups.setdefault(key, []).append(parameter)
-    return Muon(
-        [
-            {"params": params, "matrices": count, "weight_decay": weight_decay if decays else 0.0}
-            for (count, decays), params in sorted(groups.items(), reverse=True)
-        ],
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-    )
+    return [
+        {"params": params, "matrices": count, "weight_decay": weight_decay if decays else 0.0}
+        for (count, decays), params in sorted(groups.items(), reverse=True)
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Gives every group the learning rate of this step."""
+    """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
@@ -91,10 +89,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 def check_optimizer(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], steps: int, skipped: bool
 ) -> None:
-    """Raises ValueError unless `saved` has what this optimizer keeps of each of its parameters.
+    """Raises ValueError unless `saved` is state of these parameters by this kind of optimizer.
 
-    steps: made before. skipped: whether all of them may have been skipped, as float16 does, so that
-    nothing was kept yet.
+    steps: taken so far. skipped: whether all of them may have been skipped, as the loss scaler of
+    float16 does; then there may be no state.
     """
     numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     if [group["params"] for group in saved["param_groups"]] != numbers:
@@ -106,23 +104,30 @@ def check_optimizer(
     if odd := sorted(set(states) ^ set(range(len(parameters)))):
         raise ValueError(f"optimizer.state.{odd[0]} is not of these {len(parameters)} parameters")
     for number, (parameter, group) in enumerate(parameters):
-        own = optimizer.state.get(parameter) or _first_state(parameter, group)
+        own = optimizer.state.get(parameter) or _expected_state(parameter, group)
         found = dict(states[number])
         if isinstance(packed := found.get(_BITSANDBYTES), dict):
             found = {**found, **packed}
             del found[_BITSANDBYTES]
-        for name in sorted({*own, *found}):
-            place = f"optimizer.state.{number}.{name}"
-            if name not in own or name not in found:
-                raise ValueError(f"{place} is {'not known here' if name not in own else 'missing'}")
-            if not _same_kind(own[name], value := found[name]):
-                raise ValueError(f"{place} is {_kind(value)}, expected {_kind(own[name])}")
-            if name == "step" and not 0 <= float(value) <= steps:
-                raise ValueError(f"{place} is {float(value)}, of {steps} steps")
+        _check_state(f"optimizer.state.{number}", own, found, steps)
 
 
-def _first_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
-    """What Muon or torch's AdamW will keep of a parameter, in shape and dtype."""
+def _check_state(place: str, own: dict[str, Any], found: dict[str, Any], steps: int) -> None:
+    """Raises ValueError unless `found` has the names, shapes and kinds of `own`."""
+    for name in sorted({*own, *found}):
+        if name not in own or name not in found:
+            problem = "not known here" if name not in own else "missing"
+            raise ValueError(f"{place}.{name} is {problem}")
+        value = found[name]
+        if not _same_kind(own[name], value):
+            raise ValueError(f"{place}.{name} is {_kind(value)}, expected {_kind(own[name])}")
+        if name == "step" and not 0 <= float(value) <= steps:
+            raise ValueError(f"{place}.{name} is {float(value)}, of {steps} steps")
+
+
+def _expected_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors of the shapes and dtypes that Muon or torch's AdamW makes in its first step.
+    The other optimizers have their state from the start."""
     if group.get("matrices"):
         return {"momentum": parameter}
     return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -141,29 +146,37 @@ def _kind(value: object) -> str:
     return ascii(value)[:40]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """(bytes of state in few bits, parameters it is of, parameters with other state), counted from
-    storages; what several parameters share counts once.
-    """
+class StateSize(NamedTuple):
+    """How much memory low-bit moments take."""
+
+    low_bit_bytes: int
+    low_bit_parameters: int
+    other_parameters: int
+    """Those whose state is not in few bits."""
+
+
+def low_bit_state_size(optimizer: torch.optim.Optimizer) -> StateSize:
+    """Returns the size of 4-bit or 8-bit state, counted from storages, each of them once."""
     storages: dict[int, int] = {}
     low = others = 0
     for parameter, state in optimizer.state.items():
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         if any(tensor.dtype == torch.uint8 for tensor in tensors):
             low += parameter.numel()
+            # bitsandbytes shares the tables of its levels between parameters.
             whole = (tensor.untyped_storage() for tensor in tensors)
             storages |= {storage._cdata: storage.nbytes() for storage in whole}
         else:
             others += parameter.numel()
-    return sum(storages.values()), low, others
+    return StateSize(sum(storages.values()), low, others)
 
 
 def optimizer_lines(optimizer: torch.optim.Optimizer) -> list[str]:
-    """What a start says of moments in 4 or 8 bits: their size, as it is; nothing of others."""
+    """Returns a line with the size of 4-bit or 8-bit moments; none for other optimizers."""
     bits = {"AdamW4bit": 4, "AdamW8bit": 8}.get(type(optimizer).__name__)
     if bits is None:
         return []
-    size, low, others = state_bytes(optimizer)
+    size, low, others = low_bit_state_size(optimizer)
     if not low:
         return [f"AdamW with {bits}-bit moments: none, {others:,} parameters are in small tensors"]
     return [
@@ -173,7 +186,7 @@ def optimizer_lines(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm (a scalar) of all gradients together."""
+    """Returns the norm () of all gradients together."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 

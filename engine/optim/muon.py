@@ -1,9 +1,9 @@
 """Muon for hidden matrices and AdamW for everything else, in one optimizer.
 
-The one idea: a matrix's step is its momentum with all singular values brought near 1, so that
-directions seldom seen in the gradient move as far as the frequent ones. Newton-Schulz iterations do
-that with matrix products alone. The step is scaled to the size of AdamW's, so that its learning
-rate and weight decay serve for both.
+Muon's update of a matrix is its momentum with all singular values brought near 1, so that
+directions that gradients seldom have move as far as the frequent ones. Newton-Schulz iterations do
+that with matrix products alone. The update is scaled to the size of AdamW's, so that one learning
+rate and one weight decay serve both.
 
 Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), for the
 iteration and its coefficients; Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982,
@@ -26,13 +26,13 @@ MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0; the rest stays near 1
 SMALLEST_NORM = 1e-7
-STEP_RMS = 0.2  # root mean square of AdamW's usual step, in learning rates
+UPDATE_RMS = 0.2  # the usual root mean square of AdamW's update, in learning rates
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `matrices` > 0 take Muon's step, that many stacked in each parameter along its
-    first dimension; groups with 0 take AdamW's.
+    """Muon for groups with `matrices` > 0, AdamW for groups with `matrices` = 0.
 
+    matrices: how many equal matrices each parameter of the group stacks along its first dimension.
     The momentum and the moments have the dtype of their parameter.
     """
 
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; takes no closure."""
+        """Updates every parameter that has a gradient; takes no closure."""
         assert closure is None
         for group in self.param_groups:
             if not group["matrices"]:
@@ -55,35 +55,39 @@ class Muon(torch.optim.Optimizer):
                 continue
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._muon(parameter, group)
+                    self._update_matrices(parameter, group)
 
-    def _muon(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update_matrices(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
-        stacked = ahead.reshape(group["matrices"], -1, parameter.shape[-1])
+        nesterov = gradient.lerp(momentum, MOMENTUM)
+        # Queries, keys, values and heads are matrices of their own: orthogonalized as one matrix,
+        # the singular values of a large part would determine the update of a small one. One batched
+        # product computes all of them.
+        stacked = nesterov.reshape(group["matrices"], -1, parameter.shape[-1])
         bfloat16 = supports_fast_bfloat16(parameter.device)
         update = orthogonalize(stacked, torch.bfloat16 if bfloat16 else torch.float32)
-        scale = STEP_RMS * math.sqrt(max(stacked.shape[1:]))
+        scale = UPDATE_RMS * math.sqrt(max(stacked.shape[1:]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each of the matrices (count, rows, columns) with its singular values brought near 1.
+    """Returns the matrices (count, rows, columns), each with its singular values brought near 1.
 
     dtype: of the products and of the result. The values end between 0.68 and 1.21, which trains as
-    well as 1; those below 1/500 of the matrix's norm stay smaller. A matrix of zeros stays one.
+    well as 1; those below 1/500 of the matrix's norm stay smaller. A matrix of zeros stays zero.
     """
     norms = torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST_NORM)
     x: Tensor = (matrices / norms).to(dtype)
+    # The Gram matrix below then has the shorter side: that is the cheaper one of the two.
     if tall := x.shape[1] > x.shape[2]:
-        x = x.mT  # the products below are of the shorter side
+        x = x.mT
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS):  # x <- a x + b (x x^T) x + c (x x^T)^2 x
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -33,7 +33,7 @@ from engine.hardware.world import (
     supports_fast_bfloat16,
 )
 from engine.optim.adamw_4bit import CHUNK, is_quantizable
-from engine.optim.quantized_moments import zeros
+from engine.optim.quantized_moments import Quantized4bit
 from settings.formatting import format_bytes
 
 SHARE = 0.9  # of the free memory that `batch_size: auto` fills
@@ -209,7 +209,9 @@ def state_bytes(model: nn.Module, config: Config) -> int:
 
 
 def _four_bit(parameter: Tensor) -> int:
-    return 2 * sum(part.nbytes for part in zeros(parameter.numel(), torch.device("meta")))
+    return 2 * sum(
+        part.nbytes for part in Quantized4bit.zeros(parameter.numel(), torch.device("meta"))
+    )
 
 
 def _eight_bit(parameter: Tensor) -> int:
