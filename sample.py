@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
@@ -48,7 +48,6 @@ from settings import sampling as nanogpt
 
 if TYPE_CHECKING:
     from data.tokenizers.bpe import StreamDecoder, Tokenizer
-    from model import LanguageModel
 
 _LARGEST = 2**63 - 1  # what a random generator takes
 _TOGETHER = 8  # samples drawn at once, where their states fit in so many bytes
@@ -163,11 +162,11 @@ def write_samples(arguments: argparse.Namespace) -> None:
     if arguments.from_file:
         arguments.prompt = _read_text(arguments.prompt.removeprefix("FILE:"))
     try:
-        module, config, spec = open_model(arguments.path, device)
+        model, config, spec = open_model(arguments.path, device)
     except CheckpointError as error:  # its remedies name the option of training
         message = str(error).replace("training.init_from", "--init-from")
         raise CheckpointError(message if arguments.published else str(error)) from error
-    model, tokenizer = cast("LanguageModel", module), open_tokenizer(arguments.path, spec, config)
+    tokenizer = open_tokenizer(arguments.path, spec, config)
     arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
     prompt = torch.tensor([ids])
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
@@ -177,7 +176,7 @@ def write_samples(arguments: argparse.Namespace) -> None:
     asked = config.training.block_size if arguments.context is None else arguments.context
     context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
     length = prompt.shape[1] + arguments.max_new_tokens
-    together = max(1, min(_TOGETHER, _STATE_BYTES // model.state_bytes(length)))
+    together = max(1, min(_TOGETHER, _STATE_BYTES // model.cache_bytes(length)))
     for first in range(0, count, together):
         numbers = range(first, min(first + together, count))
         seeds = [(arguments.seed + number) % (_LARGEST + 1) for number in numbers]

@@ -136,11 +136,11 @@ class Decoder:
     def __init__(self, rival: Rival, prompt: Tensor) -> None:
         self.rival, model = rival, rival.model
         with torch.inference_mode(), rival.autocast():
-            self.state = model.start(1)
+            self.state = model.init_cache(1)
             self.prefill = seconds(lambda: self._feed(prompt[None]), rival.device)
 
     def _feed(self, tokens: Tensor) -> None:
-        self.next = self.rival.model.extend(tokens, self.state).argmax(-1, keepdim=True)
+        self.next = self.rival.model.prefill_or_decode(tokens, self.state).argmax(-1, keepdim=True)
 
     def burst(self) -> list[float]:
         """Seconds of 10 tokens; two more come first and bring the weights back to the caches."""

@@ -49,6 +49,7 @@ from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import best_step, complete_checkpoints, data_path
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, rng_state, saves_due, times_due
+from model.interface import LanguageModel
 from settings.formatting import format_count, format_duration
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
@@ -69,7 +70,7 @@ class Session:
     config: Config
     world: World
     precision: Precision
-    model: nn.Module
+    model: LanguageModel
     trained: nn.Module
     """The model as training calls it: it shares gradients with the other processes."""
     flops_per_token: int
@@ -77,7 +78,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
     text: Text
-    activity: Callable[[Tensor, Tensor | None], dict[str, list[float]]]
+    activation_sparsity: Callable[[Tensor, Tensor | None], dict[str, list[float]]]
     """The model's own count of active neurons on tokens (B, T) of documents (B, T)."""
     directory: RunDirectory
     state: TrainState
@@ -339,7 +340,7 @@ class Session:
         rows = self.text.evaluation[1][0].to(self.world.device).long()
         ids = None if self.text.document_ids is None else self.text.document_ids(rows)[:, :-1]
         with self.precision.autocast():
-            shares = self.activity(rows[:, :-1], ids)
+            shares = self.activation_sparsity(rows[:, :-1], ids)
         return {f"eval/active_{name}": values for name, values in shares.items()}
 
     @property

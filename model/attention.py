@@ -13,7 +13,6 @@ B samples, T tokens, S tokens seen, H heads, K heads of keys and values (H is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -33,25 +32,8 @@ _FIRST_CAPACITY = 64  # tokens
 _SHORT = 256  # tokens
 
 
-LinearProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
-
-
-class Linear(nn.Linear):
-    """Without an initialization of its own, since models draw their weights themselves; and with a
-    product that can be exchanged for another one."""
-
-    product: LinearProduct = staticmethod(F.linear)
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
-
-
 class Embedding(nn.Embedding):
-    """Likewise."""
+    """An embedding that does not initialize its weights, since models do."""
 
     def reset_parameters(self) -> None:
         pass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import LanguageModel
+from model.interface import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ def generate(
         context = min(context or model.max_context, model.max_context)
     seen = prompt.expand(len(generators), -1)
     seen = seen if context is None else seen[:, -context:]
-    state = model.start(len(generators))
-    logits = model.extend(seen, state)  # (B, V)
+    cache = model.init_cache(len(generators))
+    logits = model.prefill_or_decode(seen, cache)  # (B, V)
     while True:
         rows = zip(logits.float(), generators, strict=True)
         tokens = torch.cat([draw(row[None], sampling, generator) for row, generator in rows])
@@ -49,8 +49,8 @@ def generate(
             seen = torch.cat((seen, following), dim=1)
             if seen.shape[1] > context:
                 seen = following = seen[:, -max(1, context // 2) :]
-                state = model.start(len(generators))
-        logits = model.extend(following, state)
+                cache = model.init_cache(len(generators))
+        logits = model.prefill_or_decode(following, cache)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model.attention import Embedding, Linear, attention, drop
+from model.attention import Embedding, attention, drop
+from model.matmul import Linear
 from model.transformer import Kept, Pass, Transformer
 
 INIT_STD = 0.02
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         D = config.n_embd
         self.layer, self.heads = layer, config.n_head
-        self.c_attn = Linear(D, 3 * D, bias=_bias(config, config.attn_bias))
+        self.c_attn = Linear(D, 3 * D, bias=_bias(config, config.attn_bias), n_fused=3)
         self.c_proj = Linear(D, D, bias=_bias(config, config.proj_bias))
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
@@ -149,16 +150,7 @@ class GPT(Transformer):
         logits: Tensor = self.lm_head(self.transformer.ln_f(x))
         return logits
 
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """Hidden weight matrices, and how many equal ones are stacked in each."""
-        found: list[tuple[nn.Parameter, int]] = []
-        for name, parameter in self.transformer.h.named_parameters():
-            if parameter.dim() == 2:
-                found.append((parameter, 3 if name.endswith("c_attn.weight") else 1))
-        return found
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The embedding and the head."""
+    def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.transformer.wte.weight, self.lm_head.weight
 
     def kept(self) -> Kept:

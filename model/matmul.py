@@ -1,35 +1,68 @@
-"""The products of a layer with its weights, behind an interface: they can be computed otherwise.
+"""Products of activations with weights, behind an interface that number formats implement.
 
-A linear layer multiplies three times: forward by its weights, backward by them transposed, and once
-for the gradient of the weights. What is multiplied is made ready first, once for all its products:
+A layer y = x W multiplies three times in a training step. Operands are prepared once, e.g. cast to
+8 bits with a scale, and then used in every product they take part in:
 
-    x, w = products.rows(x, place), products.weight(w, name)
-    y = products.times(x, w)                      # x W
-    dy = products.gradient(dy, place)
-    dx = products.back(dy, w)                     # dy W^T
-    dw = products.outer(x, dy)                    # x^T dy
+    x, w = backend.activation(x, operand), backend.weight(w, name)
+    y = backend.forward(x, w)                     # x W
+    dy = backend.gradient(dy, operand)
+    dx = backend.grad_input(dy, w)                # dy W^T
+    dw = backend.grad_weight(x, dy)               # x^T dy
 
-All matrices are (g, rows, columns): g heads at once; an operand of one head, (1, ...), is shared by
-all heads of the other one. `into` is a tensor to write to or a `Sum` to add to.
+A model multiplies by its hidden weights in one of three ways, each of which can be replaced:
+
+    Linear            calls its function `linear_fn`
+    MatmulBackend     is called by BDH's fused layers, tile by tile
+    Projections       take the whole of a BDH layer's products, with a backward pass of their own
+
+Matrices are (g, rows, columns): g heads at once. An operand of one head, (1, ...), is shared by all
+heads of the other operand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-Place = tuple[str, int]
-"""The name of an operand, and the layer it belongs to."""
+LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
 
 
-class Sum:
-    """A sum of matrix products in a tensor of its own, which may have a wider dtype than they."""
+class Linear(nn.Linear):
+    """A linear layer whose product can be replaced, by assigning `linear_fn`.
+
+    It does not initialize its weights, since models do; n_fused: equal matrices stacked in it.
+    """
+
+    linear_fn: LinearFunction = staticmethod(F.linear)
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, n_fused: int = 1) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.n_fused = n_fused
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fn(x, self.weight, self.bias)
+
+
+class OperandId(NamedTuple):
+    """Tells an operand from all others of a model, for scales that depend on its past."""
+
+    name: str
+    layer: int
+
+
+class Accumulator:
+    """A sum of matrix products in a buffer, which may have a wider dtype than the products."""
 
     def __init__(self, total: Tensor, add: Callable[[Tensor, Tensor], object]) -> None:
-        self.total, self.fresh = total, True
+        self.total, self.is_empty = total, True
         self._add = add  # (total, product), both 2-D, of any dtypes
 
     def add(self, left: Tensor, right: Tensor) -> None:
@@ -37,50 +70,56 @@ class Sum:
         if left.dtype != self.total.dtype:
             return self.add_product(torch.bmm(left, right))
         total = self.total.view(*left.shape[:2], right.shape[2])
-        total.baddbmm_(left, right, beta=0 if self.fresh else 1)
-        self.fresh = False
+        # beta=0 ignores what the buffer holds, even NaN: it need not be zeroed before.
+        total.baddbmm_(left, right, beta=0 if self.is_empty else 1)
+        self.is_empty = False
         return None
 
     def add_product(self, product: Tensor) -> None:
         """Adds a product (g, a, c)."""
         total = self.total.view(product.shape)
-        if self.fresh:
+        if self.is_empty:
             total.copy_(product)
         else:
             self._add(total.flatten(0, 1), product.flatten(0, 1))
-        self.fresh = False
+        self.is_empty = False
 
 
-class Products(Protocol):
-    """Operands are opaque to the caller, but for the heads of weights: `len(w)`, `w[2:4]`."""
+class MatmulBackend(Protocol):
+    """Computes products with weights in some number format.
 
-    fused: bool
-    """Whether to compile what lies between products."""
+    Prepared operands are opaque to the caller, but for the heads of weights: `len(w)`, `w[2:4]`.
+    """
+
+    compiled: bool
+    """Whether to compile the casts of operands."""
 
     operand_bytes: int
-    """Memory that operands of a tile take, per element of the tile, beside the tile itself."""
+    """Memory of a tile's operands per element of the tile, on top of the tile itself."""
 
     def weight(self, value: Tensor, name: str) -> Any:
-        """A weight (g, in, out), of any strides."""
+        """Prepares a weight (g, in, out), of any strides."""
 
-    def rows(self, value: Tensor, place: Place, shared: bool = False) -> Any:
-        """What is multiplied forward, (g, M, in); `shared`: by the weights of several tiles."""
+    def activation(self, value: Tensor, operand: OperandId, shared: bool = False) -> Any:
+        """Prepares an activation (g, M, in); shared: it is multiplied by several tiles' weights."""
 
-    def gradient(self, value: Tensor, place: Place) -> Any:
-        """A gradient (g, M, out)."""
+    def gradient(self, value: Tensor, operand: OperandId) -> Any:
+        """Prepares the gradient of an output, (g, M, out)."""
 
-    def times(self, x: Any, weight: Any, into: Tensor | Sum | None = None) -> Tensor:
-        """x W, (g, M, out)."""
+    def forward(self, x: Any, weight: Any, out: Tensor | Accumulator | None = None) -> Tensor:
+        """Returns x W, (g, M, out); written or added to `out` where given."""
 
-    def back(self, gradient: Any, weight: Any, into: Tensor | Sum | None = None) -> Tensor:
-        """dy W^T, (g, M, in)."""
+    def grad_input(
+        self, gradient: Any, weight: Any, out: Tensor | Accumulator | None = None
+    ) -> Tensor:
+        """Returns dy W^T, (g, M, in); written or added to `out` where given."""
 
-    def outer(self, x: Any, gradient: Any) -> Tensor:
-        """x^T dy, (g, in, out)."""
+    def grad_weight(self, x: Any, gradient: Any) -> Tensor:
+        """Returns x^T dy, (g, in, out)."""
 
 
-class _Rows:
-    """A matrix, and its transpose where that is used often."""
+class PlainActivation:
+    """An activation, and its transpose where that is used often."""
 
     def __init__(self, value: Tensor, shared: bool) -> None:
         self.value, self._shared = value, shared
@@ -88,40 +127,68 @@ class _Rows:
 
     @property
     def columns(self) -> Tensor:
+        """The transpose, (g, in, M)."""
         if self._columns is None:
             self._columns = self.value.mT.contiguous() if self._shared else self.value.mT
         return self._columns
 
 
-class PlainProducts:
-    """In the dtype of the operands."""
+class PlainMatmul:
+    """The backend that computes in the dtype of the operands."""
 
-    fused = False
+    compiled = False
     operand_bytes = 0
 
     def weight(self, value: Tensor, name: str) -> Tensor:
         return value
 
-    def rows(self, value: Tensor, place: Place, shared: bool = False) -> _Rows:
-        return _Rows(value, shared)
+    def activation(
+        self, value: Tensor, operand: OperandId, shared: bool = False
+    ) -> PlainActivation:
+        return PlainActivation(value, shared)
 
-    def gradient(self, value: Tensor, place: Place) -> Tensor:
+    def gradient(self, value: Tensor, operand: OperandId) -> Tensor:
         return value
 
-    def times(self, x: _Rows, weight: Tensor, into: Tensor | Sum | None = None) -> Tensor:
-        return _multiply(x.value, weight, into)
+    def forward(
+        self, x: PlainActivation, weight: Tensor, out: Tensor | Accumulator | None = None
+    ) -> Tensor:
+        return _multiply(x.value, weight, out)
 
-    def back(self, gradient: Tensor, weight: Tensor, into: Tensor | Sum | None = None) -> Tensor:
-        return _multiply(gradient, weight.mT, into)
+    def grad_input(
+        self, gradient: Tensor, weight: Tensor, out: Tensor | Accumulator | None = None
+    ) -> Tensor:
+        return _multiply(gradient, weight.mT, out)
 
-    def outer(self, x: _Rows, gradient: Tensor) -> Tensor:
+    def grad_weight(self, x: PlainActivation, gradient: Tensor) -> Tensor:
         return _multiply(x.columns, gradient, None)
 
 
-def _multiply(left: Tensor, right: Tensor, into: Tensor | Sum | None) -> Tensor:
+def _multiply(left: Tensor, right: Tensor, out: Tensor | Accumulator | None) -> Tensor:
     g = max(len(left), len(right))
     left, right = left.expand(g, -1, -1), right.expand(g, -1, -1)
-    if isinstance(into, Sum):
-        into.add(left, right)
-        return into.total
-    return torch.bmm(left, right, out=into)
+    if isinstance(out, Accumulator):
+        out.add(left, right)
+        return out.total
+    return torch.bmm(left, right, out=out)
+
+
+class Projections(Protocol):
+    """BDH's three products with weights in one forward pass, by modules with a backward pass of
+    their own, through which gradients reach the weights.
+
+    Results may have any strides, and the dtype of the products or a wider one.
+    """
+
+    def encode(self, x: Tensor, layer: int) -> Tensor:
+        """Returns x E: (B, T, D) -> (B, H, T, N)."""
+
+    def encode_v(self, a: Tensor, layer: int) -> Tensor:
+        """Returns a G, each head by its own matrix: (B, H, T, D) -> (B, H, T, N)."""
+
+    def decode(self, z: Tensor, layer: int) -> Tensor:
+        """Returns z F, summed over heads: (B, H, T, N) -> (B, T, D)."""
+
+
+ProjectionFactory = Callable[[tuple[Tensor, Tensor, Tensor]], Projections]
+"""Called with encoder, encoder_v and decoder, once per forward pass: all layers share them."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from model.attention import KVCache, Sight, capacity, drop, is_plain_on_cpu, look, look_back
+from model.interface import HiddenWeight, LanguageModel
+from model.matmul import Linear
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,15 @@ def peak_bytes(stages: Sequence[Stage]) -> int:
     return max(0, peak - total)
 
 
-class Transformer(nn.Module, ABC):
+class Transformer(LanguageModel, ABC):
     """Forward, generation and costs; models say how they embed, what a block is, how they end."""
 
-    max_context: int | None = None  # longest context; None: any
     tied = False  # whether the head is the embedding
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.vocab_size is not None and config.n_embd % config.n_head == 0
-        self.config = config
+        self.config, self.n_layer = config, config.n_layer
         self.vocab_size = config.vocab_size
         self.kv_heads = config.n_kv_head or config.n_head
         self.width = config.n_embd // config.n_head
@@ -84,10 +85,6 @@ class Transformer(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """Each takes x (R, D) and a `Pass`, and returns the next x."""
-
-    @abstractmethod
-    def init_weights(self) -> None:
-        """Draws every weight anew from torch's global generator."""
 
     @abstractmethod
     def embed(self, tokens: Tensor, position: int) -> Tensor:
@@ -100,13 +97,9 @@ class Transformer(nn.Module, ABC):
     def positions(self, begin: int, end: int, x: Tensor) -> Any:
         """What blocks need to know of the positions."""
 
-    @abstractmethod
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """Hidden weight matrices, and how many equal ones are stacked in each."""
-
-    @abstractmethod
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The parameters of the embedding and of the head: one where they are tied."""
+    def hidden_weights(self) -> list[HiddenWeight]:
+        linears = (module for module in self.blocks.modules() if isinstance(module, Linear))
+        return [HiddenWeight(linear.weight, linear.n_fused) for linear in linears]
 
     @abstractmethod
     def kept(self) -> Kept:
@@ -124,7 +117,7 @@ class Transformer(nn.Module, ABC):
             x = block(x, run)
         return self.head(x).view(B, T, -1)
 
-    def state_bytes(self, length: int) -> int:
+    def cache_bytes(self, length: int) -> int:
         """Memory of the keys and values of one sample of so many tokens."""
         if self.max_context is not None:
             length = min(length, self.max_context)
@@ -132,26 +125,22 @@ class Transformer(nn.Module, ABC):
         kept = 2 * self.config.n_layer * self.kv_heads * self.width * room
         return kept * next(self.parameters()).element_size()
 
-    def start(self, batch: int) -> list[KVCache]:
-        """The state of so many samples before their first token; the first ones make the room."""
+    def init_cache(self, batch_size: int) -> list[KVCache]:
+        """Returns empty caches, one per layer; the first tokens allocate them."""
         return [KVCache(self.max_context) for _ in range(self.config.n_layer)]
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, state: list[KVCache]) -> Tensor:
+    def prefill_or_decode(self, tokens: Tensor, cache: list[KVCache]) -> Tensor:
         """Feeds tokens (B, T), which go on where the state ends: the logits after them, (B, V)."""
         B, T = tokens.shape
-        begin = state[0].length
+        begin = cache[0].length
         x = self.embed(tokens, begin)
         sight = look_back(self.config.attention, x, T, begin + T)
-        run = Pass((B, T), sight, self.positions(begin, begin + T, x), caches=state)
+        run = Pass((B, T), sight, self.positions(begin, begin + T, x), caches=cache)
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x, run)
         return self.head(x if T == 1 else x.view(B, T, -1)[:, -1])
-
-    def activity(self, tokens: Tensor, documents: Tensor | None = None) -> dict[str, list[float]]:
-        """Nothing to tell: all neurons take part."""
-        return {}
 
     def notes(self, on_cpu: bool) -> list[str]:
         """Where attention is not computed as `model.attention` asks."""
@@ -170,7 +159,7 @@ class Transformer(nn.Module, ABC):
         """Forward and backward (three times forward): every product, the head included, and all
         T x T scores, masked or not, as PaLM's appendix B counts; looking up embeddings is free.
         """
-        weights = sum(parameter.numel() for parameter, _ in self.matrices())
+        weights = sum(parameter.numel() for parameter, _ in self.hidden_weights())
         weights += self.config.n_embd * self.vocab_size
         scores = 2 * self.config.n_layer * self.config.n_embd * block_size
         passes = 2 if self.frozen else 3  # frozen weights have no gradient
@@ -179,7 +168,7 @@ class Transformer(nn.Module, ABC):
     @property
     def frozen(self) -> bool:
         """Whether the hidden matrices are not trained, nor kept in the dtype of the others."""
-        return not any(parameter.requires_grad for parameter, _ in self.matrices())
+        return not any(parameter.requires_grad for parameter, _ in self.hidden_weights())
 
     def activation_bytes(
         self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
@@ -202,10 +191,6 @@ class Transformer(nn.Module, ABC):
         if adding:  # each is added at once, and gone
             stages = [stage._replace(gradients=0, found=max(stage[1:3])) for stage in stages]
         return peak_bytes(stages)
-
-    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Memory of what stays between steps; angles of positions are too few to count."""
-        return 0
 
     def _part(self, rows: int, size: int, weights: int) -> Stage:
         """What attention and MLP have in common: the stream and its gradient, norm, dropout."""
@@ -236,7 +221,9 @@ class Transformer(nn.Module, ABC):
 
     def _mlp_weights(self) -> int:
         D = self.config.n_embd
-        layer = sum(parameter.numel() for parameter, _ in self.matrices()) // self.config.n_layer
+        layer = (
+            sum(parameter.numel() for parameter, _ in self.hidden_weights()) // self.config.n_layer
+        )
         return layer - 2 * D * (D + self.kv_heads * self.width)
 
     def _mlp_stage(self, rows: int, size: int) -> Stage:

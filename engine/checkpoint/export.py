@@ -26,6 +26,7 @@ from config import CheckpointError, Config, ConfigError, WriteError
 from engine.precision.tensor_4bit import BLOCK, SCALES, from_tensors, import_bitsandbytes
 from engine.precision.weights_4bit import unique_tensors
 from files.atomic import TEMPORARY, atomic_write_text, check_space, sync_folder
+from model.interface import LanguageModel
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.yaml", "vocabulary.json"
 INSTALL = "pip install safetensors"
@@ -97,8 +98,8 @@ def description(config: Config, tokenizer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def open_export(
-    path: Path, build: Callable[[Config], nn.Module]
-) -> tuple[nn.Module, Config, dict[str, Any]]:
+    path: Path, build: Callable[[Config], LanguageModel]
+) -> tuple[LanguageModel, Config, dict[str, Any]]:
     """The model that `build` makes for the config, with the export's weights, in eval mode; the
     config; what makes text of tokens. Raises CheckpointError."""
     folder = path.parent if path.name == WEIGHTS else path

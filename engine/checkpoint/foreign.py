@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from config import (
     GPT2_NAMES,
@@ -24,6 +23,7 @@ from config import (
 from engine.checkpoint.export import has_config, is_export
 from engine.monitor import console
 from engine.run_directory.manifest import in_runs, manifest_path, newest_run, steps_in
+from model.interface import LanguageModel
 
 
 def is_foreign(path: Path) -> bool:
@@ -43,7 +43,7 @@ def is_foreign(path: Path) -> bool:
 
 def open_foreign(
     path: Path, device: str | torch.device
-) -> tuple[nn.Module, Config, dict[str, Any]]:
+) -> tuple[LanguageModel, Config, dict[str, Any]]:
     """The model, in eval mode, of a file or folder that another program wrote; a config that
     builds it; and what makes text of its tokens (`data.meta.open_tokenizer`).
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import CheckpointError, Config, ConfigError, WriteError
 from engine.checkpoint.contents import (
@@ -66,6 +66,7 @@ from files.atomic import (
     check_space,
     remove,
 )
+from model import LanguageModel, build_model
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
 
@@ -198,8 +199,6 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
 def check_weights(path: Path, content: dict[str, Any]) -> Config:
     """The config of a checkpoint, whose weights are those of the model that it describes; raises
     CheckpointError. Nothing of the described size is allocated."""
-    from model import build_model  # only here: the rest of the engine names no model
-
     weights: dict[str, Tensor] = content["model"]
     with fitting(path):
         config = Config.from_dict(content["config"])
@@ -377,7 +376,9 @@ def _saves_always(run: Path) -> bool:
         return True
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[LanguageModel, Config]:
     """The model of a checkpoint, in eval mode, and its config.
 
     `path` is a checkpoint, a run directory (see `find_model`), a folder of runs (its newest), an
@@ -389,12 +390,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
 
 def open_model(
     path: str | Path, device: str | torch.device
-) -> tuple[nn.Module, Config, dict[str, Any]]:
+) -> tuple[LanguageModel, Config, dict[str, Any]]:
     """Returns a model in eval mode, its Config, and the description of its tokenizer as
     `data.meta.open_tokenizer` takes it. Raises CheckpointError.
     """
-    from model import build_model  # only here: the rest of the engine names no model
-
     if is_foreign(Path(path)):
         return open_foreign(Path(path), device)
     path = find_by_name(path)

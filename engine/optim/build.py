@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,9 @@ from config import OptimizerConfig
 from engine.optim.adamw_4bit import AdamW4bit
 from engine.optim.muon import Muon
 from engine.precision.tensor_4bit import import_bitsandbytes
+from model.interface import LanguageModel
 
 _BITSANDBYTES = "__bnb_optimizer_quant_state__"  # bitsandbytes saves its moments under this key
-
-
-class HasMatrices(Protocol):
-    """What Muon asks of a model."""
-
-    def matrices(self) -> Iterable[tuple[nn.Parameter, int]]:
-        """The hidden weight matrices, each with the number stacked in it along dimension 0."""
 
 
 def build_optimizer(
@@ -33,6 +26,7 @@ def build_optimizer(
     """
     betas, eps = (optimizer.beta1, optimizer.beta2), optimizer.eps
     if optimizer.name == "muon":
+        assert isinstance(model, LanguageModel), "Muon needs to know the hidden weights"
         return Muon(_muon_groups(model, weight_decay), betas, eps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -60,9 +54,9 @@ def _adamw_8bit(
     return cast(torch.optim.Optimizer, optimizer)
 
 
-def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _muon_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
     """Returns one group per number of stacked matrices, and AdamW's groups with 0 of them."""
-    stacked = {id(p): count for p, count in cast(HasMatrices, model).matrices()}
+    stacked = {id(p): count for p, count in model.hidden_weights()}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

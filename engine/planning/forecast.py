@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
 from engine.evaluation import DocumentIds, evaluating, next_token_loss
@@ -25,6 +25,7 @@ from engine.planning.memory import Needs, Room, state_bytes
 from engine.planning.stopwatch import Stopwatch
 from engine.precision.precision import Precision
 from engine.train_state import saves_due, times_due
+from model.interface import LanguageModel
 from settings.formatting import format_duration, format_plural, format_si
 
 BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
@@ -112,7 +113,7 @@ class TrialStep:
     """Parameters of the run's model per parameter of the trial's."""
 
 
-def choose_trial(needs: Needs, room: Room, build: Callable[[Config], nn.Module]) -> TrialStep:
+def choose_trial(needs: Needs, room: Room, build: Callable[[Config], LanguageModel]) -> TrialStep:
     """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
     config, model, length = needs.config, needs.model, needs.config.training.block_size
     while needs.world.on_cpu and _parameters(model) > _MOST_PARAMETERS and config.model.n_layer > 1:
@@ -156,18 +157,18 @@ def _sized(config: Config, batch: int, length: int) -> Config:
     return replace(config, training=sizes)
 
 
-def _flops(model: nn.Module, batch: int, length: int) -> int:
+def _flops(model: LanguageModel, batch: int, length: int) -> int:
     """Returns the FLOPs of a micro-step."""
-    per_token: int = model.flops_per_token(length)  # type: ignore[operator]
+    per_token: int = model.flops_per_token(length)
     return batch * length * per_token
 
 
-def _parameters(model: nn.Module) -> int:
+def _parameters(model: LanguageModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
 def measure(
-    model: nn.Module,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     trial: TrialStep,
@@ -241,7 +242,7 @@ def _on_line(first: tuple[int, float], second: tuple[int, float], flops: int) ->
 
 
 def forecast(
-    config: Config, rates: Rates, model: nn.Module, span: range, world_size: int
+    config: Config, rates: Rates, model: LanguageModel, span: range, world_size: int
 ) -> Forecast:
     """The times of a run that makes the steps after `span.start` until `span.stop`, by the rates of
     its parts; of none with `training.eval_only`."""
@@ -255,7 +256,7 @@ def forecast(
     rounded = late / max(1, len(span))  # share of the steps
     splits = 2 if rates.rounding == 0 else 3
     batches = splits * math.ceil(training.eval_iters / world_size) + 1  # neurons are counted
-    flops = tokens * model.flops_per_token(training.block_size) / plain  # type: ignore[operator]
+    flops = tokens * model.flops_per_token(training.block_size) / plain
     evaluated = eval_batch(config) / micro_batch(config)  # as many at a time
     found = Forecast(
         steps=len(span),

@@ -11,10 +11,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import (
     FP8_MULTIPLE,
@@ -34,6 +34,7 @@ from engine.hardware.world import (
 )
 from engine.optim.adamw_4bit import CHUNK, is_quantizable
 from engine.optim.quantized_moments import Quantized4bit
+from model.interface import LanguageModel
 from settings.formatting import format_bytes
 
 SHARE = 0.9  # of the free memory that `batch_size: auto` fills
@@ -46,21 +47,6 @@ _PIECES = 8  # float32 numbers beside each that the 4-bit step has in hand
 # freed blocks are kept, the holes between those that stay are this share of what comes and goes.
 _KERNELS, _HOLES = 80 << 20, 0.3
 _COMPILER = 80 << 20  # torch.compile: 36 to 93 MB more at the peak of small models
-
-
-class HasCosts(Protocol):
-    """What a model tells of its memory."""
-
-    def activation_bytes(
-        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
-    ) -> int:
-        """Peak memory of a training step on tokens (B, T), weights and their gradients aside."""
-
-    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Memory of what stays between steps."""
-
-    def matrices(self) -> list[tuple[Tensor, int]]:
-        """The hidden weight matrices."""
 
 
 class Formats(Protocol):
@@ -153,7 +139,7 @@ class Needs:
     """A run, as far as its memory goes. The model may be on the meta device."""
 
     config: Config
-    model: nn.Module
+    model: LanguageModel
     precision: Formats
     world: World
     compiled: bool = False
@@ -164,7 +150,7 @@ class Needs:
     def memory(self, config: Config | None = None) -> Memory:
         """Of the run, or of a variant of it."""
         config = config or self.config
-        model, on_cpu = cast(HasCosts, self.model), self.world.on_cpu
+        model, on_cpu = self.model, self.world.on_cpu
         trained = [p for p in self.model.parameters() if p.requires_grad]
         tokens = (micro_batch(config), config.training.block_size)
         adding = accumulation_steps(config, self.world.size) > 1
@@ -195,11 +181,11 @@ class Needs:
         return base + _KERNELS + _COMPILER * self.compiled
 
 
-def state_bytes(model: nn.Module, config: Config) -> int:
+def state_bytes(model: LanguageModel, config: Config) -> int:
     """Memory of the optimizer's state once it is there."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer.name == "muon":
-        matrices = {id(matrix) for matrix, _ in cast(HasCosts, model).matrices()}
+        matrices = {id(matrix) for matrix, _ in model.hidden_weights()}
         return sum(p.nbytes * (1 if id(p) in matrices else 2) for p in trained)
     if config.low_precision.use_4bit_optimizer:
         return sum(_four_bit(p) if is_quantizable(p) else 2 * p.nbytes for p in trained)
@@ -220,11 +206,11 @@ def _eight_bit(parameter: Tensor) -> int:
     return 8 * count if count < fewest else 2 * count + 8 * -(-count // block)
 
 
-def _update_bytes(model: nn.Module, config: Config, precision: Formats) -> int:
+def _update_bytes(model: LanguageModel, config: Config, precision: Formats) -> int:
     """What the optimizer's step takes beside weights, gradients and state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer.name == "muon":
-        found = cast(HasCosts, model).matrices()
+        found = model.hidden_weights()
         return max((_muon_bytes(m, count, precision) for m, count in found), default=0)
     if config.low_precision.use_4bit_optimizer:
         most = max((p.numel() for p in trained if is_quantizable(p)), default=0)
@@ -241,7 +227,7 @@ def _muon_bytes(matrix: Tensor, count: int, precision: Formats) -> int:
 
 
 def refuse_impossible(
-    config: Config, precision: Formats, world: World, build: Callable[[Config], nn.Module]
+    config: Config, precision: Formats, world: World, build: Callable[[Config], LanguageModel]
 ) -> None:
     """Raises ConfigError for a config that no amount of tuning fits into this machine's memory.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -23,16 +22,10 @@ from engine.optim.build import optimizer_lines
 from engine.planning.memory import Needs, Room, memory_lines
 from engine.precision.precision import Precision
 from engine.schedule import learning_rate
+from model.interface import LanguageModel
 from settings.formatting import format_count
 
 BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
-
-
-class HasCosts(Protocol):
-    """What a model tells of its work."""
-
-    def flops_per_token(self, block_size: int) -> int:
-        """FLOPs of a training step per token."""
 
 
 def settle(config: Config, vocab_size: int, tokenizer: str) -> tuple[Config, list[str]]:
@@ -115,7 +108,7 @@ def planned_tokens(
     return done[1] + max(0, steps - done[0]) * tokens_per_step(config, world_size)
 
 
-def parameter_lines(model: nn.Module) -> list[str]:
+def parameter_lines(model: LanguageModel) -> list[str]:
     """Total and trainable parameters, and the part of each weight or module at the top, or below
     it where all of them lie in one."""
     total, frozen = parameter_counts(model)
@@ -135,9 +128,9 @@ def parameter_lines(model: nn.Module) -> list[str]:
     ]
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: LanguageModel) -> tuple[int, int]:
     """Of parameters, and of matrices that are frozen and so no parameters to torch."""
-    hidden = [weight for weight, _ in getattr(model, "matrices", list)()]
+    hidden = [weight for weight, _ in model.hidden_weights()]
     frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
     return sum(p.numel() for p in model.parameters()), frozen
 
@@ -158,15 +151,15 @@ def tokens_line(config: Config, world_size: int) -> str:
     )
 
 
-def training_flops(model: nn.Module, config: Config) -> int:
+def training_flops(model: LanguageModel, config: Config) -> int:
     """FLOPs per token of a training step, by the model's own count."""
-    return cast(HasCosts, model).flops_per_token(config.training.block_size)
+    return model.flops_per_token(config.training.block_size)
 
 
 def model_lines(
     config: Config,
     world: World,
-    model: nn.Module,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
 ) -> list[str]:
@@ -186,7 +179,7 @@ def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> li
     ]
 
 
-def ratio_line(tokens: int, model: nn.Module) -> str:
+def ratio_line(tokens: int, model: LanguageModel) -> str:
     """Returns the tokens of a run per parameter; frozen parameters are counted."""
     count = sum(parameter_counts(model))
     return (

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
 from engine.precision.fp8_native import (
@@ -23,11 +23,11 @@ from engine.precision.fp8_native import (
     E5M2,
     DelayedScales,
     Made,
-    NativeProducts,
-    Place,
+    NativeMatmul,
     scaled_product,
 )
-from engine.precision.weights import HasWeights
+from model.interface import LanguageModel
+from model.matmul import OperandId
 
 ITS_RECIPES = ("block", "mxfp8")  # Transformer Engine's alone
 CAPABLE = (8, 9)  # compute capability of the first GPUs with 8-bit products
@@ -86,7 +86,9 @@ def check_device(fp8: Fp8Config, device: torch.device) -> None:
         )
 
 
-def bind(fp8: Fp8Config, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Fp8Backend:
+def bind(
+    fp8: Fp8Config, model: LanguageModel, device: torch.device, dtype: torch.dtype
+) -> Fp8Backend:
     """Has the products of the model computed in 8 bits; dtype: of what they give.
 
     `backend: auto` takes Transformer Engine for its own recipes, and for models of linear layers
@@ -95,7 +97,7 @@ def bind(fp8: Fp8Config, model: nn.Module, device: torch.device, dtype: torch.dt
     backend = fp8.backend
     if backend == "auto":
         needed = fp8.recipe in ITS_RECIPES
-        layers = device.type == "cuda" and not hasattr(model, "products")
+        layers = device.type == "cuda" and model.matmul_backend is None
         found = find_spec("transformer_engine") is not None
         backend = "transformer_engine" if needed or (layers and found) else "native"
     if backend == "transformer_engine":
@@ -119,33 +121,26 @@ class NativeBackend:
     """Plain torch: BDH by its tiles, other models by their linear layers."""
 
     def __init__(
-        self, fp8: Fp8Config, model: nn.Module, device: torch.device, dtype: torch.dtype
+        self, fp8: Fp8Config, model: LanguageModel, device: torch.device, dtype: torch.dtype
     ) -> None:
         backward = E5M2 if fp8.format == "hybrid" else E4M3
         self.summary = f"native, {fp8.recipe} scaling"
         self.covered: list[str] = []
         self._began = Made.count
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        hidden = [weight for weight, _ in cast(HasWeights, model).matrices()]
-        for weight in hidden:
+        for weight, _ in model.hidden_weights():
             check_sides(names[id(weight)], tuple(weight.shape[-2:]))
             self.covered.append(names[id(weight)])
-        tiled = hasattr(model, "products")
-        slots = (
-            _tile_slots(model) if tiled else [(f"{n}.{o}", 0) for n in self.covered for o in "xwg"]
-        )
-        kinds = {slot: backward if _is_gradient(slot) else E4M3 for slot in slots}
+        operands = model.matmul_operands().items()
+        kinds = {operand: backward if is_gradient else E4M3 for operand, is_gradient in operands}
         self.scales = DelayedScales(fp8, kinds, device) if fp8.recipe == "delayed" else None
-        self.products = NativeProducts((E4M3, backward, dtype), self.scales)
-        self.compiles = tiled or self.scales is None  # BDH compiles what is between products
-        if tiled:
-            cast(Any, model).products = self.products
-            return
-        places = {id(weight): names[id(weight)] for weight in hidden}
-        for module in model.modules():
-            name = places.get(id(getattr(module, "weight", None)))
-            if hasattr(module, "product") and name is not None:
-                cast(Any, module).product = LinearProduct(self.products, name)
+        self.matmul = NativeMatmul((E4M3, backward, dtype), self.scales)
+        # Models with fused layers compile what is between products, not the products.
+        self.compiles = model.matmul_backend is not None or self.scales is None
+        if model.matmul_backend is not None:
+            model.matmul_backend = self.matmul
+        for name, linear in model.hidden_linears().items():
+            linear.linear_fn = Fp8Linear(self.matmul, f"{name}.weight")
 
     @property
     def calls(self) -> int:
@@ -156,11 +151,11 @@ class NativeBackend:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        self.products.recording = self.scales is not None
+        self.matmul.recording = self.scales is not None
         try:
             yield
         finally:
-            self.products.recording = False
+            self.matmul.recording = False
 
     def end_step(self, maximum: Callable[[Tensor], Tensor]) -> None:
         if self.scales is not None:
@@ -177,23 +172,12 @@ class NativeBackend:
         return self.scales is None or (bool(state) and self.scales.load_state_dict(state))
 
 
-def _tile_slots(model: Any) -> list[Place]:
-    """The operands of BDH's kernels."""
-    layers = range(model.config.n_layer)
-    weights = [(name, 0) for name in ("encoder", "encoder_v", "decoder")]
-    return weights + [(n, layer) for layer in layers for n in ("x", "a", "z", "dy", "dv", "du")]
-
-
-def _is_gradient(slot: Place) -> bool:
-    return slot[0] in ("dy", "dv", "du") or slot[0].endswith(".g")
-
-
-class LinearProduct:
+class Fp8Linear:
     """x W^T + b in 8 bits, in place of `torch.nn.functional.linear`."""
 
-    def __init__(self, products: NativeProducts, name: str) -> None:
-        self.products = products
-        self.places = tuple((f"{name}.{operand}", 0) for operand in "xwg")
+    def __init__(self, matmul: NativeMatmul, name: str) -> None:
+        self.matmul = matmul
+        self.operands = tuple(OperandId(f"{name}.{operand}", 0) for operand in "xwg")
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
@@ -203,20 +187,20 @@ class LinearProduct:
 
     def cast(self, x: Tensor, operand: int) -> tuple[Tensor, Tensor]:
         """A matrix in 8 bits, and its inverse scale (); operand: x, weight or gradient."""
-        products = self.products
-        dtype = products.backward if operand == 2 else products.forward
-        made = products.cast(x.unsqueeze(0), self.places[operand], dtype)
+        matmul = self.matmul
+        dtype = matmul.gradient_dtype if operand == 2 else matmul.forward_dtype
+        made = matmul.cast(x.unsqueeze(0), self.operands[operand], dtype)
         return made.rows.squeeze(0), made.scale[0]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: LinearProduct) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: Fp8Linear) -> Tensor:
         x8, x_scale = linear.cast(x, 0)
         w8, w_scale = linear.cast(weight, 1)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         ctx.linear, ctx.dtypes = linear, (x.dtype, weight.dtype)
-        y: Tensor = scaled_product(x8, w8, [x_scale, w_scale], True, linear.products.dtype)
+        y: Tensor = scaled_product(x8, w8, [x_scale, w_scale], True, linear.matmul.dtype)
         return y
 
     @staticmethod
@@ -224,6 +208,6 @@ class _Linear(torch.autograd.Function):
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = ctx.linear.cast(gradients[0], 2)
         w_t, x_t, g_t = (part.mT.contiguous() for part in (w8, x8, g8))
-        dx = scaled_product(g8, w_t, [g_scale, w_scale], False, ctx.linear.products.dtype)
+        dx = scaled_product(g8, w_t, [g_scale, w_scale], False, ctx.linear.matmul.dtype)
         dw = scaled_product(g_t, x_t, [g_scale, x_scale], False, torch.float32)
         return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None

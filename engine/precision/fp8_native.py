@@ -18,27 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Fp8Config
-
-Place = tuple[str, int]
-"""The name of an operand, and the layer it belongs to."""
+from model.matmul import Accumulator, OperandId
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 2.0**-100  # a lower largest number would make the scale infinite
-
-
-class Sum(Protocol):
-    """What products are added to."""
-
-    total: Tensor
-
-    def add_product(self, product: Tensor) -> None:
-        """Adds (g, a, c)."""
 
 
 class Made:
@@ -139,7 +128,7 @@ class DelayedScales:
     scaled by themselves; the scale of one that was all zeros so far is 1.
     """
 
-    def __init__(self, fp8: Fp8Config, slots: dict[Place, torch.dtype], device: Any) -> None:
+    def __init__(self, fp8: Fp8Config, slots: dict[OperandId, torch.dtype], device: Any) -> None:
         self.index = {place: number for number, place in enumerate(slots)}
         self.operands = [f"{n}.{layer} {dtype}" for (n, layer), dtype in slots.items()]
         self.limits = torch.tensor([largest(dtype) for dtype in slots.values()], device=device)
@@ -150,11 +139,11 @@ class DelayedScales:
         self._clipped = torch.zeros((), device=device)  # shares, summed over steps
         self._counted = 0
 
-    def known(self, place: Place) -> Tensor | None:
+    def known(self, place: OperandId) -> Tensor | None:
         """The scale of an operand, (); None in the first step."""
         return self.scale[self.index[place]] if self.steps else None
 
-    def note(self, place: Place, most: Tensor) -> None:
+    def note(self, place: OperandId, most: Tensor) -> None:
         """Takes the largest number(s) of an operand into this step's."""
         slot = self.present[self.index[place]]
         torch.maximum(slot, most.max(), out=slot)
@@ -206,36 +195,38 @@ class DelayedScales:
         return True
 
 
-class NativeProducts:
-    """The products of a layer's weights in 8 bits (the protocol is that of model/matmul.py)."""
+class NativeMatmul:
+    """Products with weights in 8 bits: a `model.matmul.MatmulBackend`."""
 
-    fused = False
+    compiled = False
     operand_bytes = 12  # a cast in float32, two operands in both layouts, and what products take
 
     def __init__(
         self, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], scales: DelayedScales | None
     ) -> None:
         """dtypes: of operands, of gradients, and of what products give."""
-        self.forward, self.backward, self.dtype = dtypes
+        self.forward_dtype, self.gradient_dtype, self.dtype = dtypes
         self.scales = scales
         self.recording = False  # whether maxima are those of a training step
 
     def weight(self, value: Tensor, name: str) -> Cast:
-        return self.cast(value, (name, 0), self.forward)
+        return self.cast(value, OperandId(name, 0), self.forward_dtype)
 
-    def rows(self, value: Tensor, place: Place, shared: bool = False) -> Cast:
-        return self.cast(value, place, self.forward)
+    def activation(self, value: Tensor, operand: OperandId, shared: bool = False) -> Cast:
+        return self.cast(value, operand, self.forward_dtype)
 
-    def gradient(self, value: Tensor, place: Place) -> Cast:
-        return self.cast(value, place, self.backward)
+    def gradient(self, value: Tensor, operand: OperandId) -> Cast:
+        return self.cast(value, operand, self.gradient_dtype)
 
-    def times(self, x: Cast, weight: Cast, into: Tensor | Sum | None = None) -> Tensor:
-        return self._multiply((x.rows, x.scale), (weight.columns, weight.scale), into, fast=True)
+    def forward(self, x: Cast, weight: Cast, out: Tensor | Accumulator | None = None) -> Tensor:
+        return self._multiply((x.rows, x.scale), (weight.columns, weight.scale), out, fast=True)
 
-    def back(self, gradient: Cast, weight: Cast, into: Tensor | Sum | None = None) -> Tensor:
-        return self._multiply((gradient.rows, gradient.scale), (weight.rows, weight.scale), into)
+    def grad_input(
+        self, gradient: Cast, weight: Cast, out: Tensor | Accumulator | None = None
+    ) -> Tensor:
+        return self._multiply((gradient.rows, gradient.scale), (weight.rows, weight.scale), out)
 
-    def outer(self, x: Cast, gradient: Cast) -> Tensor:
+    def grad_weight(self, x: Cast, gradient: Cast) -> Tensor:
         left, right = (x.columns, x.scale), (gradient.columns, gradient.scale)
         g = max(len(x), len(gradient))
         shape = (g, left[0].shape[1], right[0].shape[1])
@@ -245,37 +236,37 @@ class NativeProducts:
         self,
         left: tuple[Tensor, Tensor],
         right: tuple[Tensor, Tensor],
-        into: Tensor | Sum | None,
+        out: Tensor | Accumulator | None,
         fast: bool = False,
     ) -> Tensor:
         """left (g, M, K) @ right (g, N, K)^T; with few bits for sums on the way where `fast`."""
         g = max(len(left[0]), len(right[0]))
         shape = (g, left[0].shape[1], right[0].shape[1])
-        if isinstance(into, Tensor):
-            out = into
+        if isinstance(out, Tensor):
+            product = out
         else:
-            dtype = self.dtype if into is None else torch.float32
-            out = left[0].new_empty(shape, dtype=dtype)
+            dtype = self.dtype if out is None else torch.float32
+            product = left[0].new_empty(shape, dtype=dtype)
         for head in range(g):
             a, scale_a = (part[head % len(part)] for part in left)
             b, scale_b = (part[head % len(part)] for part in right)
-            multiply(a, b, (scale_a, scale_b), fast, out[head])
-        if into is None or isinstance(into, Tensor):
-            return out
-        into.add_product(out)
-        return into.total
+            multiply(a, b, (scale_a, scale_b), fast, product[head])
+        if out is None or isinstance(out, Tensor):
+            return product
+        out.add_product(product)
+        return out.total
 
-    def cast(self, value: Tensor, place: Place, dtype: torch.dtype) -> Cast:
+    def cast(self, value: Tensor, operand: OperandId, dtype: torch.dtype) -> Cast:
         """Matrices (g, M, K) in 8 bits."""
-        scale = None if self.scales is None else self.scales.known(place)
+        scale = None if self.scales is None else self.scales.known(operand)
         if scale is None:
-            expression = _compiled(cast_by_own) if self.fused else cast_by_own
+            expression = _compiled(cast_by_own) if self.compiled else cast_by_own
             rows, inverse, most = expression(value, dtype)
         else:
-            expression = _compiled(cast_by) if self.fused else cast_by
+            expression = _compiled(cast_by) if self.compiled else cast_by
             rows, most = expression(value, scale, dtype)
             unclear = most - most  # 0, but NaN where clipping would hide an infinity
             inverse = (scale.reciprocal() + unclear).expand(len(value))
         if self.scales is not None and self.recording:
-            self.scales.note(place, most)
+            self.scales.note(operand, most)
         return Cast(rows.contiguous(), inverse)

@@ -29,10 +29,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
+from model.interface import LanguageModel
 
 INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
 OTHERWISE = "Otherwise set fp8.backend: native (current, delayed), or low_precision.use_fp8: false."
@@ -111,7 +112,7 @@ class TransformerEngineBackend:
 
     compiles = True  # around its modules
 
-    def __init__(self, fp8: Fp8Config, device: torch.device, model: nn.Module) -> None:
+    def __init__(self, fp8: Fp8Config, device: torch.device, model: LanguageModel) -> None:
         """Has the model multiply here; ConfigError where library, device or a weight do not fit."""
         self.te, recipes = checked_library(fp8, device)
         self.fp8, self.recipe = fp8, recipe_for(fp8, recipes)
@@ -125,28 +126,27 @@ class TransformerEngineBackend:
         self._settled: dict[str, Tensor] = {}  # scales as training left them, if others were made
         self._attach(model)
 
-    def _attach(self, model: Any) -> None:
-        ends = {id(parameter) for parameter in model.ends()}
-        for name, layer in model.named_modules():
-            if hasattr(layer, "product") and id(layer.weight) not in ends:
-                key = f"{name}.weight"
-                self._cover(key, layer.weight)
-                sizes = (layer.in_features, layer.out_features)
-                self.modules[key] = self._made("Linear", sizes, bias=layer.bias is not None)
-                layer.product = partial(self._product, key)
-        if hasattr(model, "projections"):
+    def _attach(self, model: LanguageModel) -> None:
+        for name, layer in model.hidden_linears().items():
+            key = f"{name}.weight"
+            self._cover(key, layer.weight)
+            sizes = (layer.in_features, layer.out_features)
+            self.modules[key] = self._made("Linear", sizes, bias=layer.bias is not None)
+            layer.linear_fn = partial(self._product, key)
+        if model.matmul_backend is not None:
             self._attach_bdh(model)
         with torch.inference_mode(False), torch.no_grad(), self._te_autocast():
             # Now: made in an evaluation, scales would be tensors that cannot change in training.
             for module in self.modules.values():
                 module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
 
-    def _attach_bdh(self, model: Any) -> None:
-        for name in ("encoder", "encoder_v", "decoder"):
-            self._cover(name, getattr(model, name))
-        heads, width, neurons = model.encoder.shape
+    def _attach_bdh(self, model: LanguageModel) -> None:
+        weights = [weight for weight, _ in model.hidden_weights()]
+        for name, weight in zip(("encoder", "encoder_v", "decoder"), weights, strict=True):
+            self._cover(name, weight)
+        heads, width, neurons = weights[0].shape
         sizes = (width, heads * neurons)
-        for layer in range(model.config.n_layer):
+        for layer in range(model.n_layer):
             self.modules[f"encoder.{layer}"] = self._made("Linear", sizes)
             grouped = self._made("GroupedLinear", (heads, width, neurons))
             self.modules[f"encoder_v.{layer}"] = grouped

@@ -15,8 +15,7 @@ Sources: Hu et al., arXiv 2106.09685 (LoRA); Dettmers et al., arXiv 2305.14314 (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +23,10 @@ from torch import Tensor, nn
 
 from config import ConfigError, LowPrecisionConfig
 from engine.precision.tensor_4bit import BLOCK, SCALES, Tensor4bit, library, quantize
+from model.interface import LanguageModel
+from model.matmul import Linear
 
 NAME = "adapter"  # of the module within the linear layer
-
-
-class HasProduct(Protocol):
-    """A linear layer whose product can be exchanged (model/attention.py)."""
-
-    weight: Tensor
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class _Frozen(torch.autograd.Function):
@@ -129,38 +123,30 @@ def _parts(packed: Tensor4bit) -> dict[str, Tensor]:
     return parts
 
 
-def add_lora(model: nn.Module, low_precision: LowPrecisionConfig, init: bool = True) -> None:
+def add_lora(model: LanguageModel, low_precision: LowPrecisionConfig, init: bool = True) -> None:
     """Freezes a model in place, hidden matrices in 4 bits, and adds what learns: A and B.
 
-    `model` needs `matrices()`, all of them in linear layers; A is drawn from torch's generator.
-    init: whether 4-bit weights are made of the model's; else they are unset, for load_state_dict.
-    `matrices()` goes on to tell the shapes of W, without storage, for counts of work and memory.
+    A is drawn from torch's generator. init: whether 4-bit weights are made of the model's; else
+    they are unset, for load_state_dict. Each linear layer keeps the shape of W, on the meta device,
+    so that `hidden_weights()` still counts work and memory.
     Raises ConfigError where the model has other matrices, the rank is more than a side of one, or
     bitsandbytes is missing.
     """
     library()
-    hidden: list[tuple[Tensor, int]] = cast(Any, model).matrices()
-    linears = _linears(model, [weight for weight, _ in hidden], low_precision.lora_rank or 0)
+    linears = _linears(model, low_precision.lora_rank or 0)
     model.requires_grad_(False)
-    shapes = {id(weight): (weight.detach().to("meta"), count) for weight, count in hidden}
     for linear in linears.values():
         adapter = Adapter(linear.weight, low_precision, init)
-        shape, _ = shapes[id(linear.weight)]
-        del linear.weight
-        linear.weight, linear.product = shape, adapter.forward
-        cast(nn.Module, linear).add_module(NAME, adapter)
-    vars(model)["matrices"] = lambda: list(shapes.values())
+        shape = linear.weight.detach().to("meta")
+        del linear.weight  # a parameter, in whose place no other tensor can be put
+        linear.weight, linear.linear_fn = shape, adapter.forward
+        linear.add_module(NAME, adapter)
 
 
-def _linears(model: nn.Module, weights: list[Tensor], rank: int) -> dict[str, HasProduct]:
-    """The layers of these weights, by name; ConfigError where they cannot have adapters."""
-    hidden = {id(weight) for weight in weights}
-    found = {
-        name: cast(HasProduct, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "product") and id(module.weight) in hidden
-    }
-    if len(found) != len(hidden):
+def _linears(model: LanguageModel, rank: int) -> dict[str, Linear]:
+    """The layers of hidden weights, by name; ConfigError where they cannot have adapters."""
+    found = model.hidden_linears()
+    if len(found) != len(model.hidden_weights()):
         raise ConfigError(
             f"low_precision.lora_rank={rank} adds adapters to linear layers, and the hidden "
             f"matrices of model.name={type(model).__name__.lower()} are in none. Choose another "

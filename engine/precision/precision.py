@@ -16,18 +16,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
 from engine.hardware.world import resolve_device, supports_fast_bfloat16
 from engine.precision import tensor_4bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import add_lora, lora_description
-from engine.precision.weights import HasWeights
 from engine.precision.weights_4bit import QuantizedWeights
+from model.interface import LanguageModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -69,7 +69,7 @@ class Precision:
         """What most products are computed in: "fp8", else the dtype's name."""
         return self.name if self._fp8_config is None else "fp8"
 
-    def prepare(self, model: nn.Module, planned_steps: int, init: bool = True) -> list[str]:
+    def prepare(self, model: LanguageModel, planned_steps: int, init: bool = True) -> list[str]:
         """Takes charge of a model on its device, whose weights are drawn or loaded; lines for the
         start of the run that tell what is covered. Raises ConfigError.
 
@@ -90,9 +90,9 @@ class Precision:
                 lines.append("fp8: delayed scaling of linear layers goes without torch.compile")
         return lines
 
-    def _fp8_line(self, model: nn.Module) -> str:
+    def _fp8_line(self, model: LanguageModel) -> str:
         assert self.fp8 is not None
-        covered, head = len(self.fp8.covered), cast(HasWeights, model).ends()[1]
+        covered, head = len(self.fp8.covered), model.embedding_and_head()[1]
         every = model.named_parameters(remove_duplicate=False)
         name = [name for name, parameter in every if parameter is head][-1].removesuffix(".weight")
         dtype = self.name.replace("bfloat", "bf").replace("float", "fp")
@@ -201,7 +201,7 @@ def _some(products: int) -> int:
     return products
 
 
-def apply_lora(model: nn.Module, config: LowPrecisionConfig, init: bool) -> bool:
+def apply_lora(model: LanguageModel, config: LowPrecisionConfig, init: bool) -> bool:
     """Gives a model the parameters that `low_precision` asks for in place of its own; whether it
     did. init: from the model's weights; else they are unset, for `load_state_dict`."""
     if config.lora_rank is None:

@@ -16,24 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from config import LowPrecisionConfig
 from engine.precision.tensor_4bit import Tensor4bit, quantize
-from engine.precision.weights import HasWeights
+from model.interface import LanguageModel
 
 
 class QuantizedWeights:
     """The parameters of a model that 4 bits are for: its matrices, and by the options its ends."""
 
-    def __init__(self, model: nn.Module, low_precision: LowPrecisionConfig) -> None:
-        weights = cast(HasWeights, model)
-        ends = dict(zip(("embedding", "head"), weights.ends(), strict=True))
+    def __init__(self, model: LanguageModel, low_precision: LowPrecisionConfig) -> None:
+        ends = dict(zip(("embedding", "head"), model.embedding_and_head(), strict=True))
         asked = low_precision.quantize_embedding, low_precision.quantize_head
-        chosen = {id(matrix) for matrix, _ in weights.matrices()}
+        chosen = {id(matrix) for matrix, _ in model.hidden_weights()}
         chosen |= {id(end) for end, wanted in zip(ends.values(), asked, strict=True) if wanted}
         self.low_precision = low_precision
         self._all = unique_tensors(model)

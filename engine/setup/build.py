@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from config import Config, DataError, Request, micro_batch
 from data.run_data import RepeatFirstBatch, RunData, document_id_function
@@ -98,7 +97,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
         f"Starting training from iteration {state.step}..." if training else "Nothing to train."
     )
     console.info(f"Device: {world.device_name} | {precision.name} | {compiled}")
-    console.info(*filter(None, [precision.note]), *cast(LanguageModel, model).notes(world.on_cpu))
+    console.info(*filter(None, [precision.note]), *model.notes(world.on_cpu))
     console.info(*length_lines(config, world.size, epoch_tokens, data.stats.error, before))
     console.info(ratio_line(planned_tokens(config, world.size, steps, before), model))
     console.info(f"Seed: {config.training.seed}", console.RULE)
@@ -112,7 +111,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
         optimizer=optimizer,
         batches=batches,
         text=text,
-        activity=cast(LanguageModel, model).activity,
+        activation_sparsity=model.activation_sparsity,
         directory=directory,
         state=state,
         data_state=lambda: data_state or {},
@@ -126,7 +125,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
 
 
 def facts(
-    start: Beginning, world: World, model: nn.Module, precision: Precision, steps: int
+    start: Beginning, world: World, model: LanguageModel, precision: Precision, steps: int
 ) -> dict[str, Any]:
     """What environment.json tells of a run in numbers, so that a list of runs need not count."""
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -146,7 +145,7 @@ def facts(
     }
 
 
-def first_model(start: Beginning, world: World) -> nn.Module:
+def first_model(start: Beginning, world: World) -> LanguageModel:
     """The model with fresh or pretrained weights, on its device."""
     config = start.config
     console.info("Initializing model...")
@@ -158,7 +157,7 @@ def first_model(start: Beginning, world: World) -> nn.Module:
     return model.to(world.device)
 
 
-def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def new_optimizer(model: LanguageModel, config: Config) -> torch.optim.Optimizer:
     """The optimizer of the parameters that are trained."""
     four_bit = config.low_precision.use_4bit_optimizer
     return build_optimizer(model, config.optimizer, config.training.weight_decay, four_bit)
@@ -166,7 +165,7 @@ def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def restore(
     start: Beginning,
-    model: nn.Module,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     world: World,
@@ -198,7 +197,7 @@ def open_precision(config: Config, world: World) -> Precision:
 
 
 def wants_compiler(
-    config: Config, saved: dict[str, Any], model: nn.Module, steps: int, world: World
+    config: Config, saved: dict[str, Any], model: LanguageModel, steps: int, world: World
 ) -> bool:
     """Whether `system.compile` asks to compile a run of so many steps, resumed from `saved`."""
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
@@ -231,7 +230,7 @@ def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precisio
 
 
 def try_model(
-    model: nn.Module, precision: Precision, config: Config, documents: DocumentIds | None
+    model: LanguageModel, precision: Precision, config: Config, documents: DocumentIds | None
 ) -> None:
     """One forward and backward pass over a batch of ones; leaves no gradients."""
     shape = (micro_batch(config), config.training.block_size + 1)
@@ -281,7 +280,7 @@ def open_trackers(
 
 
 def sampler(
-    model: nn.Module, config: Config, precision: Precision, tokenizer: Tokenizer
+    model: LanguageModel, config: Config, precision: Precision, tokenizer: Tokenizer
 ) -> Callable[[], str] | None:
     """Writes on from `training.sample_prompt`, each time with the same random numbers, which are
     its own; None where no sample is asked for. Raises DataError for a prompt that has no tokens.
@@ -302,16 +301,14 @@ def sampler(
         prompt = torch.tensor([ids], device=precision.device)
         sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
         with evaluating(plain):
-            drawn = generate(
-                cast(LanguageModel, plain), prompt, sampling, [generator], training.block_size
-            )
+            drawn = generate(plain, prompt, sampling, [generator], training.block_size)
             tokens = [int(token) for token in islice(drawn, training.sample_tokens)]
         return tokenizer.decode(ids + tokens)
 
     return write
 
 
-def unbound(model: nn.Module, config: Config, precision: Precision) -> nn.Module:
+def unbound(model: LanguageModel, config: Config, precision: Precision) -> LanguageModel:
     """A copy whose products are not bound to 8 bits, which take no sizes as odd as one token."""
     with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
         copy = build_model(config)

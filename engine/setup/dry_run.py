@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
@@ -30,7 +29,7 @@ from engine.precision.precision import Precision
 from engine.run_directory.directory import RunDirectory, directory_lines
 from engine.setup.begin import EVAL_BATCH, Beginning, begin, done_steps
 from engine.setup.build import new_optimizer, open_precision, sampler, wants_compiler
-from model import build_model
+from model import LanguageModel, build_model
 
 BUSY = 0.3  # cores used by others from which on it is said
 
@@ -119,7 +118,7 @@ def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -
 
 
 def _sample_s(
-    config: Config, start: Beginning, model: nn.Module, precision: Precision, watch: Stopwatch
+    config: Config, start: Beginning, model: LanguageModel, precision: Precision, watch: Stopwatch
 ) -> float:
     """Returns what writing `training.sample_prompt` on takes, by the first few tokens of it."""
     wanted, few = config.training.sample_tokens, min(8, config.training.sample_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from config import GPT2_NAMES, Config, ConfigError, Request, setting
 from data.sources.meta import open_tokenizer
@@ -18,7 +18,6 @@ from engine.checkpoint.foreign import is_foreign
 from engine.checkpoint.resume_rules import pretrained_options
 from engine.checkpoint.save_load import open_model
 from engine.run_directory.find_runs import FOLDER, find_by_name
-from model import LanguageModel
 from model.pretrained import Pretrained, read
 
 DECIDED = {"training.block_size", "low_precision.use_4bit", "tokenizer.name"}
@@ -51,7 +50,7 @@ def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER
     line = ", ".join(f"{name} {options[name]}" for name in told)
     return Pretrained(
         options=options,
-        block_size=cast(LanguageModel, model).max_context,
+        block_size=model.max_context,
         weights=model.state_dict(),
         path=path,
         source=f"{init_from}: {config.model.name}, {line}",

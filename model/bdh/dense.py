@@ -15,33 +15,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.bdh.tiling import ChunkMasks, Rotation
-
-
-class Projections(Protocol):
-    """The products with the weights in one forward pass; gradients reach the weights through them.
-
-    Results may have any strides, and the dtype of the products or a wider one.
-    """
-
-    def encode(self, x: Tensor, layer: int) -> Tensor:
-        """x E: (B, T, D) -> (B, H, T, N)."""
-
-    def encode_v(self, a: Tensor, layer: int) -> Tensor:
-        """a G, each head by its own: (B, H, T, D) -> (B, H, T, N)."""
-
-    def decode(self, z: Tensor, layer: int) -> Tensor:
-        """z F, summed over heads: (B, H, T, N) -> (B, T, D)."""
-
-
-Projecting = Callable[[tuple[Tensor, Tensor, Tensor]], Projections]
-"""Called with encoder, encoder_v and decoder, once per forward pass: all layers share them."""
+from model.matmul import Projections
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from model.bdh.elementwise import Keep, Passes, hashed
 from model.bdh.tiling import ChunkMasks, Rotation, Tile, Tiling, pack, tile_borders
-from model.matmul import Place, PlainProducts, Products, Sum
+from model.matmul import Accumulator, MatmulBackend, OperandId, PlainMatmul
 
 _EPS = 1e-5  # of layer norm
 _SALT = 0x5DEECE66D  # tells the hashes of neurons from those of tokens
@@ -58,7 +58,7 @@ class Call:
     documents: Tensor | None = None
     states: Tensor | None = None
     active: Tensor | None = None
-    products: Products = field(default_factory=PlainProducts)
+    backend: MatmulBackend = field(default_factory=PlainMatmul)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the passes are compiled, not this
@@ -117,7 +117,7 @@ class _Layers(torch.autograd.Function):
 
 
 def _tiles(weights: Sequence[Tensor], call: Call) -> list[Tile]:
-    return list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs, call.products.weight))
+    return list(pack(weights, call.rotation.cos.dtype, call.tiling.pairs, call.backend.weight))
 
 
 class _Gradients:
@@ -159,7 +159,7 @@ class _Attention(NamedTuple):
     symmetric: Tensor  # of the scores, and of the same scores seen from the keys
     entering: Tensor  # da where a chunk's first document began before it
     leaving: Tensor  # x where its last document goes on
-    past: Sum | None  # what x gets by way of the states
+    past: Accumulator | None  # what x gets by way of the states
 
 
 class _Layer:
@@ -175,7 +175,7 @@ class _Layer:
         self.K = -(-self.T // self.C)
         self.X, self.M = self.B * self.K, self.B * self.K * self.C
         self.H, self.N = len(tiles[0].encoder), 2 * len(call.rotation.chunk_cos)
-        self.call, self.tiles, self.passes, self.products = call, tiles, call.passes, call.products
+        self.call, self.tiles, self.passes, self.backend = call, tiles, call.passes, call.backend
         self.borders = tile_borders(self.N, call.tiling.pairs)
         self.dtype, self.device = call.rotation.cos.dtype, call.rotation.cos.device
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -210,7 +210,7 @@ class _Layer:
         scores (g * X, C, C), a after its norm (g, M, D) and the inverse of its deviation (g, M, 1).
         """
         x = x.to(self.dtype)
-        rows = self.operand(x, ("x", number), shared=True)
+        rows = self.operand(x, OperandId("x", number), shared=True)
         y = self.sum(self.g, self.M, self.D)
         kept: list[Tensor] = []
         for heads in self.groups():
@@ -219,15 +219,15 @@ class _Layer:
             a = a if past is None else a.add_(past)
             a, _, scale = torch.native_layer_norm(a, (self.D,), None, None, _EPS)
             a = a.to(self.dtype).view(self.g, self.M, self.D)
-            rows_a = self.products.rows(a, ("a", number), shared=True)
+            rows_a = self.backend.activation(a, OperandId("a", number), shared=True)
             for i, tile in enumerate(self.tiles):
                 u = self.encode(rows, heads, i, again=True)
-                v = self.products.times(rows_a, tile.encoder_v[heads], self.wide("v", i))
+                v = self.backend.forward(rows_a, tile.encoder_v[heads], self.wide("v", i))
                 self.passes.gate(self.tokens(u), self.tokens(v), self.keep(number, heads, i))
                 if self.call.active is not None:
                     self.call.active[number] += torch.stack([(u > 0).sum(), (v > 0).sum()])
-                z = self.products.rows(v, ("z", number))
-                self.products.times(z, tile.decoder[heads], y)
+                z = self.backend.activation(v, OperandId("z", number))
+                self.backend.forward(z, tile.decoder[heads], y)
             kept += [scores, a, scale.view(self.g, self.M, 1)]
         return y.total.sum(0).mul_(self.scale).view(x.shape), kept
 
@@ -253,20 +253,23 @@ class _Layer:
         self, x: Tensor, dy: Tensor, kept: list[Tensor], number: int, gradients: _Gradients
     ) -> Tensor:
         """The gradient of x by way of the layer; adds to those of the weights."""
-        products, x = self.products, x.to(self.dtype)
-        rows = self.operand(x, ("x", number), shared=True)
-        dy = self.operand(dy.mul(self.scale).to(self.dtype), ("dy", number))
+        backend, x = self.backend, x.to(self.dtype)
+        rows = self.operand(x, OperandId("x", number), shared=True)
+        dy = self.operand(dy.mul(self.scale).to(self.dtype), OperandId("dy", number))
         dx = self.sum(self.g, self.M, self.D)
         for heads in self.groups():
             scores, a, scale = kept.pop(0), kept.pop(0), kept.pop(0)
-            da, rows_a = self.sum(self.g, self.M, self.D), products.rows(a, ("a", number), True)
+            da, rows_a = (
+                self.sum(self.g, self.M, self.D),
+                backend.activation(a, OperandId("a", number), True),
+            )
             for i, pairs in enumerate(self.borders):
                 z, dv, _ = self.gate_backward((rows, rows_a, dy), (number, heads, i))
-                z = products.rows(z, ("z", number))
-                dv = products.gradient(dv, ("dv", number))
-                gradients.add("decoder", heads, pairs, products.outer(z, dy))
-                gradients.add("encoder_v", heads, pairs, products.outer(rows_a, dv))
-                products.back(dv, self.tiles[i].encoder_v[heads], da)
+                z = backend.activation(z, OperandId("z", number))
+                dv = backend.gradient(dv, OperandId("dv", number))
+                gradients.add("decoder", heads, pairs, backend.grad_weight(z, dy))
+                gradients.add("encoder_v", heads, pairs, backend.grad_weight(rows_a, dv))
+                backend.grad_input(dv, self.tiles[i].encoder_v[heads], da)
             attention = self.attention(x, _norm_gradient(da.total, a, scale).to(self.dtype))
             dx.add(scores.mT, attention.da)
             for i, pairs in enumerate(self.borders):
@@ -275,9 +278,9 @@ class _Layer:
                 else:
                     du = self.gate_backward((rows, rows_a, dy), (number, heads, i))[2]
                 self.attend_backward(attention, self.encode(rows, heads, i, again=True), du, i)
-                du = products.gradient(du, ("du", number))
-                gradients.add("encoder", heads, pairs, products.outer(rows, du))
-                products.back(du, self.tiles[i].encoder[heads], dx)
+                du = backend.gradient(du, OperandId("du", number))
+                gradients.add("encoder", heads, pairs, backend.grad_weight(rows, du))
+                backend.grad_input(du, self.tiles[i].encoder[heads], dx)
             if attention.past is not None:
                 past = attention.past.total.view(self.g, self.X, self.C, self.D)
                 dx.total.add_(_where(self.masks.leaves, past).view(dx.total.shape))
@@ -292,8 +295,8 @@ class _Layer:
         """
         (x, a, dy), (_, heads, i) = operands, place
         u = self.encode(x, heads, i)
-        v = self.products.times(a, self.tiles[i].encoder_v[heads], self.wide("v", i))
-        dz = self.products.back(dy, self.tiles[i].decoder[heads], self.wide("dz", i))
+        v = self.backend.forward(a, self.tiles[i].encoder_v[heads], self.wide("v", i))
+        dz = self.backend.grad_input(dy, self.tiles[i].decoder[heads], self.wide("dz", i))
         du = self.wide(f"du{i}" if self.call.tiling.keep else "du", i)
         u4, v4, dz4, du4 = (self.tokens(tile) for tile in (u, v, dz, du))
         self.passes.gate_backward(u4, v4, dz4, self.keep(*place), du4)
@@ -334,7 +337,7 @@ class _Layer:
         u = self.wide(f"u{i}" if kept else "u", i)
         if again and kept:
             return u
-        return self.products.times(x, self.tiles[i].encoder[heads], u)
+        return self.backend.forward(x, self.tiles[i].encoder[heads], u)
 
     def turned(self, u: Tensor, name: str, i: int) -> Tensor:
         """r of a tile, (g * X, C, n), in the buffer of that name."""
@@ -389,12 +392,12 @@ class _Layer:
         """The heads, `group` at once."""
         return (slice(h, h + self.g) for h in range(0, self.H, self.g))
 
-    def operand(self, x: Tensor, place: Place, shared: bool = False) -> Any:
+    def operand(self, x: Tensor, place: OperandId, shared: bool = False) -> Any:
         """(X, C, D), the same for all heads, as an operand; gradients have a name with d."""
         flat = x.view(1, self.M, self.D)
         if place[0] == "dy":
-            return self.products.gradient(flat, place)
-        return self.products.rows(flat, place, shared)
+            return self.backend.gradient(flat, place)
+        return self.backend.activation(flat, place, shared)
 
     def chunks(self, x: Tensor) -> Tensor:
         """(..., C, D), the same for all heads -> (g * X, C, D)."""
@@ -416,8 +419,10 @@ class _Layer:
             self.buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.buffers[name][:size]
 
-    def sum(self, *shape: int) -> Sum:
-        return Sum(torch.empty(shape, dtype=self.sum_dtype, device=self.device), self.passes.add)
+    def sum(self, *shape: int) -> Accumulator:
+        return Accumulator(
+            torch.empty(shape, dtype=self.sum_dtype, device=self.device), self.passes.add
+        )
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -31,18 +31,19 @@ from torch import Tensor, nn
 
 from config import BDHConfig
 from model.attention import product_dtype
-from model.bdh.dense import Pass, Projecting, written_out, written_out_bytes
+from model.bdh.dense import Pass, written_out, written_out_bytes
 from model.bdh.elementwise import EAGER, compiled
 from model.bdh.fused_layers import Call, bdh_layers
 from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
-from model.matmul import PlainProducts, Products
+from model.interface import HiddenWeight, LanguageModel
+from model.matmul import MatmulBackend, OperandId, PlainMatmul, ProjectionFactory
 
 INIT_STD = 0.02
 UPSTREAM_FREQUENCIES = "attn.freqs"
 
 
-class BDH(nn.Module):
+class BDH(LanguageModel):
     """The model; `forward(tokens (B, T)) -> logits (B, T, V)`.
 
     The neurons of a head are stored in two halves: the first members of all rotated pairs, then
@@ -55,11 +56,11 @@ class BDH(nn.Module):
 
     _ddp_params_and_buffers_to_ignore = ("frequencies",)  # backends of devices cannot send it
 
-    max_context: int | None = None
+    matmul_backend: MatmulBackend
 
     def __init__(self, config: BDHConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.n_layer = config, config.n_layer
         D, H, V = config.n_embd, config.n_head, config.vocab_size
         N = config.mlp_internal_dim_multiplier * D // H
         self.embed = nn.Embedding(V, D)
@@ -70,8 +71,8 @@ class BDH(nn.Module):
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(N))  # turns per token, (N/2,)
         self.fused = False  # whether the elementwise passes are compiled
-        self.products: Products = PlainProducts()
-        self.projections: Projecting | None = None  # who multiplies by the weights; None: kernels
+        self.matmul_backend = PlainMatmul()
+        self.projections: ProjectionFactory | None = None
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
 
@@ -115,7 +116,7 @@ class BDH(nn.Module):
             dropout=dropout,
             rotation=self.rotation(tiling.chunk, dtype),
             tiling=tiling,
-            products=self.products,
+            backend=self.matmul_backend,
             passes=compiled() if self.fused and not observed else EAGER,
             documents=documents,
             states=states,
@@ -124,28 +125,29 @@ class BDH(nn.Module):
         result: Tensor = bdh_layers(x, weights, call)
         return result
 
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The weights of the neurons: one matrix per head in each."""
-        H = self.config.n_head
-        return [(self.encoder, H), (self.encoder_v, H), (self.decoder, H)]
+    def hidden_weights(self) -> list[HiddenWeight]:
+        weights = (self.encoder, self.encoder_v, self.decoder)
+        return [HiddenWeight(weight, self.config.n_head) for weight in weights]
 
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The embedding and the head."""
+    def matmul_operands(self) -> dict[OperandId, bool]:
+        found = {OperandId(name, 0): False for name in ("encoder", "encoder_v", "decoder")}
+        for layer in range(self.n_layer):
+            found |= {OperandId(name, layer): False for name in ("x", "a", "z")}
+            found |= {OperandId(name, layer): True for name in ("dy", "dv", "du")}
+        return found
+
+    def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.embed.weight, self.lm_head
 
-    def notes(self, on_cpu: bool) -> list[str]:
-        """Nothing is computed otherwise than the config asks."""
-        return []
-
-    def state_bytes(self, length: int) -> int:
+    def cache_bytes(self, length: int) -> int:
         """Memory of the state of one sample, the same for any length."""
         H, D, N = self.shape
         return self.config.n_layer * H * N * D * max(4, self.encoder.element_size())
 
-    def start(self, batch: int) -> BDHState:
-        """The state of so many samples before their first token."""
+    def init_cache(self, batch_size: int) -> BDHState:
+        """Returns the state before the first token: zeros."""
         H, D, N = self.shape
-        shape = (self.config.n_layer, H, batch, 2, N // 2, D)
+        shape = (self.config.n_layer, H, batch_size, 2, N // 2, D)
         exact = torch.promote_types(self.encoder.dtype, torch.float32)
         return BDHState(
             sums=self.encoder.new_zeros(shape, dtype=exact),
@@ -154,19 +156,19 @@ class BDH(nn.Module):
         )
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, state: BDHState) -> Tensor:
+    def prefill_or_decode(self, tokens: Tensor, cache: BDHState) -> Tensor:
         """Feeds tokens (B, T), which go on where the state ends: the logits after them, (B, V).
 
         Many tokens are taken in parallel; one costs the same at any position.
         """
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
         if tokens.shape[1] == 1:
-            last = step(x[:, 0], (self.encoder, self.encoder_v, self.decoder), state)
+            last = step(x[:, 0], (self.encoder, self.encoder_v, self.decoder), cache)
         else:
-            state.turn()
-            last = self.layers(x, states=state.sums)[:, -1]
-            state.frame += self.tiling(x, product_dtype(x)).padded(tokens.shape[1])
-        state.position += tokens.shape[1]
+            cache.turn()
+            last = self.layers(x, states=cache.sums)[:, -1]
+            cache.frame += self.tiling(x, product_dtype(x)).padded(tokens.shape[1])
+        cache.position += tokens.shape[1]
         return last @ self.lm_head
 
     def tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
@@ -199,7 +201,9 @@ class BDH(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
-    def activity(self, tokens: Tensor, documents: Tensor | None = None) -> dict[str, list[float]]:
+    def activation_sparsity(
+        self, tokens: Tensor, documents: Tensor | None = None
+    ) -> dict[str, list[float]]:
         """The share of neurons with s > 0 and with z > 0 in each layer, on tokens (B, T)."""
         active = torch.zeros(self.config.n_layer, 2, dtype=torch.long, device=tokens.device)
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
@@ -209,7 +213,7 @@ class BDH(nn.Module):
 
     def compile(self, *, disable: bool = False) -> None:
         """Fuses what lies between the matrix products, which is all that compilers gain here."""
-        self.fused = self.products.fused = not disable
+        self.fused = self.matmul_backend.compiled = not disable
 
     def activation_bytes(
         self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
@@ -220,7 +224,7 @@ class BDH(nn.Module):
         """
         tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
         masks = 8 if self.config.dropout > 0 and not self.fused else 0  # hashes take 32 bits
-        beside = max(masks, self.products.operand_bytes)
+        beside = max(masks, self.matmul_backend.operand_bytes)
         packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, beside)
         forward = packed + self.config.n_layer * kept
         if self.projections is not None:
@@ -229,7 +233,7 @@ class BDH(nn.Module):
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
         logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
         if adding:  # those of all layers come together, at the end
-            backward += sum(weight.nbytes for weight, _ in self.matrices())
+            backward += sum(weight.nbytes for weight, _ in self.hidden_weights())
         return embedded + forward + max(backward, logits)
 
     def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import export
 import sample
@@ -26,7 +26,7 @@ from engine.checkpoint import export as exports
 from engine.checkpoint.export import description, write_export
 from engine.checkpoint.save_load import load_model, open_model
 from engine.precision.weights_4bit import QuantizedWeights
-from model import build_model
+from model import LanguageModel, build_model
 from model.bdh.model import from_upstream
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.precision.test_weights_4bit import MODELS, TOKENS
@@ -53,12 +53,12 @@ def config_of(name: str, low: LowPrecisionConfig | None = None) -> Config:
     return replace(Config(), model=MODELS[name], low_precision=low or LowPrecisionConfig())
 
 
-def build(config: Config) -> nn.Module:
+def build(config: Config) -> LanguageModel:
     torch.manual_seed(0)
     return build_model(config).eval()
 
 
-def save(out: Path, model: nn.Module, config: Config) -> int:
+def save(out: Path, model: LanguageModel, config: Config) -> int:
     """The export in 4 bits; returns the bytes of the weights."""
     weights = QuantizedWeights(model, config.low_precision).packed_tensors()
     return write_export(out, weights, description(config, {"kind": "bytes"}))
@@ -75,7 +75,7 @@ def test_files_of_an_export_have_the_mode_that_the_umask_says(tmp_path: Path) ->
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module) -> list[Tensor]:
+def logits_of(model: LanguageModel) -> list[Tensor]:
     """In float32 and by bfloat16 autocast."""
     found = []
     for dtype in DTYPES:
@@ -165,7 +165,7 @@ def test_the_loss_that_training_for_4_bits_reports_is_that_of_the_export(tmp_pat
     assert loss_of(load_model(tmp_path / "out")[0]).item() == reported != loss_of(model).item()
 
 
-def loss_of(model: nn.Module) -> Tensor:
+def loss_of(model: LanguageModel) -> Tensor:
     return F.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
 
 

@@ -97,13 +97,16 @@ def most_allocated(work: Callable[[], object]) -> int:
 
 
 def ratio(
-    model: nn.Module, rows: torch.Tensor, dtype: torch.dtype, documents: DocumentIds | None = None
+    model: LanguageModel,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    documents: DocumentIds | None = None,
 ) -> float:
     """Predicted by measured, weights and gradients aside."""
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     measured = peak_bytes(model, rows, dtype, documents) - gradients
     shape = (rows.shape[0], rows.shape[1] - 1)
-    return cast(LanguageModel, model).activation_bytes(shape, dtype, on_cpu=True) / measured
+    return model.activation_bytes(shape, dtype, on_cpu=True) / measured
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -28,7 +28,7 @@ from engine.planning.summary import (
 from engine.precision.precision import Precision
 from engine.schedule import learning_rate
 from engine.train_state import saves_due
-from model import build_model
+from model import LanguageModel, build_model
 
 CPU = World(0, 1, torch.device("cpu"))
 RATES = Rates(micro_step=0.5, update=0.1, evaluation_batch=0.2, rounding=0.0, matmul=1e12, tokens=1)
@@ -234,7 +234,7 @@ def test_a_model_of_many_weights_is_timed_with_fewer_layers_on_a_cpu() -> None:
     assert found.weights == pytest.approx(64 / layers, rel=0.05)
 
 
-class FakeModel(nn.Module):
+class FakeModel(LanguageModel):
     """A model of one weight that takes a second per sequence and five more."""
 
     def __init__(self, clock: list[float]) -> None:

@@ -153,8 +153,8 @@ def test_what_is_observed_goes_by_the_kernels() -> None:
     model, tokens = small(), torch.randint(256, (1, 12))
     model.projections = refused
     model.eval()
-    assert len(model.activity(tokens)["s"]) == 3
-    assert model.extend(tokens, model.start(1)).shape == (1, 256)
+    assert len(model.activation_sparsity(tokens)["s"]) == 3
+    assert model.prefill_or_decode(tokens, model.init_cache(1)).shape == (1, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

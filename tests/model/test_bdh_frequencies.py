@@ -101,9 +101,9 @@ def test_every_path_computes_with_the_frequencies_of_the_file(
     model.projections = None
     for name, logits in found.items():
         torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6, msg=name)
-    cache = model.start(2)
+    cache = model.init_cache(2)
     for piece in torch.split(text, [9, 1, 1, 12, 1, 9], 1):  # in parallel, and one by one
-        last = model.extend(piece, cache)
+        last = model.prefill_or_decode(piece, cache)
     torch.testing.assert_close(last, expected[:, -1], rtol=1e-6, atol=1e-6)
     usual = dense_logits(upstream(USUAL), text)
     assert (expected - usual).abs().max() > 1e-2  # they matter

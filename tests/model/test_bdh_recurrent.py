@@ -30,11 +30,11 @@ def small(heads: int = 2) -> BDH:
 
 def fed(model: BDH, tokens: Tensor, pieces: list[int], picked: bool = True) -> Tensor:
     """Logits after the last of some pieces of tokens (B, T)."""
-    state = model.start(len(tokens))
+    state = model.init_cache(len(tokens))
     if not picked:
         state.rows_v = None
     for piece in torch.split(tokens[:, : sum(pieces)], pieces, dim=1):
-        logits = model.extend(piece, state)
+        logits = model.prefill_or_decode(piece, state)
     assert state.position == sum(pieces)
     return logits
 
@@ -98,12 +98,12 @@ def test_a_state_is_as_large_at_any_position_and_precise_at_a_million() -> None:
     torch.manual_seed(1)
     model = small().double()
     tokens = torch.randint(64, (1, 5))
-    near, far = model.start(1), model.start(1)
+    near, far = model.init_cache(1), model.init_cache(1)
     size = near.sums.numel()
     far.position = far.frame = 1_000_000
-    first = [model.extend(token, near) for token in torch.split(tokens, 1, dim=1)]
+    first = [model.prefill_or_decode(token, near) for token in torch.split(tokens, 1, dim=1)]
     far.frame = 0  # the same sums of nothing, met a million tokens from their frame
-    second = [model.extend(token, far) for token in torch.split(tokens, 1, dim=1)]
+    second = [model.prefill_or_decode(token, far) for token in torch.split(tokens, 1, dim=1)]
     assert near.sums.numel() == far.sums.numel() == size
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first, second, strict=True))
 
@@ -121,7 +121,7 @@ def test_states_work_in_bfloat16(
     model = model.bfloat16() if lowered else model
     with torch.autocast("cpu", torch.bfloat16, enabled=not lowered):
         logits = fed(model, tokens, [5, 1, 1, 2]).float()
-    assert model.start(1).sums.dtype == torch.float32
+    assert model.init_cache(1).sums.dtype == torch.float32
     assert (logits - expected).norm() < 0.1 * expected.norm()
 
 

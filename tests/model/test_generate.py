@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import cast
 
 import pytest
 import torch
@@ -16,19 +15,18 @@ from model import LanguageModel
 from model.generate import Sampling, draw, generate
 
 
-class NextLetter:
+class NextLetter(LanguageModel):
     """Predicts the successor of the last token, and remembers the pieces it was fed."""
 
-    max_context: int | None = None
-
     def __init__(self, sharpness: float = 50.0) -> None:
+        super().__init__()
         self.sharpness = sharpness
         self.fed: list[tuple[int, ...]] = []
 
-    def start(self, batch: int) -> None:
-        self.fed.append((batch,))
+    def init_cache(self, batch_size: int) -> None:
+        self.fed.append((batch_size,))
 
-    def extend(self, tokens: Tensor, state: None) -> Tensor:
+    def prefill_or_decode(self, tokens: Tensor, cache: None) -> Tensor:
         self.fed.append(tuple(tokens.shape))
         return F.one_hot((tokens[:, -1] + 1) % 10, 10).float() * self.sharpness
 
@@ -37,7 +35,7 @@ def letters(model: NextLetter, count: int, *seeds: int) -> list[list[int]]:
     """Tokens of each step, for samples drawn with these seeds."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompt = torch.tensor([[1, 2, 3]])
-    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), generators)
+    tokens = generate(model, prompt, Sampling(), generators)
     return [step.tolist() for step in islice(tokens, count)]
 
 
@@ -85,7 +83,7 @@ def test_generation_feeds_the_prompt_once_and_then_each_token_alone() -> None:
 def test_with_a_context_it_starts_anew_from_the_last_half() -> None:
     model = NextLetter()
     prompt = torch.tensor([[9, 9, 1, 2, 3]])
-    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), context=4)
+    tokens = generate(model, prompt, Sampling(), context=4)
     assert [step.item() for step in islice(tokens, 9)] == [(4 + i) % 10 for i in range(9)]
     assert model.fed[:6] == [(1,), (1, 4), (1,), (1, 2), (1, 1), (1, 1)]
     assert max(shape[1] for shape in model.fed if len(shape) == 2) == 4
@@ -96,7 +94,7 @@ def test_a_model_is_fed_no_more_than_it_can_take(context: int | None) -> None:
     model = NextLetter()
     model.max_context = 4
     prompt = torch.tensor([[9, 9, 1, 2, 3]])
-    tokens = generate(cast(LanguageModel, model), prompt, Sampling(), context=context)
+    tokens = generate(model, prompt, Sampling(), context=context)
     assert [step.item() for step in islice(tokens, 9)] == [(4 + i) % 10 for i in range(9)]
     pieces = [shape[1] for shape in model.fed if len(shape) == 2]
     assert pieces[0] == min(context or 4, 4)

@@ -234,12 +234,12 @@ def test_caches_take_the_memory_they_say_and_grow_rarely(name: str) -> None:
     model = small(name)
     if isinstance(model, GPT):
         model = GPT(model.config, 300)
-    state, rooms = model.start(2), set()
+    state, rooms = model.init_cache(2), set()
     for length in range(1, 281):
-        model.extend(torch.zeros(2, 1, dtype=torch.long), state)
+        model.prefill_or_decode(torch.zeros(2, 1, dtype=torch.long), state)
         parts = [each for cache in state for each in (cache.keys, cache.values)]
         taken = sum(part.numel() * part.element_size() for part in parts if part is not None)
-        assert taken == 2 * model.state_bytes(length)
+        assert taken == 2 * model.cache_bytes(length)
         rooms.add(taken)
     assert len(rooms) == 4  # 64, 128, 256, and 300 or 512
 
@@ -254,10 +254,10 @@ def test_more_tokens_than_positions_are_refused_with_both_numbers() -> None:
     tokens = torch.zeros(1, BLOCK + 1, dtype=torch.long)
     with pytest.raises(ValueError, match="25 tokens, but this GPT has learned 24 positions"):
         model(tokens)
-    state = model.start(1)
-    model.extend(tokens[:, :BLOCK], state)
+    state = model.init_cache(1)
+    model.prefill_or_decode(tokens[:, :BLOCK], state)
     with pytest.raises(ValueError, match="25 tokens"):
-        model.extend(tokens[:, :1], state)
+        model.prefill_or_decode(tokens[:, :1], state)
 
 
 BIASES = {
@@ -430,7 +430,7 @@ def test_one_batch_is_learned_by_heart(name: str) -> None:
 def test_matrices_are_the_hidden_ones_and_say_how_many_are_stacked() -> None:
     model = gpt(bias=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: count for parameter, count in model.matrices()}
+    found = {names[id(parameter)]: count for parameter, count in model.hidden_weights()}
     parts = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
     assert found == {
         f"transformer.h.{n}.{part}.weight": count for n in range(2) for part, count in parts.items()
@@ -439,7 +439,7 @@ def test_matrices_are_the_hidden_ones_and_say_how_many_are_stacked() -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_a_transformer_has_no_silent_neurons_to_tell_of(name: str) -> None:
-    assert small(name).activity(torch.zeros(1, 3, dtype=torch.long)) == {}
+    assert small(name).activation_sparsity(torch.zeros(1, 3, dtype=torch.long)) == {}
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])

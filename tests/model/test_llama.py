@@ -189,15 +189,15 @@ def test_weights_are_drawn_by_their_shape() -> None:
 def test_matrices_are_stacked_as_equals(heads: int | None, count: int) -> None:
     model = llama(n_kv_head=heads)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: stacked for parameter, stacked in model.matrices()}
+    found = {names[id(parameter)]: stacked for parameter, stacked in model.hidden_weights()}
     parts = {"attn.wqkv": count, "attn.wo": 1, "mlp.w13": 2, "mlp.w2": 1}
     assert found == {f"layers.{n}.{k}.weight": v for n in range(2) for k, v in parts.items()}
-    assert all(parameter.shape[0] % stacked == 0 for parameter, stacked in model.matrices())
+    assert all(parameter.shape[0] % stacked == 0 for parameter, stacked in model.hidden_weights())
 
 
 def test_bdh_tells_its_matrices_too() -> None:
     model: Any = build_model(Config())
-    assert [(len(parameter), count) for parameter, count in model.matrices()] == [
+    assert [(len(parameter), count) for parameter, count in model.hidden_weights()] == [
         (4, 4),
         (4, 4),
         (32768, 4),

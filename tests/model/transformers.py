@@ -81,8 +81,8 @@ def check_parity(model: Transformer, slow: Slow, documents: Tensor | None) -> No
 
 def fed(model: Transformer, tokens: Tensor, pieces: list[int]) -> Tensor:
     """Logits after the last of some pieces of tokens (B, T)."""
-    state = model.start(len(tokens))
+    state = model.init_cache(len(tokens))
     for piece in torch.split(tokens[:, : sum(pieces)], pieces, dim=1):
-        logits = model.extend(piece, state)
+        logits = model.prefill_or_decode(piece, state)
     assert not logits.requires_grad
     return logits

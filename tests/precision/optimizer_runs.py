@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from config import OptimizerConfig
 from engine.optim.build import build_optimizer, set_learning_rate
+from model import HiddenWeight, LanguageModel
 
 OPTIMIZERS = ("adamw", "adamw_4bit", "adamw_8bit", "muon")
 
 
-class Toy(nn.Module):
+class Toy(LanguageModel):
     """Parameters of every kind: with moments in few bits, one of them with a partial last block; in
     float32 since they are small or vectors; and stacked matrices for Muon."""
 
@@ -26,8 +27,9 @@ class Toy(nn.Module):
         self.fused, self.small = weights(24, 8), weights(8, 40)
         self.embedding, self.vector = weights(11, 8), weights(5000)
 
-    def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        return [(self.matrix, 2), (self.stack, 3), (self.fused, 3), (self.small, 1)]
+    def hidden_weights(self) -> list[HiddenWeight]:
+        found = [(self.matrix, 2), (self.stack, 3), (self.fused, 3), (self.small, 1)]
+        return [HiddenWeight(*each) for each in found]
 
 
 def optimizer_of(

@@ -23,7 +23,7 @@ from engine.precision.fp8_native import (
     Cast,
     DelayedScales,
     Made,
-    NativeProducts,
+    NativeMatmul,
     cast_by,
     cast_by_own,
     largest,
@@ -31,9 +31,9 @@ from engine.precision.fp8_native import (
     scaled_product,
 )
 from engine.precision.precision import Precision
-from model import build_model
+from model import LanguageModel, build_model
 from model.bdh import tiling as bdh_tiles
-from model.matmul import PlainProducts, Sum
+from model.matmul import Accumulator, OperandId, PlainMatmul
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 FAST = BF16 if supports_fast_bfloat16(CPU) else torch.float32  # of what is not in 8 bits
@@ -41,7 +41,7 @@ ERROR = {E4M3: 2**-4, E5M2: 2**-3}  # half a step between neighbours, relative
 NAMES = ("bdh", "gpt", "llama")
 
 
-def model_of(name: str, **options: Any) -> nn.Module:
+def model_of(name: str, **options: Any) -> LanguageModel:
     model = {"name": name, "n_layer": 2, "n_embd": 64, "n_head": 4, "dropout": 0.0, **options}
     if name == "bdh":
         model.setdefault("mlp_internal_dim_multiplier", 16)
@@ -49,7 +49,7 @@ def model_of(name: str, **options: Any) -> nn.Module:
     return build_model(Config.from_dict({"model": model, "training": {"block_size": 64}}))
 
 
-def bound(model: nn.Module, **fp8: Any) -> NativeBackend:
+def bound(model: LanguageModel, **fp8: Any) -> NativeBackend:
     resolved = {"recipe": "current", "format": "hybrid", **fp8}  # as a Config does
     return NativeBackend(Fp8Config(**resolved), model, CPU, FAST)
 
@@ -116,15 +116,15 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     assert not (rows.float() * inverse).isfinite().all()
     scales = scales_of()  # nor by clipping it to an old scale
     scales.advance(lambda values: values)
-    delayed = NativeProducts((E4M3, E5M2, BF16), scales)
-    assert not values_of(delayed.rows(x, ("x", 0))).isfinite().all()
+    delayed = NativeMatmul((E4M3, E5M2, BF16), scales)
+    assert not values_of(delayed.activation(x, OperandId("x", 0))).isfinite().all()
 
 
 # ---- products
 
 
-def products_of(fmt: str, dtype: torch.dtype = BF16) -> NativeProducts:
-    return NativeProducts((E4M3, E5M2 if fmt == "hybrid" else E4M3, dtype), None)
+def products_of(fmt: str, dtype: torch.dtype = BF16) -> NativeMatmul:
+    return NativeMatmul((E4M3, E5M2 if fmt == "hybrid" else E4M3, dtype), None)
 
 
 def values_of(cast: Cast) -> Tensor:
@@ -146,14 +146,14 @@ def test_all_three_products_are_those_of_what_the_bits_stand_for(
     few, g = heads
     draw = torch.Generator().manual_seed(M + K + N)
     products = products_of(fmt, dtype)
-    x = products.rows(torch.randn(few, M, K, generator=draw), ("x", 0))
+    x = products.activation(torch.randn(few, M, K, generator=draw), OperandId("x", 0))
     w = products.weight(torch.randn(g, N, K, generator=draw).mT, "w")
-    dy = products.gradient(torch.randn(g, M, N, generator=draw) * 1e-6, ("dy", 0))
+    dy = products.gradient(torch.randn(g, M, N, generator=draw) * 1e-6, OperandId("dy", 0))
     made = Made.count
     pairs = [
-        (products.times(x, w), values_of(x) @ values_of(w)),
-        (products.back(dy, w), values_of(dy) @ values_of(w).mT),
-        (products.outer(x, dy), values_of(x).mT @ values_of(dy)),
+        (products.forward(x, w), values_of(x) @ values_of(w)),
+        (products.grad_input(dy, w), values_of(dy) @ values_of(w).mT),
+        (products.grad_weight(x, dy), values_of(x).mT @ values_of(dy)),
     ]
     assert Made.count - made == 3 * g
     for product, exact in pairs:
@@ -185,19 +185,19 @@ def test_a_cpu_multiplies_8_bit_operands_as_scaled_mm_does(
 
 def test_products_go_into_buffers_and_sums() -> None:
     products, draw = products_of("hybrid"), torch.Generator().manual_seed(0)
-    x = products.rows(torch.randn(2, 32, 16, generator=draw), ("x", 0))
+    x = products.activation(torch.randn(2, 32, 16, generator=draw), OperandId("x", 0))
     w = products.weight(torch.randn(2, 16, 48, generator=draw), "w")
     buffer = torch.empty(2, 32, 48, dtype=BF16)
-    assert products.times(x, w, buffer) is buffer
-    assert torch.equal(buffer, products.times(x, w))
-    total = Sum(torch.empty(2, 32, 48), Tensor.add_)
+    assert products.forward(x, w, buffer) is buffer
+    assert torch.equal(buffer, products.forward(x, w))
+    total = Accumulator(torch.empty(2, 32, 48), Tensor.add_)
     for _ in range(3):
-        products.times(x, w, total)
+        products.forward(x, w, total)
     torch.testing.assert_close(total.total, 3 * buffer.float(), rtol=2**-7, atol=1e-3)
 
 
 def test_weights_are_cast_by_head_and_taken_by_heads() -> None:
-    products, plain = products_of("hybrid"), PlainProducts()
+    products, plain = products_of("hybrid"), PlainMatmul()
     value = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(0))
     value[2] *= 1000
     whole = products.weight(value, "w")
@@ -215,26 +215,26 @@ def test_weights_are_cast_by_head_and_taken_by_heads() -> None:
 def test_products_by_delayed_scales_are_those_of_what_the_bits_stand_for(fmt: str) -> None:
     draw = torch.Generator().manual_seed(0)
     backward = E5M2 if fmt == "hybrid" else E4M3
-    slots = {("x", 0): E4M3, ("w", 0): E4M3, ("dy", 0): backward}
+    slots = {OperandId("x", 0): E4M3, OperandId("w", 0): E4M3, OperandId("dy", 0): backward}
     scales = DelayedScales(Fp8Config(recipe="delayed"), slots, CPU)
-    products = NativeProducts((E4M3, backward, torch.float32), scales)
+    products = NativeMatmul((E4M3, backward, torch.float32), scales)
     products.recording = True
     x, w = torch.randn(1, 64, 32, generator=draw), torch.randn(3, 32, 48, generator=draw)
     dy = torch.randn(3, 64, 48, generator=draw) * 1e-6
     for _ in range(2):
         ready = (
-            products.rows(x, ("x", 0)),
+            products.activation(x, OperandId("x", 0)),
             products.weight(w, "w"),
-            products.gradient(dy, ("dy", 0)),
+            products.gradient(dy, OperandId("dy", 0)),
         )
         scales.advance(lambda values: values)
     a, b, g = ready  # by the maxima of the first step, which are the same
     assert (values_of(a) - x).norm() < 0.05 * x.norm()
     assert (values_of(g) - dy).norm() < 0.1 * dy.norm()
     for product, exact in (
-        (products.times(a, b), values_of(a) @ values_of(b)),
-        (products.back(g, b), values_of(g) @ values_of(b).mT),
-        (products.outer(a, g), values_of(a).mT @ values_of(g)),
+        (products.forward(a, b), values_of(a) @ values_of(b)),
+        (products.grad_input(g, b), values_of(g) @ values_of(b).mT),
+        (products.grad_weight(a, g), values_of(a).mT @ values_of(g)),
     ):
         assert (product.double() - exact).norm() < 1e-5 * exact.norm()
 
@@ -253,7 +253,7 @@ def test_every_product_with_a_hidden_weight_is_made_in_8_bits_and_counted(
 ) -> None:
     model = model_of(name)
     backend = bound(model, recipe=recipe)
-    hidden = {id(weight) for weight, _ in model.matrices()}  # type: ignore[operator]
+    hidden = {id(weight) for weight, _ in model.hidden_weights()}
     names = {n for n, p in model.named_parameters() if id(p) in hidden}
     assert set(backend.covered) == names and not any("head" in n or "emb" in n for n in names)
     train_once(model, TOKENS)
@@ -392,7 +392,7 @@ def test_cuda_would_take_the_shapes_and_layouts_of_all_products() -> None:
 
 def scales_of(algo: str = "max", length: int = 3) -> DelayedScales:
     fp8 = Fp8Config(recipe="delayed", amax_history_len=length, amax_compute_algo=algo)  # type: ignore[arg-type]
-    return DelayedScales(fp8, {("x", 0): E4M3, ("dy", 0): E5M2}, CPU)
+    return DelayedScales(fp8, {OperandId("x", 0): E4M3, OperandId("dy", 0): E5M2}, CPU)
 
 
 @given(
@@ -403,22 +403,22 @@ def scales_of(algo: str = "max", length: int = 3) -> DelayedScales:
 @settings(max_examples=60, deadline=None)
 def test_a_scale_follows_from_the_steps_before(maxima: list[float], length: int, algo: str) -> None:
     scales, seen, expected = scales_of(algo, length), list[float](), 1.0
-    assert scales.known(("x", 0)) is None
+    assert scales.known(OperandId("x", 0)) is None
     for most in maxima:
-        scales.note(("x", 0), torch.tensor([most / 2, most]))
-        scales.note(("x", 0), torch.tensor([most / 3]))
+        scales.note(OperandId("x", 0), torch.tensor([most / 2, most]))
+        scales.note(OperandId("x", 0), torch.tensor([most / 3]))
         scales.advance(lambda values: values)
         seen.append(float(torch.tensor(most)))
         past = max(seen[-length:]) if algo == "max" else seen[-1]
         expected = largest(E4M3) / max(past, 2.0**-100) if past > 0 else expected
-        known = scales.known(("x", 0))
+        known = scales.known(OperandId("x", 0))
         assert known is not None and known.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_clipped_operands_are_counted() -> None:
     scales = scales_of()
     for most in (1.0, 1.0, 2.0, 1.5):  # the third is above all before it
-        scales.note(("x", 0), torch.tensor(most))
+        scales.note(OperandId("x", 0), torch.tensor(most))
         scales.advance(lambda values: values)
     assert scales.take_clipped() == pytest.approx(1 / 6)  # two operands, three steps with a scale
     assert scales.take_clipped() is None
@@ -426,9 +426,9 @@ def test_clipped_operands_are_counted() -> None:
 
 def test_maxima_are_those_of_all_processes() -> None:
     scales = scales_of()
-    scales.note(("x", 0), torch.tensor(1.0))
+    scales.note(OperandId("x", 0), torch.tensor(1.0))
     scales.advance(lambda values: values.mul_(4))
-    known = scales.known(("x", 0))
+    known = scales.known(OperandId("x", 0))
     assert known is not None and known.item() == largest(E4M3) / 4
 
 
@@ -547,9 +547,12 @@ def test_a_gpu_makes_the_products_that_a_cpu_makes(fmt: str) -> None:
     x, w, dy = (torch.randn(2, *s, generator=draw) for s in ((64, 32), (32, 48), (64, 48)))
     for device in ("cpu", "cuda"):
         products = products_of(fmt)
-        a, b = products.rows(x.to(device), ("x", 0)), products.weight(w.to(device), "w")
-        g = products.gradient(dy.to(device), ("dy", 0))
-        made = products.times(a, b), products.back(g, b), products.outer(a, g)
+        a, b = (
+            products.activation(x.to(device), OperandId("x", 0)),
+            products.weight(w.to(device), "w"),
+        )
+        g = products.gradient(dy.to(device), OperandId("dy", 0))
+        made = products.forward(a, b), products.grad_input(g, b), products.grad_weight(a, g)
         both.append([each.float().cpu() for each in made])
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from config import BDHConfig, ConfigError, Fp8Config, ModelConfig
 from engine.precision.fp8_te import INSTALL, TransformerEngineBackend
-from model.bdh.model import BDH
+from model import LanguageModel
+from model.bdh import BDH
 from model.gpt import GPT
 from model.llama import Llama
 from tests.precision import te_stub
@@ -89,7 +90,7 @@ def resolved(**fp8: Any) -> Fp8Config:
     return Fp8Config(**{"recipe": "current", "format": "hybrid", **fp8})
 
 
-def attached(model: nn.Module, **fp8: Any) -> TransformerEngineBackend:
+def attached(model: LanguageModel, **fp8: Any) -> TransformerEngineBackend:
     return TransformerEngineBackend(resolved(**fp8), CUDA, model)
 
 
@@ -130,7 +131,7 @@ def test_each_weight_is_multiplied_in_fp8_once_per_layer(name: str, stub: te_stu
     step(model, tokens, engine)
     assert Counter(stub.calls) == {(*key, True): count for key, count in EXPECTED[name].items()}
     assert engine.calls == (6 if name == "bdh" else 8)
-    assert {id(p) for p in model.ends()}.isdisjoint(
+    assert {id(p) for p in model.embedding_and_head()}.isdisjoint(
         {id(dict(model.named_parameters())[key]) for key in engine.covered}
     )
 

@@ -80,7 +80,7 @@ def test_the_first_step_computes_exactly_the_model_in_4_bits(
     torch.manual_seed(0)
     model = small(name, **MODELS[name])
     rounded = copy.deepcopy(model)
-    for weight, _ in rounded.matrices():
+    for weight, _ in rounded.hidden_weights():
         weight.data = quantize(weight, kind, double).dequantize()
     add_lora(model, low(quantization_type=kind, use_double_quant=double))
     with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_formula_and_only_the_adapters_get_any(name: 
     model = adapted(name).double()
     written_out = plain(name, merge_lora(model)).double()
     matrices = []
-    for adapter, (weight, _) in zip(adapters(model), written_out.matrices(), strict=True):
+    for adapter, (weight, _) in zip(adapters(model), written_out.hidden_weights(), strict=True):
         matrices.append([p.detach().clone().requires_grad_() for p in adapter.parameters()])
         weight.data = adapter.base().dequantize(torch.float64)
         weight.data += 16.0 / 4 * (matrices[-1][1] @ matrices[-1][0]).detach()
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_formula_and_only_the_adapters_get_any(name: 
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(n.endswith(("lora_a", "lora_b")) for n in trained) and trained
     for adapter, (weight, _), (a, b) in zip(
-        adapters(model), written_out.matrices(), matrices, strict=True
+        adapters(model), written_out.hidden_weights(), matrices, strict=True
     ):
         assert weight.grad is not None
         torch.testing.assert_close(adapter.lora_a.grad, 4.0 * b.T @ weight.grad)
@@ -149,7 +149,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name: str) -> Non
 def test_a_frozen_number_takes_about_half_a_byte() -> None:
     empty = live_bytes()
     model = cast(Transformer, build_model(config("gpt", n_embd=512)))
-    hidden = sum(weight.numel() for weight, _ in model.matrices())
+    hidden = sum(weight.numel() for weight, _ in model.hidden_weights())
     rest = sum(p.numel() for p in model.parameters()) - hidden
     assert live_bytes() - empty >= 4 * (hidden + rest)
     add_lora(model, low())
@@ -196,22 +196,25 @@ def test_the_merged_weights_are_those_of_a_plain_model_that_computes_the_same(na
 @both
 def test_generation_with_caches_gives_the_logits_of_the_whole_text(name: str) -> None:
     model = adapted(name).eval()
-    state = model.start(3)
+    state = model.init_cache(3)
     for column in tokens().unbind(1):
-        logits = model.extend(column[:, None], state)
+        logits = model.prefill_or_decode(column[:, None], state)
     torch.testing.assert_close(logits, model(tokens())[:, -1], atol=1e-4, rtol=1e-4)
 
 
 @both
 def test_counts_of_work_still_know_the_matrices(name: str) -> None:
     before, after = small(name, **MODELS[name]), adapted(name)
-    assert [(w.shape, n) for w, n in after.matrices()] == [
-        (w.shape, n) for w, n in before.matrices()
+    assert [(w.shape, n) for w, n in after.hidden_weights()] == [
+        (w.shape, n) for w, n in before.hidden_weights()
     ]
-    weights = sum(weight.numel() for weight, _ in before.matrices()) + before.ends()[1].numel()
+    weights = sum(weight.numel() for weight, _ in before.hidden_weights())
+    weights += before.embedding_and_head()[1].numel()
     saved = 2 * weights  # frozen weights have no gradients of their own
     assert after.flops_per_token(20) == before.flops_per_token(20) - saved
-    assert [end.shape for end in after.ends()] == [end.shape for end in before.ends()]
+    assert [end.shape for end in after.embedding_and_head()] == [
+        end.shape for end in before.embedding_and_head()
+    ]
 
 
 def test_the_line_counts_what_learns_and_what_is_frozen() -> None:

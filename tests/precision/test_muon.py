@@ -73,7 +73,7 @@ def test_stacked_matrices_move_as_separate_ones(monkeypatch: pytest.MonkeyPatch)
     optimizer = optimizer_of("muon", model)
     names = {id(p): name for name, p in model.named_parameters()}
     expected = {}
-    for parameter, count in model.matrices():
+    for parameter, count in model.hidden_weights():
         value, momentum = parameter.detach().double(), torch.zeros(())
         for seed in range(3):
             lr, gradient = 0.01 / (1 + seed), gradients(model, seed)[names[id(parameter)]].double()

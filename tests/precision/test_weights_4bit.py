@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -35,13 +34,13 @@ TOKENS = torch.arange(48).view(2, 24) * 7 % V
 LOW = LowPrecisionConfig()
 
 
-def build(name: str, **options: object) -> nn.Module:
+def build(name: str, **options: object) -> LanguageModel:
     torch.manual_seed(0)
     model = replace(MODELS[name], dropout=0.0, **options)  # type: ignore[arg-type]  # any option
     return build_model(Config(model=model, training=TrainingConfig(block_size=32)))
 
 
-def copies(model: nn.Module) -> dict[str, Tensor]:
+def copies(model: LanguageModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
@@ -50,11 +49,11 @@ def loss_of(model: nn.Module) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
-def hidden(model: nn.Module) -> set[int]:
-    return {id(matrix) for matrix, _ in cast(LanguageModel, model).matrices()}
+def hidden(model: LanguageModel) -> set[int]:
+    return {id(matrix) for matrix, _ in model.hidden_weights()}
 
 
-def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
+def assert_same(model: LanguageModel, before: dict[str, Tensor]) -> None:
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
 

@@ -1,0 +1,120 @@
+"""The interface of a model: all that training, number formats and sampling ask of one.
+
+A new architecture is a subclass of `LanguageModel` with an entry in `model.registry.MODELS`, a name
+and options in `config.ModelConfig`. Build its linear layers from `model.matmul.Linear`, else
+number formats and adapters do not find them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.matmul import Linear, MatmulBackend, OperandId, ProjectionFactory
+
+
+class HiddenWeight(NamedTuple):
+    """A weight matrix between embedding and head, for what treats matrices as such: Muon, FP8,
+    4-bit weights, adapters."""
+
+    weight: Tensor
+    """2-D or 3-D. An `nn.Parameter`, but where adapters have replaced it, its shape on "meta"."""
+    n_fused: int
+    """Matrices of equal size stacked along dimension 0: 3 for query, key and value in one."""
+
+
+class LanguageModel(nn.Module):
+    """A model that predicts the next token: token ids (B, T) -> logits (B, T, V).
+
+    It knows nothing of data, ranks or number formats; those wrap the finished model from outside.
+    """
+
+    max_context: int | None = None
+    """The longest context the model can take, in tokens; None: any."""
+    n_layer: int
+
+    matmul_backend: MatmulBackend | None = None
+    """What computes the products with the hidden weights of a model with fused layers; None where
+    these weights are in `Linear` modules, which have a replaceable function each."""
+    projections: ProjectionFactory | None = None
+    """Replaces `matmul_backend` by modules that bring their own backward pass; None: not used."""
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Returns logits (B, T, V) of the next token at each position of tokens (B, T).
+
+        documents (B, T): a number per document; tokens attend within their own document only.
+        """
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draws every weight anew from torch's global generator."""
+        raise NotImplementedError
+
+    def hidden_weights(self) -> list[HiddenWeight]:
+        """Returns the weight matrices between embedding and head, without either."""
+        return []
+
+    def hidden_linears(self) -> dict[str, Linear]:
+        """Returns the `Linear` modules of hidden weights, by name; none in fused layers."""
+        hidden = {id(weight) for weight, _ in self.hidden_weights()}
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, Linear) and id(module.weight) in hidden
+        }
+
+    def embedding_and_head(self) -> tuple[Tensor, Tensor]:
+        """Returns the two parameters; the same one twice where they are tied."""
+        raise NotImplementedError
+
+    def matmul_operands(self) -> dict[OperandId, bool]:
+        """Returns all operands of products with hidden weights, and whether each is a gradient."""
+        return {
+            OperandId(f"{name}.weight.{operand}", 0): operand == "g"
+            for name in self.hidden_linears()
+            for operand in "xwg"  # activation, weight, gradient of the output
+        }
+
+    def init_cache(self, batch_size: int) -> Any:
+        """Returns an empty cache for this many samples, for `prefill_or_decode` only."""
+        raise NotImplementedError
+
+    def prefill_or_decode(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Appends tokens (B, T) to the cache; returns the logits after the last one, (B, V).
+
+        Computes no gradients.
+        """
+        raise NotImplementedError
+
+    def cache_bytes(self, length: int) -> int:
+        """Returns the memory of the cache of one sample of this many tokens."""
+        raise NotImplementedError
+
+    def activation_sparsity(
+        self, tokens: Tensor, documents: Tensor | None = None
+    ) -> dict[str, list[float]]:
+        """Returns the fraction of neurons that are active on tokens (B, T), by kind and layer;
+        empty for a model whose neurons are always active."""
+        return {}
+
+    def notes(self, on_cpu: bool) -> list[str]:
+        """Returns lines for the start of a run that tell where the model computes something else
+        than its options say."""
+        return []
+
+    def flops_per_token(self, block_size: int) -> int:
+        """Returns the FLOPs of forward and backward per token at this context length."""
+        raise NotImplementedError
+
+    def activation_bytes(
+        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
+    ) -> int:
+        """Returns the peak memory of a training step on tokens (B, T), without weights and their
+        gradients. adding: to the gradients of earlier micro-steps."""
+        raise NotImplementedError
+
+    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
+        """Returns the memory of tables kept between steps, such as cosines of positions."""
+        return 0
