@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 from config import CheckpointError, Config, ConfigError, WriteError
 from engine.precision.tensor_4bit import BLOCK, SCALES, from_tensors, import_bitsandbytes
 from engine.precision.weights_4bit import unique_tensors
-from files.atomic import TEMPORARY, atomic_write_text, check_space, sync_folder
+from files.atomic import atomic_folder, atomic_write_text
+from files.write_errors import check_space
 from model.interface import LanguageModel
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.yaml", "vocabulary.json"
@@ -49,22 +49,16 @@ def write_export(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, s
 
     Raises WriteError, also where `out` exists; nothing is left then.
     """
-    temporary = out.with_name(f"{TEMPORARY}{os.getpid()}-{out.name}")
+    if os.path.lexists(out):
+        raise WriteError(f"{out} exists. Name another folder.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        check_space(out.parent, sum(value.nbytes for value in weights.values()))
-        temporary.mkdir()
-        size = _write_weights(temporary / WEIGHTS, weights)
-        for name, text in texts.items():
-            atomic_write_text(temporary / name, text)
-        if os.path.lexists(out):
-            raise WriteError(f"{out} exists. Name another folder.")
-        os.rename(temporary, out)
-        sync_folder(out.parent)
+        with atomic_folder(out) as folder:
+            check_space(folder, sum(value.nbytes for value in weights.values()))
+            size = _write_weights(folder / WEIGHTS, weights)
+            for name, text in texts.items():
+                atomic_write_text(folder / name, text)
     except OSError as error:
         raise WriteError(f"cannot write {out} ({error}). Name another place.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return size
 
 

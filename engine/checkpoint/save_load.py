@@ -58,14 +58,8 @@ from engine.run_directory.manifest import (
 )
 from engine.run_directory.run_files import read_config
 from engine.train_state import check_rng
-from files.atomic import (
-    HashedFile,
-    as_write_error,
-    atomic_write,
-    atomic_write_text,
-    check_space,
-    remove,
-)
+from files.atomic import HashedFile, atomic_write, atomic_write_text, durable_remove
+from files.write_errors import as_write_error, check_space
 from model import LanguageModel, build_model
 
 __all__ = ["Resume", "load_checkpoint", "load_model", "resolve_resume", "save_checkpoint"]
@@ -135,16 +129,20 @@ def _already_saved(path: Path, facts: Facts) -> bool:
 
 
 def _write(path: Path, content: dict[str, Any], facts: Facts) -> None:
-    remove(manifest_path(path))  # of a damaged checkpoint of this step; it must not name new data
+    def forget_old() -> None:
+        # A manifest must never name other data than its own, so that of an earlier checkpoint of
+        # this step goes before the data is replaced; not sooner, since the new data may not fit.
+        durable_remove(manifest_path(path))
+
     try:
-        written = atomic_write(path, lambda out: _dump(content, out))
+        written = atomic_write(path, lambda out: _dump(content, out), before_rename=forget_old)
         time = datetime.now().astimezone().isoformat(timespec="seconds")
         manifest = Manifest(**vars(facts), **vars(written), time=time)
         atomic_write_text(manifest_path(path), render(manifest))
     except BaseException:
         if not manifest_path(path).exists():
             with contextlib.suppress(OSError):
-                remove(path)
+                durable_remove(path)
         raise
 
 
@@ -173,8 +171,8 @@ def prune_checkpoints(folder: Path, keep_last: int, keep: set[int]) -> list[int]
     for step in sorted(old | halves):
         path = data_path(folder, step)
         with as_write_error(f"remove old checkpoint {path}", folder):
-            remove(manifest_path(path))
-            remove(path)
+            durable_remove(manifest_path(path))
+            durable_remove(path)
     return sorted(old | halves)
 
 

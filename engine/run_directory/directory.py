@@ -51,16 +51,15 @@ from engine.run_directory.run_files import (
     read_lines,
 )
 from files.atomic import (
-    as_write_error,
     atomic_write,
     atomic_write_text,
-    check_writable,
-    remove,
+    durable_remove,
     remove_temporaries,
     sync_folder,
     write_all,
 )
 from files.regular import open_regular, read_regular
+from files.write_errors import as_write_error, check_writable
 
 LASTING_S = 60.0
 """A run that has trained for so long leaves its directory, whether or not it saved a checkpoint."""
@@ -443,7 +442,7 @@ def _remove_unfinished(folder: Path) -> list[str]:
     """Removes data without manifest: a crash left it while saving, or while removing it."""
     unfinished = sorted({*steps_in(folder, "pt")} - {*steps_in(folder)})
     for step in unfinished:
-        remove(data_path(folder, step))
+        durable_remove(data_path(folder, step))
     return [f"removed checkpoint_{step}.pt, which was not completed" for step in unfinished]
 
 

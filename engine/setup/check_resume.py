@@ -33,7 +33,7 @@ from engine.planning.memory import with_batch
 from engine.setup.build import build
 from engine.signals import StopRequest
 from engine.trainer import Session
-from files.atomic import check_writable
+from files.write_errors import check_writable
 
 Loop = Callable[[Session, StopRequest], None]
 

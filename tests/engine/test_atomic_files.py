@@ -12,14 +12,12 @@ import pytest
 from config import WriteError
 from files.atomic import (
     HashedFile,
-    as_write_error,
     atomic_write,
     atomic_write_text,
-    check_space,
-    check_writable,
     remove_temporaries,
 )
 from files.regular import open_regular, read_regular
+from files.write_errors import as_write_error, check_space, check_writable
 from tests.engine.faults import failing, raise_error, stand_in
 
 
@@ -138,7 +136,7 @@ def test_an_error_of_an_early_sync_is_not_lost(
             raise error
         real(descriptor)
 
-    monkeypatch.setattr("files.atomic._SYNC_EVERY", 1)
+    monkeypatch.setattr("files.atomic._SYNC_EVERY_BYTES", 1)
     monkeypatch.setattr(os, "fsync", failing_once)
     with pytest.raises(OSError, match="Input/output error"):
         atomic_write(tmp_path / "file", lambda out: out.write(b"data"))

@@ -90,6 +90,18 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         assert path.stat().st_ino == before
 
 
+def test_a_step_saved_again_after_its_evaluation_is_not_lost_by_a_full_disk(tmp_path: Path) -> None:
+    with new_run(tmp_path, 5) as run:
+        path = data_path(run.prepare(), 5)
+        for call in ("write", "fsync"):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(WriteError):
+                patch.setattr(os, call, lambda *_: raise_error(errno.ENOSPC)())
+                save_checkpoint(run, make_state(5, val_loss=2.5), 3)
+            assert verify(path).val_loss is None
+        save_checkpoint(run, make_state(5, val_loss=2.5), 3)
+        assert verify(path).val_loss == 2.5
+
+
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     with new_run(tmp_path, 5) as run:
         path = data_path(run.prepare(), 5)
