@@ -38,7 +38,9 @@ from data.preparation.raw_text import ENDINGS, check_readable, is_text, not_text
 from data.preparation.raw_text import documents as documents_of
 from data.preparation.token_writer import Counts
 from data.sources.meta import read_meta_file, write_json
-from data.tokenizers.bpe import Tokenizer, build_tokenizer, train_bpe
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.bpe import train_bpe
+from data.tokenizers.build import build_tokenizer
 from settings.formatting import format_plural
 
 _FILES = 8

@@ -47,7 +47,7 @@ from config import (
 from settings import sampling as nanogpt
 
 if TYPE_CHECKING:
-    from data.tokenizers.bpe import StreamDecoder, Tokenizer
+    from data.tokenizers.base import StreamDecoder, Tokenizer
 
 _LARGEST = 2**63 - 1  # what a random generator takes
 _TOGETHER = 8  # samples drawn at once, where their states fit in so many bytes

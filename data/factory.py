@@ -28,7 +28,9 @@ from data.sources.token_file import (
     open_files,
 )
 from data.sources.token_text import TokenText, check_split
-from data.tokenizers.bpe import IdTokenizer, Tokenizer, build_tokenizer, char_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.build import build_tokenizer
+from data.tokenizers.simple import IdTokenizer, char_tokenizer
 
 _DESCRIBED = 10  # meta files that the start of a run names, at most
 

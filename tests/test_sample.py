@@ -14,7 +14,8 @@ import pytest
 
 import sample
 from config import CheckpointError, DataError, TokenizerConfig
-from data.tokenizers.bpe import build_tokenizer, train_bpe
+from data.tokenizers.bpe import train_bpe
+from data.tokenizers.build import build_tokenizer
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.model.test_pretrained import published_weights, write_published
 from tests.runs import run_here

@@ -30,7 +30,7 @@ from data.loading.order import Integers, Tokens, lane_count, rank_lanes, rank_ro
 from data.loading.packing import Address, LaneStream, RowStream, Trace, windows
 from data.loading.prefetch import Feed
 from data.sources.base import PLAN_VERSION, Dataset, Plan, Reader, Units, split_of, training_blocks
-from data.tokenizers.bpe import row_dtype
+from data.tokenizers.base import row_dtype
 
 log = logging.getLogger(__name__)
 

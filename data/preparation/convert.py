@@ -37,8 +37,8 @@ from data.preparation.raw_text import (
 )
 from data.preparation.token_writer import Counts, Encoded, TokenWriter
 from data.sources.meta import meta_path
-from data.tokenizers.base import Ids
-from data.tokenizers.bpe import ByteTokenizer, CharTokenizer, Tokenizer, char_tokenizer
+from data.tokenizers.base import Ids, Tokenizer
+from data.tokenizers.simple import ByteTokenizer, CharTokenizer, char_tokenizer
 
 FORMATS = (".bin", ".ids", ".npy")
 _VERSION = 1

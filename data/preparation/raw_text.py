@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from config import DataError
 from data.sources.parquet_index import read_footer
-from data.tokenizers.bpe import Tokenizer
+from data.tokenizers.base import Tokenizer
 
 _LINES, _ROWS = (".jsonl", ".ndjson", ".json"), (".parquet",)
 ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")

@@ -22,8 +22,7 @@ import numpy as np
 from config import DataError, WriteError
 from data.sources.checksums import file_checksums
 from data.sources.meta import FileRecord, write_json, write_meta
-from data.tokenizers.base import Ids
-from data.tokenizers.bpe import Tokenizer
+from data.tokenizers.base import Ids, Tokenizer
 
 _NOTE = "state.json"
 _NOTE_EVERY_S = 1.0

@@ -26,7 +26,7 @@ from data.loading.order import (
     lane_of,
     lane_targets,
 )
-from data.tokenizers.bpe import Tokenizer
+from data.tokenizers.base import Tokenizer
 
 PLAN_VERSION = 2  # in version 1 lanes of documents were not balanced
 

@@ -28,7 +28,8 @@ from data.sources.parquet_index import (
     save_arrays,
 )
 from data.sources.parquet_reader import DocumentReader
-from data.tokenizers.bpe import ByteTokenizer, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.simple import ByteTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -21,13 +21,9 @@ import numpy as np
 
 from config import DataError, TokenizerConfig, WriteError
 from data.sources.checksums import BLOCK_BYTES, Crcs, from_text, to_text
-from data.tokenizers.bpe import (
-    CharTokenizer,
-    IdTokenizer,
-    Tokenizer,
-    build_tokenizer,
-    tokenizer_from_dict,
-)
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.build import build_tokenizer, tokenizer_from_dict
+from data.tokenizers.simple import CharTokenizer, IdTokenizer
 
 FORMAT = 2  # 1 has neither checksums nor a digest
 GPT2_TOKENS = 50257

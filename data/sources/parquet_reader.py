@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from config import DataError, DatasetConfig
 from data.loading.order import Integers, Tokens, document_order
 from data.sources.parquet_index import REMEDY, Index, Units, first_line
-from data.tokenizers.bpe import SEPARATOR, SPACE, ByteTokenizer, Tokenizer, storage_dtype
+from data.tokenizers.base import Tokenizer, storage_dtype
+from data.tokenizers.simple import SEPARATOR, SPACE, ByteTokenizer
 
 log = logging.getLogger(__name__)
 

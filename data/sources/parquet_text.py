@@ -35,7 +35,8 @@ from data.sources.parquet_index import (
     save_arrays,
 )
 from data.sources.parquet_reader import DocumentReader, UnitReader, text_bytes
-from data.tokenizers.bpe import ByteTokenizer, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.simple import ByteTokenizer
 from settings.formatting import format_count
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from config import DataError, DatasetConfig, token_paths
 from data.loading.order import Integers, Keys, Tokens, combine, cut_hash, path_keys
 from data.sources.base import DatasetStats, Reader, token_counts
 from data.sources.token_file import TokenFile, TokenMaps
-from data.tokenizers.bpe import Tokenizer, storage_dtype
+from data.tokenizers.base import Tokenizer, storage_dtype
 
 MAX_UNITS = 1 << 21  # more rows than these share units, so that a plan takes megabytes
 _FORMAT_VERSION = 2

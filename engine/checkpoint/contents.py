@@ -103,7 +103,7 @@ class SavedData(TypedDict):
 
 
 class SavedTokenizer(TypedDict):
-    """What makes text of tokens (data/tokenizers/bpe.py)."""
+    """What makes text of tokens (data/tokenizers/)."""
 
     kind: str
 

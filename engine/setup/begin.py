@@ -13,7 +13,8 @@ from data import Dataset, open_dataset
 from data.preparation import corpus
 from data.run_data import check_data_state, embedded_is_missing
 from data.sources.base import PLAN_VERSION
-from data.tokenizers.bpe import Tokenizer, tokenizer_from_dict
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.build import tokenizer_from_dict
 from engine.checkpoint.resume_rules import (
     check_resumable,
     experiment_differences,

@@ -14,7 +14,7 @@ import torch
 
 from config import Config, DataError, Request, micro_batch
 from data.run_data import RepeatFirstBatch, RunData, document_id_function
-from data.tokenizers.bpe import Tokenizer
+from data.tokenizers.base import Tokenizer
 from engine.checkpoint.contents import fitting
 from engine.checkpoint.save_load import Resume
 from engine.compile import compile_model, compile_wanted

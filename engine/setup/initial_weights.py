@@ -13,7 +13,7 @@ from typing import Any
 
 from config import GPT2_NAMES, Config, ConfigError, Request, setting
 from data.sources.meta import open_tokenizer
-from data.tokenizers.bpe import Tokenizer
+from data.tokenizers.base import Tokenizer
 from engine.checkpoint.foreign import is_foreign
 from engine.checkpoint.resume_rules import pretrained_options
 from engine.checkpoint.save_load import open_model

@@ -24,7 +24,8 @@ from data.sources.meta import (
     write_json,
     write_meta,
 )
-from data.tokenizers.bpe import ByteTokenizer, char_tokenizer, train_bpe
+from data.tokenizers.bpe import train_bpe
+from data.tokenizers.simple import ByteTokenizer, char_tokenizer
 
 
 class Call:

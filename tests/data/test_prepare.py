@@ -31,7 +31,10 @@ from data.preparation import convert, corpus, download
 from data.preparation import raw_text as sources
 from data.preparation import token_writer as writer
 from data.sources.meta import read_meta
-from data.tokenizers.bpe import ByteTokenizer, Tokenizer, build_tokenizer, train_bpe
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.bpe import train_bpe
+from data.tokenizers.build import build_tokenizer
+from data.tokenizers.simple import ByteTokenizer
 from tests.conftest import TEXT
 from tests.data.parquet_folder import write
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib.util
 import json
 import pickle
 from collections.abc import Callable
@@ -20,22 +19,17 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from config import DataError, TokenizerConfig
-from data.tokenizers.base import byte_level
+from data.tokenizers.base import Tokenizer, row_dtype, storage_dtype
 from data.tokenizers.bpe import (
     END_OF_TEXT,
     FILE_NAME,
-    ByteTokenizer,
-    IdTokenizer,
+    Gpt2Tokenizer,
     JsonTokenizer,
-    Tokenizer,
-    build_tokenizer,
-    char_tokenizer,
-    rank_tokenizer,
-    row_dtype,
-    storage_dtype,
-    tokenizer_from_dict,
+    token_bytes,
     train_bpe,
 )
+from data.tokenizers.build import build_tokenizer, tokenizer_from_dict
+from data.tokenizers.simple import ByteTokenizer, IdTokenizer, char_tokenizer
 
 TEXT = (
     "The dragon's egg hatches when it is warm.\n\nIts 12 wings grow: na\u00efve \U0001f409!  " * 20
@@ -50,23 +44,22 @@ def bpe() -> JsonTokenizer:
 
 
 @cache
-def ranks() -> Tokenizer:
+def small_gpt2() -> Tokenizer:
     """A small vocabulary for the class that GPT-2's goes through."""
     words = [bytes([byte]) for byte in range(256)]
-    for pair in (b" t", b"he", b" the", b"in", b"\n\n", "\u00ef".encode(), b" w"):
-        words.append(pair)
+    words += [b" t", b"he", b" the", b"in", b"\n\n", "\u00ef".encode(), b" w"]
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         mergeable_ranks={word: rank for rank, word in enumerate(words)},
         special_tokens={END_OF_TEXT: len(words)},
     )
-    return rank_tokenizer(encoding)
+    return Gpt2Tokenizer.from_tiktoken(encoding)
 
 
 @cache
-def unigram_json() -> str:
-    """Pieces with leading blanks and a normalizer, as T5's."""
+def unigram() -> JsonTokenizer:
+    """Pieces with leading blanks, a normalizer, truncation and padding, as in T5's file."""
     inner = tokenizers.Tokenizer(models.Unigram())
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -80,17 +73,12 @@ def unigram_json() -> str:
     inner.train_from_iterator([TEXT], trainer)
     inner.enable_truncation(4)
     inner.enable_padding(length=4)
-    return inner.to_str()
+    return JsonTokenizer("t5-like", inner.to_str())
 
 
 @cache
-def unigram() -> JsonTokenizer:
-    return JsonTokenizer("t5-like", unigram_json())
-
-
-@cache
-def fallback() -> JsonTokenizer:
-    """Words, and bytes for what is none, as Llama's first."""
+def byte_fallback() -> JsonTokenizer:
+    """Words, and bytes for other text, as in Llama's first vocabulary."""
     vocabulary = {"<unk>": 0, "</s>": 1, "\u2581": 2}
     vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocabulary |= {c: 300 + n for n, c in enumerate("abcdehinorstw.")}  # with a gap below
@@ -109,17 +97,13 @@ def fallback() -> JsonTokenizer:
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": ByteTokenizer,
     "char": lambda: char_tokenizer(TEXT),
-    "gpt2": ranks,
+    "gpt2": small_gpt2,
     "bpe": bpe,
     "unigram": unigram,
-    "fallback": fallback,
+    "fallback": byte_fallback,
     "ids": lambda: IdTokenizer(1000),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def make(kind: str) -> Tokenizer:
-    return KINDS[kind]()
 
 
 def stream(tokenizer: Tokenizer, pieces: list[list[int]]) -> str:
@@ -127,31 +111,28 @@ def stream(tokenizer: Tokenizer, pieces: list[list[int]]) -> str:
     return "".join(decoder.decode(piece) for piece in pieces) + decoder.decode([], final=True)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "gpt2", "bpe"])
-@given(PLAIN)
+@given(PLAIN, st.text(st.sampled_from(sorted(set(TEXT)))), st.lists(ANY, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_text_survives(kind: str, text: str) -> None:
-    tokenizer = make(kind)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@given(st.text(st.sampled_from(sorted(set(TEXT)))))
-def test_text_of_known_characters_survives(text: str) -> None:
-    tokenizer = char_tokenizer(TEXT)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) == len(text)
+def test_text_survives_and_its_bytes_are_counted(text: str, known: str, texts: list[str]) -> None:
+    for kind in ("bytes", "gpt2", "bpe"):
+        tokenizer = KINDS[kind]()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode_documents(texts)
+        assert tokenizer.count_bytes(ids) == sum(len(t.encode("utf-8", "replace")) for t in texts)
+    characters = char_tokenizer(TEXT)
+    assert characters.decode(characters.encode(known)) == known
+    assert characters.count_bytes(characters.encode(known)) == len(known.encode())
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "bpe", "unigram", "fallback"])
 @given(ANY, st.lists(st.integers(1, 5), max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_streaming_in_any_pieces_gives_the_same_text(
     kind: str, text: str, lengths: list[int]
 ) -> None:
-    tokenizer = make(kind)
-    ids = tokenizer.encode(text).tolist()
+    tokenizer = KINDS[kind]()
+    rest = ids = tokenizer.encode(text).tolist()
     pieces = []
-    rest = ids
     for length in lengths:
         pieces.append(rest[:length])
         rest = rest[length:]
@@ -160,8 +141,8 @@ def test_streaming_in_any_pieces_gives_the_same_text(
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "bpe", "fallback"])
-def test_only_whole_characters_are_given_out(kind: str) -> None:
-    tokenizer = make(kind)
+def test_a_stream_gives_whole_characters_and_a_cut_one_at_the_end(kind: str) -> None:
+    tokenizer = KINDS[kind]()
     ids = tokenizer.encode("a\U0001f409b").tolist()
     decoder = tokenizer.stream_decoder()
     parts = [decoder.decode([token]) for token in ids]
@@ -172,34 +153,17 @@ def test_only_whole_characters_are_given_out(kind: str) -> None:
 
 @every_kind
 @given(st.lists(st.integers(0, 1200), max_size=20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_ids_can_be_decoded(kind: str, ids: list[int]) -> None:
     """A model with more rows than tokens, or an untrained one, draws them."""
-    tokenizer = make(kind)
+    tokenizer = KINDS[kind]()
     assert isinstance(tokenizer.decode(ids), str)
     assert isinstance(stream(tokenizer, [[i] for i in ids]), str)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "gpt2", "bpe"])
-@given(st.lists(ANY, max_size=4))
-@settings(max_examples=40, deadline=None)
-def test_bytes_are_counted_without_separators(kind: str, texts: list[str]) -> None:
-    tokenizer = make(kind)
-    ids = tokenizer.encode_documents(texts)
-    assert tokenizer.count_bytes(ids) == sum(len(t.encode("utf-8", "replace")) for t in texts)
-
-
-def test_bytes_of_characters_and_pieces_are_those_of_their_text() -> None:
-    tokenizer = char_tokenizer(TEXT)
-    assert tokenizer.count_bytes(tokenizer.encode(TEXT)) == len(TEXT.encode())
-    documents = unigram().encode_documents(["the egg", "its wings"])
-    assert unigram().count_bytes(documents) == len("the egg" + "its wings")
-    assert IdTokenizer(9).count_bytes(np.array([1, 2])) is None
-
-
 @every_kind
-def test_documents_end_with_the_separator(kind: str) -> None:
-    tokenizer = make(kind)
+def test_documents_end_with_a_separator_that_cannot_come_from_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
     texts = ["1 2", "", "1"]
     end = [] if tokenizer.separator is None else [tokenizer.separator]
     expected = [i for text in texts for i in (*tokenizer.encode(text).tolist(), *end)]
@@ -207,40 +171,35 @@ def test_documents_end_with_the_separator(kind: str) -> None:
     assert ids.tolist() == expected
     assert ids.dtype == tokenizer.encode("1").dtype == storage_dtype(tokenizer.vocab_size)
     assert len(tokenizer.encode_documents([])) == 0
+    if kind not in ("char", "ids"):
+        assert tokenizer.separator is not None
+        assert tokenizer.separator not in tokenizer.encode(f"a{END_OF_TEXT}b</s>").tolist()
+        wing = [tokenizer.separator, *tokenizer.encode("wing")]
+        assert tokenizer.decode(wing).count("wing") == 1
+        assert END_OF_TEXT not in tokenizer.decode(wing)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bpe", "unigram", "fallback"])
-def test_the_separator_cannot_come_from_text(kind: str) -> None:
-    tokenizer = make(kind)
-    ids = tokenizer.encode(f"a{END_OF_TEXT}b</s>")
-    assert tokenizer.separator not in ids.tolist()
-    assert tokenizer.separator is not None
-    assert tokenizer.decode([tokenizer.separator, *tokenizer.encode("wing"), 1000]).count("wing")
+def test_bytes_of_pieces_are_those_of_their_text_and_of_numbers_unknown() -> None:
+    documents = unigram().encode_documents(["the egg", "its wings"])
+    assert unigram().count_bytes(documents) == len("the egg" + "its wings")
+    assert IdTokenizer(9).count_bytes(np.array([1, 2])) is None
 
 
-def test_nul_becomes_a_space_where_it_separates() -> None:
-    tokenizer = ByteTokenizer()
-    assert tokenizer.encode("a\0b").tolist() == [97, 32, 98]
-    assert tokenizer.decode([97, tokenizer.separator or 0, 98]) == "ab"
+def test_nul_and_what_is_no_text_are_replaced() -> None:
+    assert ByteTokenizer().encode("a\0b").tolist() == [97, 32, 98]
+    assert ByteTokenizer().decode([97, 0, 98]) == "ab"
     assert bpe().decode(bpe().encode("a\0b")) == "a\0b"
-
-
-def test_what_cannot_be_decoded_is_replaced() -> None:
     assert ByteTokenizer().decode([97, 0xC3, 98, 300]) == "a\ufffdb\ufffd"
     assert char_tokenizer("ab").decode([0, 7, 1]) == "a\ufffdb"
     for kind in ("bytes", "gpt2", "bpe"):
-        assert make(kind).decode(make(kind).encode("x\ud800y")) == "x?y"
+        assert KINDS[kind]().decode(KINDS[kind]().encode("x\ud800y")) == "x?y"
 
 
-def test_characters_are_numbered_as_nanogpt_does() -> None:
+def test_characters_are_numbered_as_nanogpt_does_and_an_unknown_one_is_named() -> None:
     tokenizer = char_tokenizer("hello\nzoo")
     stoi = {character: i for i, character in enumerate(sorted(set("hello\nzoo")))}
     assert tokenizer.encode("hello\nzoo").tolist() == [stoi[c] for c in "hello\nzoo"]
     assert tokenizer.vocab_size == len(stoi)
-    assert tokenizer.separator is None
-
-
-def test_an_unknown_character_is_named_with_its_place() -> None:
     with pytest.raises(DataError, match=r"'\\xe9' \(number 4, in line 2\) is not among the 3 of"):
         char_tokenizer("ab\n").encode("a\nb\u00e9")
 
@@ -255,13 +214,12 @@ def test_numbers_stand_for_tokens_without_text() -> None:
 
 
 @every_kind
-def test_plain_values_hold_the_tokenizer(kind: str) -> None:
-    tokenizer = make(kind)
+def test_plain_values_and_pickles_hold_the_tokenizer(kind: str) -> None:
+    tokenizer = KINDS[kind]()
     again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     for other in (again, pickle.loads(pickle.dumps(tokenizer))):
-        assert other.fingerprint == tokenizer.fingerprint
-        assert (other.name, other.vocab_size) == (tokenizer.name, tokenizer.vocab_size)
-        assert other.separator == tokenizer.separator
+        for attribute in ("fingerprint", "name", "vocab_size", "separator"):
+            assert getattr(other, attribute) == getattr(tokenizer, attribute)
         assert other.encode("1 2").tolist() == tokenizer.encode("1 2").tolist()
         assert other.decode(range(300, 310)) == tokenizer.decode(range(300, 310))
 
@@ -273,10 +231,15 @@ def test_fingerprints_tell_mappings_apart_and_not_names() -> None:
     values["model"]["merges"].pop()
     fewer = JsonTokenizer("own.json", json.dumps(values))
     assert renamed.fingerprint == own.fingerprint != fewer.fingerprint
-    prints = {make(kind).fingerprint for kind in KINDS}
-    assert len(prints) == len(KINDS)
+    assert len({make().fingerprint for make in KINDS.values()}) == len(KINDS)
     assert char_tokenizer("ab").fingerprint != char_tokenizer("abc").fingerprint
+
+
+def test_fingerprints_are_those_of_earlier_checkpoints() -> None:
     assert ByteTokenizer().fingerprint == "bytes-1"
+    assert IdTokenizer(7).fingerprint == "ids-1"
+    assert char_tokenizer("ab").fingerprint == "char-0e52b5f187de1088"
+    assert Gpt2Tokenizer("gpt2", [b"a", b"b"]).fingerprint == "gpt2-0ff3c227afedcace"
 
 
 @pytest.mark.parametrize(
@@ -285,10 +248,10 @@ def test_fingerprints_tell_mappings_apart_and_not_names() -> None:
         ({}, "not the description"),
         ({"kind": "char"}, "not the description"),
         ({"kind": "char", "characters": 7}, "not the description"),
-        ({"kind": "char", "characters": "aa"}, "one is there twice"),
+        ({"kind": "char", "characters": "aa"}, "is there twice"),
         ({"kind": "gpt2", "name": "gpt2", "tokens": "!"}, "not the description"),
         ({"kind": "json", "name": "x", "json": "{"}, "x: not a tokenizer.json"),
-        ({"kind": "words"}, "of kind 'words', which is not known here"),
+        ({"kind": "words"}, "of the unknown kind 'words'"),
     ],
 )
 def test_other_values_are_refused(values: dict[str, Any], message: str) -> None:
@@ -296,32 +259,24 @@ def test_other_values_are_refused(values: dict[str, Any], message: str) -> None:
         tokenizer_from_dict(values)
 
 
-def test_a_file_or_its_folder_is_named(tmp_path: Path) -> None:
+def test_a_file_or_its_folder_is_named_and_its_truncation_not_applied(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text(bpe().to_dict()["json"], encoding="utf-8")
     for name in (str(path), str(tmp_path)):
         tokenizer = build_tokenizer(TokenizerConfig(name=name))
         assert (tokenizer.name, tokenizer.fingerprint) == (name, bpe().fingerprint)
     assert build_tokenizer(TokenizerConfig(name="bytes")).name == "bytes"
-
-
-def test_truncation_and_padding_of_a_file_are_not_applied() -> None:
     assert len(unigram().encode("the egg hatches when it is warm")) > 7
     assert unigram().separator == 1
-
-
-def test_ids_beyond_a_gap_are_counted() -> None:
-    assert fallback().vocab_size == 314
+    assert byte_fallback().vocab_size == 314  # with ids beyond a gap
 
 
 @given(st.binary(max_size=20))
 def test_byte_level_characters_are_bytes(data: bytes) -> None:
-    inner = tokenizers.Tokenizer(models.BPE())
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     text = data.decode("latin-1")
     written = "".join(piece for piece, _ in pieces.pre_tokenize_str(text))
-    assert byte_level(written) == text.encode()
-    assert inner.get_vocab_size() == 0
+    assert token_bytes(written) == text.encode()
 
 
 def test_an_added_token_stands_for_its_text() -> None:
@@ -342,29 +297,21 @@ def test_the_same_text_trains_the_same_vocabulary() -> None:
     assert train_bpe("few", ["ab"], 300).vocab_size == 257
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no/such/tokenizer.json", "no such file .*no/such/tokenizer.json"),
-        ("a b", "no such file"),
-        ("char", "stands for the tokenizer of a token file. Make one: python prepare.py"),
-        ("auto", "python prepare.py SOURCE data/NAME"),
-    ],
-)
-def test_what_is_no_tokenizer_is_said(name: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        build_tokenizer(TokenizerConfig(name=name))
-
-
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_a_name_or_file_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    for name, message in {
+        "no/such/tokenizer.json": "no such file .*no/such/tokenizer.json",
+        "a b": "no such file",
+        "char": "stands for the tokenizer of a token file. Make one: python prepare.py",
+        "auto": "python prepare.py SOURCE data/NAME",
+        str(tmp_path): "no such file",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            build_tokenizer(TokenizerConfig(name=name))
     path = tmp_path / FILE_NAME
     for content in (b"{}", b"no json", b"\xff", b"[1]"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"tokenizer\.json: (not a|cannot be read)"):
             build_tokenizer(TokenizerConfig(name=str(path)))
-    path.unlink()
-    with pytest.raises(DataError, match="neither|no such file"):
-        build_tokenizer(TokenizerConfig(name=str(tmp_path)))
 
 
 def test_a_hub_name_is_taken_from_the_cache_and_else_downloaded(
@@ -382,21 +329,10 @@ def test_a_hub_name_is_taken_from_the_cache_and_else_downloaded(
     tokenizer = build_tokenizer(TokenizerConfig(name="some-one/t5"))
     assert (tokenizer.name, tokenizer.fingerprint) == ("some-one/t5", bpe().fingerprint)
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *names: None)
-    with pytest.raises(DataError, match=r"neither a file here nor .*requested files\. Set it to a"):
+    with pytest.raises(DataError, match=r"no such file here, .*requested files\. Set it to a"):
         build_tokenizer(TokenizerConfig(name="t5-base"))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *names: str(path))
     assert build_tokenizer(TokenizerConfig(name="t5-base")).vocab_size == 300
-
-
-def test_gpt2_without_its_vocabulary_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str) -> None:
-        raise ConnectionError("a long text")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(
-        DataError, match=r"\(ConnectionError\)\. Copy .* TIKTOKEN_CACHE_DIR, or set"
-    ):
-        build_tokenizer(TokenizerConfig(name="gpt2"))
 
 
 @pytest.mark.parametrize(
@@ -419,8 +355,18 @@ def test_a_missing_package_is_named_with_its_command(
         build_tokenizer(TokenizerConfig(name=name))
 
 
+def test_gpt2_without_its_vocabulary_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError("a long text")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(
+        DataError, match=r"\(ConnectionError\)\. Copy .* TIKTOKEN_CACHE_DIR to it, or set"
+    ):
+        build_tokenizer(TokenizerConfig(name="gpt2"))
+
+
 def test_gpt2_itself() -> None:
-    assert importlib.util.find_spec("tiktoken")
     try:
         tokenizer = build_tokenizer(TokenizerConfig(name="gpt2"))
     except DataError:

@@ -32,7 +32,8 @@ from data.sources.base import split_of
 from data.sources.checksums import BLOCK_BYTES, file_checksums
 from data.sources.meta import FileRecord, meta_path, write_meta
 from data.sources.token_text import Stretch, TokenText
-from data.tokenizers.bpe import IdTokenizer, build_tokenizer, char_tokenizer
+from data.tokenizers.build import build_tokenizer
+from data.tokenizers.simple import IdTokenizer, char_tokenizer
 from tests.data.batches import G, T, read, spec
 from tests.data.parquet_folder import write
 from tests.engine.forks import in_child

@@ -21,7 +21,7 @@ from torch import Tensor
 import export
 import sample
 from config import BDHConfig, CheckpointError, Config, LowPrecisionConfig, WriteError
-from data.tokenizers.bpe import build_tokenizer
+from data.tokenizers.build import build_tokenizer
 from engine.checkpoint import export as exports
 from engine.checkpoint.export import description, write_export
 from engine.checkpoint.save_load import load_model, open_model
