@@ -153,7 +153,8 @@ def write_samples(arguments: argparse.Namespace) -> None:
     import torch  # slow to import: a wrong command line is answered before
 
     from engine.checkpoint.save_load import open_model
-    from engine.hardware.world import keep_freed_memory, resolve_device
+    from engine.hardware.device import resolve_device
+    from engine.hardware.memory import keep_freed_memory
     from model.generate import Sampling, generate
 
     device = resolve_device(device_option(arguments.device))

@@ -40,8 +40,13 @@ from contextlib import ExitStack
 import torch
 
 from data import TrainLoader
-from engine.hardware.data_parallel import whole
-from engine.hardware.world import end_process, enter_world, is_main_process, lost_peer
+from engine.hardware.distributed import (
+    end_process,
+    enter_world,
+    is_lost_peer,
+    is_main_process,
+    scale_loss_for_ddp,
+)
 from engine.interfaces import Batch
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
@@ -67,11 +72,11 @@ def train(run: Session, stop: StopRequest) -> None:
         loss = torch.zeros((), device=run.world.device)
         with run.precision.training(state.step + 1):
             for share in run.micro_losses(batch):
-                run.precision.backward(whole(share, run.world))
+                run.precision.backward(scale_loss_for_ddp(share, run.world))
                 loss += share.detach()
         run.precision.unscale(run.optimizer)
         norm = gradient_norm(run.model)
-        loss_value, grad_norm = torch.stack((run.world.sum(loss), norm)).tolist()
+        loss_value, grad_norm = torch.stack((run.world.all_reduce_sum(loss), norm)).tolist()
         run.check_finite(batch, loss_value, grad_norm)
         if 0.0 < config.optimizer.grad_clip < grad_norm:
             clip_gradients(run.model, norm, config.optimizer.grad_clip)
@@ -149,7 +154,7 @@ def main(request: Request) -> int:
     except (MemoryError, RuntimeError) as error:
         if ran_out(error):
             message = "\n".join(out_of_memory_lines(error))
-        elif lost_peer(error):
+        elif is_lost_peer(error):
             message = "Another rank exited; shutting down. Saved checkpoints are intact."
         else:
             raise

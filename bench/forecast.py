@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from config import command_line
-from engine.hardware.world import enter_world
+from engine.hardware.distributed import enter_world
 from engine.optim.build import build_optimizer
 from engine.planning.forecast import BUDGET_S, Forecast, choose_trial, forecast, measure
 from engine.planning.memory import Needs, Room

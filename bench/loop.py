@@ -17,7 +17,7 @@ from typing import Any
 
 import train
 from config import command_line
-from engine.hardware.world import enter_world
+from engine.hardware.distributed import enter_world
 from engine.setup.build import build
 from engine.signals import StopRequest
 

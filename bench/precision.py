@@ -50,7 +50,7 @@ from bench.precision_modes import (
     shape_of,
 )
 from engine.checkpoint.export import write_export
-from engine.hardware.world import supports_fast_bfloat16
+from engine.hardware.device import supports_fast_bfloat16
 from engine.optim.build import low_bit_state_size
 from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model

@@ -40,7 +40,7 @@ from bench.precision_modes import (
     torchao_mode,
 )
 from engine.checkpoint.export import WEIGHTS, read_weights, write_export
-from engine.hardware.world import supports_fast_bfloat16
+from engine.hardware.device import supports_fast_bfloat16
 from engine.precision.weights_4bit import QuantizedWeights
 
 COLUMNS = "mode", "held-out loss", "against", "gap", "gap of each seed", "limit", "verdict"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from config import SystemConfig
-from engine.hardware.world import compiler_for
+from engine.hardware.device import compiler_for
 
 PAYS_FLOPS = 2e13  # a minute on two cores: compiling takes 13 s, and a quarter (small) to half off
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 
 DocumentIds = Callable[[Tensor], Tensor]
 """Rows of tokens (B, T) to the number of each token's document, (B, T)."""
@@ -66,7 +66,7 @@ def batch_losses(
                 return None
             if (mine := first + world.rank) < len(batches):
                 losses[mine] = loss(batches[mine]).item()
-    values: list[float] = world.sum(losses).tolist()
+    values: list[float] = world.all_reduce_sum(losses).tolist()
     return values
 
 

@@ -38,8 +38,9 @@ from engine.evaluation import (
     fingerprint,
     next_token_loss,
 )
-from engine.hardware.data_parallel import without_sync
-from engine.hardware.world import World, peak_flops, peak_memory_bytes
+from engine.hardware.device import peak_flops
+from engine.hardware.distributed import World, no_sync_until_last
+from engine.hardware.memory import peak_memory_bytes
 from engine.interfaces import Batch, Text, Tracker
 from engine.monitor import console
 from engine.monitor.progress import LiveLine, Pace
@@ -126,12 +127,12 @@ class Session:
         """
         targets = sum(self.targets(rows) for rows in batch.micro_batches)
         if self.text.document_ids is not None:  # else all processes have as many
-            targets = round(self.world.sum_number(targets))
+            targets = round(self.world.all_reduce_number(targets))
         else:
             targets *= self.world.size
         last = len(batch.micro_batches) - 1
         for number, rows in enumerate(batch.micro_batches):
-            with without_sync(self.trained, hold=number < last):
+            with no_sync_until_last(self.trained, number == last):
                 yield self.loss(rows, self.trained) / max(1, targets)
 
     def loss(self, rows: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -151,7 +152,7 @@ class Session:
 
     def stopping(self, stop: StopRequest) -> bool:
         """Whether some process was asked to stop: all of them then do, after the same step."""
-        agreed = self.world.any(bool(stop))
+        agreed = self.world.any_rank(bool(stop))
         if agreed:
             stop.join()
         return agreed  # not `stop`: a signal may have come since they asked each other
@@ -188,7 +189,7 @@ class Session:
     def step(self) -> None:
         """The optimizer's step; gradients are gone after it."""
         self.torn = True
-        self.precision.step(self.optimizer, self.world.most)
+        self.precision.step(self.optimizer, self.world.all_reduce_max)
         self.torn = False
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -196,7 +197,8 @@ class Session:
         """Counts a step that was taken."""
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
-        self.state.epoch = self.world.least(batch.epoch)  # some processes read shorter lanes
+        # Some processes read shorter lanes.
+        self.state.epoch = self.world.all_reduce_min(batch.epoch)
         self.state.loss_sum += loss
         self.state.loss_steps += 1
         self.data_state = batch.data_state
@@ -356,7 +358,9 @@ class Session:
         if due(state.step, training.checkpoint_freq):
             return True
         waited = time.monotonic() - self.saved_at
-        return training.save_every is not None and self.world.any(waited >= training.save_every)
+        if training.save_every is None:
+            return False
+        return self.world.any_rank(waited >= training.save_every)
 
     def save(self, last: bool = False) -> None:
         """Saves a checkpoint unless this step has one.

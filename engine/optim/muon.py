@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.hardware.world import supports_fast_bfloat16
+from engine.hardware.device import supports_fast_bfloat16
 from engine.optim.adamw import adamw_step
 
 MOMENTUM = 0.95

@@ -25,13 +25,9 @@ from config import (
     micro_batch,
     schema,
 )
-from engine.hardware.world import (
-    World,
-    free_bytes,
-    held_bytes,
-    keeps_freed_memory,
-    supports_fast_bfloat16,
-)
+from engine.hardware.device import supports_fast_bfloat16
+from engine.hardware.distributed import World
+from engine.hardware.memory import allocated_bytes, can_keep_freed_memory, free_bytes
 from engine.optim.adamw_4bit import CHUNK, is_quantizable
 from engine.optim.quantized_moments import Quantized4bit
 from model.interface import LanguageModel
@@ -127,7 +123,7 @@ class Room:
         free = free_bytes(world.device)
         if free is not None and world.on_cpu:
             free //= world.size
-        return Room(held_bytes(world.device), free)
+        return Room(allocated_bytes(world.device), free)
 
     def fits(self, memory: Memory, share: float = 1.0) -> bool | None:
         """Whether a run that needs `memory` fits into this share of what is free; None: unknown."""
@@ -166,7 +162,7 @@ class Needs:
         )
         if not on_cpu:
             return found
-        moving = found.step - found.weights - found.gradients if keeps_freed_memory() else 0
+        moving = found.step - found.weights - found.gradients if can_keep_freed_memory() else 0
         return replace(found, process=self._process(), holes=int(_HOLES * moving))
 
     def _weights(self) -> Iterator[Tensor]:
@@ -177,7 +173,7 @@ class Needs:
         base = self.base
         if base is None:
             here = sum(w.nbytes for w in self._weights() if w.device.type == "cpu")
-            base = max(0, held_bytes(self.world.device) - here)
+            base = max(0, allocated_bytes(self.world.device) - here)
         return base + _KERNELS + _COMPILER * self.compiled
 
 
@@ -479,7 +475,7 @@ def confirmed(sizes: list[int], attempt: Callable[[int], object], world: World) 
             failed = True  # what the error holds on to is gone only after this block
         if failed and world.device.type == "cuda":
             torch.cuda.empty_cache()
-        if not world.any(failed):
+        if not world.any_rank(failed):
             return batch
     raise ConfigError(
         f"training.batch_size=auto: even {sizes[-1]} runs out of memory. Lower training.block_size "

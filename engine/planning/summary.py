@@ -17,7 +17,7 @@ from config import (
     sequences_per_step,
     warmup_steps,
 )
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.optim.build import optimizer_lines
 from engine.planning.memory import Needs, Room, memory_lines
 from engine.precision.precision import Precision

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
-from engine.hardware.world import resolve_device, supports_fast_bfloat16
+from engine.hardware.device import resolve_device, supports_fast_bfloat16
 from engine.precision import tensor_4bit
 from engine.precision.fp8 import Fp8Backend, bind, check_device
 from engine.precision.lora import add_lora, lora_description

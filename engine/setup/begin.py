@@ -23,7 +23,7 @@ from engine.checkpoint.resume_rules import (
     with_evaluation,
 )
 from engine.checkpoint.save_load import Resume, check_weights, load_checkpoint, resolve_resume
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.memory import with_batch
 from engine.planning.summary import origin_lines, planned_steps, settle

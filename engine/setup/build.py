@@ -19,8 +19,8 @@ from engine.checkpoint.contents import fitting
 from engine.checkpoint.save_load import Resume
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import DocumentIds, evaluating, next_token_loss
-from engine.hardware.data_parallel import parallelize
-from engine.hardware.world import World, held_bytes, is_main_process
+from engine.hardware.distributed import World, is_main_process, wrap_ddp
+from engine.hardware.memory import allocated_bytes
 from engine.interfaces import Batch, Tracker
 from engine.monitor import console
 from engine.monitor.trackers import TensorBoard, Wandb
@@ -62,7 +62,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
     compiled or shared between processes; and the run directory is opened last, so that an error
     before it leaves nothing.
     """
-    room, base = Room.of(world), held_bytes(world.device)
+    room, base = Room.of(world), allocated_bytes(world.device)
     open_precision(request.config, world)  # what it refuses, before the text is read
     start = begin(request, world)
     precision = open_precision(start.config, world)
@@ -106,7 +106,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Session:
         world=world,
         precision=precision,
         model=model,
-        trained=parallelize(model, world),
+        trained=wrap_ddp(model, world),
         flops_per_token=training_flops(model, config),
         optimizer=optimizer,
         batches=batches,
@@ -212,7 +212,7 @@ def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precisio
         return needs
     world, model = needs.world, needs.model
     sizes, line = largest_batch(needs, room)
-    most = world.least(sizes[0])
+    most = world.all_reduce_min(sizes[0])
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
     if not world.on_cpu:

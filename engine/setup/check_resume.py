@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import Config, ConfigError, Request, WriteError, micro_batch
 from engine.checkpoint.save_load import load_checkpoint
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.memory import with_batch
 from engine.setup.build import build

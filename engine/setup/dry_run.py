@@ -10,7 +10,7 @@ import torch
 
 from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
 from engine.planning.memory import Needs, Room, largest_batch, refuse_impossible, with_batch

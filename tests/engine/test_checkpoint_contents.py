@@ -22,7 +22,7 @@ from config import Request, UserError, command_line
 from data.loading.loader import TrainLoader
 from data.run_data import batch_spec
 from engine.checkpoint.save_load import load_checkpoint, load_model
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.precision.precision import Precision
 from engine.run_directory.manifest import data_path, manifest_path, read_manifest, render
 from engine.setup.begin import begin

@@ -30,8 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
 from engine.checkpoint.save_load import load_checkpoint
-from engine.hardware.data_parallel import parallelize, without_sync
-from engine.hardware.world import World, enter_world
+from engine.hardware.distributed import World, enter_world, no_sync_until_last, wrap_ddp
 from tests.conftest import ROOT
 from tests.runs import metrics, only_run, run_here, start, wait_for
 
@@ -244,12 +243,12 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only(group: None) -> Non
 
     counted.__annotations__.clear()  # DDP wants its own or none
     model = nn.Linear(3, 2)
-    shared = parallelize(model, World(0, 2, CPU))
+    shared = wrap_ddp(model, World(0, 2, CPU))
     assert isinstance(shared, DistributedDataParallel)
     shared.register_comm_hook(None, counted)
     exchanged = []
-    for hold in (True, True, False):
-        with without_sync(shared, hold):
+    for last in (False, False, True):
+        with no_sync_until_last(shared, last):
             shared(torch.ones(1, 3)).sum().backward()
         exchanged.append(len(calls))
     assert exchanged == [0, 0, 1]
@@ -259,7 +258,7 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only(group: None) -> Non
 
 def test_alone_a_world_gives_back_what_it_gets() -> None:
     world = World(0, 1, CPU)
-    assert world.is_main and world.sum_number(1.5) == 1.5 and world.any(True)
+    assert world.is_main and world.all_reduce_number(1.5) == 1.5 and world.any_rank(True)
     assert world.broadcast([1]) == [1] and world.gather("a") == ["a"]
     model = nn.Linear(2, 2)
-    assert parallelize(model, world) is model
+    assert wrap_ddp(model, world) is model

@@ -29,7 +29,9 @@ from data.loading.packing import document_ids
 from engine.checkpoint.resume_rules import on_processes
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import batch_losses, bits_per_byte, count_targets, next_token_loss
-from engine.hardware.world import World, peak_flops, peak_memory_bytes, resolve_device
+from engine.hardware.device import peak_flops, resolve_device
+from engine.hardware.distributed import World
+from engine.hardware.memory import peak_memory_bytes
 from engine.monitor import console
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.planning.summary import planned_steps, settle
@@ -219,7 +221,7 @@ def test_documents_are_scored_as_if_each_stood_alone() -> None:
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     measure = """
 import resource, sys, torch
-from engine.world import keep_freed_memory
+from engine.hardware.memory import keep_freed_memory
 if "keep" in sys.argv: keep_freed_memory()
 for _ in range(10): torch.zeros(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

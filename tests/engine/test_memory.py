@@ -20,14 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import BDHConfig, Config, ConfigError, Fp8Config, LowPrecisionConfig, ModelConfig
 from engine.evaluation import DocumentIds, next_token_loss
-from engine.hardware.world import (
-    _GROUP_V1,
-    _GROUP_V2,
-    World,
-    _allowed,
+from engine.hardware.device import supports_fast_bfloat16
+from engine.hardware.distributed import World
+from engine.hardware.memory import (
+    allocated_bytes,
+    cgroup_free_bytes,
     free_bytes,
-    held_bytes,
-    supports_fast_bfloat16,
 )
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm
 from engine.planning.memory import (
@@ -259,7 +257,7 @@ def train_step(needs: Needs, optimizer: torch.optim.Optimizer) -> None:
                 loss = next_token_loss(model, rows, CPU.device)
             precision.backward(loss)
     clip_gradients(model, gradient_norm(model), 1.0)
-    precision.step(optimizer, CPU.most)
+    precision.step(optimizer, CPU.all_reduce_max)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -537,11 +535,11 @@ def test_a_trial_that_runs_out_of_memory_is_repeated_with_the_next_size() -> Non
 
 
 def test_a_process_holds_what_it_allocates() -> None:
-    before = held_bytes(CPU.device)
+    before = allocated_bytes(CPU.device)
     with mmap.mmap(-1, 64 << 20) as block:  # fresh from the system
         for page in range(0, len(block), 4096):
             block[page] = 1
-        assert held_bytes(CPU.device) - before == pytest.approx(len(block), rel=0.1)
+        assert allocated_bytes(CPU.device) - before == pytest.approx(len(block), rel=0.1)
 
 
 def groups(folder: Path, version: int, limits: dict[str, str]) -> tuple[Path, Path]:
@@ -550,7 +548,10 @@ def groups(folder: Path, version: int, limits: dict[str, str]) -> tuple[Path, Pa
     process.mkdir()
     lines = {1: "5:cpu:/\n4:memory:/a/b\n0::/\n", 2: "0::/a/b\n"}
     (process / "cgroup").write_text(lines[version])
-    names = [_GROUP_V1, _GROUP_V2][version - 1]
+    names = [
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.max", "memory.current", "inactive_file"),
+    ][version - 1]
     for path, limit in limits.items():
         own = (root / "memory" if version == 1 else root) / path
         own.mkdir(parents=True, exist_ok=True)
@@ -563,18 +564,18 @@ def groups(folder: Path, version: int, limits: dict[str, str]) -> tuple[Path, Pa
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_control_groups_leave_is_the_least_of_all_above(version: int, tmp_path: Path) -> None:
     process, root = groups(tmp_path, version, {"a/b": "5000", "a": "1000", "": "9000"})
-    assert sorted(_allowed(process, root)) == [750, 4750, 8750]
+    assert sorted(cgroup_free_bytes(process, root)) == [750, 4750, 8750]
 
 
 def test_a_container_shows_its_own_group_as_the_root(tmp_path: Path) -> None:
     process, root = groups(tmp_path, 2, {"": "1000"})
-    assert list(_allowed(process, root)) == [750]
+    assert list(cgroup_free_bytes(process, root)) == [750]
 
 
 def test_a_group_without_limit_leaves_all(tmp_path: Path) -> None:
     process, root = groups(tmp_path, 2, {"a/b": "max"})
-    assert list(_allowed(process, root)) == []
-    assert list(_allowed(tmp_path / "none", root)) == []
+    assert list(cgroup_free_bytes(process, root)) == []
+    assert list(cgroup_free_bytes(tmp_path / "none", root)) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody tells")

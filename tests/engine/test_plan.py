@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from engine.hardware.world import World
+from engine.hardware.distributed import World
 from engine.optim.build import build_optimizer
 from engine.planning.forecast import Forecast, Rates, TrialStep, choose_trial, forecast, measure
 from engine.planning.memory import Needs, Room

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import BDHConfig
-from engine.hardware.world import compiler_for
+from engine.hardware.device import compiler_for
 from model.bdh.model import BDH
 from tests.engine.test_memory import peak_bytes
 

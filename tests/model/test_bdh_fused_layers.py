@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import BDHConfig
-from engine.hardware.world import compiler_for
+from engine.hardware.device import compiler_for
 from model.bdh.elementwise import EAGER, Keep, Passes, compiled
 from model.bdh.fused_layers import Call, Weights, bdh_layers
 from model.bdh.model import BDH

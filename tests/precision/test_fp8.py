@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config, ConfigError, Fp8Config, LowPrecisionConfig
-from engine.hardware.world import supports_fast_bfloat16
+from engine.hardware.device import supports_fast_bfloat16
 from engine.precision import fp8_native as native
 from engine.precision.fp8 import NativeBackend, check_device
 from engine.precision.fp8_native import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import ConfigError, LowPrecisionConfig
 from engine.checkpoint.contents import check_plain
-from engine.hardware.world import compiler_for
+from engine.hardware.device import compiler_for
 from engine.precision.lora import Adapter, add_lora, lora_description, merge_lora
 from engine.precision.tensor_4bit import quantize
 from model import build_model

@@ -1,0 +1,245 @@
+"""The processes of a run: who this one is, how they talk, and the model they share.
+
+The launcher's environment is read here and nowhere else. The methods of a `World` that talk to
+other processes are collective: either every process calls them, in the same order, or none does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import ConfigError, DistributedConfig, SystemConfig
+from engine.hardware.device import resolve_device
+from engine.hardware.memory import keep_freed_memory
+
+T = TypeVar("T")
+
+# What torchrun sets besides WORLD_SIZE.
+_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may prepare data for as long
+
+
+@dataclass(frozen=True)
+class World:
+    """The rank of this process, the number of processes, and the device this one computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0: the only process that logs and writes files."""
+        return self.rank == 0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is the CPU."""
+        return self.device.type == "cpu"
+
+    @property
+    def device_name(self) -> str:
+        """In words: `cuda:0 (NVIDIA H100 80GB HBM3)`, `cpu (2 threads) x 4 processes`."""
+        name = str(self.device)
+        if self.device.type == "cuda":
+            name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        elif self.device.type == "cpu":
+            name = f"cpu ({torch.get_num_threads()} threads)"
+        return name if self.size == 1 else f"{name} x {self.size} processes"
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Returns the sum of `values` over all processes, reduced in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def all_reduce_number(self, value: float) -> float:
+        """Returns the sum of a number over all processes."""
+        if self.size == 1:
+            return value
+        return float(self.all_reduce_sum(torch.tensor(value, dtype=torch.float64)))
+
+    def all_reduce_min(self, value: int) -> int:
+        """Returns the smallest `value` of all processes."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+        return int(box)
+
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """Returns the elementwise maximum of `values` over all processes, reduced in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Returns whether `flag` is set in some process."""
+        return bool(self.all_reduce_number(flag))
+
+    def broadcast(self, value: T) -> T:
+        """Returns the `value` of rank 0, a plain Python object."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the values of all processes by rank on rank 0; on others only their own."""
+        if self.size == 1:
+            return [value]
+        box: list[T] = [value] * self.size
+        dist.gather_object(value, box if self.is_main else None)
+        return box if self.is_main else [value]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Runs the block on rank 0 first; the other ranks then find its work done."""
+        if self.size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.is_main:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterator[World]:
+    """Joins the processes that torchrun started and resolves `system.device`; raises ConfigError.
+
+    From here on, ranks other than 0 print nothing on standard output, and a process on a CPU keeps
+    the memory that it frees.
+    """
+    size = _launcher_number("WORLD_SIZE", 1, 10**6) if os.environ.get("WORLD_SIZE") else 1
+    device = resolve_device(system.device)
+    if size > 1:
+        device = _join(size, device, distributed.backend)
+    if device.type == "cpu":
+        keep_freed_memory()
+    yield World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+
+
+def _join(size: int, device: torch.device, backend: str) -> torch.device:
+    """Joins the process group and returns the device of this process."""
+    missing = [name for name in _LAUNCHER if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: several processes are "
+            f"started with torchrun --standalone --nproc_per_node={size} train.py ..."
+        )
+    rank = _launcher_number("RANK", 0, size - 1)
+    local = _launcher_number("LOCAL_RANK", 0, size - 1)
+    _launcher_number("MASTER_PORT", 0, 65535)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local} of this machine has no GPU: torch sees "
+                f"{torch.cuda.device_count()}. Lower --nproc_per_node."
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if rank != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open until the process ends
+        logging.disable(logging.WARNING)
+    wanted = {"cpu": "gloo", "mps": "gloo", "cuda": "nccl"}[device.type]
+    if backend == "nccl" and wanted != "nccl":
+        raise ConfigError(f"distributed.backend=nccl needs CUDA, and system.device is {device}.")
+    kind = wanted if backend == "auto" else backend
+    try:
+        # Python objects and single numbers are CPU tensors, so CUDA runs need gloo as well.
+        names = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
+        dist.init_process_group(names, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the {size} processes of WORLD_SIZE did not find each other at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})."
+        ) from None
+    return device
+
+
+def _launcher_number(name: str, least: int, most: int) -> int:
+    """Returns an integer of the launcher's environment; raises ConfigError outside least..most."""
+    text = os.environ[name]
+    number = int(text) if re.fullmatch("[0-9]{1,7}", text) else -1
+    if not least <= number <= most:
+        raise ConfigError(
+            f"the environment variable {name}={text!r} is not a whole number from {least} to "
+            f"{most}. Unset it to train in one process; torchrun sets it for several."
+        )
+    return number
+
+
+def is_main_process() -> bool:
+    """Returns whether this process prints for all ranks, also before they have joined."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Returns whether an error of torch means that another process has ended."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
+    return dist.is_initialized() and any(sign in text for sign in signs)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with an exit code; call it when everything is saved."""
+    # Destroying gloo's process group, or a model that uses it, can wait for ever for processes that
+    # have gone, so nothing is destroyed.
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
+    """Returns the model whose backward pass averages gradients over all processes.
+
+    With one process that is `model` itself. DDP copies the weights of rank 0 to the others; its
+    parameters are `model`'s own.
+    """
+    if world.size == 1:
+        return model
+    devices = None if world.device.type != "cuda" else [world.device]
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=devices,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,  # buffers are frozen weights: equal from the start
+    )
+    # DDP's destructor can wait for ever for processes that have gone. The reference keeps it from
+    # running; `end_process` leaves without the handlers of atexit.
+    atexit.register(lambda: wrapped)
+    return wrapped
+
+
+def scale_loss_for_ddp(loss: Tensor, world: World) -> Tensor:
+    """Multiplies the loss by the number of processes.
+
+    DDP averages gradients, but losses are already divided by the tokens of all processes.
+    """
+    return loss if world.size == 1 else loss * world.size
+
+
+def no_sync_until_last(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """The context of a micro-step; gradients are exchanged in the last one of a step only."""
+    if not last and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
