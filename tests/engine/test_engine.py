@@ -220,7 +220,7 @@ def test_documents_are_scored_as_if_each_stood_alone() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     measure = """
-import resource, sys, torch
+import config, resource, sys, torch  # the heap must look as in a run
 from engine.hardware.memory import keep_freed_memory
 if "keep" in sys.argv: keep_freed_memory()
 for _ in range(10): torch.zeros(2**24)
