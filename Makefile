@@ -10,12 +10,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # PyTorch's CPU wheels (pytorch.org, Get Started): make TORCH_INDEX=https://... demo
 TORCH_INDEX ?=
 
-.PHONY: help demo test check browser bench clean
+.PHONY: help demo quick test check facts browser bench clean
 
 help:
 	@echo "make demo    install, train a small BDH for minutes, print a sample, write a report"
+	@echo "make quick   lint, types and the tests that take no processes or training: a minute or so"
 	@echo "make test    install, then lint, types and all tests"
 	@echo "make check   lint and types only"
+	@echo "make facts   measures of the code: lines, functions, comments, import depth"
 	@echo "make bench   speed and memory against the physical limits (minutes)"
 
 demo: $(VENV)/run
@@ -26,8 +28,16 @@ demo: $(VENV)/run
 # A process per core, up to 4, and a thread in each (tests/conftest.py). `worksteal` starts with whole
 # stretches of files, so that most fixtures of a file are made once, and shares out what is left at
 # the end: by file, the longest one would be waited for.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 test: check browser
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
+
+quick: check
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not gpu"
+
+facts: $(VENV)/bin/python
+	@$(BIN)/python -m bench.facts
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -7,9 +7,9 @@
     python train.py my_experiment.yaml --check-resume           # is a resumed run the same run?
     python train.py --help
 
-Reads the config, builds the run in one written order (launch/), then runs `train`, the loop. The
-run directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly.
-Under torchrun every process runs all of it; the main one speaks and writes.
+Reads the config, builds a trainer (engine/setup/build.py), then runs `train`, the loop. The run
+directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly. Under
+torchrun every process runs all of it; only rank 0 logs and writes files.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ from contextlib import ExitStack
 
 import torch
 
-from data import TrainLoader
+from data.loading.loader import TrainLoader
+from data.run_data import Batch
 from engine.hardware.distributed import (
     end_process,
     enter_world,
     is_lost_peer,
     is_main_process,
+    no_sync_until_last,
     scale_loss_for_ddp,
 )
-from engine.interfaces import Batch
+from engine.loss import cross_entropy_sum, inputs_and_targets
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
 from engine.planning.memory import out_of_memory_lines, ran_out
@@ -58,44 +60,59 @@ from engine.setup.check_resume import check_resume
 from engine.setup.dry_run import dry_run
 from engine.signals import StopRequest
 from engine.train_state import due
-from engine.trainer import Session
+from engine.trainer import Trainer
 
 
-def train(run: Session, stop: StopRequest) -> None:
-    """The loop: batch, forward and backward, checks, step; then log, evaluate, save when due."""
-    config, state = run.config, run.state
-    if run.evaluation_missing:
-        run.evaluate(stop)  # a stop had cut it short
-    while not run.stopping(stop) and not run.finished:
+def train(trainer: Trainer, stop: StopRequest) -> None:
+    """The loop: batch, forward, loss, backward, clip, step; then log, evaluate, save when due."""
+    config, state, world = trainer.config, trainer.state, trainer.world
+    precision, optimizer, training = trainer.precision, trainer.optimizer, trainer.config.training
+    model, document_ids = trainer.ddp_model, trainer.data.document_ids
+    if state.evaluation_due(training):
+        trainer.evaluate(stop)  # a stop had cut it short
+    while not trainer.should_stop(stop) and not state.finished(training):
         began = time.monotonic()
-        batch = run.next_batch()
-        loss = torch.zeros((), device=run.world.device)
-        with run.precision.training(state.step + 1):
-            for share in run.micro_losses(batch):
-                run.precision.backward(scale_loss_for_ddp(share, run.world))
-                loss += share.detach()
-        run.precision.unscale(run.optimizer)
-        norm = gradient_norm(run.model)
-        loss_value, grad_norm = torch.stack((run.world.all_reduce_sum(loss), norm)).tolist()
-        run.check_finite(batch, loss_value, grad_norm)
-        if 0.0 < config.optimizer.grad_clip < grad_norm:
-            clip_gradients(run.model, norm, config.optimizer.grad_clip)
-        rate = learning_rate(state.step + 1, config, run.planned_steps)
-        set_learning_rate(run.optimizer, rate)
-        run.step()
-        run.advance(batch, loss_value, time.monotonic() - began)
+        batch = trainer.next_batch()
+        step_targets = trainer.count_targets(batch)
+        step_loss = torch.zeros((), device=world.device)
+        with precision.training(state.step + 1):
+            for number, rows in enumerate(batch.micro_batches, 1):
+                # Gradients add up over micro-batches; the last one exchanges them across ranks.
+                with no_sync_until_last(model, last=number == len(batch.micro_batches)):
+                    with precision.autocast():
+                        inputs, targets, ids = inputs_and_targets(rows, world.device, document_ids)
+                        logits = model(inputs, ids)
+                        loss_sum = cross_entropy_sum(logits, targets)
+                    # By the tokens of the whole step on all processes, so that the gradient does
+                    # not depend on how the step is cut.
+                    loss = loss_sum / step_targets
+                    precision.backward(scale_loss_for_ddp(loss, world))
+                step_loss += loss.detach()
 
-        if state.step == 1 or due(state.step, config.training.log_freq):
-            run.log(rate, grad_norm)
-        if run.evaluation_missing:
-            run.evaluate(stop)
-        if run.checkpoint_due:
-            run.save()
+        # The norm is of all gradients, before clipping: what is logged, and what shows NaN.
+        precision.unscale(optimizer)
+        norm = gradient_norm(trainer.model)
+        loss_value, grad_norm = torch.stack((world.all_reduce_sum(step_loss), norm)).tolist()
+        trainer.check_finite(batch, loss_value, grad_norm)
+        if 0.0 < config.optimizer.grad_clip < grad_norm:
+            clip_gradients(trainer.model, norm, config.optimizer.grad_clip)
+        rate = learning_rate(state.step + 1, config, trainer.size.steps)
+        set_learning_rate(optimizer, rate)
+        trainer.optimizer_step()
+        trainer.count_step(batch, loss_value, time.monotonic() - began)
+
+        if state.step == 1 or due(state.step, training.log_freq):
+            trainer.log(rate, grad_norm)
+        if state.evaluation_due(training):
+            trainer.evaluate(stop)
+        if trainer.saver.due(state):
+            trainer.save()
 
 
 def run_to_the_end(request: Request, stop: StopRequest) -> int:
-    """Builds, trains, finishes; the exit code."""
+    """Builds, trains, finishes; returns the exit code."""
     request = disable_unavailable_4bit(request)
+    training = request.config.training
     with ExitStack() as stack:
         system, distributed = request.config.system, request.config.distributed
         world = stack.enter_context(enter_world(system, distributed))
@@ -106,34 +123,34 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
         if request.check_resume is not None:
             stop.armed = True
             return check_resume(request, world, stop, train)
-        run = build(request, world, stack)
+        trainer = build(request, world, stack)
         stop.armed = True
-        if request.config.training.eval_only:
-            run.evaluate(stop)
+        if training.eval_only:
+            trainer.evaluate(stop)
             return stop.exit_code
-        if run.finished and not run.evaluation_missing:
+        if not trainer.state.has_work(trainer.config.training):
             console.info(
-                f"Already finished at step {run.state.step}: nothing to do. "
+                f"Already finished at step {trainer.state.step}: nothing to do. "
                 "Raise training.max_iters or training.epochs to go on."
             )
             return 0
         try:
-            with run.live:
-                train(run, stop)
+            with trainer.reporter.live:
+                train(trainer, stop)
         except Exception as error:
             if isinstance(error, (DataError, OSError)) or ran_out(error):
-                run.rescue()
+                trainer.save_on_error()
             raise
-        console.info(*skipped_lines(run.batches))
-        if run.finished and not run.evaluation_missing:
-            run.finish()
+        console.info(*skipped_lines(trainer.batches))
+        if not trainer.state.has_work(trainer.config.training):
+            trainer.finish()
             return 0
-        run.leave(stop)
+        trainer.finish_interrupted(stop)
         return stop.exit_code
 
 
 def skipped_lines(batches: Iterator[Batch]) -> list[str]:
-    """What the loader met in the text and left out or replaced."""
+    """Returns lines that tell what the loader skipped or replaced in the text."""
     counts = batches.skipped_counts if isinstance(batches, TrainLoader) else {}
     return [f"In the text: {count:,} {what}" for what, count in counts.items() if count]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import Config, LowPrecisionConfig
 from data.preparation import corpus
 from engine.compile import compile_model
-from engine.evaluation import count_targets, next_token_loss
+from engine.loss import count_targets, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
 from engine.precision.precision import DTYPES, Precision
 from engine.schedule import learning_rate

@@ -113,6 +113,10 @@ class RepeatFirstBatch:
         return repeat(cls(loader))
 
 
+Batch = StepBatch | RepeatFirstBatch
+"""The data of one optimizer step on one process."""
+
+
 def embedded_is_missing(config: Config) -> bool:
     """Whether the text is the embedded corpus and has yet to be built."""
     folder = Path(config.dataset.parquet_dir)

@@ -1,49 +1,123 @@
-"""Losses: of a training batch, and of a fixed list of held-out rows."""
+"""Evaluation: losses on rows that never change, active neurons, and a sample of text."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.run_data import RunData
 from engine.hardware.distributed import World
-
-DocumentIds = Callable[[Tensor], Tensor]
-"""Rows of tokens (B, T) to the number of each token's document, (B, T)."""
-
-IGNORED = -100  # a target that does not count
+from engine.loss import DocumentIds, count_targets, next_token_loss
+from engine.precision.precision import Precision
+from model import LanguageModel
 
 
-def next_token_loss(
-    model: nn.Module, rows: Tensor, device: torch.device, documents: DocumentIds | None = None
-) -> Tensor:
-    """Sum of the cross-entropies, in nats, of rows (B, T+1): each token predicts the next.
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation measured; losses are means in nats per token."""
 
-    With `documents` tokens see their own document only, and none predicts the next one's first.
-    """
-    rows = rows.to(device, non_blocking=True).long()
-    targets = rows[:, 1:]
-    if documents is None:
-        logits = model(rows[:, :-1])
-    else:
-        ids = documents(rows)
-        logits = model(rows[:, :-1], ids[:, :-1])
-        targets = targets.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORED)
-    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    train_loss: float
+    val_loss: float
+    val_losses: list[float]
+    """Of each held-out batch: two runs are compared in pairs of these."""
+    val_loss_4bit: float | None
+    """With the weights rounded to 4 bits; None where the run does not train for that."""
+    bits_per_byte: float | None
+    """None where tokens do not stand for text."""
+    active_neurons: dict[str, list[float]]
+    """Share of active neurons by kind and layer, on the first held-out batch."""
+    sample: str | None
+    seconds: float
 
 
-def count_targets(rows: Tensor, documents: DocumentIds | None = None) -> int:
-    """How many tokens of rows (B, T+1) `next_token_loss` sums over."""
-    if documents is None:
-        return rows[:, 1:].numel()
-    ids = documents(rows)
-    return int((ids[:, 1:] == ids[:, :-1]).sum())
+@dataclass
+class Evaluator:
+    """Evaluates a model on the fixed rows of a run. It draws from no random generator that training
+    uses, so evaluating more or less often does not change the weights."""
+
+    model: LanguageModel
+    data: RunData
+    precision: Precision
+    world: World
+    micro_batch: int
+    """Rows that the model is given at once."""
+    sample: Callable[[], str] | None = None
+    """Continues `training.sample_prompt`; None where no prompt is given."""
+    rows_digest: str = field(init=False)
+    """Equal for two runs if and only if they are evaluated on the same rows."""
+
+    def __post_init__(self) -> None:
+        held_out = self.data.evaluation[1] if self.data.evaluation else ()
+        self.rows_digest = digest_rows(held_out, self.data.document_ids)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> Evaluation | None:
+        """Returns the losses of both splits, or None where `stopped()` became true on the way."""
+        began = time.monotonic()
+        train_batches, val_batches = self.data.evaluation
+        train = self._mean_loss(train_batches, stopped)
+        val = None if train is None else self._mean_loss(val_batches, stopped)
+        if train is None or val is None:
+            return None
+        rounded = None
+        if self.precision.quantized is not None:
+            with self.precision.quantized.applied():
+                rounded = self._mean_loss(val_batches, stopped)
+            if rounded is None:
+                return None
+        per_token = self.data.bytes_per_token
+        return Evaluation(
+            train_loss=train[0],
+            val_loss=val[0],
+            val_losses=val[1],
+            val_loss_4bit=None if rounded is None else rounded[0],
+            bits_per_byte=None if per_token is None else bits_per_byte(val[0], per_token),
+            active_neurons=self._active_neurons(),
+            sample=self.sample() if self.sample and self.world.is_main else None,
+            seconds=time.monotonic() - began,
+        )
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """Tokens of one evaluation, over all processes."""
+        train, held_out = self.data.evaluation or ((), ())
+        passes = [*train, *held_out, *(held_out if self.precision.quantized is not None else ())]
+        return sum(rows[:, 1:].numel() for rows in passes)
+
+    def _mean_loss(
+        self, batches: tuple[Tensor, ...], stopped: Callable[[], bool]
+    ) -> tuple[float, list[float]] | None:
+        """Returns the mean loss over all tokens, and that of each batch."""
+        sums = batch_losses(self.model, batches, self._loss, stopped, self.world)
+        if sums is None:
+            return None
+        counts = [count_targets(rows, self.data.document_ids) for rows in batches]
+        each = [one / max(1, count) for one, count in zip(sums, counts, strict=True)]
+        return sum(sums) / max(1, sum(counts)), each
+
+    def _loss(self, rows: Tensor) -> Tensor:
+        """Returns the summed loss of rows (B, T+1), in micro-batches that fit into memory."""
+        parts = []
+        for part in torch.split(rows, self.micro_batch):
+            with self.precision.autocast():
+                loss = next_token_loss(self.model, part, self.world.device, self.data.document_ids)
+            parts.append(loss)
+        return torch.stack(parts).sum()
+
+    def _active_neurons(self) -> dict[str, list[float]]:
+        if not self.world.is_main:
+            return {}
+        rows = self.data.evaluation[1][0].to(self.world.device).long()
+        document_ids = self.data.document_ids
+        ids = None if document_ids is None else document_ids(rows)[:, :-1]
+        with self.precision.autocast():
+            return self.model.activation_sparsity(rows[:, :-1], ids)
 
 
 @torch.inference_mode()
@@ -54,7 +128,7 @@ def batch_losses(
     stopped: Callable[[], bool],
     world: World,
 ) -> list[float] | None:
-    """The `loss` of each of the batches (B, T+1), with dropout off.
+    """Returns the `loss` of each of the batches (B, T+1), with dropout off.
 
     The processes share the batches. None when `stopped()`, asked by all of them together, became
     true on the way. Draws nothing from any random generator.
@@ -66,13 +140,14 @@ def batch_losses(
                 return None
             if (mine := first + world.rank) < len(batches):
                 losses[mine] = loss(batches[mine]).item()
+    # Each process holds zeros where the others hold losses, so the sum is all of them.
     values: list[float] = world.all_reduce_sum(losses).tolist()
     return values
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
+    """Switches dropout off, and back to what it was."""
     was_training = model.training
     model.eval()
     try:
@@ -81,9 +156,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def fingerprint(batches: tuple[Tensor, ...], documents: DocumentIds | None) -> str:
-    """Twelve hex digits that only equal rows, counted alike, have: losses on them compare."""
-    digest = hashlib.sha256(b"apart" if documents else b"whole")
+def digest_rows(batches: tuple[Tensor, ...], document_ids: DocumentIds | None) -> str:
+    """Returns twelve hex digits of the rows and of how their tokens are counted."""
+    digest = hashlib.sha256(b"apart" if document_ids else b"whole")
     for rows in batches:
         digest.update(str(tuple(rows.shape)).encode())
         digest.update(rows.long().numpy().tobytes())
@@ -91,5 +166,5 @@ def fingerprint(batches: tuple[Tensor, ...], documents: DocumentIds | None) -> s
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """The loss in a unit that does not depend on the tokenizer."""
+    """Returns the loss in a unit that does not depend on the tokenizer."""
     return nats_per_token / (math.log(2) * bytes_per_token)

@@ -1,4 +1,5 @@
-"""What a run carries from step to step, and must carry over to resume exactly."""
+"""What a run carries from step to step, and must carry over to resume exactly: progress and random
+generators."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens trained on, over all processes."""
+    """Tokens trained on, in all processes."""
     epoch: int = 0
-    """Times the training data was seen whole."""
+    """Completed passes over the training data."""
     elapsed_s: float = 0.0
-    """Wall time of the run over all its sessions."""
+    """Wall time of the run, of all its sessions together."""
     loss_sum: float = 0.0
-    """Losses since the last log line, which prints their mean."""
+    """Sum of the losses since the last log line, which prints their mean."""
     loss_steps: int = 0
     evaluated_step: int = 0
     train_loss: float | None = None
@@ -37,28 +38,29 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int | None = None
     tracker_run: str | None = None
-    """What a tracker calls this run, so that it goes on there when resumed."""
+    """Weights & Biases' id of this run, so that a resumed run continues there."""
     compiled: bool | None = None
-    """Whether steps are compiled: they round differently, so a resumed run does the same."""
+    """Whether steps are compiled. They round differently, so a resumed run does the same."""
 
     def finished(self, training: TrainingConfig) -> bool:
-        """Whether `max_iters` steps or `epochs` passes over the data are done."""
+        """Returns whether `max_iters` steps or `epochs` passes over the data are done."""
         seen = training.epochs is not None and self.epoch >= training.epochs
         return seen or self.step >= training.max_iters
 
-    def evaluation_missing(self, training: TrainingConfig) -> bool:
-        """Whether this step's evaluation is due, as at the end, and has not been made."""
+    def evaluation_due(self, training: TrainingConfig) -> bool:
+        """Returns whether this step, or the end of the run, asks for an evaluation that has not
+        been made."""
         every = training.test_freq
         wanted = every is not None and (due(self.step, every) or self.finished(training))
         return wanted and self.evaluated_step < self.step
 
     def has_work(self, training: TrainingConfig) -> bool:
-        """Whether there are steps, or the evaluation after the last one, to make."""
-        missing = not self.finished(training) or self.evaluation_missing(training)
+        """Returns whether there are steps, or the evaluation after the last one, left to do."""
+        missing = not self.finished(training) or self.evaluation_due(training)
         return missing and not training.eval_only
 
     def record_evaluation(self, train_loss: float, val_loss: float) -> bool:
-        """Keeps the losses of the present step; tells whether the held-out loss is the best."""
+        """Keeps the losses of this step; returns whether the held-out loss is the best so far."""
         self.evaluated_step, self.train_loss, self.val_loss = self.step, train_loss, val_loss
         improved = self.best_val_loss is None or val_loss < self.best_val_loss
         if improved:
@@ -67,20 +69,21 @@ class TrainState:
 
 
 def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens now; None is never."""
+    """Returns whether something that happens every `every` steps happens now; None means never."""
     return every is not None and step > 0 and step % every == 0
 
 
 def times_due(step: int, end: int, every: int | None) -> int:
-    """How often something is due after `step` and until `end`, there in any case; None: never."""
+    """Returns how often something is due after `step` up to `end`, where it is always due. With
+    None it is never due."""
     if every is None or step >= end:
         return 0
     return end // every - step // every + (end % every > 0)
 
 
 def saves_due(training: TrainingConfig, step: int, end: int, seconds: float) -> int:
-    """How many saves a run makes after `step` until `end`, `seconds` later; at most, where only the
-    best are saved."""
+    """Returns how many saves a run makes after `step` up to `end`, which is `seconds` away. Where
+    only the best are saved, it is the largest number possible."""
     if not training.save_model or step >= end:
         return 0
     if not training.always_save_checkpoint:
@@ -90,22 +93,23 @@ def saves_due(training: TrainingConfig, step: int, end: int, seconds: float) -> 
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds every generator that `rng_state` saves."""
+    """Seeds every random generator that `rng_state` saves."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def seed_apart(seed: int, step: int, rank: int) -> None:
-    """Seeds the generators of a process beside the main one, which keeps the run's own: dropout
-    must differ between processes."""
+    """Seeds the generators of every process but the main one, which keeps the run's own. Without
+    it, all processes would drop the same neurons."""
     if rank:
         digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
         seed_generators(int.from_bytes(digest, "little"))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Generators of torch (CPU and the run's device), Python and NumPy, as plain values."""
+    """Returns the states of the generators of torch (CPU and the run's device), Python and NumPy,
+    as tensors and plain values: a checkpoint is loaded with weights_only=True."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
@@ -127,9 +131,9 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def check_rng(state: dict[str, Any]) -> None:
-    """Raises ValueError where generators cannot take what `rng_state` gave."""
+    """Raises ValueError where generators refuse the states."""
     *_, position, _, _ = state["numpy"]
-    if position > _NUMPY_WORDS:  # NumPy would read beyond them
+    if position > _NUMPY_WORDS:  # NumPy does not check, and would read beyond its array
         raise ValueError(f"rng: position {position} of {_NUMPY_WORDS} in NumPy's generator")
     version, internal, gauss = state["python"]
     kind, keys, *rest = state["numpy"]
@@ -142,7 +146,8 @@ def check_rng(state: dict[str, Any]) -> None:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `rng_state` gave; a device that had no state keeps its own."""
+    """Restores what `rng_state` returned. A GPU keeps its own state where none was saved, as when a
+    run moves from a CPU to a GPU."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -30,9 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Loose files of engine/ stand on one of these floors.
 LOOSE = {
-    "engine.hardware": ("schedule", "signals", "compile", "evaluation", "train_state"),
-    "engine.planning": ("interfaces",),
-    "engine.setup": ("trainer",),
+    "engine.hardware": ("schedule", "signals", "compile", "loss", "train_state"),
+    "engine.planning": ("evaluation",),
+    "engine.setup": ("trainer", "reporting", "saving"),
 }
 NO_TORCH = (
     "settings.errors",

@@ -239,7 +239,7 @@ def test_an_error_in_an_evaluation_does_not_cost_the_steps_done(
     def out_of_memory(*arguments: object) -> None:
         raise MemoryError("evaluation needs more than there is")
 
-    monkeypatch.setattr("engine.trainer.batch_losses", out_of_memory)
+    monkeypatch.setattr("engine.evaluation.batch_losses", out_of_memory)
     arguments = ["test_freq=30", "checkpoint_freq=null"]
     assert run_here([*tiny, into(tmp_path / "runs"), *arguments]) == 1
     assert "Lower training.batch_size" in capsys.readouterr().err
@@ -348,10 +348,10 @@ def test_memory_that_runs_out_with_an_automatic_batch_is_explained_too(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr("engine.trainer.next_token_loss", out_of_memory)
+    monkeypatch.setattr("engine.loss.F.cross_entropy", out_of_memory)
     words = ["batch_size=auto", "tokens_per_step=256", into(tmp_path / "runs")]
     assert run_here([*tiny, *words]) == 1
     assert "Out of memory: no more\nA step needs " in capsys.readouterr().err
@@ -385,10 +385,10 @@ def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
 
-    monkeypatch.setattr("engine.trainer.next_token_loss", out_of_memory)
+    monkeypatch.setattr("engine.loss.F.cross_entropy", out_of_memory)
     assert run_here([*tiny, into(tmp_path / "runs"), "batch_size=64", "block_size=256"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("Out of memory: DefaultCPUAllocator")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
-from engine.evaluation import DocumentIds, evaluating, next_token_loss
+from engine.evaluation import evaluating
+from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import clip_gradients, gradient_norm
 from engine.planning.memory import Needs, Room, state_bytes
 from engine.planning.stopwatch import Stopwatch

@@ -1,28 +1,27 @@
-"""Builds a run: text, model, formats, optimizer, saved state, run directory, in one order."""
+"""Builds a trainer in five phases, each entered once: settings and text (run_setup.py); model,
+number formats and optimizer; saved state; compilation; run directory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, DataError, Request, micro_batch
-from data.run_data import RepeatFirstBatch, RunData, document_id_function
-from data.tokenizers.base import Tokenizer
+from config import Config, Request, micro_batch
+from data.run_data import Batch, RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import fitting
-from engine.checkpoint.save_load import Resume
 from engine.compile import compile_model, compile_wanted
-from engine.evaluation import DocumentIds, evaluating, next_token_loss
+from engine.evaluation import Evaluator
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
 from engine.hardware.memory import allocated_bytes
-from engine.interfaces import Batch, Tracker
+from engine.loss import DocumentIds, next_token_loss
 from engine.monitor import console
+from engine.monitor.console import RULE
 from engine.monitor.trackers import TensorBoard, Wandb
 from engine.optim.build import build_optimizer, check_optimizer, load_optimizer
 from engine.planning.memory import (
@@ -39,156 +38,98 @@ from engine.planning.summary import (
     length_lines,
     origin_lines,
     parameter_counts,
-    planned_steps,
     planned_tokens,
     ratio_line,
     tokens_per_step,
     training_flops,
 )
-from engine.precision.precision import Precision, apply_lora
+from engine.precision.precision import Precision
+from engine.reporting import Reporter, RunSize, Tracker
 from engine.run_directory.directory import RunDirectory, directory_lines
-from engine.setup.begin import Beginning, begin, done_steps
+from engine.saving import CheckpointSaver
+from engine.setup.prompt import sample_writer
+from engine.setup.run_setup import RunSetup, prepare_run
 from engine.train_state import TrainState, restore_rng, seed_apart, seed_generators
-from engine.trainer import Session
+from engine.trainer import Trainer
 from model import LanguageModel, build_model, pretrained
-from model.generate import Sampling, generate
-
-SAMPLE_TEMPERATURE = 0.8
 
 
-def build(request: Request, world: World, stack: ExitStack) -> Session:
-    """Builds a run. The order matters: weights are drawn right after seeding; number formats take
-    charge of them on their device, then the optimizer; saved state goes into all before anything is
-    compiled or shared between processes; and the run directory is opened last, so that an error
-    before it leaves nothing.
+@dataclass(frozen=True)
+class ModelParts:
+    """What computes: the model in its number formats, and its optimizer."""
+
+    model: LanguageModel
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    compile_wanted: bool
+    covered: list[str]
+    """What low precision covers, in words."""
+
+
+def build(request: Request, world: World, stack: ExitStack) -> Trainer:
+    """Builds a run; `stack` closes what it opens.
+
+    The order matters. Weights are drawn right after seeding. Number formats take charge of the
+    weights on their device, the optimizer then sees the parameters that are left to train. Saved
+    state goes into all of them before anything is compiled or shared between processes. The run
+    directory comes last, so that an error before it leaves nothing behind.
     """
     room, base = Room.of(world), allocated_bytes(world.device)
-    open_precision(request.config, world)  # what it refuses, before the text is read
-    start = begin(request, world)
-    precision = open_precision(start.config, world)
-    data, epoch_tokens = start.data, start.epoch_tokens
-    before = done_steps(start.saved)
-    steps = planned_steps(start.config, world.size, epoch_tokens, before)
-    refuse_impossible(start.config, precision, world, build_model)
-    model = first_model(start, world)
-    covered = precision.prepare(model, steps, init=not start.saved)
-    optimizer = new_optimizer(model, start.config)
-    wanted = wants_compiler(start.config, start.saved, model, steps, world) and precision.compiles
-    needs = Needs(start.config, model, precision, world, wanted, base)
-    needs = settle_batch(start, needs, room, precision)
+    open_precision(request.config, world)  # refuses what this device lacks, before text is read
+
+    setup = prepare_run(request, world)
+    steps = setup.planned_steps(world)
+
+    parts = build_parts(setup, steps, world)
+    needs = Needs(setup.config, parts.model, parts.precision, world, parts.compile_wanted, base)
+    if setup.config.training.batch_size == "auto":
+        setup = setup.with_batch(find_batch_size(setup, parts, needs, room))
+        needs = replace(needs, config=setup.config)
+    config = setup.config
     stack.enter_context(explained_memory(needs, room))
-    config = start.config
-    console.info(*cost_lines(needs, room, optimizer), *covered)
+    console.info(*cost_lines(needs, room, parts.optimizer), *parts.covered)
+
     seed_apart(config.training.seed, 0, world.rank)
-    state, data_state = TrainState(), None
-    if start.saved:
-        state, data_state = restore(start, model, optimizer, precision, world)
-    text, sample = RunData(data, config), sampler(model, config, precision, data.tokenizer)
-    trial = partial(try_model, model, precision, config, text.document_ids)
-    compile_s, compiled = compile_model(model, wanted, world.device, trial)
+    state, data_state = restore(setup, parts, world)
+
+    data = RunData(setup.dataset, config)
+    sample = sample_writer(parts.model, config, parts.precision, setup.dataset.tokenizer)
+    evaluator = Evaluator(parts.model, data, parts.precision, world, micro_batch(config), sample)
+    compile_s, compiled = compile_parts(parts, config, data.document_ids)
     state.compiled = compile_s is not None
-    console.info(*precision.verify_fp8_used(trial))
-    training = state.has_work(config.training)
-    batches = open_batches(text, config, data_state, world, stack) if training else iter(())
-    known = facts(start, world, model, precision, steps)
-    directory = open_directory(start, start.resume if training else None, known, stack)
-    console.info(*directory_lines(directory, start.resume))
-    console.info(
-        f"Starting training from iteration {state.step}..." if training else "Nothing to train."
+
+    size = RunSize(
+        steps=steps,
+        tokens_per_step=tokens_per_step(config, world.size),
+        flops_per_token=training_flops(parts.model, config),
+        evaluated_tokens=evaluator.evaluated_tokens,
     )
-    console.info(f"Device: {world.device_name} | {precision.name} | {compiled}")
-    console.info(*filter(None, [precision.note]), *model.notes(world.on_cpu))
-    console.info(*length_lines(config, world.size, epoch_tokens, data.stats.error, before))
-    console.info(ratio_line(planned_tokens(config, world.size, steps, before), model))
-    console.info(f"Seed: {config.training.seed}", console.RULE)
-    return Session(
+    training = state.has_work(config.training)
+    batches = open_batches(data, config, data_state, world, stack) if training else iter(())
+    directory = open_directory(setup, training, run_facts(setup, parts, world, size), stack)
+    trackers = open_trackers(config, directory, state, stack) if world.is_main else []
+    console.info(*directory_lines(directory, setup.start.resume))
+    console.info(*start_lines(setup, parts, world, state, compiled))
+    return Trainer(
         config=config,
         world=world,
-        precision=precision,
-        model=model,
-        trained=wrap_ddp(model, world),
-        flops_per_token=training_flops(model, config),
-        optimizer=optimizer,
+        precision=parts.precision,
+        model=parts.model,
+        ddp_model=wrap_ddp(parts.model, world),
+        optimizer=parts.optimizer,
+        data=data,
         batches=batches,
-        text=text,
-        activation_sparsity=model.activation_sparsity,
-        directory=directory,
-        state=state,
         data_state=lambda: data_state or {},
-        planned_steps=steps,
-        trackers=open_trackers(config, directory, state, stack) if world.is_main else (),
-        sample=sample,
-        compile_s=compile_s,
-        saved_step=state.step,
-        saved_evaluation=state.evaluated_step,
+        state=state,
+        size=size,
+        directory=directory,
+        evaluator=evaluator,
+        reporter=Reporter(config, world, parts.precision, size, directory, trackers, compile_s),
+        saver=CheckpointSaver(config, world, directory, state.step, state.evaluated_step),
     )
 
 
-def facts(
-    start: Beginning, world: World, model: LanguageModel, precision: Precision, steps: int
-) -> dict[str, Any]:
-    """What environment.json tells of a run in numbers, so that a list of runs need not count."""
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    config, data = start.config, start.data
-    return {
-        "device": world.device_name,
-        "run": {
-            "parameters": sum(parameter_counts(model)),
-            "trainable_parameters": sum(trained),
-            "tokens_per_step": tokens_per_step(config, world.size),
-            "planned_steps": steps,
-            "flops_per_token": training_flops(model, config),
-            "processes": world.size,
-            "precision": precision.matmul_format,
-        },
-        "data": {"fingerprint": data.source.fingerprint, "lines": data.lines()},
-    }
-
-
-def first_model(start: Beginning, world: World) -> LanguageModel:
-    """The model with fresh or pretrained weights, on its device."""
-    config = start.config
-    console.info("Initializing model...")
-    seed_generators(config.training.seed)
-    model = build_model(config)
-    if start.weights is not None:
-        pretrained.load_into(model, start.weights, config.training.block_size)
-        start.weights = None  # it keeps the file mapped
-    return model.to(world.device)
-
-
-def new_optimizer(model: LanguageModel, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are trained."""
-    four_bit = config.low_precision.use_4bit_optimizer
-    return build_optimizer(model, config.optimizer, config.training.weight_decay, four_bit)
-
-
-def restore(
-    start: Beginning,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    world: World,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Puts a checkpoint back, and lets its content go; the state and the data state. Raises
-    CheckpointError."""
-    assert start.resume is not None
-    saved = start.saved
-    state, data_state, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
-    if saved["config"]["training"]["block_size"] != start.config.training.block_size:
-        state.best_val_loss = state.best_step = None  # longer rows have another loss
-    with fitting(start.resume.path):
-        skipped = bool(saved["precision"]["scaler"])
-        check_optimizer(optimizer, saved["optimizer"], state.step, skipped)
-        console.info(*precision.load_state_dict(saved["precision"]))
-        if len(generators) == world.size or world.is_main:
-            restore_rng(generators[world.rank], world.device)
-        else:  # as many processes as never before: only dropout draws from these
-            seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
-    model.load_state_dict(saved["model"])
-    load_optimizer(optimizer, saved["optimizer"])
-    saved.clear()
-    return state, data_state
+# Phase 2: model, number formats, optimizer
 
 
 def open_precision(config: Config, world: World) -> Precision:
@@ -196,76 +137,176 @@ def open_precision(config: Config, world: World) -> Precision:
     return Precision(config.low_precision, world.device, config.fp8)
 
 
+def build_parts(setup: RunSetup, steps: int, world: World) -> ModelParts:
+    """Builds the model with fresh or pretrained weights on its device, in its number formats, and
+    its optimizer."""
+    config, start = setup.config, setup.start
+    precision = open_precision(config, world)
+    refuse_impossible(config, precision, world, build_model)
+    console.info("Initializing model...")
+    seed_generators(config.training.seed)
+    model = build_model(config)
+    if start.weights is not None:
+        pretrained.load_into(model, start.weights, config.training.block_size)
+    model = model.to(world.device)
+    covered = precision.prepare(model, steps, init=start.resume is None)
+    before = start.saved["train"]["compiled"] if start.saved else None
+    return ModelParts(
+        model=model,
+        precision=precision,
+        optimizer=new_optimizer(model, config),
+        compile_wanted=wants_compiler(config, model, steps, world, before) and precision.compiles,
+        covered=covered,
+    )
+
+
+def new_optimizer(model: LanguageModel, config: Config) -> torch.optim.Optimizer:
+    """Returns the optimizer of the parameters that are trained."""
+    four_bit = config.low_precision.use_4bit_optimizer
+    return build_optimizer(model, config.optimizer, config.training.weight_decay, four_bit)
+
+
 def wants_compiler(
-    config: Config, saved: dict[str, Any], model: LanguageModel, steps: int, world: World
+    config: Config, model: LanguageModel, steps: int, world: World, before: bool | None
 ) -> bool:
-    """Whether `system.compile` asks to compile a run of so many steps, resumed from `saved`."""
+    """Returns whether `system.compile` asks to compile a run of so many steps. before: whether the
+    run that is resumed was compiled."""
     run_flops = training_flops(model, config) * tokens_per_step(config, world.size) * steps
-    before = saved["train"]["compiled"] if saved else None
     return compile_wanted(config.system, world.device, run_flops, before)
 
 
-def settle_batch(start: Beginning, needs: Needs, room: Room, precision: Precision) -> Needs:
-    """Makes a number of `training.batch_size: auto` in `start`: the largest that fits, by the
-    prediction, and on a GPU by trial. Raises ConfigError where none does."""
-    if start.config.training.batch_size != "auto":
-        return needs
-    world, model = needs.world, needs.model
+def find_batch_size(setup: RunSetup, parts: ModelParts, needs: Needs, room: Room) -> int:
+    """Returns the largest `training.batch_size` that fits: by the prediction and, on a GPU, by
+    trial. Raises ConfigError where none does."""
+    world = needs.world
     sizes, line = largest_batch(needs, room)
-    most = world.all_reduce_min(sizes[0])
+    most = world.all_reduce_min(sizes[0])  # processes may have different amounts of free memory
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
     if not world.on_cpu:
-        documents = document_id_function(start.data, start.config)
+        document_ids = document_id_function(setup.dataset, setup.config)
 
         def attempt(each: int) -> None:
-            try_model(model, precision, with_batch(start.config, each), documents)
+            try_model(parts.model, parts.precision, with_batch(setup.config, each), document_ids)
 
         batch = confirmed(sizes, attempt, world)
-    console.info(
-        line, *([f"Batch size: {batch}, after a trial on all processes"] if batch < most else [])
-    )
-    start.take_batch(batch)
-    return replace(needs, config=start.config)
+    after = [f"Batch size: {batch}, after a trial on all processes"] if batch < most else []
+    console.info(line, *after)
+    return batch
+
+
+# Phase 3: saved state
+
+
+def restore(
+    setup: RunSetup, parts: ModelParts, world: World
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """Puts a checkpoint back into the parts; returns the run's state and where its data stands.
+    Raises CheckpointError. For a new run: a new state, and None for the data's beginning.
+    """
+    start, saved = setup.start, setup.start.saved
+    if start.resume is None:
+        return TrainState(), None
+    state, data_state, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
+    if saved["config"]["training"]["block_size"] != setup.config.training.block_size:
+        state.best_val_loss = state.best_step = None  # longer rows have another loss
+    with fitting(start.resume.path):
+        skipped = bool(saved["precision"]["scaler"])
+        check_optimizer(parts.optimizer, saved["optimizer"], state.step, skipped)
+        console.info(*parts.precision.load_state_dict(saved["precision"]))
+        if len(generators) == world.size or world.is_main:
+            restore_rng(generators[world.rank], world.device)
+        else:  # as many processes as never before: only dropout draws from these
+            seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
+    parts.model.load_state_dict(saved["model"])
+    load_optimizer(parts.optimizer, saved["optimizer"])
+    saved.clear()  # the checkpoint's tensors would take the memory of a second model until the end
+    return state, data_state
+
+
+# Phase 4: compilation
+
+
+def compile_parts(
+    parts: ModelParts, config: Config, document_ids: DocumentIds | None
+) -> tuple[float | None, str]:
+    """Compiles the model where that is wanted, and proves that 8-bit products are made; returns the
+    seconds that compiling took, None where nothing was compiled, and what was done in words."""
+    trial = partial(try_model, parts.model, parts.precision, config, document_ids)
+    device = parts.precision.device
+    compile_s, words = compile_model(parts.model, parts.compile_wanted, device, trial)
+    console.info(*parts.precision.verify_fp8_used(trial))
+    return compile_s, words
 
 
 def try_model(
-    model: LanguageModel, precision: Precision, config: Config, documents: DocumentIds | None
+    model: LanguageModel, precision: Precision, config: Config, document_ids: DocumentIds | None
 ) -> None:
-    """One forward and backward pass over a batch of ones; leaves no gradients."""
+    """Runs one forward and backward pass over a batch of ones; leaves no gradients."""
     shape = (micro_batch(config), config.training.block_size + 1)
     with precision.autocast():
         rows = torch.ones(shape, dtype=torch.uint8)
-        loss = next_token_loss(model, rows, precision.device, documents)
+        loss = next_token_loss(model, rows, precision.device, document_ids)
     precision.backward(loss)
     model.zero_grad(set_to_none=True)
 
 
+# Phase 5: data, run directory, trackers
+
+
 def open_batches(
-    text: RunData, config: Config, data_state: dict[str, Any] | None, world: World, stack: ExitStack
+    data: RunData,
+    config: Config,
+    data_state: dict[str, Any] | None,
+    world: World,
+    stack: ExitStack,
 ) -> Iterator[Batch]:
-    """The training batches of this process; with `use_oracle` the first one for ever."""
-    loader = text.batches(data_state, world.rank, world.size, pin=world.device.type == "cuda")
+    """Returns the training batches of this process; with `use_oracle` the first one again and
+    again."""
+    loader = data.batches(data_state, world.rank, world.size, pin=world.device.type == "cuda")
     stack.enter_context(loader)
     return RepeatFirstBatch.for_ever(loader) if config.training.use_oracle else loader
 
 
+def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -> dict[str, Any]:
+    """Returns what environment.json tells of a run in numbers, so that a list of runs need not
+    count."""
+    trained = [p.numel() for p in parts.model.parameters() if p.requires_grad]
+    return {
+        "device": world.device_name,
+        "run": {
+            "parameters": sum(parameter_counts(parts.model)),
+            "trainable_parameters": sum(trained),
+            "tokens_per_step": size.tokens_per_step,
+            "planned_steps": size.steps,
+            "flops_per_token": size.flops_per_token,
+            "processes": world.size,
+            "precision": parts.precision.matmul_format,
+        },
+        "data": {
+            "fingerprint": setup.dataset.source.fingerprint,
+            "lines": setup.dataset.lines(),
+        },
+    }
+
+
 def open_directory(
-    start: Beginning, resume: Resume | None, known: dict[str, Any], stack: ExitStack
+    setup: RunSetup, training: bool, facts: dict[str, Any], stack: ExitStack
 ) -> RunDirectory:
-    """The run directory: continued at resume, else promised and made at the first save."""
-    config, origin = start.request.config, origin_lines(start.request)
+    """Returns the run directory: continued at resume, else made at the first save."""
+    config, origin = setup.request.config, origin_lines(setup.request)
+    resume = setup.start.resume if training else None
     if not is_main_process():  # it names the run there, and is never written
         return RunDirectory(config, origin)
     if resume is None:
-        return stack.enter_context(RunDirectory.start(config, origin, known))
-    return stack.enter_context(RunDirectory.reopen(resume, config, origin, known))
+        return stack.enter_context(RunDirectory.start(config, origin, facts))
+    return stack.enter_context(RunDirectory.reopen(resume, config, origin, facts))
 
 
 def open_trackers(
     config: Config, directory: RunDirectory, state: TrainState, stack: ExitStack
 ) -> list[Tracker]:
-    """What records are sent to besides metrics.jsonl, under the run's name there."""
+    """Returns what records are sent to besides metrics.jsonl, under the run's name there."""
     folder = Path(config.training.checkpoint_dir)
     wandb = Wandb.start(config, directory.name, state.tracker_run, folder)
     board = TensorBoard.start(config, lambda: directory.path, state.step + 1)
@@ -279,39 +320,22 @@ def open_trackers(
     return list(trackers)
 
 
-def sampler(
-    model: LanguageModel, config: Config, precision: Precision, tokenizer: Tokenizer
-) -> Callable[[], str] | None:
-    """Writes on from `training.sample_prompt`, each time with the same random numbers, which are
-    its own; None where no sample is asked for. Raises DataError for a prompt that has no tokens.
-    """
-    training = config.training
-    if training.sample_prompt is None:
-        return None
-    try:
-        ids = tokenizer.encode(training.sample_prompt).tolist()
-    except DataError as error:
-        raise DataError(f"training.sample_prompt: {error}") from None
-    if not ids:
-        raise DataError(f"training.sample_prompt: tokenizer {tokenizer.name} makes no token of it")
-
-    def write() -> str:
-        plain = model if precision.fp8 is None else unbound(model, config, precision)
-        generator = torch.Generator(precision.device).manual_seed(training.seed)
-        prompt = torch.tensor([ids], device=precision.device)
-        sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
-        with evaluating(plain):
-            drawn = generate(plain, prompt, sampling, [generator], training.block_size)
-            tokens = [int(token) for token in islice(drawn, training.sample_tokens)]
-        return tokenizer.decode(ids + tokens)
-
-    return write
-
-
-def unbound(model: LanguageModel, config: Config, precision: Precision) -> LanguageModel:
-    """A copy whose products are not bound to 8 bits, which take no sizes as odd as one token."""
-    with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
-        copy = build_model(config)
-    apply_lora(copy, config.low_precision, init=False)
-    copy.load_state_dict(model.state_dict())
-    return copy.to(precision.device)
+def start_lines(
+    setup: RunSetup, parts: ModelParts, world: World, state: TrainState, compiled: str
+) -> list[str]:
+    """Returns the last lines before training: device, formats, length of the run, seed."""
+    config, precision = setup.config, parts.precision
+    steps = setup.planned_steps(world)
+    work = state.has_work(config.training)
+    tokens = planned_tokens(config, world.size, steps, setup.done)
+    error = setup.dataset.stats.error
+    return [
+        f"Starting training from iteration {state.step}..." if work else "Nothing to train.",
+        f"Device: {world.device_name} | {precision.name} | {compiled}",
+        *filter(None, [precision.note]),
+        *parts.model.notes(world.on_cpu),
+        *length_lines(config, world.size, setup.epoch_tokens, error, setup.done),
+        ratio_line(tokens, parts.model),
+        f"Seed: {config.training.seed}",
+        RULE,
+    ]

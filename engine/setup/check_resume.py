@@ -32,10 +32,10 @@ from engine.monitor import console
 from engine.planning.memory import with_batch
 from engine.setup.build import build
 from engine.signals import StopRequest
-from engine.trainer import Session
+from engine.trainer import Trainer
 from files.write_errors import check_writable
 
-Loop = Callable[[Session, StopRequest], None]
+Loop = Callable[[Trainer, StopRequest], None]
 
 _PREFIX = ".check_"
 COMPARED = ("model", "optimizer", "precision", "train", "cursor", "rng")
@@ -45,12 +45,14 @@ TIMED = ("train.elapsed_s",)
 class StopAfter(StopRequest):
     """Stops a run after so many steps, or when the `other` stop is asked for."""
 
-    def __init__(self, other: StopRequest, run: Session, steps: int) -> None:
+    def __init__(self, other: StopRequest, run: Trainer, steps: int) -> None:
         super().__init__()
         self.other, self._run, self._steps = other, run, steps
 
     def __bool__(self) -> bool:
-        ended = self._run.finished  # by itself, with its last evaluation
+        ended = self._run.state.finished(
+            self._run.config.training
+        )  # by itself, with its last evaluation
         return bool(self.other) or (self._run.state.step >= self._steps and not ended)
 
     def join(self) -> None:
@@ -142,7 +144,7 @@ class Trial:
             self.made = run.state.step
             if self._stop:
                 return self._folder
-            run.save(last=True)
+            run.save(final=True)
             assert run.directory.last_checkpoint is not None
             return run.directory.last_checkpoint
 

@@ -27,8 +27,9 @@ from engine.planning.summary import (
 )
 from engine.precision.precision import Precision
 from engine.run_directory.directory import RunDirectory, directory_lines
-from engine.setup.begin import EVAL_BATCH, Beginning, begin, done_steps
-from engine.setup.build import new_optimizer, open_precision, sampler, wants_compiler
+from engine.setup.build import new_optimizer, open_precision, wants_compiler
+from engine.setup.prompt import sample_writer
+from engine.setup.run_setup import EVAL_BATCH, RunSetup, prepare_run
 from model import LanguageModel, build_model
 
 BUSY = 0.3  # cores used by others from which on it is said
@@ -37,58 +38,60 @@ BUSY = 0.3  # cores used by others from which on it is said
 def dry_run(request: Request, world: World) -> None:
     """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
     room = Room.of(world)
-    start = None if embedded_is_missing(request.config) else begin(request, world)
-    config = request.config if start is None else start.config
-    before = done_steps(start.saved if start else {})
-    steps = planned_steps(config, world.size, start.epoch_tokens if start else 0, before)
+    setup = None if embedded_is_missing(request.config) else prepare_run(request, world)
+    config = request.config if setup is None else setup.config
+    done, saved = (setup.done, setup.start.saved) if setup else ((0, 0), {})
+    epoch_tokens = setup.epoch_tokens if setup else 0
+    steps = planned_steps(config, world.size, epoch_tokens, done)
     precision = open_precision(config, world)
     refuse_impossible(config, precision, world, build_model)
     with torch.device("meta"):
         model = build_model(config)
     covered = precision.prepare(model, steps, init=False)
     optimizer = new_optimizer(model, config)
-    wanted = wants_compiler(config, start.saved if start else {}, model, steps, world)
+    before = saved["train"]["compiled"] if saved else None
+    wanted = wants_compiler(config, model, steps, world, before)
     needs = Needs(config, model, precision, world, wanted and precision.compiles)
     lines = []
     if config.training.batch_size == "auto":
         sizes, line = largest_batch(needs, room)
         config = with_batch(config, sizes[0], EVAL_BATCH)
         needs, lines = replace(needs, config=config), [line]
-    tokens = tokens_line(config, world.size)
-    if start is not None:
-        RunData(start.data, config)  # whether it is long enough
-    else:
+    if setup is None:
         folder = config.dataset.parquet_dir
         console.info(*origin_lines(request))
         console.info(
             f"Data: {folder} is missing; the run will build it from the Python standard library"
         )
-    console.info(*lines, *cost_lines(needs, room, optimizer), *covered)
-    if start is not None:
-        tokens_off = start.data.stats.error
-        console.info(*length_lines(config, world.size, start.epoch_tokens, tokens_off, before))
     else:
-        console.info(tokens)
-    whole = planned_tokens(config, world.size, steps, before)
-    console.info(ratio_line(whole, model), *learning_rate_plot(config, steps))
+        RunData(setup.dataset, config)  # refuses text that is too short
+    console.info(*lines, *cost_lines(needs, room, optimizer), *covered)
+    if setup is None:
+        console.info(tokens_line(config, world.size))
+    else:
+        error = setup.dataset.stats.error
+        console.info(*length_lines(config, world.size, epoch_tokens, error, done))
+    tokens = planned_tokens(config, world.size, steps, done)
+    console.info(ratio_line(tokens, model), *learning_rate_plot(config, steps))
     directory = RunDirectory.start(config)
-    console.info(*directory_lines(directory, start.resume if start else None))
+    resume = setup.start.resume if setup else None
+    console.info(*directory_lines(directory, resume))
     if request.show_config:
         console.info("", config.to_yaml())
-    done = start.resume.step if start and start.resume else 0
+    first = 0 if resume is None else resume.step
     console.info(f"Timing some steps on {world.device_name}, for at most 15 s...")
-    console.info(*time_lines(needs, room, range(done, max(done, steps)), start))
+    console.info(*time_lines(needs, room, range(first, max(first, steps)), setup))
     console.info("Dry run: nothing was trained or created.")
 
 
-def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -> Iterator[str]:
+def time_lines(needs: Needs, room: Room, span: range, setup: RunSetup | None) -> Iterator[str]:
     """Yields how long the steps after `span.start` will take, by timing some of the run's own on
     weights that are thrown away.
 
     Nothing is compiled for it: that alone would take longer than all trials together.
     """
     config, world = needs.config, needs.world
-    documents = None if start is None else document_id_function(start.data, config)
+    documents = None if setup is None else document_id_function(setup.dataset, config)
     trial = choose_trial(needs, room, build_model)
     if not trial.sizes:
         yield "Time: unknown: not even the smallest micro-step fits into memory"
@@ -99,8 +102,8 @@ def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -
     optimizer = new_optimizer(model, trial.config)
     with stopwatch(world.device, BUDGET_S) as watch:
         rates = measure(model, optimizer, precision, trial, watch, documents)
-        if start is not None and config.training.sample_prompt is not None:
-            sample = _sample_s(trial.config, start, model, precision, watch)
+        if setup is not None and config.training.sample_prompt is not None:
+            sample = _sample_s(trial.config, setup, model, precision, watch)
             rates = replace(rates, sample=sample * trial.work)
     found = forecast(config, rates, needs.model, span, world.size)
     yield found.line(world.size, ", before what compiling takes off" if needs.compiled else "")
@@ -118,14 +121,14 @@ def time_lines(needs: Needs, room: Room, span: range, start: Beginning | None) -
 
 
 def _sample_s(
-    config: Config, start: Beginning, model: LanguageModel, precision: Precision, watch: Stopwatch
+    config: Config, setup: RunSetup, model: LanguageModel, precision: Precision, watch: Stopwatch
 ) -> float:
     """Returns what writing `training.sample_prompt` on takes, by the first few tokens of it."""
     wanted, few = config.training.sample_tokens, min(8, config.training.sample_tokens)
     took = []
     for count in (1, few):
         short = replace(config, training=replace(config.training, sample_tokens=count))
-        write = sampler(model, short, precision, start.data.tokenizer)
+        write = sample_writer(model, short, precision, setup.dataset.tokenizer)
         assert write is not None
         took.append(watch.once(write))
     first, all_of_them = took

@@ -1,7 +1,8 @@
-"""What the weights that a run begins with decide: the model's shape, its context, the tokenizer.
+"""`training.init_from`: the weights a run begins with, and the options they decide.
 
-They fill in what the user left open. What the user gave has to agree, else it is refused: weights
-of 12 layers do not become 6, and GPT-2's 50,257 embeddings mean nothing to bytes.
+Weights decide the model's shape, its context length and the tokenizer, where the user left these
+open. A value that the user gave has to agree with the weights, else it is an error: 12 layers do
+not become 6, and GPT-2's 50,257 embeddings mean nothing to a byte tokenizer.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from model.pretrained import Pretrained, read
 DECIDED = {"training.block_size", "low_precision.use_4bit", "tokenizer.name"}
 DECIDED |= {f"model.{name}" for name in pretrained_options()}
 """Options that weights may decide."""
-UNTOLD = ("n_layer", "n_head")  # what some files leave to the config
+NOT_IN_EVERY_FILE = ("n_layer", "n_head")  # some formats of weights hold no config
 
 
 def read_weights(config: Config, request: Request) -> Pretrained:
-    """The weights that `training.init_from` names; raises CheckpointError."""
-    shape = {n: getattr(config.model, n) for n in UNTOLD if is_given(request, f"model.{n}")}
+    """Returns the weights that `training.init_from` names; raises CheckpointError."""
+    shape = {
+        n: getattr(config.model, n) for n in NOT_IN_EVERY_FILE if is_given(request, f"model.{n}")
+    }
     folder = Path(config.training.checkpoint_dir)
     return open_weights(config.training.init_from, shape, folder)
 
 
 def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER) -> Pretrained:
-    """The weights that `training.init_from` names, of this trainer or of others; raises
-    CheckpointError.
+    """Returns the weights that `training.init_from` names, of this trainer or of others.
 
-    shape: `n_layer` and `n_head` where the user gave them; some files do not tell one of them.
-    folder: where a run is looked for by a part of its name first.
+    shape: `n_layer` and `n_head` where the user gave them; some formats do not hold them.
+    folder: run directories; `init_from` may be a part of the name of one. Raises CheckpointError.
     """
     published = init_from in GPT2_NAMES
     path = Path(init_from) if published else find_by_name(Path(init_from).expanduser(), folder)
@@ -59,8 +61,9 @@ def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER
 
 
 def is_given(request: Request, key: str) -> bool:
-    """Whether the user asked for the value of an option: by a word of the command line, or by a
-    value in a file that is not the default, since files are often copies of config.yaml."""
+    """Returns whether the user asked for the value of an option: by an override, or by a value in a
+    file that is not the default. Files are often copies of config.yaml, so a default in one says
+    nothing."""
     section, name = key.split(".")
     if any(word.split("=")[0] in (key, name) for word in request.overrides):
         return True
@@ -69,11 +72,11 @@ def is_given(request: Request, key: str) -> bool:
     return key in request.given and getattr(options, name) not in (default, None)
 
 
-def take_shape(
+def with_shape_of(
     config: Config, request: Request, weights: Pretrained, tokenizer: Tokenizer | None
 ) -> tuple[Config, list[str]]:
-    """The config with the shape and `tokenizer` of the weights, and lines that tell what it
-    replaces; raises ConfigError where the user gave another shape."""
+    """Returns the config with the shape and `tokenizer` of the weights, and lines that say which
+    options changed. Raises ConfigError where the user gave another shape."""
     source, lines = config.training.init_from, list[str]()
     other = {
         key: value
@@ -106,9 +109,9 @@ def take_shape(
     return replace(config, **sections), lines  # type: ignore[arg-type]  # by their names
 
 
-def as_begun(config: Config, request: Request, then: Config) -> Config:
-    """The config with what weights decided when the run of `then` began with them, except what the
-    user gave."""
+def keep_decided_options(config: Config, request: Request, then: Config) -> Config:
+    """Returns the config of a resumed run with the options that its initial weights decided when it
+    began (`then`), except those the user gave."""
     if config.training.init_from != then.training.init_from or then.training.init_from == "scratch":
         return config
     values, before = config.to_dict(), then.to_dict()
@@ -119,13 +122,14 @@ def as_begun(config: Config, request: Request, then: Config) -> Config:
     return Config.from_dict(values)
 
 
-def own_tokenizer(
+def tokenizer_of_weights(
     config: Config, request: Request, described: Mapping[str, Any] | None
 ) -> Tokenizer | None:
-    """The tokenizer that the weights were trained with, for text that is not encoded yet.
+    """Returns the tokenizer that the weights were trained with, for text that is not encoded yet.
 
-    None where the config's own counts: the user asked for it, token files tell it, or the weights
-    do not; `check_tokenizer` compares afterwards. Raises DataError where it cannot be had.
+    None where the config's tokenizer is used: the user asked for one, token files name theirs, or
+    the weights name none. `check_tokenizer` compares afterwards. Raises DataError where the
+    tokenizer cannot be opened.
     """
     if described is None or described["kind"] == "ids":
         return None
@@ -140,8 +144,8 @@ def own_tokenizer(
 
 
 def check_tokenizer(request: Request, found: Tokenizer, weights: Pretrained) -> None:
-    """Raises ConfigError where the text comes in tokens that the weights were not trained with,
-    unless the user gave both `tokenizer.name` and `model.vocab_size`."""
+    """Raises ConfigError where the text has another tokenizer than the weights, unless the user
+    gave both `tokenizer.name` and `model.vocab_size`."""
     given = [is_given(request, key) for key in ("tokenizer.name", "model.vocab_size")]
     described, source = weights.tokenizer, request.config.training.init_from
     if all(given) or found.name == "ids":  # tokens without text: nothing can be compared

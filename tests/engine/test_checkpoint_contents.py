@@ -23,10 +23,9 @@ from data.loading.loader import TrainLoader
 from data.run_data import batch_spec
 from engine.checkpoint.save_load import load_checkpoint, load_model
 from engine.hardware.distributed import World
-from engine.precision.precision import Precision
 from engine.run_directory.manifest import data_path, manifest_path, read_manifest, render
-from engine.setup.begin import begin
-from engine.setup.build import first_model, new_optimizer, restore
+from engine.setup.build import build_parts, restore
+from engine.setup.run_setup import prepare_run
 from tests.conftest import TINY, write_corpus
 from tests.runs import assert_equal, only_run, run_here
 
@@ -57,16 +56,19 @@ def rewritten(path: Path, content: dict[str, Any], **facts: Any) -> None:
 def resumed(request: Request) -> dict[str, Any]:
     """What a run would go on from."""
     world = World(0, 1, torch.device("cpu"))
-    start = begin(request, world)
-    model = first_model(start, world)
-    precision = Precision(start.config.low_precision, world.device, start.config.fp8)
-    optimizer = new_optimizer(model, start.config)
-    state, data_state = restore(start, model, optimizer, precision, world)
-    spec = batch_spec(start.config, 0, 1)
-    with TrainLoader(start.data, spec, start.config.dataloader, data_state) as batches:
+    setup = prepare_run(request, world)
+    parts = build_parts(setup, setup.planned_steps(world), world)
+    state, data_state = restore(setup, parts, world)
+    spec = batch_spec(setup.config, 0, 1)
+    with TrainLoader(setup.dataset, spec, setup.config.dataloader, data_state) as batches:
         batch = next(batches).micro_batches[0]
-    moments = optimizer.state_dict()["state"]
-    return {"model": model.state_dict(), "moments": moments, "state": vars(state), "batch": batch}
+    moments = parts.optimizer.state_dict()["state"]
+    return {
+        "model": parts.model.state_dict(),
+        "moments": moments,
+        "state": vars(state),
+        "batch": batch,
+    }
 
 
 def loaded(path: Path) -> dict[str, Any]:

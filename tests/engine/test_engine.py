@@ -28,10 +28,11 @@ from config import (
 from data.loading.packing import document_ids
 from engine.checkpoint.resume_rules import on_processes
 from engine.compile import compile_model, compile_wanted
-from engine.evaluation import batch_losses, bits_per_byte, count_targets, next_token_loss
+from engine.evaluation import batch_losses, bits_per_byte
 from engine.hardware.device import peak_flops, resolve_device
 from engine.hardware.distributed import World
 from engine.hardware.memory import peak_memory_bytes
+from engine.loss import count_targets, next_token_loss
 from engine.monitor import console
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, load_optimizer
 from engine.planning.summary import planned_steps, settle

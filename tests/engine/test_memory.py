@@ -19,7 +19,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from config import BDHConfig, Config, ConfigError, Fp8Config, LowPrecisionConfig, ModelConfig
-from engine.evaluation import DocumentIds, next_token_loss
 from engine.hardware.device import supports_fast_bfloat16
 from engine.hardware.distributed import World
 from engine.hardware.memory import (
@@ -27,6 +26,7 @@ from engine.hardware.memory import (
     cgroup_free_bytes,
     free_bytes,
 )
+from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm
 from engine.planning.memory import (
     Memory,

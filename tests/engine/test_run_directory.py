@@ -32,7 +32,7 @@ from engine.run_directory.run_files import (
     read_config,
     read_lines,
 )
-from engine.setup.begin import check_own_config
+from engine.setup.starting_point import check_own_config
 from tests.engine.faults import die, failing, stand_in
 from tests.engine.forks import in_child
 from tests.engine.states import finished_run, make_config, make_state, new_run, reopen, save_steps
@@ -127,7 +127,7 @@ def test_a_name_that_another_run_of_the_same_second_took_is_told_anew(
 def test_the_closing_line_has_the_time_of_a_run_that_saves_and_logs_nothing(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engine.trainer.format_duration", lambda seconds: f"{seconds:.6f}")
+    monkeypatch.setattr("engine.reporting.format_duration", lambda seconds: f"{seconds:.6f}")
     monkeypatch.setattr("engine.monitor.progress.format_duration", lambda seconds: f"{seconds:.6f}")
     words = ["save_model=false", "log_freq=1000", "test_freq=null", "max_iters=5"]
     assert run_here([*tiny, *words]) == 0
@@ -182,7 +182,7 @@ def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long
             run_here([*tiny, f"checkpoint_dir={folder}", "checkpoint_freq=null"])
         return [r["step"] for run in folder.glob("run_*") for r in records(run)]
 
-    monkeypatch.setattr("engine.trainer.Session.evaluate", broken)  # at step 10
+    monkeypatch.setattr("engine.trainer.Trainer.evaluate", broken)  # at step 10
     assert attempt(tmp_path / "short") == []
     monkeypatch.setattr("engine.run_directory.directory.LASTING_S", 0.0)
     assert attempt(tmp_path / "long") == [1, 5, 10]

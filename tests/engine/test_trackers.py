@@ -214,7 +214,7 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from config import Config
-from engine.trackers import Wandb
+from engine.monitor.trackers import Wandb
 config = Config.from_dict({"logging": {"wandb_log": True}})
 tracker = Wandb.start(config, "run", "a1b2c3", Path(sys.argv[1]))
 for step in range(1, 5):

@@ -1,0 +1,163 @@
+"""What is known before a model is built: the text, where the run begins, the whole config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config import Config, Request, eval_batch, micro_batch
+from data import Dataset, open_dataset
+from data.preparation import corpus
+from data.run_data import check_data_state, embedded_is_missing
+from data.sources.base import PLAN_VERSION
+from data.tokenizers.base import Tokenizer
+from engine.checkpoint.resume_rules import check_resumable, on_processes, with_evaluation
+from engine.hardware.distributed import World
+from engine.monitor import console
+from engine.planning.memory import with_batch
+from engine.planning.summary import origin_lines, planned_steps, settle
+from engine.schedule import learning_rate
+from engine.setup.initial_weights import check_tokenizer
+from engine.setup.starting_point import StartingPoint, check_own_config, find_starting_point
+
+EVAL_BATCH = 8  # with `training.batch_size: auto`, on every machine: all evaluate the same rows
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """The whole config of a run, its dataset, and where it begins."""
+
+    request: Request
+    """As given, with the model's shape and vocabulary: what the run directory keeps."""
+    config: Config
+    """The same, with the micro-steps of this many processes."""
+    dataset: Dataset
+    start: StartingPoint
+
+    epoch_tokens: int
+    """Tokens of one pass over the training text, as the run that goes on counts them."""
+    done: tuple[int, int]
+    """Steps and tokens that the run has behind it: (0, 0) for a new one."""
+
+    def planned_steps(self, world: World) -> int:
+        """Optimizer steps of the whole run, those before a resume included."""
+        return planned_steps(self.config, world.size, self.epoch_tokens, self.done)
+
+    def with_batch(self, batch: int) -> RunSetup:
+        """Returns the setup with a number in the place of `training.batch_size: auto`."""
+        kept = with_batch(self.request.config, batch, EVAL_BATCH)
+        return replace(
+            self,
+            config=with_batch(self.config, batch, EVAL_BATCH),
+            request=replace(self.request, config=kept),
+        )
+
+
+def prepare_run(request: Request, world: World) -> RunSetup:
+    """Finds where the run begins, opens its text and resolves its config; says what it found.
+
+    Raises ConfigError, DataError and CheckpointError: all that a user can have wrong is found here,
+    before anything large is allocated.
+    """
+    console.info(*origin_lines(request))
+    start = find_starting_point(request, world)
+    # The main process builds what is missing and counts tokens; the others find both done.
+    with world.main_first():
+        dataset = open_data(start.config, start.tokenizer)
+        data_lines = dataset.lines()
+    console.info(*data_lines)
+    if start.weights is not None and start.tokenizer is None:
+        check_tokenizer(request, dataset.tokenizer, start.weights)
+    config, lines = settle(start.config, dataset.vocab_size, dataset.tokenizer.name)
+    console.info(*start.lines, *lines)
+    if start.resume is None:
+        request = replace(request, config=config)
+    else:
+        request, config = _resumed(replace(request, config=config), dataset, start, world)
+    return RunSetup(
+        request=request,
+        config=config,
+        dataset=dataset,
+        start=start,
+        epoch_tokens=_epoch_tokens(dataset, config, start),
+        done=done_steps(start),
+    )
+
+
+def _resumed(
+    request: Request, dataset: Dataset, start: StartingPoint, world: World
+) -> tuple[Request, Config]:
+    """Returns what the run directory keeps and the config of a run that goes on, after checking
+    that it can."""
+    assert start.resume is not None and start.saved_config is not None
+    config, saved_config = request.config, start.saved_config
+    if config.training.batch_size == "auto":
+        config = _batch_as_before(config, saved_config, world)
+    config, lines = with_evaluation(config, saved_config)
+    request = replace(request, config=config)
+    check_own_config(request.files, start.resume)
+    processes = len(start.saved["rng"])
+    config, more = on_processes(config, saved_config, processes, world.size)
+    lines += [f"Resumed from {start.resume.path.name}: {start.resume.step} steps done", *more]
+    console.info(*lines, *check_fits(start, dataset, config, world.size))
+    return request, config
+
+
+def done_steps(start: StartingPoint) -> tuple[int, int]:
+    """Returns the steps and tokens that a checkpoint has behind it; (0, 0) without one."""
+    return (start.saved["train"]["step"], start.saved["train"]["tokens"]) if start.saved else (0, 0)
+
+
+def _epoch_tokens(dataset: Dataset, config: Config, start: StartingPoint) -> int:
+    # A run that an earlier version began goes on in that version's order of the data.
+    version = start.saved["cursor"]["version"] if start.saved else PLAN_VERSION
+    return dataset.epoch_tokens(config.training.block_size, version)
+
+
+def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
+    """Returns the config with the evaluated rows of the checkpoint and, where this many processes
+    can have it, its micro-batch: another one rounds differently."""
+    micro_step = micro_batch(saved) * config.training.block_size * world.size
+    fits = (config.training.tokens_per_step or 0) % micro_step == 0
+    found = with_batch(config, micro_batch(saved), eval_batch(saved))
+    return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
+
+
+def open_data(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
+    """Returns the indexed text, in the tokens of `tokenizer` or of the config. The embedded corpus
+    is built where it is missing."""
+    if embedded_is_missing(config):
+        folder = Path(config.dataset.parquet_dir)
+        console.info(f"{folder} is missing: building it from the Python standard library...")
+        built = corpus.build(folder)
+        size = f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB"
+        console.info(f"{size}, {built.seconds:.1f}s")
+    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size, tokenizer)
+
+
+def check_fits(
+    start: StartingPoint, dataset: Dataset, config: Config, world_size: int
+) -> list[str]:
+    """Returns what differs from the checkpoint, as lines; raises CheckpointError and DataError
+    where the run cannot go on."""
+    assert start.resume is not None and start.saved_config is not None
+    saved, before = start.saved, start.saved_config
+    processes = len(saved["rng"]), world_size
+    lines = check_resumable(before, config, str(start.resume.path), processes)
+    dataset.check_unchanged(saved["data"])
+    check_data_state(dataset, config, saved["cursor"], world_size)
+    documents = not dataset.source.units(config.training.block_size).whole_rows
+    earlier = documents and saved["cursor"]["version"] < PLAN_VERSION
+    if earlier and config.training.epochs is not None:
+        lines.append(
+            "Its data plan is of an earlier version and goes on as it was: an epoch ends with the "
+            "longest lane, and its length is estimated from the sizes in the files"
+        )
+    tokens = _epoch_tokens(dataset, config, start)
+    steps = [
+        planned_steps(each, count, tokens, done_steps(start))
+        for each, count in ((before, processes[0]), (config, world_size))
+    ]
+    rate_before = learning_rate(start.resume.step, before, steps[0])
+    rate_after = learning_rate(start.resume.step + 1, config, steps[1])
+    return [*lines, f"Learning rate: {rate_before:.2e} before, {rate_after:.2e} from here"]

@@ -1,0 +1,102 @@
+"""Where a run begins: new weights, weights of another model, or a checkpoint to continue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from config import Config, Request
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.build import tokenizer_from_dict
+from engine.checkpoint.resume_rules import experiment_differences, resume_from_folder
+from engine.checkpoint.save_load import Resume, check_weights, load_checkpoint, resolve_resume
+from engine.hardware.distributed import World
+from engine.monitor import console
+from engine.run_directory.manifest import CONFIG
+from engine.run_directory.run_files import check_config
+from engine.setup.initial_weights import (
+    keep_decided_options,
+    read_weights,
+    tokenizer_of_weights,
+    with_shape_of,
+)
+from model.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run begins, and what that decides of its config."""
+
+    config: Config
+    """As asked for, with the model's shape where weights decide it."""
+    resume: Resume | None = None
+    saved: dict[str, Any] = field(default_factory=dict)
+    """The checkpoint's content; empty where none is resumed. Emptied once it is loaded."""
+    saved_config: Config | None = None
+    weights: Pretrained | None = None
+    """What a new run begins with in place of random numbers; None for a resumed one."""
+    tokenizer: Tokenizer | None = None
+    """The one the weights were trained with; None where the config's own counts."""
+    lines: tuple[str, ...] = ()
+    """What the weights changed in the config."""
+
+
+def find_starting_point(request: Request, world: World) -> StartingPoint:
+    """Reads the checkpoint or the weights that the config names; raises CheckpointError."""
+    config = resume_from_folder(request.config)
+    # The main process chooses: others might see a checkpoint that was written a moment later.
+    resume = world.broadcast(find_resume(config, request) if world.is_main else None)
+    if resume is not None:
+        return _from_checkpoint(config, request, resume)
+    if config.training.init_from != "scratch":
+        return _from_weights(config, request, world)
+    return StartingPoint(config)
+
+
+def _from_checkpoint(config: Config, request: Request, resume: Resume) -> StartingPoint:
+    saved = load_checkpoint(resume.path)
+    saved_config = check_weights(resume.path, saved)
+    if request.config.training.init_from == "resume":  # what the run began with, it keeps
+        origin = saved_config.training.init_from
+        config = replace(config, training=replace(config.training, init_from=origin))
+    tokenizer = None
+    if config.training.init_from != "scratch":
+        config = keep_decided_options(config, request, saved_config)
+        if config.tokenizer.name == saved_config.tokenizer.name:
+            tokenizer = tokenizer_from_dict(saved["tokenizer"])
+    return StartingPoint(config, resume, saved, saved_config, tokenizer=tokenizer)
+
+
+def _from_weights(config: Config, request: Request, world: World) -> StartingPoint:
+    console.info(f"Reading the weights of {config.training.init_from}...")
+    with world.main_first():  # one process downloads, the others find the file
+        weights = read_weights(config, request)
+    console.info(weights.source)
+    tokenizer = tokenizer_of_weights(config, request, weights.tokenizer)
+    config, lines = with_shape_of(config, request, weights, tokenizer)
+    return StartingPoint(config, weights=weights, tokenizer=tokenizer, lines=tuple(lines))
+
+
+def find_resume(config: Config, request: Request) -> Resume | None:
+    """Returns the checkpoint that `resume_from_checkpoint` means; prints what was rejected."""
+    wanted = config.training.resume_from_checkpoint
+    if wanted is None:
+        return None
+
+    def differing(saved: Config) -> list[str]:
+        return experiment_differences(saved, keep_decided_options(config, request, saved))
+
+    resume, notes = resolve_resume(wanted, Path(config.training.checkpoint_dir), differing)
+    console.info(*notes)
+    return resume
+
+
+def check_own_config(files: Sequence[str], resume: Resume) -> None:
+    """Raises CheckpointError where one of `files` is the config.yaml of the resumed run and was
+    changed since the run saved it: an edit there would pass for what the run was."""
+    own = resume.run_dir / CONFIG
+    if any(os.path.exists(file) and os.path.samefile(file, own) for file in files):
+        check_config(resume.run_dir)
