@@ -151,7 +151,7 @@ REFUSED: list[tuple[Damage, str]] = [
 ]
 TOKENIZERS = (
     ({"kind": "char", "characters": 7}, ": not the description of a tokenizer"),
-    ({"kind": "runes"}, ": a tokenizer of kind 'runes'"),
+    ({"kind": "runes"}, ": a tokenizer of the unknown kind 'runes'"),
     ({"kind": "ids", "vocab_size": 10**9}, " has 1000000000 tokens, and its model 256"),
 )
 SAME: list[Damage] = [
