@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from config import CheckpointError, Config, ConfigError, UserError, device_option
+from config import CheckpointError, Config, ConfigError, device_option
+from settings.cli import exit_on_signals, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,14 +36,9 @@ _LOAD = "BDH(BDHConfig(**json.load(open('config.json')))).load_state_dict(load_f
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns its exit code."""
     args = read_arguments(argv)
-    try:
-        print(*export(args), sep="\n")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(lambda: print(*export(args), sep="\n"))
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -115,13 +109,6 @@ def _upstream(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict
     return to_upstream(model), {"config.json": shape}
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Leaves through the blocks that delete what is half done."""
-    del frame
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    exit_on_signals()
     sys.exit(main())

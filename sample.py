@@ -15,15 +15,15 @@ nanoGPT's commands work too: --out_dir=out, a preset (config/x.py), --start=FILE
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
@@ -45,13 +45,16 @@ from config import (
     device_option,
 )
 from settings import sampling as nanogpt
+from settings.cli import LARGEST, number_type, run_command
 
 if TYPE_CHECKING:
-    from data.tokenizers.base import StreamDecoder, Tokenizer
+    import torch
 
-_LARGEST = 2**63 - 1  # what a random generator takes
-_TOGETHER = 8  # samples drawn at once, where their states fit in so many bytes
-_STATE_BYTES = 2**31
+    from data.tokenizers.base import StreamDecoder, Tokenizer
+    from model.interface import LanguageModel
+
+_MAX_BATCH = 8  # samples drawn at once, if their caches fit in _MAX_CACHE_BYTES
+_MAX_CACHE_BYTES = 2**31
 _CONTEXT = "tokens the model looks back on; 0: all (default: block_size, as in training)"
 _GREEDY = 1e-6  # a lower temperature draws the likeliest token anyway, or overflows
 
@@ -72,13 +75,18 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         help="checkpoint, run, folder of runs or export",
     )
     add("--prompt", metavar="TEXT", help="text to continue (default: a line break)")
-    add("--num-samples", type=_number(int, 1), metavar="N", help="default: 1")
-    add("--max-new-tokens", type=_number(int, 1), default=500, metavar="N", help="default: 500")
-    add("--temperature", type=_number(float, 0), default=0.8, metavar="T", help="0: greedy")
-    add("--top-k", type=_number(int, 1), metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=_number(float, 0, 1), metavar="P", help="draw from this much probability")
-    add("--context", type=_number(int, 0), metavar="N", help=_CONTEXT)
-    add("--seed", type=_number(int, 0), default=1337, metavar="S", help="default: 1337")
+    add("--num-samples", type=number_type(int, 1), metavar="N", help="default: 1")
+    add("--max-new-tokens", type=number_type(int, 1), default=500, metavar="N", help="default: 500")
+    add("--temperature", type=number_type(float, 0), default=0.8, metavar="T", help="0: greedy")
+    add("--top-k", type=number_type(int, 1), metavar="K", help="draw from the K likeliest tokens")
+    add(
+        "--top-p",
+        type=number_type(float, 0, 1),
+        metavar="P",
+        help="draw from this much probability",
+    )
+    add("--context", type=number_type(int, 0), metavar="N", help=_CONTEXT)
+    add("--seed", type=number_type(int, 0), default=1337, metavar="S", help="default: 1337")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add = parser.add_argument_group(
         "nanoGPT's names",
@@ -133,26 +141,10 @@ def _resolve_names(parser: argparse.ArgumentParser, found: argparse.Namespace) -
     found.num_samples = found.num_samples or 1
 
 
-def _number(
-    kind: type[int] | type[float], least: float, most: float = _LARGEST
-) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not least <= value <= most:
-            one_sided = most == _LARGEST and not value > most
-            limit = f">= {least}" if one_sided else f"in [{least}, {most}]"
-            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it in errors
-    return parse
-
-
 def write_samples(arguments: argparse.Namespace) -> None:
     """Loads the model and writes the samples; raises UserError."""
     import torch  # slow to import: a wrong command line is answered before
 
-    from engine.checkpoint.save_load import open_model
     from engine.hardware.device import resolve_device
     from engine.hardware.memory import keep_freed_memory
     from model.generate import Sampling, generate
@@ -160,50 +152,60 @@ def write_samples(arguments: argparse.Namespace) -> None:
     device = resolve_device(device_option(arguments.device))
     if device.type == "cpu":
         keep_freed_memory()
+    given = arguments.prompt
     if arguments.from_file:
-        arguments.prompt = _read_text(arguments.prompt.removeprefix("FILE:"))
-    try:
-        model, config, spec = open_model(arguments.path, device)
-    except CheckpointError as error:  # its remedies name the option of training
-        message = str(error).replace("training.init_from", "--init-from")
-        raise CheckpointError(message if arguments.published else str(error)) from error
-    tokenizer = open_tokenizer(arguments.path, spec, config)
-    arguments.prompt, ids = read_prompt(arguments.prompt, tokenizer)
-    prompt = torch.tensor([ids])
+        given = _read_text(given.removeprefix("FILE:"))
+    model, config, tokenizer = _load(arguments, device)
+    prompt, ids = read_prompt(given, tokenizer)
     temperature = 0.0 if arguments.temperature < _GREEDY else arguments.temperature
     sampling = Sampling(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
-    began, count, drawn = time.monotonic(), arguments.num_samples, 0
-    end = tokenizer.separator if config.model.mask == "causal_document" else None
+    separator = tokenizer.separator if config.model.mask == "causal_document" else None
     asked = config.training.block_size if arguments.context is None else arguments.context
     context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
-    length = prompt.shape[1] + arguments.max_new_tokens
-    together = max(1, min(_TOGETHER, _STATE_BYTES // model.cache_bytes(length)))
-    for first in range(0, count, together):
-        numbers = range(first, min(first + together, count))
-        seeds = [(arguments.seed + number) % (_LARGEST + 1) for number in numbers]
+    cache_bytes = model.cache_bytes(len(ids) + arguments.max_new_tokens)
+    batch_size = max(1, min(_MAX_BATCH, _MAX_CACHE_BYTES // cache_bytes))
+    began, count, drawn = time.monotonic(), arguments.num_samples, 0
+    for first in range(0, count, batch_size):
+        numbers = range(first, min(first + batch_size, count))
+        # Each sample has a generator of its own, so it does not depend on the batch it is drawn in.
+        seeds = [(arguments.seed + number) % (LARGEST + 1) for number in numbers]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        tokens = generate(model, prompt.to(device), sampling, generators, context)
-        decoders = [tokenizer.stream_decoder() for _ in numbers]
-        for decoder in decoders:
-            decoder.decode(ids)  # what follows may depend on it: a blank, half a character
+        tokens = generate(model, torch.tensor([ids], device=device), sampling, generators, context)
+        samples = []
+        for number in numbers:
+            title = f"--- sample {number + 1} of {count}\n" if count > 1 else ""
+            samples.append(Sample(tokenizer.stream_decoder(), [title, prompt]))
+            # What follows may depend on the prompt's last token: a blank, half a character.
+            samples[-1].decoder.decode(ids)
         steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
-        drawn += write_together(arguments, numbers, decoders, steps, end)
+        drawn += write_batch(samples, steps, separator)
     seconds = time.monotonic() - began
     print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def open_tokenizer(path: str, spec: dict[str, Any], config: Config) -> Tokenizer:
-    """What makes text of the model's tokens; raises CheckpointError that names the file."""
-    from data.sources import meta
+def _load(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[LanguageModel, Config, Tokenizer]:
+    """Returns the model in eval mode, its config and tokenizer; raises CheckpointError that names
+    the file."""
+    from data.sources.meta import open_tokenizer
+    from engine.checkpoint.save_load import open_model
 
+    path = arguments.path
     try:
-        tokenizer = meta.open_tokenizer(spec)
+        model, config, description = open_model(path, device)
+    except CheckpointError as error:
+        # Its remedies name the option of training, which is an option of this command too.
+        message = str(error).replace("training.init_from", "--init-from")
+        raise CheckpointError(message if arguments.published else str(error)) from error
+    try:
+        tokenizer = open_tokenizer(description)
     except DataError as error:
         raise CheckpointError(f"{path}: its tokenizer: {error}") from error
-    size, rows = tokenizer.vocab_size, config.model.vocab_size
-    if not 0 < size <= (rows or size):
-        raise CheckpointError(f"{path}: its tokenizer has {size} tokens, and its model {rows}.")
-    return tokenizer
+    size, vocab_size = tokenizer.vocab_size, config.model.vocab_size
+    if not 0 < size <= (vocab_size or size):
+        raise CheckpointError(f"{path}: its tokenizer has {size} tokens, its model {vocab_size}.")
+    return model, config, tokenizer
 
 
 def _read_text(path: str) -> str:
@@ -216,46 +218,52 @@ def _read_text(path: str) -> str:
 
 
 def read_prompt(text: str | None, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens, of which there is at least one; raises DataError."""
+    """Returns the prompt as text and as at least one token; raises DataError."""
     try:
         ids = tokenizer.encode("\n" if text is None else text).tolist()
     except UserError:
         if text is not None:
             raise
-        ids = []  # these tokens have no line break
+        ids = []  # the vocabulary has no line break
     if not ids:
         ids = [tokenizer.separator or 0]
     return (tokenizer.decode(ids) if text is None else text), ids
 
 
-def write_together(
-    arguments: argparse.Namespace,
-    numbers: range,
-    decoders: Sequence[StreamDecoder],
-    steps: Iterator[list[int]],
-    end: int | None,
-) -> int:
+@dataclass
+class Sample:
+    """A sample that is being drawn."""
+
+    decoder: StreamDecoder
+    pieces: list[str]
+    ended: bool = False
+
+
+def write_batch(samples: list[Sample], steps: Iterator[list[int]], separator: int | None) -> int:
     """Streams the first of the samples drawn together; the others follow when all are done.
 
-    A sample ends before the token `end`. Returns how many tokens all of them have, prompts aside.
+    Args:
+        samples: with their titles and prompts as the first pieces.
+        steps: the next token of each sample, again and again.
+        separator: the token before which a sample ends; None: none does.
+
+    Returns how many tokens all samples have, prompts aside.
     """
-    total = arguments.num_samples
-    titles = [f"--- sample {n + 1} of {total}\n" if total > 1 else "" for n in numbers]
-    texts = [[title, arguments.prompt] for title in titles]
-    _write("".join(texts[0]))
-    ended, drawn = [False for _ in numbers], 0
+    first, drawn = samples[0], 0
+    _write("".join(first.pieces))
     for tokens in steps:
-        ended = [was or token == end for was, token in zip(ended, tokens, strict=True)]
-        if all(ended):
-            break
-        for number, token in enumerate(tokens):
-            if not ended[number]:
+        for sample, token in zip(samples, tokens, strict=True):
+            sample.ended = sample.ended or token == separator
+            if not sample.ended:
                 drawn += 1
-                texts[number].append(decoders[number].decode([token]))
-                if number == 0:
-                    _write(texts[0][-1])
-    for number, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
-        _write(("".join(text) if number else "") + decoder.decode([], final=True) + "\n")
+                sample.pieces.append(sample.decoder.decode([token]))
+                if sample is first:
+                    _write(sample.pieces[-1])
+        if all(sample.ended for sample in samples):
+            break
+    for sample in samples:
+        rest = "" if sample is first else "".join(sample.pieces)
+        _write(rest + sample.decoder.decode([], final=True) + "\n")
     return drawn
 
 
@@ -272,17 +280,11 @@ def _write(text: str) -> None:
 
 
 def main() -> int:
+    """Runs the command; returns its exit code."""
     arguments = read_arguments(sys.argv[1:])
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows '?'
-        sys.stdout.reconfigure(errors="replace")
     for note in arguments.notes:
         print(f"note: {note}", file=sys.stderr)
-    try:
-        write_samples(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(lambda: write_samples(arguments))
 
 
 if __name__ == "__main__":

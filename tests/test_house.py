@@ -17,6 +17,7 @@ SCRIPTS = ("train", "sample", "prepare", "export", "runs")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings.terminal", "settings.formatting"),
     ("settings.errors",),
+    ("settings.cli",),
     ("files",),
     ("settings",),
     ("config",),
@@ -36,6 +37,7 @@ LOOSE = {
 }
 NO_TORCH = (
     "settings.errors",
+    "settings.cli",
     "settings.terminal",
     "settings.formatting",
     "files",

@@ -78,19 +78,19 @@ def test_samples_drawn_together_are_those_drawn_alone(
 ) -> None:
     options = [runs, "--prompt", "the ", "--max-new-tokens", "12", "--device", "cpu"]
     alone = [written(capsys, *options, "--seed", str(5 + number)) for number in range(3)]
-    monkeypatch.setattr(sample, "_TOGETHER", 2)
+    monkeypatch.setattr(sample, "_MAX_BATCH", 2)
     together = written(capsys, *options, "--seed", "5", "--num-samples", "3")
     titles = [f"--- sample {number} of 3\n" for number in (1, 2, 3)]
     assert together == "".join(t + text for t, text in zip(titles, alone, strict=True))
 
 
 def test_a_sample_ends_before_the_end_of_its_document(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = sample.read_arguments(["x", "--prompt", ">", "--num-samples", "2"])
-    decoders = [build_tokenizer(TokenizerConfig(name="bytes")).stream_decoder() for _ in range(2)]
+    tokenizer = build_tokenizer(TokenizerConfig(name="bytes"))
+    samples = [sample.Sample(tokenizer.stream_decoder(), [title, ">"]) for title in ("1:", "2:")]
     steps = iter([[97, 98], [0, 99], [100, 0], [101, 101]])
-    drawn = sample.write_together(arguments, range(2), decoders, steps, 0)
+    drawn = sample.write_batch(samples, steps, 0)
     assert drawn == 3  # neither the ends of documents nor what was drawn beside them after one
-    assert capsys.readouterr().out == "--- sample 1 of 2\n>a\n--- sample 2 of 2\n>bc\n"
+    assert capsys.readouterr().out == "1:>a\n2:>bc\n"
     assert next(steps) == [101, 101]  # nothing is drawn after the last end
 
 
@@ -108,6 +108,7 @@ def test_a_tiny_temperature_is_greedy(
     assert written(capsys, runs, *options, temperature) == written(capsys, runs, *options, "0")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(runs: str) -> None:
     child = subprocess.Popen(
         [*COMMAND, runs, "--max-new-tokens", "100000", "--device", "cpu"],
@@ -123,6 +124,7 @@ def test_a_reader_that_leaves_ends_it_quietly(runs: str) -> None:
     assert (child.wait(), errors) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_and_exit_code_5(runs: str) -> None:
     with open("/dev/full", "w") as full:
@@ -133,6 +135,7 @@ def test_a_full_disk_is_one_line_and_exit_code_5(runs: str) -> None:
     assert done.stderr == "standard output: cannot be written: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_torch_is_imported_leaves_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(
         "import time\nprint('importing', flush=True)\ntime.sleep(60)"
@@ -267,7 +270,7 @@ def test_published_weights_write_text(
     monkeypatch.setattr("model.pretrained._published", lambda name: folder)
     assert written(capsys, "--init_from=gpt2-xl", *options) == text
     write_published(folder)  # 19 tokens
-    with pytest.raises(CheckpointError, match="its tokenizer has 262 tokens, and its model 19"):
+    with pytest.raises(CheckpointError, match="its tokenizer has 262 tokens, its model 19"):
         written(capsys, f"--init_from={folder}", *options)
 
 
