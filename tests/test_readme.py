@@ -1,4 +1,4 @@
-"""The README says what is so: its commands parse, its files exist, its tree is the tree."""
+"""README and docs say what is so: commands parse, files and links exist, the tree is the tree."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from config import Config, command_line
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join((README, *GUIDES))
 BETWEEN_COMMANDS = {"&&", "||", ";", "|"}
 
 
 def blocks(language: str) -> list[str]:
     """The contents of the fenced blocks of one language; '' for those without."""
-    found: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    found: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
     return [content for name, content in found if name == language]
 
 
@@ -125,7 +127,7 @@ def test_every_command_means_something(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_targets_of_make_that_the_text_names_exist() -> None:
-    named = set(re.findall(r"`make ([a-z]+)", README))
+    named = set(re.findall(r"`make ([a-z]+)", TEXT))
     assert named <= make_targets() and {"help", "demo", "test"} <= make_targets()
 
 
@@ -158,3 +160,13 @@ def test_the_tree_names_all_that_is_tracked() -> None:
     named = set(re.findall(r"[\w.-]+", tree_block()))
     hidden = {name for name in tops if name.startswith(".")}
     assert sorted(tops - hidden - named - {"README.md"}) == []
+
+
+def test_links_lead_to_files() -> None:
+    for folder, text in [(ROOT, README), *((ROOT / "docs", guide) for guide in GUIDES)]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 900
