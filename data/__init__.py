@@ -1,29 +1,26 @@
-"""Text in, batches out: parquet and token files, tokens, order, rows; knows nothing of models.
+"""Text in, batches out: files, tokens, the order of documents, rows. Knows no model.
 
-order (pure) <- dataset <- loader, which know no kind of file. The two kinds that there are stand
-beside them: index <- parquet <- folder, memmap <- tokens. opening picks one, and the tokenizer.
+tokenizers/   text to token ids and back
+sources/      parquet and token files as datasets of segments
+loading/      the order of segments and documents, lanes, rows, batches, prefetching
+preparation/  from raw text to parquet and token files
+factory.py    opens the dataset of a config
+run_data.py   what a run takes from its dataset
 """
 
 from __future__ import annotations
 
 from data.factory import open_dataset
-from data.loading.loader import (
-    BatchSpec,
-    StepBatch,
-    TrainLoader,
-    evaluation_rows,
-    merge_data_states,
-)
-from data.loading.packing import document_ids
-from data.sources.base import Dataset, DatasetStats
+from data.loading.evaluation_rows import evaluation_rows
+from data.loading.load_plan import BatchSpec, merge_data_states
+from data.loading.loader import StepBatch, TrainLoader
+from data.sources.dataset import Dataset
 
 __all__ = [
     "BatchSpec",
     "Dataset",
-    "DatasetStats",
     "StepBatch",
     "TrainLoader",
-    "document_ids",
     "evaluation_rows",
     "merge_data_states",
     "open_dataset",

@@ -1,8 +1,7 @@
-"""From the options of a run to its text and tokenizer.
+"""Opens the dataset of a config: parquet or token files, and the tokenizer of its tokens.
 
-The one idea: parquet files hold text, which any tokenizer can encode. Token files hold what one has
-encoded already: there the tokenizer is the one that a meta file beside them names, or one that does
-not contradict it.
+Parquet files hold text, which any tokenizer can encode. Token files hold text that one tokenizer
+has encoded: the one that a meta file beside them names, or one that does not contradict it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from config import DataError, DatasetConfig, TokenizerConfig, token_paths
-from data.sources.base import Dataset
+from data.sources.dataset import Dataset
 from data.sources.meta import GPT2_TOKENS, Meta, read_metas
-from data.sources.parquet_index import Index, build_index
-from data.sources.parquet_text import characters, check_row_groups, check_rows, open_folder
+from data.sources.parquet_dataset import characters, check_row_groups, check_rows, open_parquet
+from data.sources.parquet_index import build_index
+from data.sources.token_dataset import TokenDataset, check_split
 from data.sources.token_file import (
     ENDINGS,
     TokenFile,
@@ -27,12 +27,11 @@ from data.sources.token_file import (
     find_files,
     open_files,
 )
-from data.sources.token_text import TokenText, check_split
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import build_tokenizer
 from data.tokenizers.simple import IdTokenizer, char_tokenizer
 
-_DESCRIBED = 10  # meta files that the start of a run names, at most
+_LISTED_METAS = 10  # meta files that the start of a run names, at most
 
 
 def open_dataset(
@@ -41,22 +40,23 @@ def open_dataset(
     vocab_size: int | None = None,
     known: Tokenizer | None = None,
 ) -> Dataset:
-    """Index and split the text of the config.
+    """Indexes and splits the data of a config.
 
-    Reads the footers of parquet files, and of text that is not to be bytes also a sample (for
-    tokenizer `char` all of it, once); of token files a sample. `vocab_size`, the model's, counts
-    where nothing else tells which tokens there are. `known` is the tokenizer of weights that are
-    trained on, in place of that of the config. Raises DataError for data that cannot be used,
-    naming the file, what was found and the remedy.
+    Reads the footers of parquet files (for the tokenizer `char` also the text, once), or samples of
+    token files. Raises DataError for data that cannot be used.
+
+    Args:
+        vocab_size: that of the model; used if nothing else tells which tokens there are.
+        known: the tokenizer of pretrained weights, which takes the place of the config's.
     """
-    dataset = _prepared(dataset)
+    dataset = _with_token_files(dataset)
     if token_paths(dataset) is None:
-        return _open_folder(dataset, tokenizer, known)
+        return _open_parquet_files(dataset, tokenizer, known)
     return _open_token_files(dataset, tokenizer, vocab_size, known)
 
 
-def _prepared(dataset: DatasetConfig) -> DatasetConfig:
-    """A folder that holds train.bin (.ids, .npy) in place of parquet files is its token files."""
+def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:
+    """Names the token files of a folder with train.bin (.ids, .npy) in place of parquet files."""
     folder = dataset.parquet_dir
     names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     endings = [ending for ending in ENDINGS if f"train{ending}" in names]
@@ -70,20 +70,21 @@ def _prepared(dataset: DatasetConfig) -> DatasetConfig:
     )
 
 
-def _open_folder(
+def _open_parquet_files(
     dataset: DatasetConfig, config: TokenizerConfig, known: Tokenizer | None
 ) -> Dataset:
     index = build_index(dataset.parquet_dir, dataset.text_column, dataset.on_bad_shard == "skip")
     check_rows(index)
     check_row_groups(index)
-    tokenizer = known or _text_tokenizer(config, index, dataset)
-    return Dataset(open_folder(index, dataset, tokenizer), tokenizer)
-
-
-def _text_tokenizer(config: TokenizerConfig, index: Index, dataset: DatasetConfig) -> Tokenizer:
-    if config.name == "char":
-        return char_tokenizer(characters(index, dataset))
-    return build_tokenizer(replace(config, name="bytes") if config.name == "auto" else config)
+    if known is not None:
+        tokenizer = known
+    elif config.name == "char":
+        tokenizer = char_tokenizer(characters(index, dataset))
+    else:
+        tokenizer = build_tokenizer(
+            replace(config, name="bytes") if config.name == "auto" else config
+        )
+    return open_parquet(index, dataset, tokenizer)
 
 
 def _open_token_files(
@@ -102,28 +103,28 @@ def _open_token_files(
     beside = [read_metas(files) for files in found]
     metas = list({meta.path: meta for metas in beside for meta in metas if meta}.values())
     told = metas or vocab_size or config.name != "auto" or known
-    notes = [] if told else _assumed(dataset)
+    notes = [] if told else _gpt2_note(dataset)
     tokenizer = known or _token_tokenizer(
         config, metas, found[0][0], GPT2_TOKENS if notes else vocab_size
     )
     if known is not None:
         written = [(meta.tokenizer, meta.path) for meta in metas if meta.tokenizer]
-        _agreed([(known, "the weights that are trained on"), *written])
+        _same_tokenizer([(known, "the weights that are trained on"), *written])
     opened: list[tuple[TokenFile, ...]] = []
-    notes += [_meta_note(meta, tokenizer) for meta in metas[:_DESCRIBED]]
+    notes += [_meta_note(meta, tokenizer) for meta in metas[:_LISTED_METAS]]
     for files, descriptions in zip(found, beside, strict=True):
         dtypes, note = _token_dtypes(files, descriptions, dataset.token_dtype, tokenizer)
         opened.append(open_files(files, dtypes, descriptions))
         notes += note
     train_files, val_files = opened[0], opened[1] if len(opened) > 1 else ()
     notes = _checked_notes(train_files + val_files, tokenizer.vocab_size) + notes
-    text = TokenText(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
+    text = TokenDataset(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
     check_split(text)
-    return Dataset(text, tokenizer)
+    return text
 
 
-def _assumed(dataset: DatasetConfig) -> list[str]:
-    """What a folder of nanoGPT's holds where it does not say: its scripts write GPT-2's tokens."""
+def _gpt2_note(dataset: DatasetConfig) -> list[str]:
+    """Returns a note that the data is taken for GPT-2 tokens, which nanoGPT's scripts write."""
     if dataset.name is None:
         return []
     return [
@@ -135,11 +136,11 @@ def _assumed(dataset: DatasetConfig) -> list[str]:
 def _token_tokenizer(
     config: TokenizerConfig, metas: Sequence[Meta], path: str, vocab_size: int | None
 ) -> Tokenizer:
-    """The tokenizer of token files; DataError where it is unknown or a meta file contradicts."""
+    """Returns the tokenizer of token files; DataError if it is unknown or a meta file differs."""
     written = [(meta.tokenizer, meta.path) for meta in metas if meta.tokenizer]
     stated = f"tokenizer.name={config.name}"
     if config.name not in ("auto", "char"):
-        return _agreed([(build_tokenizer(config), stated), *written])
+        return _same_tokenizer([(build_tokenizer(config), stated), *written])
     if not written and config.name == "char":
         raise DataError(
             f"{path}: {stated}, but no meta file beside it says which characters the tokens are. "
@@ -152,11 +153,11 @@ def _token_tokenizer(
             f"{stated}, but the tokens are of {written[0][0].name} by {written[0][1]}. "
             "Set tokenizer.name: auto"
         )
-    return _agreed(written)
+    return _same_tokenizer(written)
 
 
-def _agreed(claims: Sequence[tuple[Tokenizer, str]]) -> Tokenizer:
-    """The tokenizer that all name."""
+def _same_tokenizer(claims: Sequence[tuple[Tokenizer, str]]) -> Tokenizer:
+    """Returns the tokenizer of claims (tokenizer, source); raises DataError if they differ."""
     first, source = claims[0]
     for other, place in claims[1:]:
         if other.fingerprint != first.fingerprint:
@@ -182,9 +183,9 @@ def _tokens_without_text(metas: Sequence[Meta], path: str, vocab_size: int | Non
 def _token_dtypes(
     files: Sequence[str], metas: Sequence[Meta | None], stated: str, tokenizer: Tokenizer
 ) -> tuple[list[np.dtype[Any] | None], list[str]]:
-    """The dtype of each .bin and .ids as stated, written in its meta file or detected; and a note.
+    """Returns the dtype of each file, by option, meta file or detection, and a note on the last.
 
-    None for .npy, whose header tells it.
+    None for .npy, whose header has it.
     """
     if stated != "auto":
         return [np.dtype(stated)] * len(files), []
@@ -207,7 +208,7 @@ def _token_dtypes(
 
 
 def _checked_notes(files: Sequence[TokenFile], vocab_size: int) -> list[str]:
-    """What the start of a run has checked of the tokens, and what nothing protects."""
+    """Returns lines on which tokens the start of a run has checked, and on missing checksums."""
     total, checked = sum(file.count for file in files), check_at_start(files, vocab_size)
     part = "all" if checked == total else f"{checked:,} of"
     rest = "" if checked == total else "; the rest as it is read"

@@ -1,7 +1,6 @@
-"""All that a run takes from its text: batches, evaluation rows, document numbers, identity.
+"""What a run takes from its dataset: batches, evaluation rows, document numbers, identity.
 
-The one idea: what is read in a run is asked for here, by the run's whole config, so that the loader
-and the dataset below need to know one section each.
+Only this module reads the whole config; the loader and the dataset below know one section each.
 """
 
 from __future__ import annotations
@@ -23,49 +22,51 @@ from config import (
     sequences_per_step,
     token_paths,
 )
-from data.loading.loader import (
-    BatchSpec,
-    StepBatch,
-    TrainLoader,
-    check_fits,
-    evaluation_rows,
-    merge_data_states,
-)
+from data.loading import load_plan
+from data.loading.evaluation_rows import evaluation_rows
+from data.loading.load_plan import BatchSpec, DataState
+from data.loading.loader import StepBatch, TrainLoader
 from data.loading.packing import document_ids
 from data.preparation import corpus
-from data.sources.base import Dataset
+from data.sources.dataset import Dataset
+
+DocumentIds = Callable[[Tensor], Tensor]
+"""Numbers the documents in rows (B, T) of tokens."""
 
 
 class RunData:
-    """A dataset as one run reads it.
+    """A dataset as one run reads it (Lightning: a DataModule).
 
-    The fixed rows (n, T+1) of the training and of the held-out text are read at once, in batches:
-    so text too short for them is not found out in the middle of a run. Raises DataError, and
-    ConfigError where documents shall be told apart and the tokens do not tell them.
+    Reads the evaluation rows at once, so text too short for them is an error before training.
+    Raises DataError, and ConfigError if documents are to be masked and no token separates them.
     """
 
     def __init__(self, dataset: Dataset, config: Config) -> None:
         self._dataset, self._config = dataset, config
         self.document_ids = document_id_function(dataset, config)
-        """Numbers the documents in rows of tokens; None where tokens may see all before them."""
+        """None if tokens may attend to all tokens before them."""
         self.evaluation = _evaluation_batches(dataset, config)
+        """Rows (n, T + 1) of the training and of the held-out text, in batches; () without any."""
         self.bytes_per_token = self._count_bytes()
-        """Of the held-out rows; None where there are none or their tokens stand for no text."""
+        """Of the held-out rows; None without any, and if their tokens stand for no text."""
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the text, as plain values."""
+        """Returns what a checkpoint keeps of data and tokenizer, as plain values."""
         tokenizer = self._dataset.tokenizer.to_dict()
         return {"data": self._dataset.summary(), "tokenizer": tokenizer}
 
     @staticmethod
-    def merge_data_states(data_states: list[dict[str, Any]]) -> dict[str, Any]:
-        """One data state of those of all processes."""
-        return merge_data_states(data_states)
+    def merge_data_states(data_states: list[DataState]) -> DataState:
+        """Returns one data state of those of all processes."""
+        return load_plan.merge_data_states(data_states)
 
     def batches(
-        self, data_state: dict[str, Any] | None, rank: int, world_size: int, pin: bool
+        self, data_state: DataState | None, rank: int, world_size: int, pin: bool
     ) -> TrainLoader:
-        """The endless training batches of one process, from `data_state` on; `pin`: for a GPU."""
+        """Returns the endless training batches of one process, from a data state on.
+
+        pin: whether batches go to a GPU.
+        """
         spec = batch_spec(self._config, rank, world_size, pin)
         return TrainLoader(self._dataset, spec, self._config.dataloader, data_state)
 
@@ -78,7 +79,7 @@ class RunData:
 
 
 def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) -> BatchSpec:
-    """The steps of a run, and the part of one process in them."""
+    """Returns the batch of a step and the part of one process in it."""
     return BatchSpec(
         block_size=config.training.block_size,
         sequences_per_step=sequences_per_step(config, world_size),
@@ -91,25 +92,34 @@ def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) ->
 
 
 def check_data_state(
-    dataset: Dataset, config: Config, data_state: dict[str, Any], world_size: int
+    dataset: Dataset, config: Config, data_state: DataState, world_size: int
 ) -> None:
-    """Raises DataError where a run cannot go on in the text from the data state of a checkpoint."""
-    units = dataset.source.units(config.training.block_size)
-    check_fits(data_state, units, batch_spec(config, 0, world_size), config.dataloader.shuffle)
+    """Raises DataError unless a run can continue from the data state of a checkpoint."""
+    segments = dataset.segments(config.training.block_size)
+    spec = batch_spec(config, 0, world_size)
+    load_plan.check_data_state(data_state, segments, spec, config.dataloader.shuffle)
 
 
-class RepeatFirstBatch:
-    """The first batch of a loader for ever, which leaves the data where it stands."""
+class RepeatFirstBatch(StepBatch):
+    """The first batch of a loader, repeated: the data stays where it starts."""
 
     epoch = 0
 
     def __init__(self, loader: TrainLoader) -> None:
-        self.data_state: Callable[[], dict[str, Any]] = loader.first_data_state
-        first = next(loader)
-        self.micro_batches, self.describe = first.micro_batches, first.describe
+        self._first, self._start = next(loader), loader.first_data_state()
+        self.micro_batches = self._first.micro_batches
+
+    def data_state(self) -> DataState:
+        """Returns the data state before the batch."""
+        return self._start
+
+    def describe(self) -> list[str]:
+        """Returns the file and the rows or tokens that the batch is made of."""
+        return self._first.describe()
 
     @classmethod
     def for_ever(cls, loader: TrainLoader) -> Iterator[RepeatFirstBatch]:
+        """Returns the batch without end."""
         return repeat(cls(loader))
 
 
@@ -118,7 +128,7 @@ Batch = StepBatch | RepeatFirstBatch
 
 
 def embedded_is_missing(config: Config) -> bool:
-    """Whether the text is the embedded corpus and has yet to be built."""
+    """Returns whether the config's text is the embedded corpus and it has not been built yet."""
     folder = Path(config.dataset.parquet_dir)
     parquet = token_paths(config.dataset) is None
     return parquet and corpus.is_embedded(folder) and not folder.exists()
@@ -136,9 +146,11 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     return tuple(torch.split(each, size) for each in rows)
 
 
-def document_id_function(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
-    """Numbers the documents in rows of tokens; None where tokens may see all before them. Raises
-    ConfigError where no token ends a document."""
+def document_id_function(dataset: Dataset, config: Config) -> DocumentIds | None:
+    """Returns a function that numbers documents; None if tokens may attend to all before them.
+
+    Raises ConfigError if no token separates documents.
+    """
     if config.model.mask == "causal":
         return None
     separator = dataset.tokenizer.separator
@@ -148,12 +160,3 @@ def document_id_function(dataset: Dataset, config: Config) -> Callable[[Tensor],
             "a document, so they cannot be told apart. Set model.mask to causal."
         )
     return partial(document_ids, separator=separator)
-
-
-__all__ = [
-    "RepeatFirstBatch",
-    "StepBatch",
-    "RunData",
-    "document_id_function",
-    "embedded_is_missing",
-]

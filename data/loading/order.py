@@ -1,14 +1,26 @@
-"""The order in which text is seen, as pure functions of integers.
+"""The order in which a run sees its text, as pure functions of integers.
 
-The one idea: every order is a sort by a hash of (seed, epoch, what the thing is called). No random
-library takes part, so no version of one can change a run, nothing has to be stored to continue,
-and any process can compute the order of any other.
+Every order is a sort by a hash of (seed, epoch, name of the thing that is sorted). No random
+generator takes part: no library version can change a run, nothing has to be stored to resume, and
+every process can compute the order of every other.
 
-Vocabulary: a *unit* is the smallest piece read at once: documents of one row group, or a row of
-tokens of a token file. Units that share a *key* are neighbours in one row group and stay together
-(a block), because reading them in turn is cheaper. A *lane* is one of V endless token streams; a
-step takes G / V rows from each, in the order of the lanes, so the rows of a step do not depend on
-who reads which lane.
+    row groups   a.parquet: [ 0 ][    1    ]  b.parquet: [ 0 ][ 1 ]     documents, as stored
+    segments     [s0][s1|s2]                  [s3][s4]                  what is read at once
+                          shuffled, then dealt to the lanes in turn
+    lanes        lane 0:  s3 s0 ...        =  t t t t t t t t t t ...   endless streams of tokens
+                 lane 1:  s1 s2 s4 ...     =  t t t t t t t t t t ...
+    rows         lane 0:  [ T+1 tokens ]          each begins with the last token of the one before
+                                    [ T+1 tokens ]
+    batch        [ lane 0: G/V rows | lane 1: G/V rows | ... ]          G rows in each step
+    ranks        [ rank 0: G/W rows       | rank 1: G/W rows | ... ]
+
+Segment: what is read at once: successive documents of one row group, or rows of a token file.
+Shuffle key: the name that a segment is sorted by. The segments of one row group share it and stay
+    together (s1 and s2 above), because reading them one after the other is cheaper.
+Lane: one of V endless token streams. A batch takes the same number of rows from each, lane after
+    lane, so its rows do not depend on which process or worker reads which lane.
+Row: T + 1 tokens, T of them inputs; T is training.block_size.
+Epoch: one pass over the training text. Each epoch has its own order of segments and documents.
 """
 
 from __future__ import annotations
@@ -23,23 +35,30 @@ import numpy.typing as npt
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Integers: TypeAlias = npt.NDArray[np.int64]
+Booleans: TypeAlias = npt.NDArray[np.bool_]
 Tokens: TypeAlias = npt.NDArray[Any]
 """Token ids of any integer type."""
-Pieces: TypeAlias = Integers
-"""(n, 3): a unit, and the first and the last (not included) of its tokens."""
 
+PLAN_VERSION = 2
+"""The rule that deals segments to lanes. In version 1, which old checkpoints continue, the lanes of
+documents were not balanced."""
+
+# More lanes mix documents better, but each holds a segment in memory.
 MAX_LANES = 16
-# Small data is cut into at least about this many units, so that it can be split and mixed.
-MIN_UNITS = 128
+# Small data is cut into about this many segments, so that it can be split and mixed.
+MIN_SEGMENTS = 128
+
+# The constants of splitmix64 (Steele, Lea, Flood 2014). Changing one changes every run.
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9
 _MULTIPLY_2 = 0x94D049BB133111EB
-_UNIT_SALT, _DOCUMENT_SALT, _SPLIT_SALT, _CUT_SALT = 1, 2, 3, 4
+# Each use of the hash has its own salt, so that, say, the split says nothing about the order.
+_SEGMENT_SALT, _DOCUMENT_SALT, _SPLIT_SALT, _OFFSET_SALT = 1, 2, 3, 4
 
 
-def mix(values: Keys) -> Keys:
-    """Hash each value; a bijection on 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
+def hash_array(values: Keys) -> Keys:
+    """Hashes each value with the finalizer of splitmix64, a bijection on 64 bits."""
     z = values + np.uint64(_GOLDEN)
     z ^= z >> np.uint64(30)
     z *= np.uint64(_MULTIPLY_1)
@@ -49,8 +68,8 @@ def mix(values: Keys) -> Keys:
     return z
 
 
-def fold(*words: int) -> int:
-    """Hash integers of any size, in order, into one 64-bit integer."""
+def hash_integers(*words: int) -> int:
+    """Hashes a sequence of integers of any size into one 64-bit integer."""
     state = 0
     for word in words:
         z = ((state ^ (word & _MASK)) + _GOLDEN) & _MASK
@@ -61,45 +80,48 @@ def fold(*words: int) -> int:
 
 
 def path_keys(paths: Iterable[str]) -> Keys:
-    """The key of each relative path: the first 8 bytes of its BLAKE2b."""
+    """Returns a key for each relative path: the first 8 bytes of its BLAKE2b."""
     encoded = (path.encode("utf-8", "surrogateescape") for path in paths)
     digests = b"".join(hashlib.blake2b(path, digest_size=8).digest() for path in encoded)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-def combine(keys: Keys, numbers: npt.NDArray[np.integer]) -> Keys:
-    """Extend each key by a number: the key of group 3 of a file, of slice 2 of a group."""
-    return mix(mix(keys) ^ numbers.astype(np.uint64))
+def numbered_keys(keys: Keys, numbers: npt.NDArray[np.integer]) -> Keys:
+    """Returns a key for number i of a thing with key k, such as row group 3 of a file."""
+    return hash_array(hash_array(keys) ^ numbers.astype(np.uint64))
 
 
-def epoch_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> Integers:
-    """The permutation of units in one epoch; units of equal key stay together, in file order."""
+def segment_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> Integers:
+    """Returns the permutation of segments in one epoch, given their shuffle keys.
+
+    The sort is stable, so segments with the same key stay together and in file order.
+    """
     if not shuffle:
         return np.arange(len(keys), dtype=np.int64)
-    hashed = mix(keys ^ np.uint64(fold(_UNIT_SALT, seed, epoch)))
+    hashed = hash_array(keys ^ np.uint64(hash_integers(_SEGMENT_SALT, seed, epoch)))
     return np.argsort(hashed, kind="stable").astype(np.int64)
 
 
 def document_order(key: int, seed: int, epoch: int, count: int, shuffle: bool = True) -> Integers:
-    """The permutation of the documents inside the unit called `key`."""
+    """Returns the permutation of the `count` documents in the segment whose own key is `key`."""
     numbers = np.arange(count, dtype=np.int64)
     if not shuffle:
         return numbers
-    hashed = mix(numbers.astype(np.uint64) ^ np.uint64(fold(_DOCUMENT_SALT, key, seed, epoch)))
-    return np.argsort(hashed, kind="stable").astype(np.int64)
+    salt = np.uint64(hash_integers(_DOCUMENT_SALT, key, seed, epoch))
+    return np.argsort(hash_array(numbers.astype(np.uint64) ^ salt), kind="stable").astype(np.int64)
 
 
-@lru_cache(maxsize=256)  # asked for every row
-def cut_hash(seed: int, epoch: int, shuffle: bool = True) -> int:
-    """What moves the cuts between the rows of token files from epoch to epoch, 64 bits; or 0."""
-    return fold(_CUT_SALT, seed, epoch) if shuffle else 0
+@lru_cache(maxsize=256)  # called for every row of a token file
+def row_offset_hash(seed: int, epoch: int, shuffle: bool = True) -> int:
+    """Returns 64 bits that decide where the first row of a token file begins in an epoch, or 0."""
+    return hash_integers(_OFFSET_SALT, seed, epoch) if shuffle else 0
 
 
-def split_units(keys: Keys, sizes: Integers, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which units are held out for testing: about `fraction` of the bytes, the same for every seed.
+def choose_held_out(keys: Keys, sizes: Integers, fraction: float) -> Booleans:
+    """Marks the segments held out for testing: about `fraction` of the bytes, for every seed.
 
-    Whole keys are held out, so a block never lies on both sides. With a fraction above 0 at least
-    one key is held out and never all; a key that would take the test share above one half (or
+    Segments with the same shuffle key are held out together. With a fraction above 0 at least one
+    key is held out and never all; a key that would raise the held-out share above one half (or
     above `fraction`) is passed over. With fewer than two keys nothing is held out.
     """
     names, inverse = np.unique(keys, return_inverse=True)
@@ -107,7 +129,8 @@ def split_units(keys: Keys, sizes: Integers, fraction: float) -> npt.NDArray[np.
         return np.zeros(len(keys), dtype=np.bool_)
     weights = np.maximum(np.bincount(inverse, weights=sizes), 1)
     total = float(weights.sum())
-    order = np.argsort(mix(names ^ np.uint64(fold(_SPLIT_SALT))), kind="stable")
+    # The training seed takes no part, so runs with different seeds evaluate on the same text.
+    order = np.argsort(hash_array(names ^ np.uint64(hash_integers(_SPLIT_SALT))), kind="stable")
     held_out = np.zeros(len(names), dtype=np.bool_)
     taken = 0.0
     for name in order:
@@ -119,85 +142,31 @@ def split_units(keys: Keys, sizes: Integers, fraction: float) -> npt.NDArray[np.
     return held_out[inverse]
 
 
-def lane_count(sequences_per_step: int, blocks: int, limit: int = MAX_LANES) -> int:
-    """The largest divisor of `sequences_per_step` that is at most `limit` and at most `blocks`."""
-    most = max(1, min(limit, blocks, sequences_per_step))
-    return next(v for v in range(most, 0, -1) if sequences_per_step % v == 0)
-
-
-def count_blocks(keys: Keys) -> int:
-    """How many different keys there are."""
+def count_distinct(keys: Keys) -> int:
+    """Returns the number of different keys."""
     ordered = np.sort(keys)  # np.unique is ten times slower for millions
     return min(1, len(keys)) + int(np.count_nonzero(ordered[1:] != ordered[:-1]))
 
 
-def lane_of(keys: Keys, lanes: int) -> Integers:
-    """The lane of each place in a plan, given the keys in the order of the plan.
+def lane_count(sequences_per_step: int, available: int, limit: int = MAX_LANES) -> int:
+    """Returns the largest divisor of `sequences_per_step` up to `limit` and `available`.
 
-    Blocks go to the lanes in turn, so equal neighbours stay in one lane.
+    The number of processes takes no part: a run resumed on other hardware keeps its lanes.
     """
-    starts = np.ones(len(keys), dtype=np.int64)
-    starts[1:] = keys[1:] != keys[:-1]
-    return (np.cumsum(starts) - 1) % lanes
-
-
-def lane_targets(tokens: int, lanes: int, epoch: int) -> list[int]:
-    """How many of an epoch's tokens each lane gets; over n epochs ceil(n * tokens / lanes) at most.
-
-    What does not divide moves from lane to lane, so none falls behind by more than one token.
-    """
-    before, after = epoch * tokens, (epoch + 1) * tokens
-    return [(after + lane) // lanes - (before + lane) // lanes for lane in range(lanes)]
-
-
-def balance(lanes: list[Integers], sizes: Integers, targets: list[int]) -> list[Pieces]:
-    """Lanes of units as lanes of pieces, of as many tokens as `targets`, which sum to all of them.
-
-    Each lane keeps its units from the front, up to its target; what lies behind is dealt out, in
-    the order of the lanes, to those whose units end before it.
-    """
-    streams = []
-    for units in lanes:
-        ends = sizes[units]
-        streams.append(np.stack((units, np.zeros_like(ends), ends), axis=1))
-    totals = [int(stream[:, 2].sum()) for stream in streams]
-    kept = [_between(each, 0, target) for each, target in zip(streams, targets, strict=True)]
-    rest = np.concatenate(
-        [_between(s, t, n) for s, t, n in zip(streams, targets, totals, strict=True)]
-    )
-    taken, result = 0, []
-    for pieces, target, total in zip(kept, targets, totals, strict=True):
-        if target > total:
-            more = _between(rest, taken, taken + target - total)
-            pieces = np.concatenate((pieces, more))
-            taken += target - total
-        result.append(pieces)
-    return result
-
-
-def _between(pieces: Pieces, first: int, last: int) -> Pieces:
-    """The tokens [first, last) of a stream of pieces; empty pieces go with what is before them."""
-    ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-    if 0 < first >= last:
-        return pieces[:0]
-    begin = np.searchsorted(ends, first, "right") if first else 0
-    end = np.searchsorted(ends, last, "right")
-    is_cut = end < len(ends) and (ends[end - 1] if end else 0) < last
-    found = pieces[begin : end + 1 if is_cut else end].copy()
-    if is_cut:  # first the end: where there is one piece only, its begin is moved below
-        found[-1, 2] -= ends[end] - last
-    if first and len(found):
-        found[0, 1] += first - (ends[begin - 1] if begin else 0)
-    return found
+    most = max(1, min(limit, available, sequences_per_step))
+    return next(v for v in range(most, 0, -1) if sequences_per_step % v == 0)
 
 
 def rank_rows(sequences_per_step: int, world_size: int, rank: int) -> range:
-    """The rows of the global batch that process `rank` reads; the world size divides the rows."""
+    """Returns the rows of the batch that process `rank` reads; world_size divides the rows."""
     share = sequences_per_step // world_size
     return range(rank * share, (rank + 1) * share)
 
 
 def rank_lanes(rows: range, sequences_per_step: int, lanes: int) -> range:
-    """The lanes these rows belong to; neighbours may share one when lanes are fewer than ranks."""
+    """Returns the lanes that these rows come from.
+
+    With fewer lanes than ranks, neighbouring ranks read the same lane and keep different rows.
+    """
     each = sequences_per_step // lanes
     return range(rows.start // each, (rows.stop - 1) // each + 1)

@@ -1,191 +1,220 @@
-"""From units to rows of T + 1 tokens.
+"""From segments to rows of T + 1 tokens.
 
-The one idea: a lane is one endless stream of tokens, epoch after epoch, and a row is a window of
-T + 1 tokens that advances by T. Nothing is dropped and nothing is padded: what is left of a unit
-begins the next row, or every unit is whole rows, and none joins two. The state of a lane is
-therefore the address of its next token, three integers.
+A lane is an endless stream of tokens, epoch after epoch. Documents are packed: a row is a window of
+T + 1 tokens that moves on by T, across the ends of documents and segments, so no token is dropped
+and none is padding. The last token of a row is the first of the next one: there it is a target,
+here an input. In token files every segment is whole rows, and no row crosses its end.
+
+The state of a lane is therefore the position of its next token: three integers.
 """
 
 from __future__ import annotations
 
 import bisect
 import mmap
-from itertools import product
-from typing import NoReturn, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from itertools import pairwise, product
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from config import DataError
-from data.loading.order import Integers, Tokens
+from data.loading.lanes import LanePlan
+from data.loading.order import Tokens
+from data.sources.dataset import Reader
 
-Address: TypeAlias = tuple[int, int, int]
-"""(epoch, place in the lane's plan, token of what the lane reads there)"""
-
-
-_EMPTY_UNITS = 1000  # so many in a row, and a whole epoch of them, mean that there is no text
-
-
-class TokenSource(Protocol):
-    """What a lane reads from."""
-
-    def lane_units(self, epoch: int, lane: int) -> Integers:
-        """The units of a lane in one epoch, in reading order."""
-
-    def tokens(self, epoch: int, lane: int, place: int) -> Tokens:
-        """What the lane reads of the unit at that place, perhaps as a view of something larger."""
+# As many empty segments in a row, and a whole epoch of them, mean that there is no text.
+_EMPTY_SEGMENTS = 1000
 
 
-class Trace:
-    """Where the tokens of one `fill` came from, T of each row."""
+class Position(NamedTuple):
+    """A token of a lane."""
 
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.addresses: list[Address] = []
-
-    def add(self, start: int, address: Address) -> None:
-        """From token `start` of the rows on, tokens lie one after the other from `address`."""
-        self.starts.append(start)
-        self.addresses.append(address)
-
-    def address(self, token: int) -> Address:
-        """The address of a token of the rows, or of the one that follows them."""
-        i = bisect.bisect_right(self.starts, token) - 1
-        epoch, place, offset = self.addresses[i]
-        return epoch, place, offset + token - self.starts[i]
-
-    def runs(self, first: int, last: int) -> list[tuple[Address, int]]:
-        """(address, length) of the pieces of tokens [first, last] of the rows, the last one too."""
-        return self._pieces(first, last + 1)
-
-    def _pieces(self, first: int, last: int) -> list[tuple[Address, int]]:
-        inner = [start for start in self.starts if first < start < last]
-        edges = [first, *inner, last]
-        return [
-            (self.address(a), b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b
-        ]
+    epoch: int
+    segment_index: int
+    """Among the segments that the lane reads in this epoch."""
+    token: int
+    """Counted in the part of the segment that the lane reads."""
 
 
-class RowTrace(Trace):
-    """The same where the token after a row is not the first one of the next."""
-
-    def runs(self, first: int, last: int) -> list[tuple[Address, int]]:
-        """(address, length) of the pieces of tokens [first, last), each with the one after it."""
-        return [(address, length + 1) for address, length in self._pieces(first, last)]
+START = Position(0, 0, 0)
 
 
-class _Lane:
-    """The units of one lane from an address on."""
+class LaneReader:
+    """Reads the segments of lanes, as a plan orders them."""
 
-    def __init__(self, source: TokenSource, lane: int, address: Address = (0, 0, 0)) -> None:
-        self._source = source
-        self._lane = lane
-        self._epoch, self._place, self._offset = address
-        self._units = source.lane_units(self._epoch, lane)
+    def __init__(self, reader: Reader, plan: LanePlan) -> None:
+        self._reader, self._plan = reader, plan
+
+    def count(self, epoch: int, lane: int) -> int:
+        """Returns the number of segments that a lane reads in one epoch."""
+        return len(self._plan.lane_segments(epoch, lane))
+
+    def tokens(self, epoch: int, lane: int, index: int) -> Tokens:
+        """Returns what a lane reads of its index-th segment."""
+        plan = self._plan
+        segment = int(plan.lane_segments(epoch, lane)[index])
+        tokens = self._reader.tokens(segment, plan.seed, epoch, plan.shuffle)
+        return tokens[plan.share(epoch, lane, index).of(len(tokens))]
+
+    def locate(self, lane: int, start: Position, length: int) -> tuple[str, list[range]]:
+        """Returns where `length` tokens of one segment are stored (see `Reader.locate`)."""
+        epoch, index, token = start
+        segment = int(self._plan.lane_segments(epoch, lane)[index])
+        order = self._plan.seed, epoch, self._plan.shuffle
+        share = self._plan.share(epoch, lane, index)
+        token += share.of(len(self._reader.tokens(segment, *order))).start
+        return self._reader.locate(segment, *order, range(token, token + length))
+
+
+class Provenance:
+    """Where the tokens of some successive rows of one lane come from.
+
+    Tokens are counted over all rows, T of each: token row * T + t is the t-th input of a row.
+
+    Args:
+        packed: whether the token after a row is the first one of the next row.
+    """
+
+    def __init__(self, packed: bool) -> None:
+        self._packed = packed
+        self._starts: list[int] = []
+        self._positions: list[Position] = []
+
+    def add(self, start: int, position: Position) -> None:
+        """States that tokens from `start` on are stored one after the other from `position` on."""
+        self._starts.append(start)
+        self._positions.append(position)
+
+    def position(self, token: int) -> Position:
+        """Returns the position of a token, which may be the one after the last row."""
+        i = bisect.bisect_right(self._starts, token) - 1
+        epoch, index, offset = self._positions[i]
+        return Position(epoch, index, offset + token - self._starts[i])
+
+    def runs(self, first: int, last: int) -> list[tuple[Position, int]]:
+        """Returns (position, length) of the stored runs that hold tokens [first, last) and the
+        last target of their rows."""
+        if self._packed:
+            last += 1
+        edges = [first, *(start for start in self._starts if first < start < last), last]
+        target = 0 if self._packed else 1  # each run of whole rows is followed by its own target
+        return [(self.position(a), b - a + target) for a, b in pairwise(edges) if a < b]
+
+
+class Lane(ABC):
+    """One lane, read from a position on; holds one segment at a time."""
+
+    def __init__(self, source: LaneReader, lane: int, position: Position = START) -> None:
+        self._source, self._lane = source, lane
+        self._epoch, self._index, self._token = position
+        self._count = source.count(self._epoch, lane)
         self._tokens: Tokens | None = None
-        if self._place >= len(self._units) > 0:
-            self._refuse(f"unit {self._place} of {len(self._units)}")
+        if self._index >= self._count > 0:
+            self._refuse(f"segment {self._index} of {self._count}")
+
+    @abstractmethod
+    def fill(self, rows: Tokens) -> Provenance:
+        """Fills `rows` (..., T + 1) with the next rows; raises DataError if there is no text."""
+
+    @property
+    def _position(self) -> Position:
+        return Position(self._epoch, self._index, self._token)
+
+    def _next_segment(self) -> None:
+        self._index, self._token, self._tokens = self._index + 1, 0, None
 
     def _next_epoch(self) -> None:
-        self._epoch, self._place = self._epoch + 1, 0
-        self._units = self._source.lane_units(self._epoch, self._lane)
+        self._epoch, self._index = self._epoch + 1, 0
+        self._count = self._source.count(self._epoch, self._lane)
 
-    def _refuse(self, address: str) -> NoReturn:
+    def _refuse(self, position: str) -> NoReturn:
         raise DataError(
-            f"lane {self._lane}, epoch {self._epoch}: the data state asks for {address}: it "
+            f"lane {self._lane}, epoch {self._epoch}: the data state asks for {position}, so it "
             "belongs to other data, or text that was there is now skipped. Restore the data."
         )
 
 
-class LaneStream(_Lane):
-    """The rows of one lane from an address on, across all joins, holding one unit at a time."""
+class PackedLane(Lane):
+    """Rows that run across documents, segments and epochs."""
 
-    def fill(self, rows: Tokens) -> Trace:
-        """Fill `rows` (..., T + 1) with the next ones; raises DataError for an epoch without text.
-
-        Each begins with the last token of the one before.
-        """
+    def fill(self, rows: Tokens) -> Provenance:
+        """Fills `rows` with the next rows."""
         block_size = rows.shape[-1] - 1
         flat = np.empty(rows.size // (block_size + 1) * block_size + 1, dtype=rows.dtype)
-        trace = self._read(flat)
+        provenance = self._read(flat)
         rows[...] = windows(flat, block_size).reshape(rows.shape)
-        return trace
+        return provenance
 
-    def _read(self, out: Tokens) -> Trace:
-        """Fill `out` with the next len(out) tokens; the last one will be read again."""
-        trace = Trace()
-        filled = 0
+    def _read(self, out: Tokens) -> Provenance:
+        """Fills `out` with the next tokens; the last of them will be read again."""
+        provenance, filled = Provenance(packed=True), 0
         while filled < len(out):
-            part = self._load()[self._offset :][: len(out) - filled]
-            trace.add(filled, (self._epoch, self._place, self._offset))
+            part = self._load()[self._token :][: len(out) - filled]
+            provenance.add(filled, self._position)
             out[filled : filled + len(part)] = part
             filled += len(part)
-            self._offset += len(part)
-            del part  # the memory of a finished unit goes before the next one is read
-        self._offset -= 1
-        return trace
+            self._token += len(part)
+            del part  # frees a finished segment before the next one is read
+        self._token -= 1
+        return provenance
 
     def _load(self) -> Tokens:
-        """The unit with the next token; passes over finished and empty ones."""
-        empty = 0
-        while self._tokens is None or self._offset >= len(self._tokens):
+        """Returns the segment of the next token; passes over finished and empty segments."""
+        finished = 0
+        while self._tokens is None or self._token >= len(self._tokens):
             if self._tokens is not None:
-                empty += 1
-                self._place, self._offset = self._place + 1, 0
-                self._tokens = None
-            if self._place >= len(self._units):
-                if empty > max(len(self._units), _EMPTY_UNITS) or not len(self._units):
+                finished += 1
+                self._next_segment()
+            if self._index >= self._count:
+                if finished > max(self._count, _EMPTY_SEGMENTS) or not self._count:
                     raise DataError(
-                        f"no text in the {len(self._units)} units of lane {self._lane} "
+                        f"no text in the {self._count} segments of lane {self._lane} "
                         f"(epoch {self._epoch}): every document is null or empty, or was skipped."
                     )
                 self._next_epoch()
                 continue
-            tokens = self._source.tokens(self._epoch, self._lane, self._place)
+            tokens = self._source.tokens(self._epoch, self._lane, self._index)
             self._tokens = _own_memory(tokens)
             del tokens
-            if 0 < self._offset >= len(self._tokens):
-                self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
+            if 0 < self._token >= len(self._tokens):
+                self._refuse(f"token {self._token} of a segment of {len(self._tokens)}")
         return self._tokens
 
 
-class RowStream(_Lane):
-    """The rows of one lane from an address on, where units are whole rows."""
+class RowLane(Lane):
+    """Rows of segments that are whole rows; no row crosses the end of its segment."""
 
-    def fill(self, rows: Tokens) -> Trace:
-        """Fill `rows` (..., T + 1) with the next ones, each from one unit."""
-        trace, block_size = RowTrace(), rows.shape[-1] - 1
-        filled = 0
-        for index in product(*map(range, rows.shape[:-1])):
+    def fill(self, rows: Tokens) -> Provenance:
+        """Fills `rows` with the next rows."""
+        block_size, provenance, filled = rows.shape[-1] - 1, Provenance(packed=False), 0
+        for place in product(*map(range, rows.shape[:-1])):
             tokens = self._load(block_size)
-            trace.add(filled, (self._epoch, self._place, self._offset))
-            rows[index] = tokens[self._offset : self._offset + block_size + 1]
+            provenance.add(filled, self._position)
+            rows[place] = tokens[self._token : self._token + block_size + 1]
             filled += block_size
-            self._offset += block_size
-            if self._offset + 1 >= len(tokens):
-                self._next_unit()
-        trace.add(filled, (self._epoch, self._place, self._offset))
-        return trace
+            self._token += block_size
+            if self._token + 1 >= len(tokens):  # the last token is a target only
+                self._next_segment()
+                if self._index >= self._count:
+                    self._next_epoch()
+        provenance.add(filled, self._position)
+        return provenance
 
     def _load(self, block_size: int) -> Tokens:
-        """The unit of the next row."""
         if self._tokens is None:
-            self._tokens = self._source.tokens(self._epoch, self._lane, self._place)
-            if self._offset % block_size or self._offset + block_size >= len(self._tokens):
-                self._refuse(f"token {self._offset} of a unit of {len(self._tokens)}")
+            self._tokens = self._source.tokens(self._epoch, self._lane, self._index)
+            if self._token % block_size or self._token + block_size >= len(self._tokens):
+                self._refuse(f"token {self._token} of a segment of {len(self._tokens)}")
         return self._tokens
-
-    def _next_unit(self) -> None:
-        self._place, self._offset, self._tokens = self._place + 1, 0, None
-        if self._place >= len(self._units):
-            self._next_epoch()
 
 
 def _own_memory(tokens: Tokens) -> Tokens:
-    """A copy that goes back to the system when it is dropped.
+    """Copies tokens into a mapping that goes back to the system when it is dropped.
 
-    Each lane holds a unit for long; in Arrow's or malloc's memory the units would keep whole pools
-    from shrinking (130 MB for 16 lanes instead of 98), and a view of a file all its pages.
+    A lane holds a segment for many steps. In the memory of Arrow or malloc, segments would keep
+    whole pools from shrinking: 130 MB for 16 lanes instead of 98.
     """
     if not len(tokens):
         return tokens
@@ -195,7 +224,7 @@ def _own_memory(tokens: Tokens) -> Tokens:
 
 
 def windows(tokens: Tokens, block_size: int) -> Tokens:
-    """View n * T + 1 tokens as n rows of T + 1; each begins with the last one of the row before."""
+    """Returns n * T + 1 tokens as a view of n rows of T + 1; neighbours share one token."""
     rows = (len(tokens) - 1) // block_size
     step = tokens.strides[0]
     return np.lib.stride_tricks.as_strided(
@@ -204,24 +233,18 @@ def windows(tokens: Tokens, block_size: int) -> Tokens:
 
 
 def document_ids(rows: torch.Tensor, separator: int | None) -> torch.Tensor:
-    """The number of the document, counted from 0 in each row, that each token belongs to.
+    """Numbers the documents in each row, counted from 0.
 
-    (B, T) of any integer type -> (B, T) int32, on the device of `rows`. A separator belongs to
-    the document that it ends; a tokenizer without one has no documents to tell apart.
+    A separator belongs to the document that it ends.
+
+    Args:
+        rows: (B, T), of any integer type.
+        separator: the token after each document; None, of a tokenizer without one, is an error.
+
+    Returns:
+        (B, T) int32, on the device of `rows`.
     """
     assert separator is not None, "the tokenizer has no separator"
     ids = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device)
     torch.cumsum(rows[..., :-1] == separator, dim=-1, dtype=torch.int32, out=ids[..., 1:])
     return ids
-
-
-def positions(rows: torch.Tensor, separator: int | None) -> torch.Tensor:
-    """The place of each token in its document, or in its row where the document began before it.
-
-    (B, T) of any integer type -> (B, T) int32, on the device of `rows`.
-    """
-    assert separator is not None, "the tokenizer has no separator"
-    place = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device).expand(rows.shape)
-    starts = torch.zeros_like(place)
-    starts[..., 1:] = torch.where(rows[..., :-1] == separator, place[..., 1:], 0)
-    return place - torch.cummax(starts, dim=-1).values

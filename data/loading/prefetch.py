@@ -1,4 +1,4 @@
-"""One thread that keeps chunks ready, with or without worker processes behind it.
+"""A thread that keeps items ready, with or without worker processes behind it.
 
 The thread, not the training loop, waits for torch's DataLoader, and the consumer watches the
 workers itself. So a worker that is killed is named within a second, one that hangs ends in an error
@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -32,57 +31,42 @@ _POLL_S = 0.5
 T = TypeVar("T")
 
 
-class Feed(Generic[T]):
-    """A bounded queue of joined items: one from each worker (or one, without workers)."""
+class Prefetcher(Generic[T]):
+    """A bounded queue of items, each joined from one item of every worker.
+
+    Args:
+        source: yields the items of a worker; without workers, of the thread.
+        join: makes one item of those of all workers, in their order.
+        workers: processes; 0 reads in the thread.
+        ahead: items kept ready by each worker, or by the thread.
+        pin: whether DataLoader moves items to page-locked memory.
+    """
 
     def __init__(
         self,
         source: IterableDataset[T],
         join: Callable[[list[T]], T],
-        workers: int,
-        ahead: int,
-        pin: bool,
-    ) -> None:
-        self._line = _Line(source, join, workers, ahead, pin)
-        self._close = weakref.finalize(self, self._line.close)  # also runs at exit
-        self._line.start()
-
-    def get(self) -> T:
-        """The next item; raises what the thread raised, or DataError for a lost worker."""
-        return self._line.get()
-
-    def close(self) -> None:
-        """End the thread and the workers."""
-        self._close()
-
-
-class _Line(Generic[T]):
-    """What the thread holds; it has no reference to Feed, so that Feed can be collected."""
-
-    def __init__(
-        self,
-        source: IterableDataset[T],
-        join: Callable[[list[T]], T],
+        *,
         workers: int,
         ahead: int,
         pin: bool,
     ) -> None:
         self._source, self._join = source, join
         self._workers, self._ahead, self._pin = workers, ahead, pin
-        # Workers keep `ahead` chunks each in DataLoader's own queue.
+        # Workers keep `ahead` items each in DataLoader's own queue.
         self._ready: queue.Queue[T | BaseException] = queue.Queue(1 if workers else ahead)
         self._stop = threading.Event()
         self._started = threading.Event()
         self._processes: list[BaseProcess] = []
-        self._thread = threading.Thread(target=self._run, name="data feed", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="data prefetch", daemon=True)
 
     def start(self) -> None:
-        """Start and wait until the workers are forked, while this thread holds no lock."""
+        """Starts the thread and waits until workers are forked, while the caller holds no lock."""
         self._thread.start()
         self._started.wait()
 
     def get(self) -> T:
-        """The next item."""
+        """Returns the next item; raises what the thread raised, or DataError for a lost worker."""
         deadline = time.monotonic() + TIMEOUT_S
         while not self._stop.is_set():
             with contextlib.suppress(queue.Empty):
@@ -96,12 +80,71 @@ class _Line(Generic[T]):
                 self.close()
                 raise lost
             if time.monotonic() > deadline:
-                self._stop.set()
+                self._stop.set()  # not close(): it would wait for the thread that hangs
                 raise DataError(
                     f"no batch within {TIMEOUT_S:.0f} s: reading the data hangs. Check the disk or "
                     "network folder that holds it, and resume from the last checkpoint."
                 )
         raise DataError("the loader is closed")
+
+    def close(self) -> None:
+        """Ends the thread and the workers; safe to call twice."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # makes room for the item that the thread may be waiting to put
+                self._ready.get_nowait()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()  # workers ignore SIGTERM
+            process.join()
+        self._processes.clear()
+
+    def _run(self) -> None:
+        items: Iterator[T] | None = None
+        try:
+            items = self._open()
+            self._started.set()
+            while not self._stop.is_set():
+                self._put(self._join([next(items) for _ in range(max(1, self._workers))]))
+        except BaseException as error:  # the consumer raises it, whatever it is
+            if self._processes and not isinstance(error, DataError):
+                # A dying worker breaks its connection a moment before it is seen to be dead.
+                wait([process.sentinel for process in self._processes], timeout=1)
+            self._put(self._lost_worker() or error)
+        finally:
+            del items  # ends the workers
+            self._started.set()
+
+    def _open(self) -> Iterator[T]:
+        """Starts the DataLoader; its own generator leaves torch's global one alone."""
+        others = set(multiprocessing.active_children())
+        with warnings.catch_warnings():
+            # More workers than cores is the user's choice, and workers use no lock held at a fork.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            items = iter(
+                DataLoader(
+                    self._source,
+                    batch_size=None,
+                    num_workers=self._workers,
+                    # Of several workers the joined copy is pinned, not each part.
+                    pin_memory=self._pin and self._workers < 2,
+                    prefetch_factor=self._ahead if self._workers else None,
+                    generator=torch.Generator(),
+                    worker_init_fn=_ignore_signals,
+                    multiprocessing_context=_start_method() if self._workers else None,
+                )
+            )
+        self._processes = [p for p in multiprocessing.active_children() if p not in others]
+        return items
+
+    def _put(self, item: T | BaseException) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._ready.put(item, timeout=_POLL_S)
+        return None
 
     def _lost_worker(self) -> DataError | None:
         for process in self._processes:
@@ -114,72 +157,14 @@ class _Line(Generic[T]):
                 )
         return None
 
-    def _run(self) -> None:
-        items: Iterator[T] | None = None
-        try:
-            items = self._open()
-            self._started.set()
-            while not self._stop.is_set():
-                self._put(self._join([next(items) for _ in range(max(1, self._workers))]))
-        except BaseException as error:  # whatever it is, the consumer raises it
-            if self._processes and not isinstance(error, DataError):
-                # A dying worker breaks its connection a moment before it is seen to be dead.
-                wait([process.sentinel for process in self._processes], timeout=1)
-            self._put(self._lost_worker() or error)
-        finally:
-            del items  # ends the workers
-            self._started.set()
 
-    def _open(self) -> Iterator[T]:
-        """Start the DataLoader; its own generator leaves torch's global one alone."""
-        others = set(multiprocessing.active_children())
-        with warnings.catch_warnings():
-            # More workers than cores is the user's choice, and workers use no lock held at a fork.
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-            items = iter(
-                DataLoader(
-                    self._source,
-                    batch_size=None,
-                    num_workers=self._workers,
-                    pin_memory=self._pin and self._workers < 2,
-                    prefetch_factor=self._ahead if self._workers else None,
-                    generator=torch.Generator(),
-                    worker_init_fn=_ignore_signals,
-                    multiprocessing_context=_context() if self._workers else None,
-                )
-            )
-        self._processes = [p for p in multiprocessing.active_children() if p not in others]
-        return items
-
-    def _put(self, item: T | BaseException) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._ready.put(item, timeout=_POLL_S)
-        return None
-
-    def close(self) -> None:
-        """End the thread and the workers; safe to call twice."""
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:  # room for the item the thread may be waiting to put
-                self._ready.get_nowait()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-        for process in self._processes:  # they ignore SIGTERM
-            if process.is_alive():
-                process.kill()
-            process.join()
-        self._processes.clear()
-
-
-def _context() -> str | None:
+def _start_method() -> str | None:
     """Forked workers start in milliseconds; elsewhere the platform's default is safe."""
     return "fork" if sys.platform == "linux" else None
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to the process group are for the training loop, which saves and then ends workers."""
+    """Leaves signals to the process group to the training loop, which saves, then ends workers."""
     del worker
     for number in STOP_EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)

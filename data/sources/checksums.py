@@ -24,7 +24,7 @@ Crcs = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Checksums:
-    """What each block of a file should give, and which blocks this process has compared."""
+    """The checksum of each block of a file, and which blocks this process has compared."""
 
     crcs: Crcs
     source: str
@@ -57,7 +57,7 @@ class Checksums:
 
 
 def file_checksums(path: Path) -> Crcs:
-    """The CRC-32 of each block of a file."""
+    """Returns the CRC-32 of each block of a file."""
     with path.open("rb") as file:
         return np.array(
             [zlib.crc32(part) for part in iter(lambda: file.read(BLOCK_BYTES), b"")], "<u4"
@@ -65,12 +65,12 @@ def file_checksums(path: Path) -> Crcs:
 
 
 def to_text(crcs: Crcs) -> str:
-    """Checksums as base64, for JSON: a hundred times smaller than the tokens they protect."""
+    """Returns checksums as base64, for JSON."""
     return base64.b64encode(crcs.astype("<u4").tobytes()).decode()
 
 
 def from_text(text: str, file_bytes: int) -> Crcs:
-    """The opposite; raises ValueError where it is not one checksum for each block of the file."""
+    """Returns checksums from base64; raises ValueError unless there is one for each block."""
     crcs = np.frombuffer(base64.b64decode(text, validate=True), dtype="<u4")
     if len(crcs) != -(-file_bytes // BLOCK_BYTES):
         raise ValueError(f"{len(crcs)} checksums for {file_bytes} bytes")

@@ -1,7 +1,7 @@
-"""What stands beside token files: tokenizer, vocabulary size, dtype, file sizes and checksums.
+"""The meta file beside token files: tokenizer, vocabulary size, dtype, file sizes, checksums.
 
-It is written as JSON. nanoGPT's `meta.pkl` is read too, by a reader that builds plain values only:
-no class or function is ever looked up, so a pickle cannot run anything.
+It is written as JSON. nanoGPT's `meta.pkl` is read too, by an unpickler that builds plain values
+only: it looks up no class and no function, so a pickle cannot run anything.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data.sources.checksums import BLOCK_BYTES, Crcs, from_text, to_text
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import build_tokenizer, tokenizer_from_dict
 from data.tokenizers.simple import CharTokenizer, IdTokenizer
+from files.atomic import atomic_write_text
 
 FORMAT = 2  # 1 has neither checksums nor a digest
 GPT2_TOKENS = 50257
@@ -34,17 +35,17 @@ _REMEDY = "Make the token files again: python prepare.py SOURCE OUT --tokenizer 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a description states about the contents of one token file."""
+    """What a meta file states about one token file."""
 
     endings: tuple[str, ...]
-    """Which files of this stem it is about."""
+    """Of the files that it is about."""
     size: int
     crcs: Crcs | None
 
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What a file says of the token files beside it; None: it does not say."""
+    """The contents of a meta file; None: it does not say."""
 
     tokenizer: Tokenizer | None
     vocab_size: int | None
@@ -55,11 +56,11 @@ class Meta:
 
     @property
     def is_pickle(self) -> bool:
-        """Whether nanoGPT's scripts wrote it, which do not state the dtype."""
+        """Whether it is nanoGPT's, which does not state the dtype."""
         return self.path.endswith(".pkl")
 
     def record(self, tokens: str) -> FileRecord | None:
-        """What it states about a token file beside it, if anything."""
+        """Returns what it states about a token file beside it, if anything."""
         is_of_one_file = os.path.basename(self.path) != "meta.json"
         stem, ending = os.path.splitext(os.path.basename(tokens))
         record = self.files.get("train" if is_of_one_file else stem)
@@ -67,17 +68,16 @@ class Meta:
 
 
 def meta_path(tokens: str | os.PathLike[str]) -> Path:
-    """Where the description of a single token file is written: NAME.meta.json."""
+    """Returns the path of the meta file of a single token file: NAME.meta.json."""
     return Path(tokens).with_suffix(".meta.json")
 
 
 def read_meta(tokens: str | os.PathLike[str]) -> Meta | None:
-    """The description of a token file: NAME.meta.json, meta.json or meta.pkl beside it.
+    """Reads NAME.meta.json, meta.json or meta.pkl beside a token file; None without any.
 
-    None where there is none; raises DataError where it cannot be read.
+    Raises DataError if it cannot be read.
     """
-    path = _beside(tokens)
-    return None if path is None else read_meta_file(path)
+    return read_metas([os.fspath(tokens)])[0]
 
 
 def _beside(tokens: str | os.PathLike[str]) -> Path | None:
@@ -89,7 +89,7 @@ def _beside(tokens: str | os.PathLike[str]) -> Path | None:
 
 
 def read_metas(tokens: Sequence[str]) -> list[Meta | None]:
-    """The description of each token file; one that describes several is read once."""
+    """Reads the meta file of each token file; one that describes several is read once."""
     found: dict[Path, Meta] = {}
     return [
         None if path is None else found.get(path) or found.setdefault(path, read_meta_file(path))
@@ -98,7 +98,7 @@ def read_metas(tokens: Sequence[str]) -> list[Meta | None]:
 
 
 def read_meta_file(path: Path) -> Meta:
-    """The description in a file of either kind; raises DataError where it cannot be read."""
+    """Reads a meta file of either kind; raises DataError if it cannot be read."""
     is_pickle = path.suffix == ".pkl"
     try:
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def read_meta_file(path: Path) -> Meta:
     if len(data) > limit:
         raise DataError(f"{path}: larger than {limit >> 20} MiB, which no description is")
     try:
-        values = _plain_values(data) if is_pickle else json.loads(data)
+        values = load_plain_pickle(data) if is_pickle else json.loads(data)
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}, not a dictionary")
         return _from_pickle(values, path) if is_pickle else _from_json(values, path)
@@ -119,9 +119,10 @@ def read_meta_file(path: Path) -> Meta:
 
 
 def open_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that comes with weights: a mapping (`Tokenizer.to_dict`), one that can be had
-    by its `name`, or that of the text in data/NAME, as nanoGPT's sample.py finds it. Raises
-    DataError.
+    """Returns the tokenizer that comes with weights; raises DataError.
+
+    `values` are those of `Tokenizer.to_dict`, or name a tokenizer to build, or a folder data/NAME
+    whose tokenizer is taken, as nanoGPT's sample.py does.
     """
     kind = values.get("kind")
     if kind == "name":
@@ -153,7 +154,7 @@ def _from_json(values: dict[str, Any], path: Path) -> Meta:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """Of all other values, so that a flipped bit in them is noticed."""
+    """Returns a digest of all other values, so that a flipped bit in them is noticed."""
     rest = {key: value for key, value in values.items() if key != "digest"}
     text = json.dumps(rest, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -169,7 +170,7 @@ def _records(values: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def _sizes(values: dict[str, Any], dtype: np.dtype[Any]) -> dict[str, FileRecord]:
-    """What format 1 tells: the number of tokens, so the size of files without a header."""
+    """Returns the sizes of files without a header, from the token counts of format 1."""
     tokens = values.get("tokens")
     if not isinstance(tokens, dict):
         return {}
@@ -181,7 +182,7 @@ def _sizes(values: dict[str, Any], dtype: np.dtype[Any]) -> dict[str, FileRecord
 
 
 def _from_pickle(values: dict[Any, Any], path: Path) -> Meta:
-    """nanoGPT's: vocab_size, and for characters itos and stoi; its files are always uint16."""
+    """Reads nanoGPT's vocab_size, and itos for characters; its files are always uint16."""
     vocab_size, table = values.get("vocab_size"), values.get("itos")
     if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
         raise ValueError("vocab_size is not a whole number")
@@ -206,11 +207,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it asks for {module_name}.{global_name}, and only plain values are read")
 
 
-def _plain_values(data: bytes) -> Any:
-    """What a pickle describes; raises ValueError where that is more than plain values."""
+def load_plain_pickle(data: bytes) -> Any:
+    """Returns the plain values of a pickle; raises ValueError for anything else."""
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            # The unpickler would reserve as many places as the number of the memo's place.
+            # The unpickler reserves memory for as many entries as the largest index in the memo.
             if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
                 raise ValueError(f"place {argument} in the memo of {len(data)} bytes")
         return _PlainUnpickler(io.BytesIO(data)).load()
@@ -227,9 +228,9 @@ def write_meta(
     tokens: Mapping[str, int],
     files: Mapping[str, FileRecord] | None = None,
 ) -> None:
-    """Write the description as JSON, whole or not at all; raises WriteError.
+    """Writes a meta file as JSON, whole or not at all; raises WriteError.
 
-    `tokens` counts those of each file.
+    `tokens` and `files` have the number of tokens and the record of each file, by role.
     """
     values: dict[str, Any] = {
         "format": FORMAT,
@@ -249,14 +250,8 @@ def write_meta(
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values beside their place and rename; raises WriteError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes plain values as JSON, whole or not at all; raises WriteError."""
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(values, file)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        atomic_write_text(path, json.dumps(values) + "\n")
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,53 +1,59 @@
-"""Which parquet files there are, what their footers say, and the units they are read in.
+"""Which parquet files there are, and what their footers state.
 
-The one idea: the footers of all files are read once into a small table (rows and bytes of every row
-group, kept between runs in the user's cache folder), so everything about the data that does not
-need the text itself (units, split, order, size) follows without opening a file again.
+The footers of all files are read once into a small table: rows and bytes of every row group, kept
+between runs in the user's cache folder. Whatever does not need the text itself (segments, split,
+order, sizes) follows from the table without opening a file again.
+
+pyarrow.dataset could find the files and their row groups, but tells neither their times, by which a
+change during a run is noticed, nor whether pages have checksums, nor what else is in the folder.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import hashlib
-import io
 import logging
 import os
-import stat
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import DataError
-from data.loading.order import MIN_UNITS, Integers, Keys, combine, path_keys
+from data.loading.order import Booleans, Integers
+from data.sources.cache import cache_path, load_arrays, save_arrays
+from data.sources.dataset import check_file_unchanged
 
 log = logging.getLogger(__name__)
 
 REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
 GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls")  # nulls: -1 where not recorded
-UNIT_BYTES = 4 << 20  # of text whose bytes are its tokens
-ENCODED_UNIT_BYTES = 1 << 19  # of text to be encoded, which takes 50 times as long
-UNIT_ROWS = 16_384
-File: TypeAlias = tuple[str, int, int]
-"""(relative path, size, mtime in ns)"""
-Footer: TypeAlias = tuple[Integers, bool]
-"""(row groups as rows of GROUP_FIELDS, whether pages carry no checksum)"""
-_CACHE_VERSION = 2
-_DIGEST_BYTES = 16
 _PAGE_HEADER_BYTES = 32  # hold the first four fields
+
+
+class File(NamedTuple):
+    """A file as it was at the start of the run; `path` is relative to the folder."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Footer(NamedTuple):
+    """What the footer of a file states."""
+
+    groups: Integers
+    """(row groups, GROUP_FIELDS)"""
+    unprotected: bool
+    """Whether pages have no checksum, so that a flipped bit in their text goes unnoticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The files of a directory and their row groups; the columns of `groups` are GROUP_FIELDS.
-
-    `unprotected` tells which files carry no page checksums, so that a flipped bit in their text
-    cannot be noticed.
-    """
+    """The files of a folder and their row groups, as arrays with one entry per file or group."""
 
     root: str
     column: str
@@ -55,9 +61,11 @@ class Index:
     sizes: Integers
     mtimes_ns: Integers
     group_counts: Integers
+    """Row groups of each file."""
     groups: Integers
-    unprotected: npt.NDArray[np.bool_]
-    skipped: tuple[str, ...] = ()
+    """(row groups of all files, GROUP_FIELDS)"""
+    unprotected: Booleans
+    """Files without page checksums."""
 
     @property
     def group_file(self) -> Integers:
@@ -70,64 +78,63 @@ class Index:
         starts = np.cumsum(self.group_counts) - self.group_counts
         return np.arange(len(self.groups)) - np.repeat(starts, self.group_counts)
 
+    @property
+    def rows(self) -> int:
+        """The rows of all files."""
+        return int(self.groups[:, 0].sum())
+
     def path(self, file: int) -> str:
-        """The path of a file as the user can open it."""
+        """Returns the path of a file as the user can open it."""
         return os.path.join(self.root, self.paths[file])
 
     def group_name(self, group: int) -> str:
-        """File and number of a row group, for messages."""
+        """Returns file and number of a row group, for messages."""
         return f"{self.path(int(self.group_file[group]))} row group {self.group_number[group]}"
 
     def check_file(self, file: int) -> None:
-        """Raises DataError where a file is gone or no longer the one that was indexed."""
-        path = self.path(file)
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise DataError(
-                f"{path}: there at the start of the run, now {error.strerror}. "
-                "Put it back and resume from the last checkpoint."
-            ) from None
-        then = int(self.sizes[file]), int(self.mtimes_ns[file])
-        if (stat.st_size, stat.st_mtime_ns) != then:
-            raise DataError(
-                f"{path}: changed during the run ({then[0]} bytes at the start, now "
-                f"{stat.st_size}). Restore it and resume from the last checkpoint."
-            )
+        """Raises DataError if a file is gone or no longer the one that was indexed."""
+        size, mtime_ns = int(self.sizes[file]), int(self.mtimes_ns[file])
+        check_file_unchanged(self.path(file), size, mtime_ns)
+
+    def digest(self) -> str:
+        """Returns an identity of the files, for caches of what was found in their text."""
+        digest = hashlib.blake2b(os.fsencode("\0".join(self.paths)))
+        for table in (self.sizes, self.mtimes_ns, self.group_counts):
+            digest.update(np.ascontiguousarray(table, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
 
 def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
-    """Read (or take from the cache) the footers of all parquet files below `root`.
+    """Reads the footers of all parquet files below `root`, or takes them from the cache.
 
     Files are sorted by the bytes of their relative path; names that start with '.' or '_' are
-    passed over. Raises DataError for a missing or empty directory and for a file that is not a
-    readable parquet file with that text column, or skips such files with a warning.
+    passed over. Raises DataError for a missing or empty folder. A file that is not readable or has
+    no such text column raises DataError too or, with `skip_bad`, is left out with a warning.
     """
     found = _find_files(root)
     cache = cache_path("index", os.path.realpath(root), column)
-    cached = _load_cached(cache)
-    skipped: list[str] = []
-    if cached is None or cached.files != found:
-        known = {} if cached is None else cached.footers()
-        footers, skipped = _read_footers(root, column, found, known, skip_bad)
-        cached = _Cached.of(footers)
-        _save_cached(cache, cached)
-    names, sizes, mtimes = zip(*cached.files, strict=True)
+    arrays = load_arrays(cache)
+    files = [] if arrays is None else _cached_files(arrays)
+    if arrays is None or files != found:
+        known = {} if arrays is None else dict(zip(files, _cached_footers(arrays), strict=True))
+        footers = _read_footers(root, column, found, known, skip_bad)
+        files, arrays = list(footers), _to_arrays(footers)
+        save_arrays(cache, arrays)
+    paths, sizes, mtimes_ns = zip(*files, strict=True)
     return Index(
         root,
         column,
-        names,
+        paths,
         np.array(sizes, dtype=np.int64),
-        np.array(mtimes, dtype=np.int64),
-        cached.counts,
-        cached.groups,
-        cached.unprotected,
-        tuple(skipped),
+        np.array(mtimes_ns, dtype=np.int64),
+        arrays["counts"],
+        arrays["groups"],
+        arrays["unprotected"],
     )
 
 
 def _find_files(root: str) -> list[File]:
-    """Every parquet file, in bytewise order."""
+    """Returns every parquet file, in bytewise order."""
     if not os.path.isdir(root):
         if os.path.exists(root):
             parent = os.path.dirname(root) or "."
@@ -137,9 +144,9 @@ def _find_files(root: str) -> list[File]:
             "Correct the path, or make it: python prepare.py SOURCE OUT"
         )
     found: list[File] = []
-    others: collections.Counter[str] = collections.Counter()
+    others = Counter[str]()
     try:
-        _walk(root, "", found, others, set())
+        _list_folder(root, "", found, others, set())
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     if not found:
@@ -148,19 +155,15 @@ def _find_files(root: str) -> list[File]:
             f"dataset.parquet_dir '{root}' holds no *.parquet (found {listed or 'nothing'}). "
             f"Convert text with: python prepare.py {root} OUT"
         )
-    return sorted(found, key=lambda entry: os.fsencode(entry[0]))
+    return sorted(found, key=lambda file: os.fsencode(file.path))
 
 
-def _walk(
-    root: str,
-    prefix: str,
-    found: list[File],
-    others: collections.Counter[str],
-    visited: set[str],
+def _list_folder(
+    root: str, prefix: str, found: list[File], others: Counter[str], visited: set[str]
 ) -> None:
-    """Collect below root/prefix; a linked folder is entered once, so loops end."""
+    """Adds the files below root/prefix; `others` counts the endings of those of other kinds."""
     real = os.path.realpath(os.path.join(root, prefix))
-    if real in visited:
+    if real in visited:  # a linked folder is entered once, so a loop of links ends
         return
     visited.add(real)
     with os.scandir(os.path.join(root, prefix)) as entries:
@@ -169,40 +172,61 @@ def _walk(
                 continue
             ending = os.path.splitext(entry.name)[1]
             if entry.is_dir():
-                _walk(root, prefix + entry.name + "/", found, others, visited)
+                _list_folder(root, prefix + entry.name + "/", found, others, visited)
             elif ending == ".parquet":
                 stat = entry.stat()
-                found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+                found.append(File(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
             else:
                 others[ending] += 1
 
 
 def _read_footers(
     root: str, column: str, found: list[File], known: dict[File, Footer], skip_bad: bool
-) -> tuple[dict[File, Footer], list[str]]:
-    """The footer of each readable file, and a message for each other one."""
+) -> dict[File, Footer]:
+    """Returns the footer of each readable file; `known` ones are not read again."""
     footers: dict[File, Footer] = {}
-    skipped: list[str] = []
-    for entry in found:
-        if entry in known:
-            footers[entry] = known[entry]
-            continue
+    first_error = ""
+    for file in found:
         try:
-            footers[entry] = read_footer(os.path.join(root, entry[0]), column)
+            footers[file] = known.get(file) or read_footer(os.path.join(root, file.path), column)
         except DataError as error:
             if not skip_bad:
                 raise
             log.warning("skipped: %s", error)
-            skipped.append(str(error))
+            first_error = first_error or str(error)
     if not footers:
-        raise DataError(f"{root}: none of its {len(found)} parquet files can be read: {skipped[0]}")
-    return footers, skipped
+        raise DataError(
+            f"{root}: none of its {len(found)} parquet files can be read: {first_error}"
+        )
+    return footers
+
+
+def _to_arrays(footers: dict[File, Footer]) -> dict[str, Any]:
+    """Returns files and footers as arrays for the cache."""
+    names = os.fsencode("\0".join(file.path for file in footers))
+    return {
+        "stats": np.array([(file.size, file.mtime_ns) for file in footers], dtype=np.int64),
+        "counts": np.array([len(each.groups) for each in footers.values()], dtype=np.int64),
+        "groups": np.concatenate([each.groups for each in footers.values()]),
+        "unprotected": np.array([each.unprotected for each in footers.values()], dtype=np.bool_),
+        "names": np.frombuffer(names, dtype=np.uint8),
+    }
+
+
+def _cached_files(arrays: dict[str, Any]) -> list[File]:
+    names = os.fsdecode(arrays["names"].tobytes()).split("\0")
+    return [File(name, *stats) for name, stats in zip(names, arrays["stats"].tolist(), strict=True)]
+
+
+def _cached_footers(arrays: dict[str, Any]) -> Iterator[Footer]:
+    groups = np.split(arrays["groups"], np.cumsum(arrays["counts"])[:-1])
+    return map(Footer, groups, arrays["unprotected"].tolist())
 
 
 def read_footer(path: str, column: str) -> Footer:
-    """What the footer of one file says; raises DataError that says why it cannot be read."""
+    """Reads the footer of one file; raises DataError, which says why it cannot be read."""
     try:
-        with pa.OSFile(path) as file:  # a path would cost 15 us more, for a look at file systems
+        with pa.OSFile(path) as file:  # given a path, Arrow would look for its file system: 15 us
             metadata = pq.read_metadata(file)
             number = _column_number(metadata, column, path)
             rows, first_page = [], 0
@@ -218,11 +242,11 @@ def read_footer(path: str, column: str) -> Footer:
     except (OSError, pa.ArrowException) as error:
         raise DataError(_diagnose(path, error)) from None
     groups = np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
-    return groups, bool(header) and not _has_checksum(header)
+    return Footer(groups, bool(header) and not _has_checksum(header))
 
 
 def _has_checksum(header: bytes) -> bool:
-    """Whether the header of a page (Thrift's compact encoding) has field 4, its CRC-32.
+    """Returns whether the header of a page (in Thrift's compact encoding) has field 4, its CRC-32.
 
     Fields 1 to 3, all required, are 32-bit integers: the byte 0x15 (the next field, an integer) and
     a number of up to five bytes, of which all but the last have their high bit set.
@@ -237,7 +261,7 @@ def _has_checksum(header: bytes) -> bool:
 
 
 def _column_number(metadata: Any, column: str, path: str) -> int:
-    """Where the text column is; it must be a plain column of strings."""
+    """Returns the number of the text column; raises DataError unless it is one of strings."""
     schema = metadata.schema
     for number in range(metadata.num_columns):
         leaf = schema.column(number)
@@ -268,7 +292,7 @@ def _is_string(kind: Any) -> bool:
 
 
 def _diagnose(path: str, error: Exception) -> str:
-    """Why this is not a parquet file, from its first and last bytes."""
+    """Returns why this is not a parquet file, from its first and last bytes."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -294,163 +318,5 @@ def _diagnose(path: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an Arrow message, without its full stop."""
+    """Returns the first line of an Arrow message, without its full stop."""
     return str(error).split("\n", 1)[0].rstrip(". ")
-
-
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """What the cache file holds: the footers of files by name, size and mtime."""
-
-    files: list[File]
-    counts: Integers
-    groups: Integers
-    unprotected: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, footers: dict[File, Footer]) -> _Cached:
-        """These footers."""
-        groups = [groups for groups, _ in footers.values()]
-        counts = np.array([len(each) for each in groups], dtype=np.int64)
-        flags = np.array([flag for _, flag in footers.values()], dtype=np.bool_)
-        return cls(list(footers), counts, np.concatenate(groups), flags)
-
-    def footers(self) -> dict[File, Footer]:
-        """The footer of each file."""
-        parts = np.split(self.groups, np.cumsum(self.counts)[:-1])
-        footers = zip(parts, self.unprotected.tolist(), strict=True)
-        return dict(zip(self.files, footers, strict=True))
-
-
-def _load_cached(path: str) -> _Cached | None:
-    arrays = load_arrays(path)
-    if arrays is None:
-        return None
-    names = os.fsdecode(arrays["names"].tobytes()).split("\0")
-    stats = arrays["stats"].tolist()
-    files = [(name, size, mtime) for name, (size, mtime) in zip(names, stats, strict=True)]
-    return _Cached(files, arrays["counts"], arrays["groups"], arrays["unprotected"])
-
-
-def _save_cached(path: str, cached: _Cached) -> None:
-    names = os.fsencode("\0".join(name for name, _, _ in cached.files))
-    stats = np.array([file[1:] for file in cached.files], dtype=np.int64)
-    table = {"stats": stats, "counts": cached.counts, "groups": cached.groups}
-    flags = {"unprotected": cached.unprotected, "names": np.frombuffer(names, dtype=np.uint8)}
-    save_arrays(path, table | flags)
-
-
-def cache_path(kind: str, *identity: str) -> str:
-    """The file in the user's cache folder for something of that kind and identity."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    what = "\0".join((str(_CACHE_VERSION), *identity))
-    key = hashlib.blake2b(os.fsencode(what), digest_size=12).hexdigest()
-    return os.path.join(base, "hatchery", f"{kind}-{key}.npz")
-
-
-def load_arrays(path: str) -> dict[str, npt.NDArray[Any]] | None:
-    """What `save_arrays` wrote; None where there is none, and where it is anything else, aloud.
-
-    The digest is compared before anything is parsed, so what passes is as it was written.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file:
-            digest, content = file.read(_DIGEST_BYTES), file.read()
-        if digest != _digest(path, content):
-            raise ValueError("not as it was written")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        log.warning("Cache %s: %s; it is made again from the data", path, reason)
-        return None
-
-
-def save_arrays(path: str, arrays: dict[str, Any]) -> None:
-    """Write it beside and rename; a cache that cannot be written is only slower."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(_digest(path, content.getbuffer()))
-            file.write(content.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        log.debug("no cache: %s", error)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def _digest(path: str, content: bytes | memoryview) -> bytes:
-    """Of the content and of the name, which tells what it is the cache of."""
-    digest = hashlib.blake2b(os.fsencode(os.path.basename(path)), digest_size=_DIGEST_BYTES)
-    digest.update(content)
-    return digest.digest()
-
-
-def index_digest(index: Index) -> str:
-    """Identity of the files of an index, for caches of what was found in their text."""
-    digest = hashlib.blake2b(os.fsencode("\0".join(index.paths)))
-    for table in (index.sizes, index.mtimes_ns, index.group_counts):
-        digest.update(np.ascontiguousarray(table, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """Runs of rows, as arrays of one entry per unit.
-
-    `group` counts row groups over all files; `key` names a unit and `block` names a run of units
-    of one row group that is read in turn, for the hashes of `data.order`.
-    """
-
-    group: Integers
-    first: Integers
-    rows: Integers
-    bytes: Integers
-    key: Keys
-    block: Keys
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-
-def cut_units(index: Index, unit_bytes: int) -> Units:
-    """Cut every row group into units of equally many rows, of about `unit_bytes` on average.
-
-    The footer does not tell how long each document is, so a unit with a long one is that much
-    larger.
-
-    A block is one unit where row groups are small. A row group above 1 / MIN_UNITS of the data
-    becomes several blocks of that size, as its front has to be decoded to reach its end.
-    """
-    rows, sizes = index.groups[:, 0], index.groups[:, 2]
-    share = max(1, int(sizes.sum()) // MIN_UNITS)
-    slices = _parts(rows, np.maximum(-(-sizes // min(share, unit_bytes)), -(-rows // UNIT_ROWS)))
-    height = -(-rows // np.maximum(slices, 1))
-    slices = np.where(rows > 0, -(-rows // np.maximum(height, 1)), 0)
-    blocks = _parts(slices, -(-sizes // max(share, 1)))
-    group = np.repeat(np.arange(len(rows)), slices)
-    number = np.arange(len(group)) - np.repeat(np.cumsum(slices) - slices, slices)
-    first = number * height[group]
-    count = np.minimum(height[group], rows[group] - first)
-    group_keys = combine(path_keys(index.paths)[index.group_file], index.group_number)[group]
-    return Units(
-        group=group,
-        first=first,
-        rows=count,
-        bytes=sizes[group] * count // rows[group],
-        key=combine(group_keys, number + (1 << 32)),
-        block=combine(group_keys, number * blocks[group] // slices[group]),
-    )
-
-
-def _parts(most: Integers, wanted: Integers) -> Integers:
-    """At least one part and at most `most`; none of nothing."""
-    return np.minimum(np.maximum(wanted, 1), most)

@@ -1,9 +1,9 @@
 """Files that are one long array of tokens: .bin, .ids, .npy.
 
-A file is mapped once and read in small pieces, whose pages go back to the system soon, so files of
-many gigabytes take no memory. What a file without a header holds is stated, or detected from its
-size and a sample; the sample also tells one file from another of the same size. Whatever is read is
-compared with checksums, where there are some, and with the vocabulary, before it is handed out.
+A file is mapped once and read in small parts, whose pages go back to the system soon, so files of
+many gigabytes take no memory. The dtype of a file without a header is stated, or detected from its
+size and samples; the samples also tell one file from another of the same size. Tokens are compared
+with the vocabulary and, if there are any, with checksums before they are returned.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ import numpy as np
 from config import DataError
 from data.loading.order import Tokens
 from data.sources.checksums import BLOCK_BYTES, Checksums
+from data.sources.dataset import check_file_unchanged
 from data.sources.meta import Meta
 
 ENDINGS = (".bin", ".ids", ".npy")
-_STRETCH_BYTES = 1 << 16
-_STRETCHES, _MANY_FILES = 8, 64  # stretches of a file; 2 where files are many
-_MAPPED_FILES = 128  # at a time; each takes a file descriptor
-_LOOK_READS, _LOOK_BYTES = 32, 16 << 20  # what comes first: a read may map 2 MB around its bytes
-_CHECKED_AT_START = 32 << 20  # files of fewer bytes together are checked whole: 50 ms
+SAMPLE_BYTES = 1 << 16
+SAMPLES, _MANY_FILES = 8, 64  # samples of a file; 2 each of more files than that
+MAPPED_FILES = 128  # at a time; each takes a file descriptor
+# Files are checked again after so many reads or bytes: a read may map 2 MB around its bytes.
+RECHECK_READS, _RECHECK_BYTES = 32, 16 << 20
+CHECKED_AT_START_BYTES = 32 << 20  # up to this sum files are checked whole, in 50 ms
 _DETECTION_PAIRS = 16  # of 32-bit words, at least, to tell 64-bit tokens from 32-bit ones
 _PREPARE = "Correct the path, or make it: python prepare.py --help"
 
 
 def find_files(path: str, option: str) -> tuple[str, ...]:
-    """The token file, or those of a folder in bytewise order; `option` names the path in errors.
+    """Returns the token file, or those of a folder in bytewise order.
 
-    Raises DataError where there are none, and where one holds text.
+    `option` names the path in errors. Raises DataError if there is no token file, and if one holds
+    text.
     """
     found = _find_files(path, option)
     for name in found:
@@ -79,47 +82,33 @@ class TokenFile:
     start: int
     count: int
     digest: str
-    """Of some stretches of the file."""
+    """Of some samples of the file."""
     checksums: Checksums | None = None
 
     def map(self) -> mmap.mmap:
-        """All of the file, read-only.
-
-        Raises DataError where the file is gone or no longer the one that was opened.
-        """
+        """Maps the whole file, read-only; raises DataError if it is gone or has changed."""
         self.check()
         try:
             with open(self.path, "rb") as file:
                 return mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # also where it is now shorter
+        except (OSError, ValueError) as error:  # ValueError: it is shorter now
             raise DataError(
                 f"{self.path}: cannot be read: {error}. Resume from the last checkpoint."
             ) from None
 
     def check(self) -> None:
-        """Raises DataError where the file is gone or no longer the one that was opened."""
-        try:
-            stat = os.stat(self.path)
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: there at the start of the run, now {error.strerror}. "
-                "Put it back and resume from the last checkpoint."
-            ) from None
-        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise DataError(
-                f"{self.path}: changed during the run ({self.size} bytes at the start, now "
-                f"{stat.st_size}). Restore it and resume from the last checkpoint."
-            )
+        """Raises DataError if the file is gone or no longer the one that was opened."""
+        check_file_unchanged(self.path, self.size, self.mtime_ns)
 
 
 class TokenMaps:
-    """The tokens of files, each mapped when it is first read and kept so; of one thread.
+    """The tokens of files, each mapped when it is first read; used by one thread.
 
-    Nothing damaged and no token outside the vocabulary is handed out.
+    Damaged tokens and those outside the vocabulary are errors.
 
-    After every few reads the pages go back to the system, and the files read are looked at again. A
-    file that is cut in between ends the process by SIGBUS if a lost page is read before that:
-    Python cannot catch it. Until then bytes written into a file in place may be read.
+    After every few reads the pages go back to the system and the files are checked for changes. If
+    a file is truncated in between, reading a missing page kills the process with SIGBUS, which
+    Python cannot catch; bytes that are overwritten in place may be read until the next check.
     """
 
     def __init__(self, files: Sequence[TokenFile], vocab_size: int) -> None:
@@ -129,13 +118,13 @@ class TokenMaps:
         self._reads = self._bytes = 0
 
     def read(self, number: int, first: int, count: int) -> Tokens:
-        """Tokens [first, first + count) of a file as a view, to be copied at once.
+        """Returns tokens [first, first + count) of a file as a view, to be copied at once.
 
-        Raises DataError where the file is gone or no longer the one that was opened, where it is
-        damaged, and where the vocabulary does not have a token.
+        Raises DataError if the file is gone, changed or damaged, and for a token outside the
+        vocabulary.
         """
-        if self._reads >= _LOOK_READS or self._bytes >= _LOOK_BYTES:
-            self._look()
+        if self._reads >= RECHECK_READS or self._bytes >= _RECHECK_BYTES:
+            self._recheck()
         pages, tokens = self._maps.get(number) or self._map(number)
         tokens = tokens[first : first + count]
         self._touched.add(number)
@@ -152,8 +141,8 @@ class TokenMaps:
         below = tokens.dtype.kind == "i" and int(tokens.min()) < 0
         if int(tokens.max()) < self._vocab_size and not below:
             return
-        place = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
-        value, number = int(tokens[place]), first + place
+        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
+        value, number = int(tokens[wrong]), first + wrong
         fault = "is below 0" if value < 0 else f"is not below the vocabulary's {self._vocab_size}"
         raise DataError(
             f"{file.path}: token {value} at offset {file.start + number * file.dtype.itemsize} "
@@ -162,7 +151,7 @@ class TokenMaps:
         )
 
     def _map(self, number: int) -> tuple[mmap.mmap, Tokens]:
-        while len(self._maps) >= _MAPPED_FILES:
+        while len(self._maps) >= MAPPED_FILES:
             oldest = next(iter(self._maps))
             del self._maps[oldest]
             self._touched.discard(oldest)
@@ -171,7 +160,7 @@ class TokenMaps:
         self._maps[number] = pages, np.frombuffer(pages, file.dtype, file.count, file.start)
         return self._maps[number]
 
-    def _look(self) -> None:
+    def _recheck(self) -> None:
         for number in self._touched:
             self._files[number].check()
             if hasattr(mmap, "MADV_DONTNEED"):
@@ -180,7 +169,7 @@ class TokenMaps:
         self._reads = self._bytes = 0
 
     def close(self) -> None:
-        """Unmap all files."""
+        """Unmaps all files."""
         self._maps.clear()
 
 
@@ -189,19 +178,20 @@ def open_files(
     dtypes: Sequence[np.dtype[Any] | None],
     metas: Sequence[Meta | None],
 ) -> tuple[TokenFile, ...]:
-    """Open token files; `dtypes` are those of .bin and .ids, and of .npy files where stated.
+    """Opens token files.
 
-    Raises DataError for files that are not what `metas`, their descriptions, say of them.
+    `dtypes` are those of .bin and .ids, and of .npy files if stated. Raises DataError for files
+    that contradict `metas`, their descriptions.
     """
-    stretches = _stretches(paths)
+    samples = _samples_per_file(paths)
     return tuple(
-        _open_file(path, dtype, meta, stretches)
+        _open_file(path, dtype, meta, samples)
         for path, dtype, meta in zip(paths, dtypes, metas, strict=True)
     )
 
 
 def _open_file(
-    path: str, dtype: np.dtype[Any] | None, meta: Meta | None, stretches: int
+    path: str, dtype: np.dtype[Any] | None, meta: Meta | None, samples: int
 ) -> TokenFile:
     stat = os.stat(path)
     if not stat.st_size:
@@ -217,14 +207,14 @@ def _open_file(
                 f"{path}: {stat.st_size} bytes are not a multiple of {dtype.itemsize} ({dtype}). "
                 "Set dataset.token_dtype, or copy the file again."
             )
-    digest = hashlib.blake2b(b"".join(_sample(path, stretches)), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(b"".join(_read_samples(path, samples)), digest_size=16).hexdigest()
     return TokenFile(path, stat.st_size, stat.st_mtime_ns, dtype, start, count, digest, checksums)
 
 
 def _stated_contents(path: str, size: int, meta: Meta) -> Checksums | None:
-    """The checksums of a file, the first of them compared, as a header is read before any token.
+    """Returns the checksums of a file, after comparing the first, which covers a header.
 
-    Raises DataError where the file has not the size that its description states.
+    Raises DataError if the file has not the size that its description states.
     """
     record = meta.record(path)
     if record is None:
@@ -243,14 +233,17 @@ def _stated_contents(path: str, size: int, meta: Meta) -> Checksums | None:
 
 
 def check_at_start(files: Sequence[TokenFile], vocab_size: int) -> int:
-    """Checks all tokens of files that are small, else stretches of each, as `TokenMaps.read` does.
+    """Checks all tokens of small files, else samples of each, as `TokenMaps.read` does.
 
     Returns how many tokens were checked.
     """
     maps, checked = TokenMaps(files, vocab_size), 0
-    is_whole, most = sum(file.size for file in files) <= _CHECKED_AT_START, _stretches(files)
+    is_whole, most = (
+        sum(file.size for file in files) <= CHECKED_AT_START_BYTES,
+        _samples_per_file(files),
+    )
     for number, file in enumerate(files):
-        step = _STRETCH_BYTES // file.dtype.itemsize
+        step = SAMPLE_BYTES // file.dtype.itemsize
         pieces = -(-file.count // step)
         spread = sorted({(pieces - 1) * i // (most - 1) for i in range(most)})
         for piece in range(pieces) if is_whole else spread:
@@ -259,15 +252,15 @@ def check_at_start(files: Sequence[TokenFile], vocab_size: int) -> int:
     return checked
 
 
-def _sample(path: str, stretches: int) -> list[bytes]:
-    """The first, the last and some stretches between, each from a multiple of 8 bytes on."""
+def _read_samples(path: str, samples: int) -> list[bytes]:
+    """Returns bytes from the begin, the end and evenly between, each from a multiple of 8 on."""
     size = os.path.getsize(path)
-    last = max(0, size - _STRETCH_BYTES)
-    starts = sorted({last * i // (stretches - 1) // 8 * 8 for i in range(stretches)})
+    last = max(0, size - SAMPLE_BYTES)
+    starts = sorted({last * i // (samples - 1) // 8 * 8 for i in range(samples)})
     return [_bytes_at(path, start) for start in starts]
 
 
-def _bytes_at(path: str, start: int, count: int = _STRETCH_BYTES + 8) -> bytes:
+def _bytes_at(path: str, start: int, count: int = SAMPLE_BYTES + 8) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -278,12 +271,12 @@ def _bytes_at(path: str, start: int, count: int = _STRETCH_BYTES + 8) -> bytes:
         ) from None
 
 
-def _stretches(files: Sequence[object]) -> int:
-    return _STRETCHES if len(files) <= _MANY_FILES else 2
+def _samples_per_file(files: Sequence[object]) -> int:
+    return SAMPLES if len(files) <= _MANY_FILES else 2
 
 
 def _refuse_text(path: str) -> None:
-    """Text would pass for tokens: two letters are a number below most vocabularies."""
+    """Raises DataError for text: two letters would pass for a token id of most vocabularies."""
     head = _bytes_at(path, 0, count=64)
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer, not the data; run 'git lfs pull'.")
@@ -292,10 +285,10 @@ def _refuse_text(path: str) -> None:
 
 
 def _npy_header(path: str, stated: np.dtype[Any] | None) -> tuple[np.dtype[Any], int, int]:
-    """The dtype, where the tokens begin, their number; they must be a plain list of integers."""
+    """Returns dtype, byte offset and number of the tokens; raises DataError for other arrays."""
     try:
         with open(path, "rb") as file:
-            np.lib.format.read_magic(file)  # an archive of arrays has another
+            np.lib.format.read_magic(file)  # refuses an archive of arrays
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
@@ -319,14 +312,14 @@ def _npy_header(path: str, stated: np.dtype[Any] | None) -> tuple[np.dtype[Any],
 
 
 def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any] | None:
-    """What files without a header hold, from the vocabulary, their sizes and some of their bytes.
+    """Returns the dtype of files without a header, from the vocabulary, sizes and samples.
 
-    Tokens of 32 or 64 bits have no other mark than that their upper parts are 0; None where all
-    that was looked at is 0. Raises DataError where files differ, or where a size fits no type.
+    Tokens of 32 or 64 bits are recognized by their upper halves, which are 0. None if all samples
+    are 0. Raises DataError if files differ, or if a size fits no type.
     """
-    found = {path: _detect(path, vocab_size, _stretches(paths)) for path in paths}
+    found = {path: _detect(path, vocab_size, _samples_per_file(paths)) for path in paths}
     kinds = {kind: path for path, kind in found.items() if kind is not None}
-    if "uint8" in kinds:  # an odd size leaves no choice, while bytes of even size look like others
+    if "uint8" in kinds:  # an odd size can only be bytes; bytes of even size may look like uint16
         return np.dtype(np.uint8)
     if len(kinds) > 1:
         (kind, path), (other, second) = list(kinds.items())[:2]
@@ -337,7 +330,7 @@ def detect_dtype(paths: Sequence[str], vocab_size: int) -> np.dtype[Any] | None:
     return np.dtype(next(iter(kinds))) if kinds else None
 
 
-def _detect(path: str, vocab_size: int, stretches: int) -> str | None:
+def _detect(path: str, vocab_size: int, samples: int) -> str | None:
     size, is_small = os.path.getsize(path), vocab_size <= 1 << 16
     if is_small and size % 2:
         if vocab_size > 1 << 8:
@@ -348,7 +341,7 @@ def _detect(path: str, vocab_size: int, stretches: int) -> str | None:
         return "uint8"
     if size % 4:
         return "uint16" if is_small else "uint32"
-    words = np.frombuffer(b"".join(_sample(path, stretches)), dtype="<u4")
+    words = np.frombuffer(b"".join(_read_samples(path, samples)), dtype="<u4")
     if not words.any():
         return None
     # numpy.save and tofile write int64 unless told otherwise. Read as uint32, every second token

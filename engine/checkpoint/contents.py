@@ -83,7 +83,7 @@ class Generators(DeviceGenerators):
 
 
 class DataState(TypedDict):
-    """Where the training text stands (data/loading/loader.py)."""
+    """Where the training text stands (data/loading/load_plan.py)."""
 
     version: int
     lanes: int
@@ -97,7 +97,7 @@ class DataState(TypedDict):
 
 
 class SavedData(TypedDict):
-    """What tells this text from another (data/sources/base.py)."""
+    """What tells this text from another (data/sources/dataset.py)."""
 
     fingerprint: str
 

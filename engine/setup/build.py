@@ -284,7 +284,7 @@ def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -
             "precision": parts.precision.matmul_format,
         },
         "data": {
-            "fingerprint": setup.dataset.source.fingerprint,
+            "fingerprint": setup.dataset.fingerprint,
             "lines": setup.dataset.lines(),
         },
     }

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, open_dataset
+from data.loading.order import PLAN_VERSION
 from data.preparation import corpus
 from data.run_data import check_data_state, embedded_is_missing
-from data.sources.base import PLAN_VERSION
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import check_resumable, on_processes, with_evaluation
 from engine.hardware.distributed import World
@@ -146,7 +146,7 @@ def check_fits(
     lines = check_resumable(before, config, str(start.resume.path), processes)
     dataset.check_unchanged(saved["data"])
     check_data_state(dataset, config, saved["cursor"], world_size)
-    documents = not dataset.source.units(config.training.block_size).whole_rows
+    documents = not dataset.segments(config.training.block_size).whole_rows
     earlier = documents and saved["cursor"]["version"] < PLAN_VERSION
     if earlier and config.training.epochs is not None:
         lines.append(

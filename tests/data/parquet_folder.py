@@ -12,8 +12,8 @@ import tokenizers
 import data
 from config import DatasetConfig, TokenizerConfig
 from data.loading.order import Integers
-from data.sources.base import Reader, split_of
-from data.sources.parquet_text import ParquetText
+from data.sources.dataset import Reader, segments_of_split
+from data.sources.parquet_dataset import ParquetDataset
 
 
 def write(path: Path, texts: list[str | None], **options: Any) -> Path:
@@ -41,25 +41,25 @@ def opened(folder: Path, **options: Any) -> data.Dataset:
     return data.open_dataset(config, TokenizerConfig())
 
 
-def folder_of(dataset: data.Dataset) -> ParquetText:
+def folder_of(dataset: data.Dataset) -> ParquetDataset:
     """The source of a dataset of parquet files."""
-    assert isinstance(dataset.source, ParquetText)
-    return dataset.source
+    assert isinstance(dataset, ParquetDataset)
+    return dataset
 
 
 def reader(dataset: data.Dataset) -> Reader:
     """Reads the units of a dataset."""
-    return folder_of(dataset).reader()
+    return folder_of(dataset).segments(0).open_reader()
 
 
-def unit_count(dataset: data.Dataset) -> int:
+def segment_count(dataset: data.Dataset) -> int:
     """How many units the text of a folder is."""
-    return len(folder_of(dataset).slices)
+    return len(folder_of(dataset).segments(0).table)
 
 
 def split(dataset: data.Dataset, name: str) -> Integers:
     """The units of "train" or "test"."""
-    return split_of(folder_of(dataset), name)
+    return segments_of_split(folder_of(dataset).segments(0), name)
 
 
 def encoded(folder: Path, name: str, **options: Any) -> data.Dataset:

@@ -54,7 +54,7 @@ def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
 
 def test_the_corpus_trains_with_many_lanes_and_a_split(built: Path) -> None:
     dataset = opened(built, test_fraction=0.05)
-    assert len(dataset.source.units(64).sizes) > 100
+    assert len(dataset.segments(64).sizes) > 100
     assert 0.04 < dataset.stats.test_tokens / dataset.stats.tokens < 0.08
     assert pq.read_metadata(built / "part_000.parquet").num_row_groups > 1
 

@@ -12,7 +12,7 @@ import torch
 
 import data
 from config import Config, DataLoaderConfig
-from data.loading import loader
+from data.loading import load_plan
 from engine.planning.summary import planned_steps
 from tests.data.parquet_folder import encoded, opened, reader, small_bpe, split, write
 
@@ -22,7 +22,7 @@ T = 64
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one step, so that not many epochs are read ahead."""
-    monkeypatch.setattr(loader, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(load_plan, "CHUNK_BYTES", 1)
 
 
 def documents(size: int, seed: int = 0) -> list[str]:
@@ -80,7 +80,7 @@ def run(dataset: data.Dataset, sequences: int, lanes: int | None, epochs: int) -
                     ends.setdefault(lane, step)
             if batch.epoch >= epochs:
                 break
-        total, count = batches.plan.epoch_tokens, batches.plan.lanes
+        total, count = batches.plan.lane_plan.epoch_tokens, batches.plan.lane_plan.lanes
     assert total is not None
     table = torch.stack(rows)[..., :-1]  # (steps, rows, T), of which a lane has neighbours
     streams = table.reshape(len(rows), count, -1).transpose(0, 1).reshape(count, -1)

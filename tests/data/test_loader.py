@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 
 import data
 from config import STOP_EXIT_CODES, DataError, DataLoaderConfig
-from data.loading import loader, order
+from data.loading import lanes as lanes_module
+from data.loading import load_plan, order
 from data.loading import prefetch as feed
-from data.sources.base import Plan
+from data.loading.lanes import LanePlan
 from tests.data.batches import G, T, read, spec
 from tests.data.parquet_folder import (
     encoded,
@@ -55,21 +56,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps to a chunk, so that chunks end often."""
-    monkeypatch.setattr(loader, "CHUNK_BYTES", 3 * G * (T + 1))
+    monkeypatch.setattr(load_plan, "CHUNK_BYTES", 3 * G * (T + 1))
 
 
 def dealt(dataset: data.Dataset, lanes: int, epoch: int) -> list[bytes]:
     """Slow and separate: the documents of each lane in one epoch, before lanes are balanced."""
     folder = folder_of(dataset)
-    units = folder.slices
-    keys = units.block[split(dataset, "train")]
+    units = folder.segments(0).table
+    keys = units.shuffle_key[split(dataset, "train")]
     tables = [pq.read_table(folder.index.path(i)) for i in range(len(folder.index.paths))]
     columns = [table.column("text").to_pylist() for table in tables]
-    plan = order.epoch_order(keys, 1337, epoch)
+    plan = order.segment_order(keys, 1337, epoch)
     result = []
     for lane in range(lanes):
         text = b""
-        for unit in split(dataset, "train")[plan[order.lane_of(keys[plan], lanes) == lane]]:
+        for unit in split(dataset, "train")[
+            plan[lanes_module.assign_lanes(keys[plan], lanes) == lane]
+        ]:
             file = int(folder.index.group_file[units.group[unit]])
             group = int(folder.index.group_number[units.group[unit]])
             first = 10 * group + int(units.first[unit])
@@ -85,7 +88,7 @@ def reference(dataset: data.Dataset, lanes: int, epochs: int) -> list[list[bytes
     result: list[list[bytes]] = [[] for _ in range(lanes)]
     for epoch in range(epochs):
         texts = dealt(dataset, lanes, epoch)
-        targets = order.lane_targets(sum(map(len, texts)), lanes, epoch)
+        targets = lanes_module.tokens_per_lane(sum(map(len, texts)), lanes, epoch)
         rest = b"".join(text[n:] for text, n in zip(texts, targets, strict=True))
         for lane, (text, target) in enumerate(zip(texts, targets, strict=True)):
             missing = max(0, target - len(text))
@@ -276,7 +279,7 @@ def test_one_unit_or_less_text_than_a_row(tmp_path: Path) -> None:
     assert data_state["lanes"] == 1
     assert set(rows.numpy().tobytes().split(b"\0")) >= {b"abc"}
     write(tmp_path / "a.parquet", ["", "", None, ""])
-    with pytest.raises(DataError, match="no text in the .* units of lane 0"):
+    with pytest.raises(DataError, match="no text in the .* segments of lane 0"):
         read(opened(tmp_path), 1, spec())
 
 
@@ -411,7 +414,7 @@ def test_a_split_shorter_than_a_row_is_explained(tmp_path: Path) -> None:
 
 
 def feeds() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "data feed"]
+    return [thread for thread in threading.enumerate() if thread.name == "data prefetch"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -495,7 +498,7 @@ def test_workers_ignore_the_signals_of_the_group(corpus: Path, expected: torch.T
 def test_a_source_that_hangs_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "TIMEOUT_S", 1.0)
     hung = threading.Event()
-    monkeypatch.setattr(Plan, "lane_units", lambda *_: hung.wait(30))
+    monkeypatch.setattr(LanePlan, "lane_segments", lambda *_: hung.wait(30))
     batches = data.TrainLoader(opened(corpus), spec(), DataLoaderConfig())
     with pytest.raises(DataError, match="no batch within 1 s"):
         next(batches)
@@ -513,8 +516,17 @@ def test_neighbours_in_a_batch_come_from_different_places(tmp_path: Path) -> Non
     marked(tmp_path, files=8, rows=200)
     dataset = opened(tmp_path)
     text = folder_of(dataset)
-    plan = Plan(text.block, split(dataset, "train"), G, 1337, True)
-    files = [text.index.group_file[text.slices.group[plan.lane_units(0, v)]] for v in range(G)]
+    plan = LanePlan(
+        text.segments(0).shuffle_keys,
+        split(dataset, "train"),
+        lanes=G,
+        seed=1337,
+        shuffle=True,
+    )
+    files = [
+        text.index.group_file[text.segments(0).table.group[plan.lane_segments(0, v)]]
+        for v in range(G)
+    ]
     length = min(map(len, files))
     table = np.stack([row[:length] for row in files])
     same = (table[1:] == table[:-1]).mean()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from config import DataError, WriteError
 from data.sources.meta import (
-    _plain_values,
+    load_plain_pickle,
     meta_path,
     read_meta,
     read_meta_file,
@@ -128,15 +128,15 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_plain_values_are_read(value: object) -> None:
-    assert _plain_values(pickle.dumps(value)) == value
+def testload_plain_pickle_are_read(value: object) -> None:
+    assert load_plain_pickle(pickle.dumps(value)) == value
 
 
 @given(st.binary(max_size=60) | st.binary(max_size=40).map(lambda d: b"\x80\x04" + d + b"."))
 @settings(max_examples=300)
 def test_no_bytes_do_more_than_fail(data: bytes) -> None:
     try:
-        _plain_values(data)
+        load_plain_pickle(data)
     except ValueError as error:
         assert str(error)
 

@@ -21,19 +21,21 @@ import pytest
 import data
 import prepare
 from config import DataError, DatasetConfig, TokenizerConfig
+from data.sources import cache as cache_module
 from data.sources import counting
+from data.sources import parquet_dataset as folder_module
 from data.sources import parquet_index as index_module
 from data.sources import parquet_reader as parquet
-from data.sources import parquet_text as folder_module
+from data.sources import parquet_segments as segments_module
 from tests.data.parquet_folder import (
     encoded,
     folder_of,
     marked,
     opened,
     reader,
+    segment_count,
     small_bpe,
     split,
-    unit_count,
     write,
 )
 
@@ -41,7 +43,7 @@ from tests.data.parquet_folder import (
 def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
     """All documents, unit by unit."""
     source = reader(dataset)
-    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(unit_count(dataset))]
+    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(segment_count(dataset))]
     source.close()
     return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
 
@@ -78,12 +80,12 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     dataset = opened(tmp_path)
     assert texts_of(dataset) == ["x", "y z", "w", " "]
     source = reader(dataset)
-    for unit in range(unit_count(dataset)):
+    for unit in range(segment_count(dataset)):
         source.tokens(unit, 1, 0, True)
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
-    assert source.counts == expected
+    assert source.skipped_counts == expected
     assert "1 of 6 rows are null" in caplog.text
-    assert (dataset.stats.files, dataset.stats.rows, dataset.stats.null_rows) == (2, 6, 1)
+    assert (dataset.stats.files, dataset.stats.rows) == (2, 6)
 
 
 def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
@@ -95,11 +97,11 @@ def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
 def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = marked(tmp_path, files=2, rows=30)
     dataset = opened(tmp_path)
-    assert unit_count(dataset) == 60  # small data is cut finely
-    monkeypatch.setattr(index_module, "MIN_UNITS", 2)
-    monkeypatch.setattr(index_module, "UNIT_ROWS", 4)
+    assert segment_count(dataset) == 60  # small data is cut finely
+    monkeypatch.setattr(segments_module, "MIN_SEGMENTS", 2)
+    monkeypatch.setattr(segments_module, "SEGMENT_ROWS", 4)
     dataset = opened(tmp_path)
-    assert folder_of(dataset).slices.rows.tolist() == [4, 4, 2] * 6
+    assert folder_of(dataset).segments(0).table.rows.tolist() == [4, 4, 2] * 6
     assert texts_of(dataset) == texts
 
 
@@ -111,21 +113,21 @@ def test_large_row_groups_are_read_in_slices(
     texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
     write(tmp_path / "a.parquet", list(texts), row_group_size=250)
     dataset = opened(tmp_path)
-    assert unit_count(dataset) > 100
+    assert segment_count(dataset) > 100
     assert texts_of(dataset) == texts
     source = reader(dataset)
-    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(unit_count(dataset)))]
+    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(segment_count(dataset)))]
     joined = np.concatenate(backwards[::-1]).tobytes().decode()
     assert joined == "".join(text + "\0" for text in texts)
 
 
 def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -> None:
-    long = "x" * (3 * index_module.UNIT_BYTES)
+    long = "x" * (3 * segments_module.SEGMENT_BYTES)
     texts = ["short"] * 500 + [long] + ["short"] * 499
     write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
     dataset = opened(tmp_path)
     source = reader(dataset)
-    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(unit_count(dataset))]
+    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(segment_count(dataset))]
     assert sum(sizes) == sum(len(text) + 1 for text in texts)
     assert len(long) < max(sizes) < len(long) + 1000
     assert sorted(sizes)[-2] < 1000
@@ -139,7 +141,7 @@ def test_large_row_groups_are_warned_of_once_with_the_remedy(
     write(tmp_path / "one.parquet", ["z" * 200_000])  # cannot be smaller
     opened(tmp_path)
     assert not caplog.records
-    monkeypatch.setattr(folder_module, "_LARGE_GROUP_BYTES", 1 << 15)
+    monkeypatch.setattr(folder_module, "LARGE_GROUP_BYTES", 1 << 15)
     opened(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("2 of 4 row groups hold more than 0 MB, the largest 0 MB")
@@ -152,7 +154,7 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     dataset = opened(tmp_path, max_cached_files=3)
     before = len(os.listdir("/proc/self/fd"))
     source = reader(dataset)
-    for unit in random.Random(0).sample(range(unit_count(dataset)), 40):
+    for unit in random.Random(0).sample(range(segment_count(dataset)), 40):
         source.tokens(unit, 1, 0, True)
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     source.close()
@@ -165,7 +167,7 @@ def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
     source = reader(dataset)
     before = pa.total_allocated_bytes()
     for _ in range(3):
-        for unit in range(unit_count(dataset)):
+        for unit in range(segment_count(dataset)):
             tokens = source.tokens(unit, 1, 0, True)
         held = pa.total_allocated_bytes() - before
         assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
@@ -206,7 +208,6 @@ def test_a_file_that_is_not_parquet_is_named_or_skipped(
     dataset = opened(tmp_path, on_bad_shard="skip")
     assert texts_of(dataset) == ["good"]
     assert re.search(message, caplog.text)
-    assert len(dataset.stats.skipped_files) == 1
 
 
 def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
@@ -371,7 +372,7 @@ def test_whatever_the_cache_holds_it_is_made_again_with_one_line(
         assert line == f"Cache {cache}: not as it was written; it is made again from the data"
         assert cache.read_bytes() == clean
     other = cache.with_name("index-0.npz")
-    index_module.save_arrays(str(other), {"names": np.zeros(3)})
+    cache_module.save_arrays(other, {"names": np.zeros(3)})
     other.replace(cache)  # whole, and of something else
     assert texts_of(opened(tmp_path / "data")) == texts
     cache.unlink()
@@ -379,7 +380,7 @@ def test_whatever_the_cache_holds_it_is_made_again_with_one_line(
         cache.mkdir() if kind == "folder" else os.mkfifo(cache)
         caplog.clear()
         assert texts_of(opened(tmp_path / "data")) == texts
-        assert "not a regular file" in caplog.text
+        assert "made again from the data" in caplog.text
         cache.rmdir() if kind == "folder" else cache.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "part_0.parquet"))
     assert texts_of(opened(tmp_path / "data")) == texts
@@ -427,7 +428,7 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
     first, second = (opened(tmp_path / name, test_fraction=0.1) for name in "ab")
     train, test = split(first, "train"), split(first, "test")
     assert not set(train) & set(test)
-    assert sorted([*train, *test]) == list(range(unit_count(first)))
+    assert sorted([*train, *test]) == list(range(segment_count(first)))
     assert np.array_equal(test, split(second, "test"))
     assert first.summary()["fingerprint"] == second.summary()["fingerprint"]
     share = first.stats.test_tokens / first.stats.tokens
@@ -458,7 +459,7 @@ def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> 
     assert texts_of(opened(tmp_path), shuffle=True) != texts
     source, end = reader(dataset), dataset.tokenizer.separator
     assert end is not None
-    units = [source.tokens(unit, 1, 0, True) for unit in range(unit_count(dataset))]
+    units = [source.tokens(unit, 1, 0, True) for unit in range(segment_count(dataset))]
     stream = np.concatenate(units)
     assert stream.dtype == np.uint16
     documents = np.split(stream, np.flatnonzero(stream == end) + 1)[:-1]
@@ -473,7 +474,7 @@ def test_tokens_are_counted_or_said_to_be_estimated(
     texts = [*sentences(2000), *sentences(300) * 5]
     write(tmp_path / "a.parquet", [*texts, None, ""], row_group_size=100)
     names = ["bytes", small_bpe(tmp_path, texts[:300])]
-    limits = {"READ_BYTES": 1, "ENCODE_BYTES": 20_000, "_SAMPLE_UNITS": 40}
+    limits = {"READ_BYTES": 1, "ENCODE_BYTES": 20_000, "SAMPLE_SEGMENTS": 40}
     for name, limit in itertools.product(names, [None, "ENCODE_BYTES", "READ_BYTES"]):
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {limit}"))
@@ -481,7 +482,7 @@ def test_tokens_are_counted_or_said_to_be_estimated(
             monkeypatch.setattr(counting, key, limits[key])
         dataset = encoded(tmp_path, name, test_fraction=0.1)
         source, stats = reader(dataset), dataset.stats
-        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(unit_count(dataset)))
+        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(segment_count(dataset)))
         line = dataset.lines()[0]
         if limit is None or (name, limit) == ("bytes", "ENCODE_BYTES"):
             assert (stats.tokens, stats.error) == (exact, 0)
@@ -516,7 +517,7 @@ def test_characters_are_those_of_the_whole_text_and_kept(
     dataset = encoded(tmp_path / "data", "char", test_fraction=0.3)
     assert dataset.tokenizer.decode(range(dataset.vocab_size)) == "\nabcz\u00e9\U0001f409"
     source = reader(dataset)
-    tokens = [source.tokens(unit, 0, 0, False) for unit in range(unit_count(dataset))]
+    tokens = [source.tokens(unit, 0, 0, False) for unit in range(segment_count(dataset))]
     assert dataset.tokenizer.decode(np.concatenate(tokens)) == "abcz\u00e9" * 20 + "\U0001f409\n"
     saved = dataset.summary()
     monkeypatch.setattr(folder_module, "_code_points", None)  # may not be called again
@@ -548,12 +549,12 @@ def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", list(texts))
     dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
     source, end = reader(dataset), dataset.tokenizer.separator
-    for unit in range(unit_count(dataset)):
+    for unit in range(segment_count(dataset)):
         tokens = source.tokens(unit, 1, 0, True)
-        name, rows = source.places(unit, 1, 0, True, range(len(tokens)))
+        name, rows = source.locate(unit, 1, 0, True, range(len(tokens)))
         assert re.fullmatch(r".*a\.parquet row group \d rows", name)
         assert len(rows) == (tokens == end).sum()
-        _, (row,) = source.places(unit, 1, 0, True, range(1))
+        _, (row,) = source.locate(unit, 1, 0, True, range(1))
         group = int(name.split()[-2])
         first = dataset.tokenizer.decode(tokens[: np.flatnonzero(tokens == end)[0]])
         assert texts[10 * group + row.start] == first

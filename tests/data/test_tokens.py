@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 
 import data
 from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
-from data.loading import loader, order
+from data.loading import load_plan, order
+from data.sources import token_dataset as tokens
 from data.sources import token_file as memmap
-from data.sources import token_text as tokens
-from data.sources.base import split_of
 from data.sources.checksums import BLOCK_BYTES, file_checksums
+from data.sources.dataset import segments_of_split
 from data.sources.meta import FileRecord, meta_path, write_meta
-from data.sources.token_text import Stretch, TokenText
+from data.sources.token_dataset import TokenDataset, TokenSpan
 from data.tokenizers.build import build_tokenizer
 from data.tokenizers.simple import IdTokenizer, char_tokenizer
 from tests.data.batches import G, T, read, spec
@@ -45,7 +45,7 @@ VOCABULARY = 5000
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps to a chunk."""
-    monkeypatch.setattr(loader, "CHUNK_BYTES", 4 * 3 * G * (T + 1))
+    monkeypatch.setattr(load_plan, "CHUNK_BYTES", 4 * 3 * G * (T + 1))
 
 
 def ids(count: int, first: int = 0) -> npt.NDArray[np.int64]:
@@ -73,18 +73,18 @@ def opened(
     return data.open_dataset(config, TokenizerConfig(name=name), vocab_size)
 
 
-def text_of(dataset: data.Dataset) -> TokenText:
-    assert isinstance(dataset.source, TokenText)
-    return dataset.source
+def text_of(dataset: data.Dataset) -> TokenDataset:
+    assert isinstance(dataset, TokenDataset)
+    return dataset
 
 
 def tokens_of(dataset: data.Dataset, split: str = "train") -> list[int]:
     """All tokens of a split, from rows of one token and its successor."""
     text = text_of(dataset)
-    units = text.units(1)
-    reader, found = units.reader(), []
-    for stretch, (begin, end) in zip(text.stretches, itertools.pairwise(units.bounds), strict=True):
-        if stretch.held_out == (split == "test"):
+    units = text.segments(1)
+    reader, found = units.open_reader(), []
+    for span, (begin, end) in zip(text.spans, itertools.pairwise(units.bounds), strict=True):
+        if span.held_out == (split == "test"):
             rows = [reader.tokens(unit, 1, 0, True).tolist() for unit in range(begin, end)]
             found += [first for first, _ in rows] + rows[-1][1:]
     return found
@@ -129,7 +129,7 @@ def slow_units(parts: list[list[int]], epoch: int, unit_rows: int) -> list[Rows]
         rows, step = list[list[int]](), T
         count = max((len(part) - T) // T, 1 if len(part) > T else 0)
         for row in range(count):
-            first = order.cut_hash(1337, epoch) % (len(part) - count * T) + row * step
+            first = order.row_offset_hash(1337, epoch) % (len(part) - count * T) + row * step
             rows.append(part[first : first + T + 1])
         units += [rows[i : i + unit_rows] for i in range(0, count, unit_rows)]
     return units
@@ -141,8 +141,8 @@ def slow_lane(folder: Path, lane: int, lanes: int, unit_rows: int) -> list[Rows]
     result = []
     for epoch in range(5):
         units = slow_units(parts, epoch, unit_rows)
-        keys = order.combine(order.path_keys(["train"]), np.arange(len(units)))
-        plan = order.epoch_order(keys, 1337, epoch).tolist()
+        keys = order.numbered_keys(order.path_keys(["train"]), np.arange(len(units)))
+        plan = order.segment_order(keys, 1337, epoch).tolist()
         result.append([row for unit in plan[lane::lanes] for row in units[unit]])
     return result
 
@@ -184,7 +184,7 @@ def test_the_batches_are_the_same_for_every_layout_also_interrupted(
 def test_more_rows_than_a_plan_takes_are_shuffled_by_some(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, most: int, unit_rows: int
 ) -> None:
-    monkeypatch.setattr(tokens, "MAX_UNITS", most)
+    monkeypatch.setattr(tokens, "MAX_SEGMENTS", most)
     dataset = opened(corpus)
     expected = slow_batches(corpus, lanes, unit_rows)
     first, data_state = read_all(dataset, 13, (2, 1), None, lanes=lanes)
@@ -225,15 +225,14 @@ def test_the_rows_of_a_stretch_fit_and_every_token_is_in_some_epoch(
     count: int, block_size: int, seed: int
 ) -> None:
     file = memmap.TokenFile("", 0, 0, np.dtype(np.uint16), 0, count, "")
-    stretches = (Stretch(0, 7, count, False), Stretch(0, 0, 0, True))
-    units = tokens.RowUnits((file,), stretches, block_size, 9)
-    reader = tokens.TokenReader(units)
-    total = len(units.block)
+    spans = (TokenSpan(0, 7, count, False), TokenSpan(0, 0, 0, True))
+    units = tokens.TokenSegments((file,), spans, block_size, 9)
+    total = len(units.shuffle_keys)
     assert total == tokens.count_rows(count, block_size)
     assert (total > 0) == (count > block_size)
     seen, left_out = np.zeros(count, dtype=np.bool_), []
     for epoch in range(0 if not total else 40 * block_size):
-        places = [reader._place(unit, seed, epoch, True)[1:] for unit in (0, total - 1)]
+        places = [units.span_of(unit, seed, epoch, True)[1:] for unit in (0, total - 1)]
         (first, length), (last, _) = places
         assert length == block_size + 1
         assert 7 <= first <= last == first + (total - 1) * block_size
@@ -278,7 +277,7 @@ def test_rows_of_token_files_keep_their_length_and_steps_may_change(corpus: Path
     dataset = opened(corpus)
     _, data_state = read(dataset, 1, spec())
     read(dataset, 1, replace(spec(), sequences_per_step=2 * data_state["lanes"]), data_state)
-    with pytest.raises(DataError, match=r"block_size 16, this run 8; .* training.init_from=RUN"):
+    with pytest.raises(DataError, match=r"block_size 16, this run 8, .* training.init_from=RUN"):
         read(dataset, 1, replace(spec(), block_size=8), data_state)
 
 
@@ -335,15 +334,15 @@ def test_the_end_of_each_file_is_held_out(
         2 * (count - kept),
     )
     assert (dataset.stats.error, dataset.stats.rows) == (0, 0)
-    ends = [(s.file, s.first, s.first + s.length) for s in text_of(dataset).stretches]
+    ends = [(s.file, s.first, s.first + s.length) for s in text_of(dataset).spans]
     assert ends == [(0, 0, kept), (1, 0, kept), (0, kept, count), (1, kept, count)]
     for split in ("train", "test"):
         rows = data.evaluation_rows(dataset, split, T, 10_000)
         assert bool((rows.diff() % VOCABULARY == 1).all())
     whole = opened(tmp_path / "0.bin", token_dtype="uint32")
     assert (len(tokens_of(whole)), whole.stats.test_tokens) == (count, 0)
-    assert not len(split_of(whole.source.units(T), "test"))
-    assert len(split_of(dataset.source.units(T), "train")) == 2 * tokens.count_rows(kept, T)
+    assert not len(segments_of_split(whole.segments(T), "test"))
+    assert len(segments_of_split(dataset.segments(T), "train")) == 2 * tokens.count_rows(kept, T)
 
 
 def test_a_second_file_is_held_out_whole(corpus: Path, tmp_path: Path) -> None:
@@ -476,7 +475,7 @@ def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
 
 def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
     values = np.zeros(400_000, dtype=np.uint16)
-    values[170_001] = 7  # in one of the stretches that are looked at
+    values[170_001] = 7  # in one of the spans that are looked at
     path = put(tmp_path / "a.bin", values)
     assert "uint16" in opened(path).lines()[-1]
 
@@ -575,9 +574,9 @@ def test_a_token_out_of_range_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:  # only some of it is checked at the start: the first and the last tokens
-        monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
-        monkeypatch.setattr(memmap, "_STRETCH_BYTES", 16)
-        monkeypatch.setattr(memmap, "_STRETCHES", 2)
+        monkeypatch.setattr(memmap, "CHECKED_AT_START_BYTES", 0)
+        monkeypatch.setattr(memmap, "SAMPLE_BYTES", 16)
+        monkeypatch.setattr(memmap, "SAMPLES", 2)
     values = ids(600)
     values[321] = 50257
     for path in (put(tmp_path / "a.bin", values, "int32"), put(tmp_path / "a.npy", values)):
@@ -639,7 +638,7 @@ def test_no_damage_goes_unnoticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
+        monkeypatch.setattr(memmap, "CHECKED_AT_START_BYTES", 0)
     train = protected(tmp_path, f"train{ending}", BLOCK_BYTES + 100)
     whole = whole_text(train)
     assert "(ids below 5,000 and checksums)" in opened(train, vocab_size=None).lines()[3]
@@ -667,9 +666,9 @@ def test_no_damage_goes_unnoticed(
 def test_a_damaged_block_is_named_when_it_is_read_and_compared_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memmap, "_CHECKED_AT_START", 0)
-    monkeypatch.setattr(memmap, "_STRETCHES", 2)
-    monkeypatch.setattr(memmap, "_STRETCH_BYTES", 16)
+    monkeypatch.setattr(memmap, "CHECKED_AT_START_BYTES", 0)
+    monkeypatch.setattr(memmap, "SAMPLES", 2)
+    monkeypatch.setattr(memmap, "SAMPLE_BYTES", 16)
     path = protected(tmp_path)
     dataset, compared = opened(path, vocab_size=None), list[int]()
     real = zlib.crc32
@@ -888,7 +887,7 @@ def test_a_batch_tells_which_tokens_it_holds(corpus: Path) -> None:
 def test_evaluation_rows_are_spread_over_their_split_and_never_change(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(tokens, "MAX_UNITS", most)
+    monkeypatch.setattr(tokens, "MAX_SEGMENTS", most)
     dataset = opened(corpus, test_fraction=0.2)
     for split, edges in (
         ("train", [(0, 2000), (2500, 2524), (2530, 3962)]),
@@ -938,7 +937,7 @@ def open_maps() -> int:
 def test_files_are_mapped_once_and_given_back(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = opened(corpus).source.units(T).reader()
+    reader = opened(corpus).segments(T).open_reader()
     opens: list[str] = []
     real = memmap.TokenFile.map
 
@@ -952,7 +951,7 @@ def test_files_are_mapped_once_and_given_back(
     reader.close()
     assert open_maps() == 0
     assert rows[0][0] == rows[0][1] - 1
-    monkeypatch.setattr(memmap, "_MAPPED_FILES", 2)
+    monkeypatch.setattr(memmap, "MAPPED_FILES", 2)
     again = [reader.tokens(unit, 1, 0, True) for unit in (0, 155, 160, 0, 156, 265, 1)]
     assert (len(opens), open_maps()) == (7, 2)
     assert all(np.array_equal(again[i], rows[j]) for i, j in ((1, 155), (3, 0), (5, 265), (6, 1)))
@@ -962,8 +961,8 @@ def test_files_are_mapped_once_and_given_back(
 @pytest.mark.parametrize("change", ["grown", "touched", "gone"])
 def test_a_change_in_the_middle_of_a_run_is_noticed_soon(tmp_path: Path, change: str) -> None:
     path = put(tmp_path / "a.bin", ids(6000))
-    units = opened(path).source.units(T)
-    reader = units.reader()
+    units = opened(path).segments(T)
+    reader = units.open_reader()
     for unit in range(100):
         reader.tokens(unit, 1, 0, True)
     if change == "grown":
@@ -974,7 +973,7 @@ def test_a_change_in_the_middle_of_a_run_is_noticed_soon(tmp_path: Path, change:
     else:
         path.unlink()
     with pytest.raises(DataError, match=r"a\.bin: (changed during|there at the start of) the run"):
-        for unit in range(100, 100 + memmap._LOOK_READS + 1):
+        for unit in range(100, 100 + memmap.RECHECK_READS + 1):
             reader.tokens(unit, 1, 0, True)
 
 
@@ -1004,15 +1003,15 @@ def test_files_of_gigabytes_take_little_memory(
                 next(batches)
                 most = max(most, peak() - before)
         data.evaluation_rows(dataset, "test", 512, 400)
-        units = dataset.source.units(T)
-        reader = units.reader()
+        units = dataset.segments(T)
+        reader = units.open_reader()
         for unit in np.random.default_rng(0).integers(0, len(units.sizes), 1500).tolist():
             reader.tokens(unit, 0, 0, True)
             if unit % 10 == 0:
                 most = max(most, peak() - before)
         return f"{dataset.stats.tokens} {most}"
 
-    monkeypatch.setattr(tokens, "MAX_UNITS", 1 << 16)  # the plan is not what is measured here
+    monkeypatch.setattr(tokens, "MAX_SEGMENTS", 1 << 16)  # the plan is not what is measured here
     status, text = in_child(work)
     assert status == 0, text
     count, most = map(int, text.split())

@@ -1,8 +1,7 @@
-"""A folder of parquet files as the text of a run: its units, split, size and identity.
+"""A folder of parquet files as the text of a run: segments, split, size and identity.
 
-The one idea: everything here but the number of tokens follows from the footers, the config and the
-tokenizer. The fingerprint in a checkpoint tells at resume, before any text is read, whether the
-data is the same.
+All but the number of tokens follows from footers, config and tokenizer. So at resume the
+fingerprint in a checkpoint tells whether the data is the same before any text is read.
 """
 
 from __future__ import annotations
@@ -19,22 +18,26 @@ import numpy as np
 import numpy.typing as npt
 
 from config import DataError, DatasetConfig
-from data.loading.order import MIN_UNITS, Integers, Keys, split_units
-from data.sources.base import PLAN_VERSION, DatasetStats, Reader, token_counts
-from data.sources.counting import TokenCounts, count_tokens
-from data.sources.parquet_index import (
-    ENCODED_UNIT_BYTES,
-    UNIT_BYTES,
-    UNIT_ROWS,
-    Index,
-    Units,
-    cache_path,
-    cut_units,
-    index_digest,
-    load_arrays,
-    save_arrays,
+from data.loading.order import (
+    MIN_SEGMENTS,
+    PLAN_VERSION,
+    Booleans,
+    Integers,
+    Keys,
+    choose_held_out,
 )
-from data.sources.parquet_reader import DocumentReader, UnitReader, text_bytes
+from data.sources.cache import cache_path, load_arrays, save_arrays
+from data.sources.counting import TokenCounts, count_tokens
+from data.sources.dataset import Dataset, DatasetStats, tokens_of_splits
+from data.sources.parquet_index import Index
+from data.sources.parquet_reader import DocumentReader, ParquetReader, text_bytes
+from data.sources.parquet_segments import (
+    ENCODED_SEGMENT_BYTES,
+    SEGMENT_BYTES,
+    SEGMENT_ROWS,
+    SegmentTable,
+    cut_segments,
+)
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.simple import ByteTokenizer
 from settings.formatting import format_count
@@ -44,80 +47,71 @@ log = logging.getLogger(__name__)
 _FORMAT_VERSION = 1
 _LISTED_FILES = 1000
 _NULL_LIMIT = 0.5
-_LARGE_GROUP_BYTES = 32 << 20
+LARGE_GROUP_BYTES = 32 << 20
 _LENGTH_PREFIX_BYTES = 4  # parquet stores each string with its length
-_SAMPLE_UNITS, _SAMPLE_BYTES = 16, 1 << 16  # of each unit
+_SAMPLE_SEGMENTS, _SAMPLE_BYTES = 16, 1 << 16  # of each segment
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetText:
-    """The documents of a folder, encoded as they are read."""
+class ParquetSegments:
+    """Successive documents of row groups, encoded as they are read."""
 
     index: Index
-    slices: Units
+    table: SegmentTable
     tokenizer: Tokenizer
     config: DatasetConfig
     whole_rows = False
 
-    def units(self, block_size: int) -> ParquetText:
-        """Itself: documents are not cut into rows before they are read."""
-        del block_size
-        return self
-
     @property
-    def block(self) -> Keys:
-        """The key of each unit's block."""
-        return self.slices.block
+    def shuffle_keys(self) -> Keys:
+        """The keys of row groups or, of large ones, of their parts."""
+        return self.table.shuffle_key
 
     @cached_property
-    def held_out(self) -> npt.NDArray[np.bool_]:
-        """Which units are for testing; the same for every tokenizer that takes such units."""
-        return split_units(self.slices.block, self.slices.bytes, self.config.test_fraction)
+    def held_out(self) -> Booleans:
+        """Which segments are for testing; the same for all tokenizers with such segments."""
+        return choose_held_out(self.table.shuffle_key, self.table.bytes, self.config.test_fraction)
 
     @cached_property
     def sizes(self) -> Integers:
-        """About how many tokens each unit gives, or somewhat more."""
-        return self.slices.bytes if self._tokens_are_bytes else self._estimates
+        """About how many tokens each segment has, or somewhat more."""
+        is_bytes = isinstance(self.tokenizer, ByteTokenizer)
+        return self.table.bytes if is_bytes else self._estimates
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """How many tokens each unit gives; the text is read for it, once."""
-        return count_tokens(self.index, self.slices, self.tokenizer, self.config)
+        """How many tokens each segment has; reads the text, once."""
+        return count_tokens(self.index, self.table, self.tokenizer, self.config)
 
     @property
     def tokens(self) -> Integers:
-        """The tokens of each unit, as counted."""
+        """The tokens of each segment, as counted."""
         return self.counts.tokens
 
     def epoch_tokens(self, version: int) -> int:
-        """The tokens to train on; plans of version 1 took them from the footers."""
+        """Returns the tokens to train on; version 1 estimated them from the footers."""
         tokens = self.tokens if version == PLAN_VERSION else self._estimates
         return int(tokens[~self.held_out].sum())
 
-    @property
-    def _tokens_are_bytes(self) -> bool:
-        return isinstance(self.tokenizer, ByteTokenizer)
-
     @cached_property
     def _estimates(self) -> Integers:
-        """Tokens by the sizes in the footers, which are exact for bytes in plain pages only."""
-        text = np.maximum(self.slices.bytes - _LENGTH_PREFIX_BYTES * self.slices.rows, 0)
-        if not self._tokens_are_bytes:
+        """Tokens by the sizes in the footers; exact only for bytes in pages without encoding."""
+        text = np.maximum(self.table.bytes - _LENGTH_PREFIX_BYTES * self.table.rows, 0)
+        if not isinstance(self.tokenizer, ByteTokenizer):
             text = np.ceil(text * self._tokens_per_byte()).astype(np.int64)
-        ends = 0 if self.tokenizer.separator is None else 1
-        tokens: Integers = text + ends * self.slices.rows
+        separators = 0 if self.tokenizer.separator is None else 1
+        tokens: Integers = text + separators * self.table.rows
         return tokens
 
     def _tokens_per_byte(self) -> float:
-        """Of some documents here and there, without their separators."""
-        starts = np.flatnonzero(
-            self.slices.first == 0
-        )  # cheaper than what lies deep in a row group
-        among = starts if len(starts) >= _SAMPLE_UNITS else np.arange(len(self.slices))
-        documents = self.documents()
+        """Returns the tokens per byte of a sample of documents, without their separators."""
+        # The first segment of a row group is cheaper to read than one deep inside.
+        starts = np.flatnonzero(self.table.first == 0)
+        among = starts if len(starts) >= _SAMPLE_SEGMENTS else np.arange(len(self.table))
+        documents = self.open_documents()
         tokens = size = 0
-        for place in np.linspace(0, len(among) - 1, _SAMPLE_UNITS).astype(np.int64):
-            texts, _ = documents.read(int(among[place]), 0, 0, False)
+        for i in np.linspace(0, len(among) - 1, _SAMPLE_SEGMENTS).astype(np.int64):
+            texts, _ = documents.read(int(among[i]), 0, 0, False)
             enough = size + _SAMPLE_BYTES
             for text in texts:
                 if size >= enough:
@@ -128,25 +122,50 @@ class ParquetText:
         documents.close()
         return tokens / max(1, size)
 
+    def open_documents(self) -> DocumentReader:
+        """Returns a new reader of the text."""
+        return DocumentReader(self.index, self.table, self.config)
+
+    def open_reader(self) -> ParquetReader:
+        """Returns a new reader of the tokens."""
+        return ParquetReader(self.open_documents(), self.tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetDataset(Dataset):
+    """The documents of a folder of parquet files."""
+
+    index: Index
+    tokenizer: Tokenizer
+    config: DatasetConfig
+
+    @cached_property
+    def _segments(self) -> ParquetSegments:
+        table = cut_segments(self.index, _segment_bytes(self.tokenizer))
+        return ParquetSegments(self.index, table, self.tokenizer, self.config)
+
+    def segments(self, block_size: int) -> ParquetSegments:
+        """Returns the segments, which do not depend on the length of rows: documents are packed."""
+        del block_size
+        return self._segments
+
     @cached_property
     def stats(self) -> DatasetStats:
-        """What it amounts to."""
-        index = self.index
+        """The numbers of files, rows and tokens; reads the text, once."""
+        counts, index = self._segments.counts, self.index
         return DatasetStats(
             files=len(index.paths),
             file_bytes=int(index.sizes.sum()),
-            rows=int(index.groups[:, 0].sum()),
-            null_rows=int(np.maximum(index.groups[:, 3], 0).sum()),
-            skipped_files=index.skipped,
-            error=self.counts.error,
-            **token_counts(self.tokens, self.held_out),
+            rows=index.rows,
+            error=counts.error,
+            **tokens_of_splits(counts.tokens, self._segments.held_out),
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Paths, sizes, row groups, column, tokenizer, split and the rule that cuts units."""
+        """Identifies paths, sizes, row groups, column, tokenizer, split and rules."""
         index = self.index
-        rules = (_FORMAT_VERSION, _unit_bytes(self.tokenizer), UNIT_ROWS, MIN_UNITS)
+        rules = (_FORMAT_VERSION, _segment_bytes(self.tokenizer), SEGMENT_ROWS, MIN_SEGMENTS)
         name, fraction = self.tokenizer.fingerprint, self.config.test_fraction
         digest = hashlib.blake2b(repr((rules, index.column, name, fraction)).encode())
         digest.update(os.fsencode("\0".join(index.paths)))
@@ -154,34 +173,25 @@ class ParquetText:
             digest.update(np.ascontiguousarray(table, dtype="<i8").tobytes())
         return digest.hexdigest()[:32]
 
-    def documents(self) -> DocumentReader:
-        """A new reader of the text."""
-        return DocumentReader(self.index, self.slices, self.config)
-
-    def reader(self) -> Reader:
-        """A new reader of the tokens."""
-        return UnitReader(self.documents(), self.tokenizer)
-
-    def origin(self, split: str) -> str:
-        """What decides how long the text of a split is."""
+    def split_setting(self, split: str) -> str:
+        """Returns the option that decides how much text is held out."""
         return f"dataset.test_fraction {self.config.test_fraction}"
 
     def lines(self) -> list[str]:
-        """Files, rows and tokens."""
+        """Returns a line on files, rows and tokens, and one on missing checksums."""
         stats = self.stats
         about, within = "", ""
         if stats.error:
             about, within = "about ", f" (estimated, to within {stats.error:.1%})"
         return [
             f"Data: {self.index.root}: {stats.files:,} files, {stats.rows:,} rows, {about}"
-            f"{format_count(stats.tokens)} tokens{within}: "
-            f"{format_count(stats.train_tokens)} to train on, "
-            f"{format_count(stats.test_tokens)} held out",
-            *unprotected_lines(self.index),
+            f"{format_count(stats.tokens)} tokens{within}: {format_count(stats.train_tokens)} to "
+            f"train on, {format_count(stats.test_tokens)} held out",
+            *_unprotected_lines(self.index),
         ]
 
-    def summary(self) -> dict[str, Any]:
-        """Plain values that describe it."""
+    def details(self) -> dict[str, Any]:
+        """Returns plain values that describe the folder."""
         index = self.index
         sizes = dict(zip(index.paths, index.sizes.tolist(), strict=True))
         return {
@@ -191,13 +201,13 @@ class ParquetText:
             "test_fraction": self.config.test_fraction,
             "files": len(index.paths),
             "file_bytes": int(index.sizes.sum()),
-            "rows": int(index.groups[:, 0].sum()),
+            "rows": index.rows,
             "sizes": sizes if len(sizes) <= _LISTED_FILES else None,
         }
 
     def difference(self, saved: dict[str, Any]) -> str:
-        """The first difference from the summary of another folder."""
-        now = self.summary()
+        """Returns the first difference from the details of another folder."""
+        now = self.details()
         for key in ("text_column", "tokenizer", "test_fraction"):
             if saved[key] != now[key]:
                 return f"{key} was {saved[key]}, is {now[key]}"
@@ -217,26 +227,25 @@ class ParquetText:
         return "same file names and sizes, but other row groups"
 
 
-def open_folder(index: Index, config: DatasetConfig, tokenizer: Tokenizer) -> ParquetText:
-    """Cut and split the text of an index; DataError where it cannot be split."""
-    units = cut_units(index, _unit_bytes(tokenizer))
-    text = ParquetText(index, units, tokenizer, config)
-    if config.test_fraction > 0 and not text.held_out.any():
+def open_parquet(index: Index, config: DatasetConfig, tokenizer: Tokenizer) -> ParquetDataset:
+    """Opens the text of an index; raises DataError if it cannot be split."""
+    dataset = ParquetDataset(index, tokenizer, config)
+    if config.test_fraction > 0 and not dataset.segments(0).held_out.any():
         raise DataError(
-            f"dataset.parquet_dir '{index.root}': {index.groups[:, 0].sum()} row cannot be split "
+            f"dataset.parquet_dir '{index.root}': {index.rows} row cannot be split "
             "into training and test text. Add documents (python prepare.py cuts long texts), "
             "or set dataset.test_fraction: 0"
         )
-    return text
+    return dataset
 
 
-def _unit_bytes(tokenizer: Tokenizer) -> int:
-    return UNIT_BYTES if isinstance(tokenizer, ByteTokenizer) else ENCODED_UNIT_BYTES
+def _segment_bytes(tokenizer: Tokenizer) -> int:
+    return SEGMENT_BYTES if isinstance(tokenizer, ByteTokenizer) else ENCODED_SEGMENT_BYTES
 
 
 def check_rows(index: Index) -> None:
-    """Raises DataError where the column holds hardly any text, and warns of nulls."""
-    rows, nulls = index.groups[:, 0].sum(), np.maximum(index.groups[:, 3], 0).sum()
+    """Raises DataError if the column holds hardly any text, and warns of null rows."""
+    rows, nulls = index.rows, np.maximum(index.groups[:, 3], 0).sum()
     if rows == 0:
         raise DataError(
             f"dataset.parquet_dir '{index.root}': {len(index.paths)} parquet files hold no rows. "
@@ -252,10 +261,10 @@ def check_rows(index: Index) -> None:
 
 
 def check_row_groups(index: Index) -> None:
-    """Warns where reaching a part of a row group means decoding much of the rest again."""
+    """Warns of row groups so large that each part of one is decoded together with much else."""
     rows, sizes = index.groups[:, 0], index.groups[:, 2]
-    sizes = np.where(rows > 1, sizes, 0)  # one row is read whole
-    large = int((sizes > _LARGE_GROUP_BYTES).sum())
+    sizes = np.where(rows > 1, sizes, 0)  # one row cannot be cut
+    large = int((sizes > LARGE_GROUP_BYTES).sum())
     if large:
         largest = int(sizes.argmax())
         log.warning(
@@ -264,15 +273,15 @@ def check_row_groups(index: Index) -> None:
             "%s",
             large,
             len(sizes),
-            _LARGE_GROUP_BYTES >> 20,
+            LARGE_GROUP_BYTES >> 20,
             sizes[largest] / (1 << 20),
             index.group_name(largest),
             _rewrite_command(index),
         )
 
 
-def unprotected_lines(index: Index) -> list[str]:
-    """A line on files without page checksums, if there are any."""
+def _unprotected_lines(index: Index) -> list[str]:
+    """Returns a line on files without page checksums, if there are any."""
     count = int(index.unprotected.sum())
     if not count:
         return []
@@ -284,15 +293,16 @@ def unprotected_lines(index: Index) -> list[str]:
 
 
 def _rewrite_command(index: Index) -> str:
-    """How the folder is written anew, in small row groups with page checksums."""
+    """Returns the command that writes the folder in small row groups with page checksums."""
     option = [] if index.column == "text" else ["--text-column", index.column]
     return shlex.join(["python", "prepare.py", index.root, "OUT", *option])
 
 
 def characters(index: Index, config: DatasetConfig) -> list[str]:
-    """Every character of the text, in the order of code points; read once, then from the cache."""
+    """Returns every character of the text, in the order of code points; reads the text once, later
+    takes them from the cache."""
     root = os.path.realpath(index.root)
-    cache = cache_path("characters", root, index.column, index_digest(index))
+    cache = cache_path("characters", root, index.column, index.digest())
     known = load_arrays(cache)
     if known is None:
         known = {"points": _code_points(index, config)}
@@ -301,11 +311,11 @@ def characters(index: Index, config: DatasetConfig) -> list[str]:
 
 
 def _code_points(index: Index, config: DatasetConfig) -> npt.NDArray[np.uint32]:
-    units = cut_units(index, UNIT_BYTES)
-    documents = DocumentReader(index, units, config)
+    table = cut_segments(index, SEGMENT_BYTES)
+    documents = DocumentReader(index, table, config)
     seen = np.zeros(0x110000, dtype=np.bool_)
-    for unit in range(len(units)):
-        text, _ = documents.read(unit, 0, 0, False)
+    for segment in range(len(table)):
+        text, _ = documents.read(segment, 0, 0, False)
         if len(text):
             points = text_bytes(text).tobytes().decode().encode("utf-32-le")
             seen[np.frombuffer(points, dtype="<u4")] = True

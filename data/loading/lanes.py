@@ -1,0 +1,207 @@
+"""Which segments each lane reads, epoch by epoch (see data/loading/order.py for the words).
+
+Segments are shuffled and dealt to the lanes in turn. Documents differ in length, so the lanes would
+end an epoch at different steps; balancing moves the surplus of long lanes to short ones, so that
+all lanes have the same number of tokens in an epoch, to within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from data.loading.order import Integers, Keys, segment_order
+
+
+def assign_lanes(keys: Keys, lanes: int) -> Integers:
+    """Returns the lane of each segment, given the shuffle keys in the order of the epoch.
+
+    Runs of equal keys go to the lanes in turn, so a row group is read by one lane.
+    """
+    starts = np.ones(len(keys), dtype=np.int64)
+    starts[1:] = keys[1:] != keys[:-1]
+    return (np.cumsum(starts) - 1) % lanes
+
+
+def tokens_per_lane(tokens: int, lanes: int, epoch: int) -> list[int]:
+    """Returns how many of an epoch's tokens each lane reads.
+
+    Where `tokens` is no multiple of `lanes`, other lanes get the remainder in each epoch. So over
+    n epochs no lane reads more than ceil(n * tokens / lanes), and none falls behind by more than
+    one token, however many epochs a run has.
+    """
+    before, after = epoch * tokens, (epoch + 1) * tokens
+    return [(after + lane) // lanes - (before + lane) // lanes for lane in range(lanes)]
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Ranges of tokens, read one after the other: [first[i], last[i]) of segment[i]."""
+
+    segment: Integers
+    first: Integers
+    last: Integers
+
+    @classmethod
+    def whole(cls, segments: Integers, tokens: Integers) -> Spans:
+        """Returns all tokens of some segments; `tokens` has the size of every segment."""
+        sizes = tokens[segments]
+        return cls(segments, np.zeros_like(sizes), sizes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spans]) -> Spans:
+        """Returns several lists of spans as one."""
+        return cls(
+            np.concatenate([part.segment for part in parts]),
+            np.concatenate([part.first for part in parts]),
+            np.concatenate([part.last for part in parts]),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all spans."""
+        return int((self.last - self.first).sum())
+
+    def part(self, begin: int, end: int) -> Spans:
+        """Returns tokens [begin, end) of the joined spans, cutting at most the outer two.
+
+        An empty span comes along with the span before it: positions in checkpoints count spans, so
+        which part an empty one belongs to must not change.
+        """
+        if 0 < begin >= end:
+            return Spans(self.segment[:0], self.first[:0], self.last[:0])
+        ends = np.cumsum(self.last - self.first)
+        start = int(np.searchsorted(ends, begin, "right")) if begin else 0
+        stop = int(np.searchsorted(ends, end, "right"))  # spans before it end at or before `end`
+        is_cut = stop < len(ends) and (ends[stop - 1] if stop else 0) < end
+        chosen = slice(start, stop + 1 if is_cut else stop)
+        segment, first, last = self.segment[chosen], self.first[chosen], self.last[chosen]
+        first, last = first.copy(), last.copy()
+        if is_cut:
+            last[-1] -= ends[stop] - end
+        if begin and len(first):
+            first[0] += begin - (ends[start - 1] if start else 0)
+        return Spans(segment, first, last)
+
+
+def balance_lanes(lanes: list[Integers], tokens: Integers, targets: list[int]) -> list[Spans]:
+    """Returns the spans that each lane reads, so that lane i has targets[i] tokens.
+
+    A lane keeps its own segments from the front, up to its target. The tokens beyond it, of all
+    lanes in order, are the surplus; it fills the lanes that are short, in order. Two lanes with
+    targets 5 and 5, and segments A of 4 tokens, B of 4 and C of 2:
+
+        dealt      lane 0: A A A A B B B B     lane 1: C C
+        balanced   lane 0: A A A A B           lane 1: C C B B B
+
+    Args:
+        lanes: the segments dealt to each lane.
+        tokens: the size of every segment, by its number.
+        targets: tokens of each lane; their sum is that of all dealt segments.
+    """
+    dealt = [Spans.whole(segments, tokens) for segments in lanes]
+    surplus = Spans.joined(
+        [spans.part(target, spans.tokens) for spans, target in zip(dealt, targets, strict=True)]
+    )
+    balanced, used = [], 0
+    for spans, target in zip(dealt, targets, strict=True):
+        missing = target - spans.tokens
+        own = spans.part(0, target)
+        if missing > 0:
+            own = Spans.joined([own, surplus.part(used, used + missing)])
+            used += missing
+        balanced.append(own)
+    return balanced
+
+
+class Share(NamedTuple):
+    """Tokens [first, last) of a segment that is planned to have `planned` tokens."""
+
+    first: int
+    last: int
+    planned: int
+
+    def of(self, count: int) -> slice:
+        """Returns this share of the `count` tokens that the segment turned out to have.
+
+        Where the plan only had estimates, all lanes that share the segment scale their bounds by
+        the same factor, so each token still belongs to exactly one of them.
+        """
+        return slice(self.first * count // self.planned, self.last * count // self.planned)
+
+
+WHOLE_SEGMENT = Share(0, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _LaneEpoch:
+    """The segments of one lane in one epoch, in reading order, and those it shares with others."""
+
+    segments: Integers
+    shares: dict[int, Share]
+    """By index in `segments`. Most segments are read whole and not listed, which saves memory."""
+
+
+class LanePlan:
+    """The segments of all lanes in every epoch; a pure function of its arguments.
+
+    Args:
+        keys: the shuffle key of every segment.
+        segments: the numbers of the segments to read, such as those of the training split.
+        lanes: the number of lanes.
+        seed: of the shuffle, as `shuffle` says whether there is one.
+        tokens: the size of every segment, by which lanes are balanced. None deals segments in turn
+            and no more: token files, whose segments are equal, and plans of version 1.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        segments: Integers,
+        *,
+        lanes: int,
+        seed: int,
+        shuffle: bool,
+        tokens: Integers | None = None,
+    ) -> None:
+        self.lanes, self.seed, self.shuffle = lanes, seed, shuffle
+        self._segments, self._keys, self._tokens = segments, keys[segments], tokens
+        self.epoch_tokens = None if tokens is None else int(tokens[segments].sum())
+        """The sum by which lanes are balanced; a checkpoint keeps it to notice another count."""
+        self._epochs: dict[int, list[_LaneEpoch]] = {}
+
+    def lane_segments(self, epoch: int, lane: int) -> Integers:
+        """Returns the segments of a lane in one epoch, in reading order."""
+        return self._lane(epoch, lane).segments
+
+    def share(self, epoch: int, lane: int, index: int) -> Share:
+        """Returns which tokens of its index-th segment the lane reads."""
+        return self._lane(epoch, lane).shares.get(index, WHOLE_SEGMENT)
+
+    def _lane(self, epoch: int, lane: int) -> _LaneEpoch:
+        if epoch not in self._epochs:
+            # Lanes pass from one epoch to the next at different rows, so two plans are alive.
+            while len(self._epochs) >= 2:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = self._plan_epoch(epoch)
+        return self._epochs[epoch][lane]
+
+    def _plan_epoch(self, epoch: int) -> list[_LaneEpoch]:
+        order = segment_order(self._keys, self.seed, epoch, self.shuffle)
+        lane = assign_lanes(self._keys[order], self.lanes)
+        dealt = [self._segments[order[lane == v]] for v in range(self.lanes)]
+        if self._tokens is None or self.epoch_tokens is None:
+            return [_LaneEpoch(segments, {}) for segments in dealt]
+        targets = tokens_per_lane(self.epoch_tokens, self.lanes, epoch)
+        result = []
+        for spans in balance_lanes(dealt, self._tokens, targets):
+            planned = self._tokens[spans.segment]
+            shared = np.flatnonzero((spans.first > 0) | (spans.last < planned)).tolist()
+            shares = {
+                i: Share(int(spans.first[i]), int(spans.last[i]), int(planned[i])) for i in shared
+            }
+            result.append(_LaneEpoch(spans.segment, shares))
+        return result
