@@ -1,19 +1,23 @@
-"""Run directories written by hand, of this age and of older ones, without training anything."""
+"""Writes run directories of this version and of older ones, without training anything."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compare.read import Run, read_run
 from config import Config
 from engine.run_directory.run_files import (
     config_copy,
     environment_text,
+    metrics_line,
     protected,
     read_environment,
 )
@@ -34,11 +38,15 @@ NEW_KEYS = {"train/data_wait", "train/compile_s", "eval/best_loss", "eval/best_s
 NEW_KEYS |= {"eval/val_losses", "eval/rows", "eval/seconds", "eval/sample"}
 
 
+def make(name: str = "run_a", *options: str, **more: Any) -> Run:
+    """Writes a run into checkpoints and reads it; arguments as of `make_run`."""
+    return read_run(make_run(name, *options, **more))
+
+
 def make_run(
-    folder: Path,
-    name: str,
-    *,
-    options: Sequence[str] = (),
+    name: str = "run_a",
+    *options: str,
+    folder: Path = Path("checkpoints"),
     losses: Sequence[float | None] = (4.0, 3.0, 2.5),
     every: int = 100,
     state: str | None = "done",
@@ -49,18 +57,18 @@ def make_run(
     environment: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
-    """A run with one evaluation per loss, each after `every` steps and four log lines.
+    """Writes a run with one evaluation per loss, each after `every` steps and four log lines.
 
-    options: overrides of the default config. state: how it ended (done, stopped, failed; None: it
-    says nothing of that). old: without what later versions write. environment: put over its own.
-    seed: of the jitter of its losses.
+    options: overrides of the default config. state: how it ended (done, stopped, failed; None: not
+    written). old: without what later versions write. environment: overrides of environment.json.
+    seed: of the noise in its losses.
     """
     path = folder / name
     path.mkdir(parents=True)
     steps = every * len(losses)
     (path / "config.yaml").write_text(f"training: {{max_iters: {max(1, steps)}}}\n")
     config = Config.from_yaml(path / "config.yaml", options)
-    config.save(path / "config.yaml")
+    (path / "config.yaml").write_text(config.to_yaml())
     lines = list(records(losses, every, batches, rows, sample, seed))
     if state == "done" and losses:
         final = {"final/train_loss": losses[-1], "final/val_loss": losses[-1]}
@@ -68,12 +76,12 @@ def make_run(
     if old:
         lines = [{k: v for k, v in line.items() if k not in NEW_KEYS} for line in lines]
     write_records(path, lines, old)
-    told = SESSION | {"resumed": []}
+    values = SESSION | {"resumed": []}
     if not old:
-        told |= facts(path, config) | ({"ended": ended(state, steps)} if state else {})
-        told |= {"metrics_bytes": (path / "metrics.jsonl").stat().st_size}
-    told |= environment or {}
-    text = json.dumps(told) if old else environment_text(told)
+        values |= facts(path, config) | ({"ended": ended(state, steps)} if state else {})
+        values |= {"metrics_bytes": (path / "metrics.jsonl").stat().st_size}
+    values |= environment or {}
+    text = json.dumps(values) if old else environment_text(values)
     (path / "environment.json").write_text(text)
     (path / ".lock").write_text(f"host {socket.gethostname()} pid 1 since 14:30 (2025-11-08)\n")
     add_checkpoint(path, steps)
@@ -134,8 +142,19 @@ def write_records(path: Path, lines: Sequence[dict[str, Any]], old: bool = False
     (path / "metrics.jsonl").write_bytes(text)
 
 
+def append(path: Path, *lines: dict[str, Any]) -> None:
+    """Appends records to metrics.jsonl, whose time of change stays long ago."""
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.writelines(map(metrics_line, lines))
+    os.utime(path / "metrics.jsonl", (1.7e9, 1.7e9))
+
+
+def evaluation(step: int, losses: list[Any], rows: str = "r") -> dict[str, Any]:
+    return stamp(step) | {"eval/val_loss": 2.0, "eval/val_losses": losses, "eval/rows": rows}
+
+
 def change_environment(path: Path, **values: Any) -> None:
-    """Puts other values there, as its run would have."""
+    """Writes other values into environment.json, with a valid checksum."""
     (path / "environment.json").write_text(environment_text(read_environment(path) | values))
 
 
@@ -163,6 +182,28 @@ def ended(state: str, step: int) -> dict[str, Any]:
 
 
 def add_checkpoint(path: Path, step: int) -> None:
-    """A checkpoint by name; its content is none."""
+    """Creates the two files of a checkpoint, without content."""
     (path / f"checkpoint_{step}.json").write_text("{}")
     (path / f"checkpoint_{step}.pt").write_bytes(b"")
+
+
+@contextmanager
+def locked_by_another_process(path: Path) -> Iterator[None]:
+    ready, begin = os.pipe()
+    done, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        os.write(begin, b"1")
+        os.close(end)
+        os.read(done, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+        for descriptor in (ready, begin, done):
+            os.close(descriptor)

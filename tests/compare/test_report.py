@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs as command_line
-from compare.curves import METRICS, curve, metrics_of, thinned
+from compare.curves import MAX_POINTS, METRICS, curve, metrics_of, thinned
 from compare.figure import draw
 from compare.read import Run, read_run
 from compare.report.content import report
 from compare.report.page import data_text, page
-from tests.compare.run_directories import NEW_KEYS, SESSION, make_run, write_records
-from tests.compare.test_compare import locked_by_another_process
+from tests.compare.run_directories import (
+    NEW_KEYS,
+    SESSION,
+    locked_by_another_process,
+    make,
+    make_run,
+    write_records,
+)
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;\u2028"
 NAME = "<b>bold & '$1$' \"é\""
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test has a working directory of its own."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def make(name: str, *words: str, **options: Any) -> Run:
-    """A run in checkpoints; words: overrides of its config."""
-    return read_run(make_run(Path("checkpoints"), name, options=words, **options))
 
 
 def column(content: dict[str, Any], title: str) -> dict[str, Any]:
@@ -95,11 +88,10 @@ class Page(HTMLParser):
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Run], str, Page]:
     """Two runs whose names and samples are markup, and their page."""
     folder = tmp_path_factory.mktemp("runs")
-    made = [
-        make_run(folder, NAME, sample=HOSTILE, losses=(4.0, 2.0)),
-        make_run(folder, "<img src=x onerror=alert(1)>", sample=HOSTILE, losses=(4.0, 2.1)),
+    runs = [
+        make(NAME, folder=folder, sample=HOSTILE, losses=(4.0, 2.0)),
+        make("<img src=x onerror=alert(1)>", folder=folder, sample=HOSTILE, losses=(4.0, 2.1)),
     ]
-    runs = [read_run(path) for path in made]
     source = page(runs)
     return runs, source, Page(source)
 
@@ -114,42 +106,34 @@ def test_the_page_needs_nothing_but_itself(hostile: tuple[list[Run], str, Page])
     ]
     assert places == ["data:,", "#curves"]
     (style,) = read.texts("style")
-    assert "url(" not in style
-    assert "@import" not in style
+    assert "url(" not in style and "@import" not in style
 
 
-def test_the_policy_forbids_the_network(hostile: tuple[list[Run], str, Page]) -> None:
-    policy = hostile[2].policy
-    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == ["'none'"]
-    assert policy["img-src"] == ["data:", "blob:"]
-    assert set(policy) == {
-        *("default-src", "script-src", "style-src", "img-src", "base-uri", "form-action")
-    }
-
-
-def test_the_policy_allows_the_two_scripts_as_a_browser_reads_them(
+def test_the_policy_allows_the_two_scripts_as_a_browser_reads_them_and_no_request(
     hostile: tuple[list[Run], str, Page],
 ) -> None:
     *_, source, read = hostile
     assert "\r" not in source  # which a browser would read as a line end
     _, *scripts = read.texts("script")
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    allowed = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-    assert len(allowed) == 2
-    assert read.policy["script-src"] == allowed
+    assert len(digests) == 2
+    assert read.policy == {
+        "default-src": ["'none'"],
+        "script-src": [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests],
+        "style-src": ["'unsafe-inline'"],
+        "img-src": ["data:", "blob:"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+    }
 
 
-def test_names_and_samples_are_no_markup(hostile: tuple[list[Run], str, Page]) -> None:
-    _, source, read = hostile
+def test_names_and_samples_are_text_and_no_markup(hostile: tuple[list[Run], str, Page]) -> None:
+    runs, source, read = hostile
     assert not {"img", "b"} & {tag for tag, _, _ in read.elements}
     assert NAME in read.texts("title")[0]
     assert read.texts("h1") == read.texts("title")
     assert len(read.texts("script")) == 3
     assert html.escape(NAME) in source
-
-
-def test_the_data_of_the_page_is_the_report(hostile: tuple[list[Run], str, Page]) -> None:
-    runs, _, read = hostile
     written = json.loads(json.dumps(report(runs)))
     assert read.data | {"footer": ""} == written | {"footer": ""}
     samples = [text for run in read.data["runs"] for _, text in run["samples"]]
@@ -165,9 +149,8 @@ def test_any_text_comes_back_from_the_script_element(content: Any) -> None:
 
 
 def test_a_name_that_is_not_utf_8_gives_a_page(here: Path) -> None:
-    made = make_run(here, "run_x")
     odd = Path(os.fsdecode(os.fsencode(here) + b"/run_\xff"))
-    made.rename(odd)
+    make_run().rename(odd)
     assert Page(page([read_run(odd)])).data["runs"][0]["name"] == "run_?"
 
 
@@ -175,7 +158,7 @@ def test_a_name_that_is_not_utf_8_gives_a_page(here: Path) -> None:
 
 
 def test_curves_hold_the_numbers_of_the_records() -> None:
-    run = make("run_a", losses=(4.0, 3.0, 2.5), sample="text")
+    run = make(losses=(4.0, 3.0, 2.5), sample="text")
     (drawn,) = report([run])["runs"]
     assert set(drawn["curves"]) == set(metrics_of([run]))
     for key, points in drawn["curves"].items():
@@ -184,46 +167,41 @@ def test_curves_hold_the_numbers_of_the_records() -> None:
         for axis in ("step", "tokens", "time"):
             places = [drawn["axes"][axis][row] for row in points["at"]]
             assert places == [record[axis] for record in records]
+    (drawn,) = report([make("run_b", losses=(4.0, None, 2.5))])["runs"]
+    assert drawn["curves"]["eval/val_loss"]["y"] == [4.0, None, 2.5]  # a gap stays a gap
 
 
-def test_a_metric_of_a_list_is_its_mean() -> None:
-    run = make("run_a", losses=())
-    write_records(run.path, [{"step": 1, "eval/active_s": [0.1, 0.3, None]}])
-    assert curve(read_run(run.path), "eval/active_s").y == [0.2]
-
-
-def test_a_metric_of_a_later_version_has_a_panel_by_its_key() -> None:
-    run = make("run_a", losses=())
-    write_records(run.path, [{"step": 1, "train/new": 1.0}])
-    assert [panel["title"] for panel in report([read_run(run.path)])["panels"]] == ["train/new"]
+def test_a_long_run_is_drawn_with_its_spike() -> None:
+    run = make(losses=())
+    lines = [{"step": step, "train/loss": 2.0 + step % 7} for step in range(20000)]
+    lines[12345]["train/loss"] = 99.0
+    write_records(run.path, lines)
+    points = curve(read_run(run.path), "train/loss")
+    assert len(points.y) <= MAX_POINTS
+    assert points.x[points.y.index(99.0)] == 12345
 
 
 def test_both_losses_share_a_panel_and_others_have_their_own() -> None:
-    panels = report([make("run_a")])["panels"]
+    run = make()
+    write_records(run.path, [*run.records, {"step": 301, "train/new": 1.0, "eval/x": [0.1, 0.3]}])
+    run = read_run(run.path)
+    panels = report([run])["panels"]
     first, *rest = [[metric["key"] for metric in panel["metrics"]] for panel in panels]
     assert first == ["train/loss", "eval/val_loss"]
-    assert ["eval/bits_per_byte"] in rest
-    assert ["train/learning_rate"] in rest
+    assert ["eval/bits_per_byte"] in rest and ["train/learning_rate"] in rest
     assert ["train/mfu"] not in rest  # null in every record
+    assert [panel["title"] for panel in panels[-2:]] == ["eval/x", "train/new"]  # unknown metrics
+    assert curve(run, "eval/x").y == [0.2]  # the mean over layers
 
 
-def test_what_is_not_a_number_stays_a_gap() -> None:
-    (drawn,) = report([make("run_a", losses=(4.0, None, 2.5))])["runs"]
-    assert drawn["curves"]["eval/val_loss"]["y"] == [4.0, None, 2.5]
-
-
-VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), max_size=400)
-
-
-@given(VALUES, st.integers(5, 60))
+@given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=400), st.integers(5, 60))
 def test_thinning_keeps_ends_extremes_and_gaps(values: list[float | None], limit: int) -> None:
     kept = thinned(values, limit)
     left = [values[index] for index in kept]
     known = [value for value in values if value is not None]
     assert kept == sorted(set(kept))
     assert len(kept) <= limit
-    if values:
-        assert (kept[0], kept[-1]) == (0, len(values) - 1)
+    assert not values or (kept[0], kept[-1]) == (0, len(values) - 1)
     if known:
         assert min(value for value in left if value is not None) == min(known)
         assert max(value for value in left if value is not None) == max(known)
@@ -240,126 +218,66 @@ def test_a_gap_wider_than_a_bucket_parts_the_thinned_curve(
     assert any(start <= index < stop for index in thinned(values, limit))
 
 
-def test_a_long_run_is_drawn_with_its_spike() -> None:
-    run = make("run_a", losses=())
-    lines = [{"step": step, "train/loss": 2.0 + step % 7} for step in range(20000)]
-    lines[12345]["train/loss"] = 99.0
-    write_records(run.path, lines)
-    points = curve(read_run(run.path), "train/loss")
-    assert len(points.y) <= 1500
-    assert points.x[points.y.index(99.0)] == 12345
-
-
 # ---- runs of every age and state
 
 
-def damage_environment(path: Path) -> None:
-    (path / "environment.json").write_text("{")
-
-
-def damage_config(path: Path) -> None:
-    (path / "config.yaml").write_text("model: [\n")
-
-
-def damage_line(path: Path) -> None:
-    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (path / "metrics.jsonl").write_text("".join([lines[0], "{{{\n", *lines[1:]]))
-
-
-def remove_metrics(path: Path) -> None:
-    (path / "metrics.jsonl").unlink()
-
-
-def empty_metrics(path: Path) -> None:
-    (path / "metrics.jsonl").write_text("")
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (damage_environment, "environment.json: damaged"),
-        (damage_config, "config.yaml: not what the run saved"),
-        (damage_line, "metrics.jsonl: left out 1 damaged line (2)"),
-        (remove_metrics, "metrics.jsonl: missing"),
-        (empty_metrics, "metrics.jsonl: cut short: 0 bytes"),
-    ],
-)
-def test_damage_is_named_and_the_rest_is_shown(
-    damage: Callable[[Path], None], problem: str
-) -> None:
-    whole, broken = make("run_a"), make("run_b", losses=(4.0, 3.0))
-    damage(broken.path)
-    first, second = report([whole, read_run(broken.path)])["runs"]
-    assert first["problems"] == []
-    assert any(line.startswith(problem) for line in second["problems"])
-    assert second["name"] == "run_b"
-
-
-def test_a_run_of_nothing_but_a_checkpoint_gives_a_page(here: Path) -> None:
-    (here / "run_a").mkdir()
-    (here / "run_a" / "checkpoint_7.pt").write_bytes(b"")
-    content = Page(page([read_run(here / "run_a")])).data
-    assert content["headline"] == "run_a: no evaluation"
-    said = {problem.split(":")[0] for problem in content["runs"][0]["problems"]}
-    assert said == {"environment.json", "config.yaml", "metrics.jsonl"}
+def test_damage_is_named_and_the_rest_is_shown(here: Path) -> None:
+    broken = make_run("run_b", losses=(4.0, 3.0))
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join([lines[0], "{{{\n", *lines[1:]]))
+    (broken / "environment.json").write_text("{")
+    first, second = report([make("run_a"), read_run(broken)])["runs"]
+    assert (first["problems"], second["name"]) == ([], "run_b")
+    assert second["problems"] == [
+        "environment.json: damaged, not a JSON object",
+        "metrics.jsonl: left out 1 damaged line (2)",
+    ]
+    (here / "run_c").mkdir()
+    (here / "run_c" / "checkpoint_7.pt").write_bytes(b"")
+    content = Page(page([read_run(here / "run_c")])).data
+    assert content["headline"] == "run_c: no evaluation"
+    files = {problem.split(":")[0] for problem in content["runs"][0]["problems"]}
+    assert files == {"environment.json", "config.yaml", "metrics.jsonl"}
     assert content["panels"] == []
 
 
-def test_a_line_cut_off_by_a_crash_is_no_problem() -> None:
-    run = make("run_a", state=None)
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 400, "tra')
-    (drawn,) = report([read_run(run.path)])["runs"]
-    assert drawn["problems"] == []
-    assert drawn["curves"]["eval/val_loss"]["y"] == [4.0, 3.0, 2.5]
-
-
-def test_a_running_run_is_shown_as_far_as_it_is() -> None:
-    going, done = make("run_a", state=None), make("run_b", losses=(4.0, 3.5))
-    with locked_by_another_process(going.path / ".lock"):
-        content = report([done, read_run(going.path)])
-    assert [run["state"] for run in content["runs"]] == ["running", "done"]
+def test_a_running_run_is_shown_as_far_as_it_is_and_a_crashed_one_says_why() -> None:
+    running, crashed = make("run_a", state=None), make("run_b", losses=(4.0, 3.5), state="failed")
+    with locked_by_another_process(running.path / ".lock"):
+        content = report([crashed, read_run(running.path)])
+    assert [run["state"] for run in content["runs"]] == ["running", "crashed"]
+    assert content["runs"][1]["status"].endswith(": NonFiniteError: the loss is NaN")
     assert "Still running: max_iters 300." in content["answer"]
 
 
-def test_a_crashed_run_says_why() -> None:
-    (drawn,) = report([make("run_a", state="failed")])["runs"]
-    assert drawn["state"] == "crashed"
-    assert drawn["status"].endswith(": NonFiniteError: the loss is NaN")
-
-
 def test_an_old_run_lacks_only_what_it_did_not_write() -> None:
-    old, new = make("run_a", old=True), make("run_b", losses=(4.0, 3.0))
-    first, second = report([new, old])["runs"]
+    content = report([make("run_b", losses=(4.0, 3.0)), make("run_a", old=True)])
+    first, second = content["runs"]
     assert first["problems"] == []
     assert set(second["curves"]) - set(first["curves"]) == NEW_KEYS & set(METRICS)
-    assert column(report([new, old]), "Parameters")["texts"] == ["", "25.3 M"]
-
-
-def test_runs_without_an_evaluation_are_drawn_unranked() -> None:
-    made = [make("run_a", losses=(None,)), make("run_b", losses=(None,))]
-    content = report(made)
-    assert content["headline"] == "2 runs, none evaluated"
-    assert content["best"] is None
-    assert column(content, "Held-out loss, best")["texts"] == ["", ""]
-    assert len(content["runs"][0]["curves"]["train/loss"]["y"]) == 4
+    assert column(content, "Parameters")["texts"] == ["", "25.3 M"]
 
 
 # ---- what it says
 
 
-def test_runs_that_are_never_evaluated_say_so_and_those_that_will_be_say_yet() -> None:
-    never = [make(f"run_{n}", "test_freq=null", losses=()) for n in "ab"]
+def test_runs_without_an_evaluation_are_drawn_unranked() -> None:
+    made = [make("run_a", losses=(None,)), make("run_b", losses=(None,))]
+    content = report(made)
+    assert (content["headline"], content["best"]) == ("2 runs, none evaluated", None)
+    assert column(content, "Held-out loss, best")["texts"] == ["", ""]
+    assert len(content["runs"][0]["curves"]["train/loss"]["y"]) == 4
+    never = [make(f"run_{n}", "test_freq=null", losses=()) for n in "cd"]
     content = report(never)
     assert content["headline"] == "2 runs, none evaluated"
     assert "training.test_freq is null" in content["answer"][0]
-    going = make("run_c", losses=(), state=None)
+    going = make("run_e", losses=(), state=None)
     with locked_by_another_process(going.path / ".lock"):
         assert report([never[0], read_run(going.path)])["headline"] == "2 runs, none evaluated yet"
 
 
-def test_one_run_is_told_without_comparison() -> None:
-    content = report([make("run_a")])
+def test_one_run_is_described_without_comparison() -> None:
+    content = report([make()])
     assert content["headline"] == "run_a: held-out loss 2.5000"
     assert "at step 300" in content["answer"][0]
     assert (content["pairs"], content["contexts"]) == ([], [])
@@ -368,8 +286,7 @@ def test_one_run_is_told_without_comparison() -> None:
 
 def test_six_runs_are_ranked_and_each_compared_with_the_best() -> None:
     losses = (2.6, 2.1, 2.4, 2.2, 2.5, 2.3)
-    made = [make(f"run_{loss}", losses=(4.0, loss)) for loss in losses]
-    content = report(made)
+    content = report([make(f"run_{loss}", losses=(4.0, loss)) for loss in losses])
     assert content["headline"] == "Best: 2.1, with held-out loss 2.1000"
     assert content["answer"][0].startswith("0.1000 below 2.2 (95 % interval ")
     assert content["best"] == 0
@@ -380,20 +297,16 @@ def test_six_runs_are_ranked_and_each_compared_with_the_best() -> None:
     assert differences == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.02)
 
 
-def test_runs_within_the_noise_are_not_told_apart() -> None:
+def test_a_difference_that_is_noise_or_cannot_be_computed_is_not_claimed() -> None:
     content = report([make("run_a", losses=(2.5,)), make("run_b", losses=(2.5001,), seed=1)])
     assert content["answer"][0].startswith("Not told apart from b:")
     assert content["pairs"][0]["verdict"] == "no difference shown"
-
-
-def test_a_run_that_cannot_be_paired_says_why() -> None:
-    content = report([make("run_a", losses=(2.0,)), make("run_b", rows="beef")])
-    (pair,) = content["pairs"]
+    (pair,) = report([make("run_c", losses=(2.0,)), make("run_d", rows="beef")])["pairs"]
     assert pair["low"] is None
     assert "different held-out text" in pair["verdict"]
 
 
-def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte() -> None:
+def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte_and_of_other_text_not() -> None:
     made = [make("run_a"), make("run_b", "tokenizer.name=gpt2", losses=(9.0,))]
     assert report(made)["headline"].startswith("Best: bytes, vocab_size 256, with bits")
     lines = [record | {"eval/bits_per_byte": 1.5} for record in made[1].records]
@@ -402,51 +315,37 @@ def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte() -> None:
     assert content["headline"].startswith("Best: gpt2, ")
     assert content["headline"].endswith(", with bits per byte 1.5000")
     assert "Their tokenizers differ" in content["answer"][0]
-    other = [made[0], make("run_d", "parquet_dir=elsewhere", losses=(1.0,))]
-    content = report(other)
+    content = report([made[0], make("run_d", "parquet_dir=elsewhere", losses=(1.0,))])
     assert content["headline"] == "2 runs on different text: none is best"
     assert content["best"] is None and column(content, "Held-out loss, best")["best"] is None
-    same = [made[0], make("run_c", losses=(9.0,))]
-    assert report(same)["headline"].startswith("Best: max_iters 300, with held-out loss")
 
 
 def test_settings_that_differ_are_marked_against_the_best_run() -> None:
-    made = [
-        make("run_a", "learning_rate=1e-3", losses=(3.0,)),
-        make("run_b", "learning_rate=3e-4", losses=(2.0,)),
-        make("run_c", "learning_rate=3e-4", losses=(2.5,)),
-    ]
-    rate = column(report(made), "learning_rate")
+    content = report(
+        [
+            make("run_a", "learning_rate=1e-3", "mlp_internal_dim_multiplier=32", losses=(3.0,)),
+            make("run_b", "model.name=gpt", "use_4bit=false", "lr=3e-4", losses=(2.0,)),
+            make("run_c", "learning_rate=3e-4", losses=(2.5,)),
+        ]
+    )
+    rate = column(content, "learning_rate")
     assert rate["texts"] == ["0.0003", "0.0003", "0.001"]
     assert rate["others"] == [False, False, True]
     assert rate["values"] == [3e-4, 3e-4, 1e-3]
+    assert "model" in titles(content, "Settings")
+    assert "tie_embeddings" not in titles(content, "Settings")  # of one model
 
 
-def test_options_of_other_models_are_no_difference() -> None:
-    made = [
-        make("run_a", "mlp_internal_dim_multiplier=32"),
-        make("run_b", "model.name=gpt", "use_4bit=false"),
-    ]
-    found = titles(report(made), "Settings")
-    assert "model" in found
-    assert "mlp_internal_dim_multiplier" not in found
-    assert "tie_embeddings" not in found
-
-
-def test_machine_and_data_that_differ_are_told() -> None:
+def test_environments_that_differ_and_commands_are_shown() -> None:
     data = {"fingerprint": "beef", "lines": ["Data: 4 files"]}
-    content = report([make("run_a"), make("run_b", environment={"torch": "3.0", "data": data})])
+    other = {"torch": "3.0", "data": data, "command": None}
+    content = report([make("run_a"), make("run_b", environment=other)])
     contexts = dict(content["contexts"])
     assert contexts["torch"] == ["2.6.0", "3.0"]
     assert contexts["data fingerprint"] == ["f00d", "beef"]
-
-
-def test_a_run_is_started_again_by_its_own_quoted_command() -> None:
-    known, unknown = make("run_a"), make("run_b", environment={"command": None})
-    first, second = report([known, unknown])["runs"]
-    assert shlex.split(first["command"]) == ["python", *SESSION["command"]]
-    assert "'my experiment.yaml'" in first["command"]
-    assert second["command"] == "python train.py --config checkpoints/run_b/config.yaml"
+    first, second = [run["command"] for run in content["runs"]]
+    assert shlex.split(first) == ["python", *SESSION["command"]]
+    assert second == "python train.py --config checkpoints/run_b/config.yaml"
 
 
 # ---- the command line
@@ -460,137 +359,101 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int) -> str:
 
 
 def test_report_writes_the_page(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    make("run_a")
+    make()
     assert command_line.main(["report", "run_a", "-o", "page.html"]) == 0
     assert capsys.readouterr().out.startswith("Wrote page.html")
     assert Page((here / "page.html").read_text("utf-8")).data["runs"][0]["name"] == "run_a"
     assert sorted(path.name for path in here.iterdir()) == ["checkpoints", "page.html"]
 
 
-def test_report_on_an_empty_folder_leaves_with_3(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("empty").mkdir()
-    assert refused(capsys, "report", "empty", code=3) == "empty: holds no runs."
-
-
 @pytest.mark.parametrize(
-    ("command", "package", "module"),
-    [("report", "plotly", "plotly.offline"), ("plot", "matplotlib", "matplotlib")],
+    ("command", "name", "package", "module"),
+    [
+        ("report", "new.html", "plotly", "plotly.offline"),
+        ("plot", "new.png", "matplotlib", "matplotlib"),
+    ],
 )
-def test_a_missing_package_is_named(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-    package: str,
-    module: str,
-) -> None:
-    make("run_a")
-    monkeypatch.setitem(sys.modules, module, None)
-    assert f"pip install {package}" in refused(capsys, command, "run_a", code=2)
-
-
-WRITERS = [("report", "new.html"), ("plot", "new.png"), ("plot", "new.svg")]
-
-
-@pytest.mark.parametrize(("command", "name"), WRITERS)
-def test_a_failed_write_leaves_the_old_file(
+def test_what_cannot_be_written_leaves_the_old_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     here: Path,
     command: str,
     name: str,
+    package: str,
+    module: str,
 ) -> None:
-    make("run_a")
+    make()
     Path(name).write_text("old")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    message = refused(capsys, command, "run_a", "-o", name, code=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        message = refused(capsys, command, "run_a", "-o", name, code=5)
     assert message.startswith(f"cannot write {name}: No space left on device")
+    message = refused(capsys, command, "run_a", "-o", f"missing/{name}", code=5)
+    assert "there is no folder missing" in message
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"pip install {package}" in refused(capsys, command, "run_a", "-o", name, code=2)
     assert Path(name).read_text() == "old"
     assert sorted(path.name for path in here.iterdir()) == ["checkpoints", name]
 
 
-@pytest.mark.parametrize(("command", "name"), WRITERS)
-def test_a_folder_that_is_not_there_leaves_with_5(
-    capsys: pytest.CaptureFixture[str], command: str, name: str
+def test_a_picture_that_cannot_be_drawn_exits_with_2(
+    capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     make("run_a")
-    message = refused(capsys, command, "run_a", "-o", f"missing/{name}", code=5)
-    assert "there is no folder missing" in message
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--metric", "eval/val_los"], "Did you mean eval/val_loss"),
-        (["--metric", "grad_norm"], "Did you mean train/grad_norm?"),
-        (["--metric", "zzz"], "zzz: no run has this metric. There is: train/loss, eval/val_loss"),
-        (["-o", "x.pdf"], "x.pdf: a picture ends in .png or .svg"),
-        (["-o", "x"], "x: a picture ends in .png or .svg"),
-    ],
-)
-def test_a_picture_that_cannot_be_leaves_with_2(
-    capsys: pytest.CaptureFixture[str], here: Path, words: Sequence[str], message: str
-) -> None:
-    make("run_a")
-    assert message in refused(capsys, "plot", "run_a", *words, code=2)
+    make("run_b", losses=())
+    for words, message in (
+        ("run_a --metric eval/val_los", "Did you mean eval/val_loss"),
+        ("run_a --metric grad_norm", "Did you mean train/grad_norm?"),
+        ("run_a --metric zzz", "zzz: no run has this metric. There is: train/loss, eval/val_loss"),
+        ("run_a -o x.pdf", "x.pdf: a picture ends in .png or .svg"),
+        ("run_a -o x", "x: a picture ends in .png or .svg"),
+        ("run_b", "nothing to draw"),
+    ):
+        assert message in refused(capsys, "plot", *words.split(), code=2)
     assert [path.name for path in here.iterdir()] == ["checkpoints"]
-
-
-def test_runs_without_a_number_are_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    make("run_a", losses=())
-    assert "nothing to draw" in refused(capsys, "plot", "run_a", code=2)
 
 
 # ---- pictures
 
 
-def test_a_png_is_a_picture(here: Path) -> None:
-    draw([make("run_a"), make("run_b")], here / "x.png")
-    data = (here / "x.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(data) > 10_000
+def svg_texts(*arguments: Any, **options: Any) -> list[str]:
+    """Returns the texts of the picture that `draw` makes."""
+    draw(arguments[0], Path("x.svg"), *arguments[1:], **options)
+    root = ElementTree.fromstring(Path("x.svg").read_bytes())
+    return ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", ["step", "tokens", "time"])
-def test_an_svg_holds_names_and_labels_as_text(here: Path, x: str) -> None:
+def test_a_picture_holds_names_and_labels_as_text(x: str) -> None:
     names = [NAME, "_hidden", "run_a"]
     made = [make(name, losses=(4.0, None, 2.0 + n)) for n, name in enumerate(names)]
-    draw(made, here / "x.svg", x=x)
-    texts = svg_texts(here / "x.svg")
+    texts = svg_texts(made, x=x)
     for name, end in zip(names, ("2", "3", "4"), strict=True):
         assert any(text.strip("\u200b") == f"{name}  {end}" for text in texts)
     assert {"step": "Steps", "tokens": "Tokens", "time": "Time (s)"}[x] in texts
     assert "Loss (nats per token)" in texts
+    before = Path("x.svg").read_bytes()
+    svg_texts(made, x=x)
+    assert Path("x.svg").read_bytes() == before
+    draw(made, Path("x.png"), x=x)
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def svg_texts(path: Path) -> list[str]:
-    root = ElementTree.fromstring(path.read_bytes())
-    return ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+def test_each_metric_asked_for_has_its_panel() -> None:
+    texts = svg_texts([make()], ["train/memory_bytes", "train/grad_norm", "train/memory_bytes"])
+    assert [text for text in texts if text[0] in "GP"] == ["Peak memory (GB)", "Gradient norm"]
 
 
-def test_each_metric_asked_for_has_its_panel(here: Path) -> None:
-    asked = ["train/memory_bytes", "train/grad_norm", "train/memory_bytes"]
-    draw([make("run_a")], here / "x.svg", asked)
-    labels = [text for text in svg_texts(here / "x.svg") if text[0] in "GP"]
-    assert labels == ["Peak memory (GB)", "Gradient norm"]
+def test_a_picture_says_what_its_frame_leaves_out() -> None:
+    texts = svg_texts([make(losses=(90.0, *[3.0, 2.9] * 40))])
+    assert any("the start lies above: up to 90" in text for text in texts)
 
 
-def test_the_same_runs_give_the_same_svg(here: Path) -> None:
-    runs = [make("run_a"), make("run_b")]
-    for name in ("x.svg", "y.svg"):
-        draw(runs, here / name)
-    assert (here / "x.svg").read_bytes() == (here / "y.svg").read_bytes()
-
-
-def test_a_picture_says_what_its_frame_leaves_out(here: Path) -> None:
-    draw([make("run_a", losses=(90.0, *[3.0, 2.9] * 40))], here / "x.svg")
-    assert any("the start lies above: up to 90" in text for text in svg_texts(here / "x.svg"))
-
-
-def test_the_legend_is_in_the_order_in_which_the_curves_end(here: Path) -> None:
-    draw([make(f"run_{n}", losses=(4.0, 2.0 + n)) for n in range(10)], here / "x.svg")
-    names = [text.split()[0] for text in svg_texts(here / "x.svg")[-10:]]
-    assert names == [str(n) for n in reversed(range(10))]
+def test_the_legend_is_in_the_order_of_the_last_values() -> None:
+    texts = svg_texts([make(f"run_{n}", losses=(4.0, 2.0 + n)) for n in range(10)])
+    assert [text.split()[0] for text in texts[-10:]] == [str(n) for n in reversed(range(10))]
