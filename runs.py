@@ -15,12 +15,10 @@ error says what could not be read. Nothing is written into a run directory.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,9 @@ from compare.read import Run, find_runs, read_run
 from compare.report.page import write_report
 from compare.select import filter_runs, sort_runs
 from compare.table import list_lines, summary
-from config import ConfigError, DataError, UserError
+from config import ConfigError, DataError
 from engine.run_directory.find_runs import FOLDER, find_by_name, runs_in, shown_names
+from settings.cli import exit_on_signals, run_command
 from settings.terminal import printable
 
 _SORT = "--sort"
@@ -47,20 +46,24 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add = _add_command(commands, "list", "one line per run")
+    add = _add_command(commands, "list", show_list, "one line per run")
     add("runs", nargs="*", metavar="RUN", help=f"default: all in {FOLDER}")
     add(_SORT, metavar="KEY", help="a column, option or metric; -KEY: descending")
     add("--filter", action="append", default=[], metavar="KEY=VALUE", help="also != < <= > >=")
     add("--json", action="store_true", help="everything known of each run, as JSON")
-    add = _add_command(commands, "diff", "settings, results, machine and data that differ")
+    add = _add_command(
+        commands, "diff", show_differences, "settings, results, machine and data that differ"
+    )
     add("runs", nargs="+", metavar="RUN", help="two or more; all are compared with the first")
     add("--json", action="store_true", help="the same as JSON")
-    add = _add_command(commands, "plot", "curves as a picture")
+    add = _add_command(commands, "plot", show_plot, "curves as a picture")
     add("runs", nargs="+", metavar="RUN")
     add("--metric", action="append", default=[], metavar="KEY", help="default: the losses")
     add("--x", choices=("step", "tokens", "time"), default="step", help="default: step")
     add("-o", "--output", type=Path, default=Path("runs.png"), metavar="FILE", help=".png or .svg")
-    add = _add_command(commands, "report", "one page with curves, settings and results")
+    add = _add_command(
+        commands, "report", show_report, "one page with curves, settings and results"
+    )
     add("runs", nargs="+", metavar="RUN")
     add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
     arguments = parser.parse_args(_joined(words))
@@ -70,9 +73,13 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _add_command(commands: Any, name: str, what: str) -> Any:
-    """Adds a command; returns the function that adds an argument to it."""
-    return commands.add_parser(name, help=what, description=what, allow_abbrev=False).add_argument
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str
+) -> Any:
+    """Adds a command that calls `run`; returns the function that adds an argument to it."""
+    command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command.add_argument
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -169,30 +176,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_COMMANDS = {
-    "list": show_list,
-    "diff": show_differences,
-    "plot": show_plot,
-    "report": show_report,
-}
-
-
 def main(words: Sequence[str]) -> int:
     """Runs `python runs.py WORDS`; returns its exit code."""
     arguments = read_arguments(words)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows '?'
-            stream.reconfigure(errors="replace")
-    try:
-        _COMMANDS[arguments.command](arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(lambda: arguments.run(arguments))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):  # ends quietly where `| head` has read enough
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    exit_on_signals()
     sys.exit(main(sys.argv[1:]))
