@@ -20,14 +20,12 @@ Captured = pytest.CaptureFixture[str]
 
 def make(*names: str, options: tuple[str, ...] | None = None, **more: Any) -> list[Path]:
     """Writes runs into checkpoints, each with its own number of layers and losses."""
-    return [
-        make_run(
-            name,
-            *((f"n_layer={number + 2}",) if options is None else options),
-            **({"losses": (4.0, 3.0 - number / 10), "seed": number} | more),
-        )
-        for number, name in enumerate(names)
-    ]
+    made = []
+    for number, name in enumerate(names):
+        own: dict[str, Any] = {"losses": (4.0, 3.0 - number / 10), "seed": number}
+        words = (f"n_layer={number + 2}",) if options is None else options
+        made.append(make_run(name, *words, **(own | more)))
+    return made
 
 
 def output(capsys: Captured, *words: str) -> str:
