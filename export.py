@@ -65,7 +65,7 @@ def export(args: argparse.Namespace) -> list[str]:
     """Writes OUT; returns what to say of it. Raises UserError."""
     from data.sources.meta import open_tokenizer
     from engine.checkpoint.export import WEIGHTS, description, has_config, is_export, write_export
-    from engine.checkpoint.save_load import open_model  # torch is slow to import
+    from engine.checkpoint.trained_model import open_model  # torch is slow to import
     from engine.hardware.device import resolve_device
     from engine.precision.precision import DTYPES
     from engine.precision.weights_4bit import QuantizedWeights, unique_tensors

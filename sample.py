@@ -189,7 +189,7 @@ def _load(
     """Returns the model in eval mode, its config and tokenizer; raises CheckpointError that names
     the file."""
     from data.sources.meta import open_tokenizer
-    from engine.checkpoint.save_load import open_model
+    from engine.checkpoint.trained_model import open_model
 
     path = arguments.path
     try:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from config import Config
-from engine.checkpoint.save_load import load_checkpoint, save_checkpoint
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.save import save_checkpoint
 from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import verify
 from engine.train_state import TrainState, rng_state

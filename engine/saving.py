@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config import Config, WriteError
-from engine.checkpoint.save_load import save_checkpoint
+from engine.checkpoint.save import save_checkpoint
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.run_directory.directory import RunDirectory

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from config import GPT2_NAMES, BDHConfig, CheckpointError
 from model.bdh.model import UPSTREAM_FREQUENCIES, from_upstream, without_wrappers
+from model.torch_file import Inert, load_torch_file
 
 OWNER = "openai-community"  # of the published files, which have no version but the newest
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -186,11 +186,13 @@ def _beside(path: Path) -> dict[str, Any]:
 
 
 def _stored(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The shape in a checkpoint's config: plain values, or those of an object (`_Inert`)."""
+    """The shape in a checkpoint's config: plain values, or those of an object (`Inert`)."""
     config = content.get("config")
-    values = config if isinstance(config, dict) else vars(config) if _is_inert(config) else {}
+    values = (
+        config if isinstance(config, dict) else vars(config) if isinstance(config, Inert) else {}
+    )
     inner = values.get("model", values)
-    inner = vars(inner) if _is_inert(inner) else inner
+    inner = vars(inner) if isinstance(inner, Inert) else inner
     return {"n_layer": inner["n_layer"]} if isinstance(inner, dict) and "n_layer" in inner else {}
 
 
@@ -500,48 +502,9 @@ def _history(content: dict[str, Any]) -> str:
     return told + (" (weights alone: no optimizer moments)" if "optimizer" in content else "")
 
 
-class _Inert:
-    """Stands for an object of a class that is not known here: its values, and none of its code."""
-
-    def __init__(self, *values: Any, **named: Any) -> None:
-        pass
-
-
-def _is_inert(value: object) -> bool:
-    return isinstance(value, _Inert)
-
-
 def _load(path: Path) -> dict[str, Any]:
-    """The content of a `torch.save` file: tensors and plain values, and the values of objects whose
-    classes the file only names. Nothing is imported: a stand-in takes the place of each class.
-
-    Names of torch and of the standard library are refused: no config is one of them.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [e for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED]
-        if packed:  # torch writes none; a small file could unpack to any size
-            raise CheckpointError(f"{path}: is compressed, which no checkpoint is.")
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in names if name.split(".")[0] in _KNOWN]
-        if refused:
-            raise CheckpointError(
-                f"{path}: holds a Python object ({', '.join(sorted(refused))}); refused. Save the "
-                "weights alone where they were made: torch.save(model.state_dict(), 'weights.pt')"
-            )
-        inert: list[Any] = []
-        for name in names:
-            module, _, own = name.rpartition(".")
-            inert.append(type(own, (_Inert,), {"__module__": module}))
-        with torch.serialization.safe_globals(inert):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a hostile pickle can make the loader raise anything
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error}).") from error
+    """Returns the dictionary in a `torch.save` file, objects of unknown classes as `Inert`."""
+    content = load_torch_file(path, mmap=True, inert_objects=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no dictionary, as checkpoints and state dicts are.")
     return dict(content)
-
-
-_KNOWN = sys.stdlib_module_names | {"torch", "numpy", "_codecs"}

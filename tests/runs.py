@@ -20,7 +20,7 @@ import torch
 
 import train
 from config import command_line
-from engine.checkpoint.save_load import load_checkpoint
+from engine.checkpoint.load import load_checkpoint
 from tests.conftest import ROOT
 
 TIMED = {

@@ -19,7 +19,7 @@ import torch
 import sample
 from config import Config, ConfigError, DataError
 from data import StepBatch, TrainLoader
-from engine.checkpoint.save_load import load_model
+from engine.checkpoint.trained_model import load_model
 from tests.conftest import ROOT
 from tests.runs import assert_same_run, metrics, only_run, run_here, run_main, start
 

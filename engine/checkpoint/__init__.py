@@ -1,5 +1,5 @@
 """Saving and loading the state of a run; `load_model` for anybody who wants the trained model."""
 
-from engine.checkpoint.save_load import load_model
+from engine.checkpoint.trained_model import load_model
 
 __all__ = ["load_model"]

@@ -163,7 +163,7 @@ def check_type(value: object, hint: Any, place: str = "") -> None:
 
 
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
+def as_checkpoint_error(path: Path) -> Iterator[None]:
     """Turns what content of another kind can raise into a CheckpointError that names it."""
     try:
         yield

@@ -28,6 +28,7 @@ from typing import Any
 from config import CheckpointError, Config, ConfigError, NonFiniteError, WriteError
 from engine.monitor import console
 from engine.run_directory.environment import describe_session, now
+from engine.run_directory.find_checkpoint import Resume
 from engine.run_directory.manifest import (
     CONFIG,
     ENVIRONMENT,
@@ -35,7 +36,6 @@ from engine.run_directory.manifest import (
     MAX_BYTES,
     METRICS,
     Manifest,
-    Resume,
     data_path,
     manifest_path,
     steps_in,

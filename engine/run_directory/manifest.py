@@ -29,12 +29,11 @@ LOCK = ".lock"
 MAX_BYTES = 1 << 30
 """What is read of one file of a run at most, checkpoints aside."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
-_FOREIGN_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)\.pt")
 _LARGEST_MANIFEST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CheckpointMeta:
     """What a checkpoint says about itself without being opened."""
 
     step: int
@@ -48,33 +47,13 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Facts):
-    """Facts of a finished checkpoint and how to recognise its bytes."""
+class Manifest(CheckpointMeta):
+    """CheckpointMeta of a finished checkpoint and how to recognise its bytes."""
 
     size: int
     sha256: str
     time: str
     format: int = FORMAT
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A verified checkpoint to continue from."""
-
-    path: Path
-    manifest: Manifest
-    seen_steps: tuple[int, ...]
-    """Steps that had a manifest at the time; another process may add some before we lock."""
-
-    @property
-    def run_dir(self) -> Path:
-        """The run directory to continue in."""
-        return self.path.parent
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.manifest.step
 
 
 def data_path(folder: Path, step: int) -> Path:
@@ -142,7 +121,7 @@ def verify(path: Path) -> Manifest:
         raise CheckpointError(_not_found(path))
     manifest = read_manifest(path)
     try:
-        size, sha256 = path.stat().st_size, _sha256(path) if is_complete(path, manifest) else ""
+        size, sha256 = path.stat().st_size, _sha256(path) if size_matches(path, manifest) else ""
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}.") from error
     if size != manifest.size:
@@ -157,7 +136,7 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def is_complete(path: Path, manifest: Manifest) -> bool:
+def size_matches(path: Path, manifest: Manifest) -> bool:
     """Whether the file has the manifest's size: the cheap half of `verify`."""
     return path.is_file() and path.stat().st_size == manifest.size
 
@@ -192,7 +171,7 @@ def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
             manifest = read_manifest(path)
         except CheckpointError:
             continue
-        if is_complete(path, manifest):
+        if size_matches(path, manifest):
             complete[step] = manifest
     return complete
 
@@ -202,40 +181,3 @@ def best_step(complete: Mapping[int, Manifest]) -> int | None:
     losses = {step: manifest.val_loss for step, manifest in complete.items()}
     known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
     return min(known, key=known.__getitem__, default=None)
-
-
-def in_runs(path: Path) -> Path:
-    """Where the checkpoint `path` lies that a trainer without run directories would have written:
-    `out/checkpoint_iter_500.pt` is that of step 500 of the newest run in `out` that has one."""
-    named = _FOREIGN_NAME.fullmatch(path.name)
-    if named and not path.exists():
-        own = data_path(path.parent, int(named[1]))
-        if manifest_path(own).exists():
-            return own
-        runs = sorted(path.parent.glob("run_*"), reverse=True)
-        holding = (data_path(run, int(named[1])) for run in runs)
-        return next((place for place in holding if manifest_path(place).exists()), path)
-    return path
-
-
-def newest_run(folder: Path) -> Path:
-    """The newest run with a checkpoint in a folder of runs; of a run directory, itself."""
-    runs = sorted(run for run in folder.glob("run_*") if steps_in(run))
-    return runs[-1] if runs and not steps_in(folder) else folder
-
-
-def found(path: Path) -> Resume:
-    """The checkpoint at `path`, verified; raises CheckpointError."""
-    manifest = verify(path)
-    return Resume(path, manifest, tuple(steps_in(path.parent)))
-
-
-def newest_valid(folder: Path) -> tuple[Resume | None, list[str]]:
-    """The verified checkpoint of the highest step, and one line for each newer one refused."""
-    rejects: list[str] = []
-    for step in sorted({*steps_in(folder), *steps_in(folder, "pt")}, reverse=True):
-        try:
-            return found(data_path(folder, step)), rejects
-        except CheckpointError as error:
-            rejects.append(str(error))
-    return None, rejects

@@ -14,7 +14,7 @@ import torch
 
 from config import Config, Request, micro_batch
 from data.run_data import Batch, RepeatFirstBatch, RunData, document_id_function
-from engine.checkpoint.contents import fitting
+from engine.checkpoint.contents import as_checkpoint_error
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import Evaluator
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
@@ -210,7 +210,7 @@ def restore(
     state, data_state, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
     if saved["config"]["training"]["block_size"] != setup.config.training.block_size:
         state.best_val_loss = state.best_step = None  # longer rows have another loss
-    with fitting(start.resume.path):
+    with as_checkpoint_error(start.resume.path):
         skipped = bool(saved["precision"]["scaler"])
         check_optimizer(parts.optimizer, saved["optimizer"], state.step, skipped)
         console.info(*parts.precision.load_state_dict(saved["precision"]))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from config import Config, ConfigError, Request, WriteError, micro_batch
-from engine.checkpoint.save_load import load_checkpoint
+from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.memory import with_batch

@@ -15,9 +15,8 @@ from typing import Any
 from config import GPT2_NAMES, Config, ConfigError, Request, setting
 from data.sources.meta import open_tokenizer
 from data.tokenizers.base import Tokenizer
-from engine.checkpoint.foreign import is_foreign
 from engine.checkpoint.resume_rules import pretrained_options
-from engine.checkpoint.save_load import open_model
+from engine.checkpoint.trained_model import is_pretrained, open_model
 from engine.run_directory.find_runs import FOLDER, find_by_name
 from model.pretrained import Pretrained, read
 
@@ -44,7 +43,7 @@ def open_weights(init_from: str, shape: Mapping[str, int], folder: Path = FOLDER
     """
     published = init_from in GPT2_NAMES
     path = Path(init_from) if published else find_by_name(Path(init_from).expanduser(), folder)
-    if not path.exists() or is_foreign(path):
+    if not path.exists() or is_pretrained(path):
         return read(init_from, shape)
     model, config, tokenizer = open_model(path, "cpu")
     options = {name: getattr(config.model, name) for name in pretrained_options()}

@@ -11,10 +11,12 @@ from typing import Any
 from config import Config, Request
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import tokenizer_from_dict
+from engine.checkpoint.find import resolve_resume
+from engine.checkpoint.load import check_weights, load_checkpoint
 from engine.checkpoint.resume_rules import experiment_differences, resume_from_folder
-from engine.checkpoint.save_load import Resume, check_weights, load_checkpoint, resolve_resume
 from engine.hardware.distributed import World
 from engine.monitor import console
+from engine.run_directory.find_checkpoint import Resume
 from engine.run_directory.manifest import CONFIG
 from engine.run_directory.run_files import check_config
 from engine.setup.initial_weights import (

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from config import Config
-from engine.checkpoint.save_load import resolve_resume, save_checkpoint
+from engine.checkpoint.find import resolve_resume
+from engine.checkpoint.save import save_checkpoint
 from engine.run_directory.directory import RunDirectory
 from engine.train_state import TrainState, rng_state
 

@@ -20,19 +20,17 @@ import torch
 
 from config import CheckpointError, Config, NonFiniteError, WriteError
 from engine.checkpoint.contents import check_finite, check_plain, tensor_bytes
-from engine.checkpoint.save_load import (
-    load_checkpoint,
-    load_model,
-    prune_checkpoints,
-    resolve_resume,
-    save_checkpoint,
-)
+from engine.checkpoint.find import resolve_resume
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.retention import prune_checkpoints
+from engine.checkpoint.save import save_checkpoint
+from engine.checkpoint.trained_model import load_model
 from engine.run_directory.directory import RunDirectory
+from engine.run_directory.find_checkpoint import newest_valid
 from engine.run_directory.manifest import (
     Manifest,
     data_path,
     manifest_path,
-    newest_valid,
     read_manifest,
     render,
     steps_in,

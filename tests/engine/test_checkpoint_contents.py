@@ -21,7 +21,8 @@ import sample
 from config import Request, UserError, command_line
 from data.loading.loader import TrainLoader
 from data.run_data import batch_spec
-from engine.checkpoint.save_load import load_checkpoint, load_model
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.trained_model import load_model
 from engine.hardware.distributed import World
 from engine.run_directory.manifest import data_path, manifest_path, read_manifest, render
 from engine.setup.build import build_parts, restore
@@ -152,7 +153,7 @@ REFUSED: list[tuple[Damage, str]] = [
 TOKENIZERS = (
     ({"kind": "char", "characters": 7}, ": not the description of a tokenizer"),
     ({"kind": "runes"}, ": a tokenizer of the unknown kind 'runes'"),
-    ({"kind": "ids", "vocab_size": 10**9}, " has 1000000000 tokens, and its model 256"),
+    ({"kind": "ids", "vocab_size": 10**9}, " has 1000000000 tokens, its model 256"),
 )
 SAME: list[Damage] = [
     put("optimizer", "param_groups", 0, "lr", value="much"),  # the config says it

@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
-from engine.checkpoint.save_load import load_checkpoint
+from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import World, enter_world, no_sync_until_last, wrap_ddp
 from tests.conftest import ROOT
 from tests.runs import metrics, only_run, run_here, start, wait_for

@@ -24,10 +24,11 @@ from config import BDHConfig, CheckpointError, Config, LowPrecisionConfig, Write
 from data.tokenizers.build import build_tokenizer
 from engine.checkpoint import export as exports
 from engine.checkpoint.export import description, write_export
-from engine.checkpoint.save_load import load_model, open_model
+from engine.checkpoint.trained_model import load_model, open_model
 from engine.precision.weights_4bit import QuantizedWeights
 from model import LanguageModel, build_model
 from model.bdh.model import from_upstream
+from settings.formatting import format_bytes
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.precision.test_weights_4bit import MODELS, TOKENS
 from tests.runs import only_run, run_here
@@ -251,8 +252,8 @@ def test_what_was_written_is_said(
     assert lines == [
         "4-bit weights: 3 of 5 tensors, 3,072 of 11,264 parameters (nf4, double quantization); "
         "embedding and head left out",
-        f"Wrote {out}: model.safetensors ({size} bytes, {size / count:.2f} bytes per parameter; "
-        "45056 bytes in float32), config.yaml, vocabulary.json",
+        f"Wrote {out}: model.safetensors ({format_bytes(size)}, {size / count:.2f} bytes "
+        "per parameter; 45.1 kB in float32), config.yaml, vocabulary.json",
         f"Next: python sample.py {out}",
     ]
 
@@ -272,7 +273,7 @@ def test_samples_of_an_export_are_those_of_the_rounded_model(
     sample.write_samples(sample.read_arguments([os.fspath(out), *words]))
     texts.append(capsys.readouterr().out)
     monkeypatch.setattr(
-        "engine.checkpoint.save_load.open_model", lambda *_: (model, config, tokenizer)
+        "engine.checkpoint.trained_model.open_model", lambda *_: (model, config, tokenizer)
     )
     with QuantizedWeights(model, config.low_precision).applied():
         sample.write_samples(sample.read_arguments([os.fspath(run), *words]))
@@ -326,7 +327,7 @@ def test_upstream_is_for_bdh_alone(
 ) -> None:
     config = config_of("gpt")
     found = build(config), config, build_tokenizer(config.tokenizer).to_dict()
-    monkeypatch.setattr("engine.checkpoint.save_load.open_model", lambda *_: found)
+    monkeypatch.setattr("engine.checkpoint.trained_model.open_model", lambda *_: found)
     out = tmp_path / "out"
     assert export.main(["run", os.fspath(out), "--format", "upstream"]) == 2
     assert "model.name is gpt" in capsys.readouterr().err

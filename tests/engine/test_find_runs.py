@@ -10,7 +10,7 @@ import pytest
 import export
 import sample
 from config import CheckpointError, DataError
-from engine.checkpoint.save_load import resolve_resume
+from engine.checkpoint.find import resolve_resume
 from engine.run_directory.find_runs import find_by_name
 from tests.runs import only_run, run_here
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from config import CheckpointError, Config
+from engine.checkpoint.load import load_checkpoint
 from engine.checkpoint.resume_rules import check_resumable
-from engine.checkpoint.save_load import load_checkpoint
 from engine.hardware.device import compiler_for
 from tests.conftest import ROOT, write_corpus
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here, start, wait_for

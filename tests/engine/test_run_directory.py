@@ -21,10 +21,13 @@ import torch
 
 from compare.read import read_run
 from config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WriteError
-from engine.checkpoint.save_load import load_checkpoint, resolve_resume, save_checkpoint
+from engine.checkpoint.find import resolve_resume
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.save import save_checkpoint
 from engine.run_directory.directory import RunDirectory
 from engine.run_directory.environment import describe_session
-from engine.run_directory.manifest import data_path, newest_valid, steps_in, verify
+from engine.run_directory.find_checkpoint import newest_valid
+from engine.run_directory.manifest import data_path, steps_in, verify
 from engine.run_directory.run_files import (
     NOT_SAVED,
     check_config,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import BDHConfig, Config, LowPrecisionConfig, ModelConfig
 from engine.checkpoint.export import description, write_export
-from engine.checkpoint.save_load import open_model
+from engine.checkpoint.trained_model import open_model
 from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model
 from model.bdh.model import BDH, from_upstream, to_upstream

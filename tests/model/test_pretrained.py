@@ -394,9 +394,9 @@ ARGUMENTS = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 9, "block_siz
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read as a checkpoint"),
-        (b"no archive", "cannot be read as a checkpoint"),
-        (saved({"model": {}})[:-40], "cannot be read as a checkpoint"),
+        (b"", "no complete zip archive"),
+        (b"no archive", "no complete zip archive"),
+        (saved({"model": {}})[:-40], "no complete zip archive"),
         (compressed(), "is compressed"),
         (saved([1, 2]), "holds no dictionary"),
         (

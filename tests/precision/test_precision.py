@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from config import Config
-from engine.checkpoint.save_load import load_checkpoint, load_model
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.trained_model import load_model
 from engine.precision.lora import add_lora
 from model import build_model
 from tests.engine.test_distributed import processes

@@ -18,7 +18,7 @@ import export
 import sample
 from config import CheckpointError, ModelConfig
 from data.sources.meta import open_tokenizer
-from engine.checkpoint.save_load import load_model, open_model
+from engine.checkpoint.trained_model import load_model, open_model
 from engine.setup.initial_weights import open_weights
 from model import pretrained
 from model.gpt import GPT
@@ -145,7 +145,7 @@ def test_a_class_in_a_checkpoint_is_not_looked_up_and_one_of_a_library_is_named(
     torch.save(content | {"scaler": Path("x")}, other)
     monkeypatch.delattr("tests.settings.test_foreign.BDHConfig")
     assert open_weights(os.fspath(path), {}).options["n_layer"] == 3
-    with pytest.raises(CheckpointError, match=r"Python object \(pathlib.*Save the weights alone"):
+    with pytest.raises(CheckpointError, match=r"Python object \(pathlib.*Save the weights"):
         pretrained.read(os.fspath(other))
 
 

@@ -19,7 +19,8 @@ import sample
 from data.sources.meta import write_meta
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.simple import char_tokenizer
-from engine.checkpoint.save_load import load_checkpoint, load_model
+from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.trained_model import load_model
 from tests.conftest import ROOT, TEXT
 from tests.runs import assert_equal, metrics, only_run, run_here
 

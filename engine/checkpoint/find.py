@@ -1,0 +1,150 @@
+"""Which checkpoint a user means: by a file, a run, a folder of runs, or `auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from config import CheckpointError, Config, ConfigError
+from engine.checkpoint.load import check_format
+from engine.run_directory.find_checkpoint import (
+    Resume,
+    newest_run,
+    newest_valid,
+    open_checkpoint,
+    resolve_foreign_name,
+)
+from engine.run_directory.find_runs import find_by_name
+from engine.run_directory.manifest import (
+    CONFIG,
+    ENVIRONMENT,
+    best_step,
+    complete_checkpoints,
+    data_path,
+    manifest_path,
+    verify,
+)
+from engine.run_directory.run_files import read_config
+from model.torch_file import load_torch_file
+
+
+def resolve_resume(
+    value: str, checkpoint_dir: Path, differing: Callable[[Config], list[str]]
+) -> tuple[Resume | None, list[str]]:
+    """Returns the checkpoint meant by `training.resume_from_checkpoint`, and lines for the user.
+
+    Args:
+        value: a checkpoint; a run directory or part of its name, for its newest valid checkpoint;
+            a folder of runs, for that of its newest run; or `auto`, for that of the newest run
+            whose saved config has nothing `differing`, or None for a fresh start.
+        checkpoint_dir: where `auto` and names of runs are looked for.
+        differing: returns the options that make a saved config another experiment.
+
+    Raises CheckpointError.
+    """
+    if value == "auto":
+        return _newest_of_experiment(checkpoint_dir, differing)
+    resume, rejects = _find(find_by_name(value, checkpoint_dir))
+    if not (resume.run_dir / CONFIG).exists():
+        raise CheckpointError(
+            f"{resume.path}: no {CONFIG} beside it. Resuming continues in the run directory; "
+            "give the checkpoint inside it."
+        )
+    return resume, rejects
+
+
+def find_model(path: Path) -> tuple[Path, list[str]]:
+    """Returns the checkpoint to read a model from, and lines for the user.
+
+    A file is that one. A run directory means its last checkpoint; or its best, that of lowest
+    held-out loss, if `training.always_save_checkpoint` is false, which asks for the best.
+    """
+    folder, lines = newest_run(path), list[str]()
+    complete = complete_checkpoints(folder) if path.is_dir() else {}
+    best, last = best_step(complete), max(complete, default=None)
+    if best is not None and best != last and not _saves_always(folder):
+        checkpoint = data_path(folder, best)
+        loss = f"held-out loss {complete[best].val_loss:.4f}"
+        chosen = f"{checkpoint} is the best of its run ({loss}). The last one is"
+        try:
+            verify(checkpoint)
+            return checkpoint, [f"{chosen} checkpoint_{last}.pt."]
+        except CheckpointError as error:
+            lines.append(f"not used: {error}")
+    resume, rejects = _find(path)
+    return resume.path, [*lines, *rejects]
+
+
+def _find(path: Path) -> tuple[Resume, list[str]]:
+    """Returns the checkpoint meant by a file, a run directory or a folder of runs, and a line for
+    each newer one that is damaged."""
+    if path.is_dir():
+        return _newest_in(newest_run(path))
+    path = resolve_foreign_name(path)
+    try:
+        if path.is_file() and not manifest_path(path).exists():
+            # A file of another program: what it is says more than that it has no manifest.
+            check_format(path, load_torch_file(path, mmap=True))
+        return open_checkpoint(path), []
+    except CheckpointError as error:
+        newest, _ = newest_valid(path.parent)
+        if newest is None:
+            raise
+        raise CheckpointError(f"{error} Newest valid: {newest.path.name}.") from None
+
+
+def _newest_in(run: Path) -> tuple[Resume, list[str]]:
+    newest, rejects = newest_valid(run)
+    if newest is not None:
+        return newest, [f"not used: {line}" for line in rejects]
+    reasons = "".join(f"\n  {line}" for line in rejects)
+    if (run / "ckpt.pt").exists():
+        reasons += (
+            " It holds ckpt.pt of nanoGPT, whose batches cannot be drawn again: training."
+            f"init_from={run / 'ckpt.pt'} starts a new run with its weights, from step 0 "
+            "and without its optimizer moments."
+        )
+    if not rejects and (run / ENVIRONMENT).exists():
+        reasons += (
+            " It ended before its first one, so there is nothing to resume. To train it "
+            f"again: python train.py --config {run / CONFIG}"
+        )
+    raise CheckpointError(f"{run}: no valid checkpoint in it.{reasons}")
+
+
+def _newest_of_experiment(
+    checkpoint_dir: Path, differing: Callable[[Config], list[str]]
+) -> tuple[Resume | None, list[str]]:
+    notes: list[str] = []
+    nearest: tuple[list[str], str] | None = None
+    runs = (path for path in checkpoint_dir.glob("run_*") if path.is_dir())
+    for run in sorted(runs, reverse=True):
+        try:
+            config, problem = read_config(run)
+            notes += [f"{run.name}: {CONFIG}: {problem}"] if problem else []
+            keys = differing(config)
+            if not keys:
+                resume, rejects = _newest_in(run)
+                return resume, [*notes, *rejects]
+        except (CheckpointError, ConfigError, OSError) as error:
+            notes.append(f"skipped {run.name}: {error}")
+            continue
+        if nearest is None or len(keys) < len(nearest[0]):
+            nearest = keys, run.name
+    if nearest is None:
+        notes.append(f"auto: no run to resume in {checkpoint_dir}; starting a new one")
+    else:
+        keys, name = nearest
+        first = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        notes.append(
+            f"auto: no run in {checkpoint_dir} has this config (nearest: {name}, which differs "
+            f"in {first}); starting a new one"
+        )
+    return None, notes
+
+
+def _saves_always(run: Path) -> bool:
+    try:
+        return Config.from_yaml(run / CONFIG).training.always_save_checkpoint
+    except (ConfigError, OSError):
+        return True
