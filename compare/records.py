@@ -18,6 +18,7 @@ from engine.run_directory.run_files import is_protected, missing_bytes, parse_li
 from files.regular import open_regular, read_regular
 
 _BLOCK = 1 << 16
+# Searched as bytes in raw lines, before any JSON is parsed.
 _KINDS = _ANY, _LOG_LINE, _EVALUATION = b'"step"', b'"train/loss"', b'"eval/val_loss"'
 
 
