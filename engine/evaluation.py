@@ -27,8 +27,8 @@ class Evaluation:
     val_loss: float
     val_losses: list[float]
     """Of each held-out batch: two runs are compared in pairs of these."""
-    val_loss_4bit: float | None
-    """With the weights rounded to 4 bits; None where the run does not train for that."""
+    val_loss_quantized: float | None
+    """With the weights rounded; None where the run does not train for that."""
     bits_per_byte: float | None
     """None where tokens do not stand for text."""
     active_neurons: dict[str, list[float]]
@@ -76,7 +76,7 @@ class Evaluator:
             train_loss=train[0],
             val_loss=val[0],
             val_losses=val[1],
-            val_loss_4bit=None if rounded is None else rounded[0],
+            val_loss_quantized=None if rounded is None else rounded[0],
             bits_per_byte=None if per_token is None else bits_per_byte(val[0], per_token),
             active_neurons=self._active_neurons(),
             sample=self.sample() if self.sample and self.world.is_main else None,

@@ -110,11 +110,11 @@ class Reporter:
     ) -> None:
         """Writes the record and the lines of an evaluation."""
         self.pace.evaluations.add(found.seconds)
-        rounded, bits, sample = found.val_loss_4bit, found.bits_per_byte, found.sample
+        bits, sample, rounded = found.bits_per_byte, found.sample, self.precision.quantized
         record = base_record(state) | {
             "eval/train_loss": found.train_loss,
             "eval/val_loss": found.val_loss,
-            **({} if rounded is None else {"eval/val_loss_4bit": rounded}),
+            **({f"eval/val_loss_{rounded.metric}": found.val_loss_quantized} if rounded else {}),
             "eval/bits_per_byte": bits,
             "eval/best_loss": state.best_val_loss,
             "eval/best_step": state.best_step,
@@ -126,7 +126,7 @@ class Reporter:
         }
         self._record(record)
         parts = [f"Train loss: {found.train_loss:.4f}", f"Val loss: {found.val_loss:.4f}"]
-        parts += [] if rounded is None else [f"in 4 bits: {rounded:.4f}"]
+        parts += [f"{rounded.label}: {found.val_loss_quantized:.4f}"] if rounded else []
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
         parts.append(f"{found.seconds:.1f}s")
         console.info(" | ".join(parts + ["best so far"] * improved))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import CheckpointError, Config, ConfigError, WriteError
-from engine.precision.tensor_4bit import BLOCK, SCALES, from_tensors, import_bitsandbytes
+from engine.precision.tensor_4bit import BLOCK, SCALES, Tensor4bit, import_bitsandbytes
 from engine.precision.weights_4bit import unique_tensors
 from files.atomic import atomic_folder, atomic_write_text
 from files.write_errors import check_space
@@ -166,7 +166,7 @@ def _unpacked(path: Path, name: str, weight: Tensor, found: dict[str, Tensor]) -
     parts = {"weight" + other.removeprefix(name): found.pop(other) for other in names}
     try:
         _check_parts(parts, tuple(weight.shape))
-        return from_tensors(parts).dequantize(weight.dtype)
+        return Tensor4bit.from_tensors(parts).dequantize(weight.dtype)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {name}: broken 4-bit weight: {error}.") from error
 

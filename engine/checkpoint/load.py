@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import CheckpointError, Config
 from engine.checkpoint.contents import Content, as_checkpoint_error, check_type
-from engine.precision.precision import apply_lora
+from engine.precision.lora import apply_lora
 from engine.precision.tensor_4bit import import_bitsandbytes
 from engine.run_directory.manifest import FORMAT, verify
 from engine.train_state import check_rng

@@ -21,8 +21,7 @@ from engine.checkpoint.export import has_config, is_export, open_export
 from engine.checkpoint.find import find_model
 from engine.checkpoint.load import check_weights, load_checkpoint
 from engine.monitor import console
-from engine.precision.lora import merge_lora
-from engine.precision.precision import apply_lora
+from engine.precision.lora import apply_lora, merge_lora
 from engine.run_directory.find_checkpoint import newest_run, resolve_foreign_name
 from engine.run_directory.find_runs import find_by_name
 from engine.run_directory.manifest import manifest_path, steps_in

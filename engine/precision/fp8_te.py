@@ -6,15 +6,15 @@
             loss = ...
         loss.backward()
 
-The one idea: a module of Transformer Engine is held outside the model, without memory for weights,
-and called with a weight of the model in place of its own (`torch.func.functional_call`). It reads
-its weights by name at each call and quantizes what it finds, from float32 to 8 bits in one step;
-gradients flow back to the model's parameters. So names, shapes, optimizer and checkpoints are the
-same with and without FP8. The head and the embedding stay in bfloat16.
+A module of Transformer Engine is held outside the model, without memory for weights, and called
+with a weight of the model in place of its own (`torch.func.functional_call`). It reads its weights
+by name at each call and quantizes what it finds, from float32 to 8 bits in one step; gradients flow
+back to the model's parameters. So names, shapes, optimizer and checkpoints are the same with and
+without FP8.
 
 Each layer has modules of its own, even in BDH, whose layers share their weights: with delayed
-scaling a module must not be called twice within one autocast, for the second call's maxima would
-mix with the first's; and the layers' activations differ in size, so each gets scales of its own.
+scaling a module must not be called twice within one autocast, because the second call's amax would
+mix with the first's; and activations differ in size from layer to layer: each has its own scale.
 
 Source: Transformer Engine 2.20, module/{base,linear,grouped_linear}.py and quantization.py.
 """
@@ -22,7 +22,7 @@ Source: Transformer Engine 2.20, module/{base,linear,grouped_linear}.py and quan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from types import ModuleType
@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from config import FP8_MULTIPLE, ConfigError, Fp8Config
-from model.interface import LanguageModel
+from engine.precision.fp8_backend import Fp8Backend
+from model import LanguageModel
 
 INSTALL = "pip install --no-build-isolation -r requirements-fp8.txt"
 OTHERWISE = "Otherwise set fp8.backend: native (current, delayed), or low_precision.use_fp8: false."
@@ -46,43 +47,43 @@ RECIPES = {
 AVAILABLE = {"block": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
 SCALES = ("scale", "amax_history")  # what delayed scaling remembers, forward and backward
 
-Multiply = Callable[..., Tensor]
-"""`TransformerEngineBackend.multiply`."""
 
-
-def _asked(fp8: Fp8Config) -> str:
+def _option(fp8: Fp8Config) -> str:
+    """Returns the option that needs Transformer Engine, with its value."""
     if fp8.recipe in AVAILABLE:
-        return f"fp8.recipe={fp8.recipe} needs"
-    return "fp8.backend=transformer_engine needs"
+        return f"fp8.recipe={fp8.recipe}"
+    return "fp8.backend=transformer_engine"
 
 
-def library(asked: str) -> tuple[ModuleType, ModuleType]:
-    """Transformer Engine's modules for torch, and its recipes; ConfigError where it is missing."""
+def library(fp8: Fp8Config) -> tuple[ModuleType, ModuleType]:
+    """Returns Transformer Engine's modules for torch and its recipes; ConfigError if missing."""
     try:
         import transformer_engine.common.recipe as recipes
         import transformer_engine.pytorch as te
 
-        te.autocast, te.is_mxfp8_available  # noqa: B018  # older ones lack these
-    except Exception as error:  # besides ImportError, what a broken or half-installed one raises
+        te.autocast, te.is_mxfp8_available  # noqa: B018  # missing in older versions
+    except Exception as error:  # a broken installation raises more than ImportError
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"{asked} Transformer Engine 2.20 or later, which cannot be "
+            f"{_option(fp8)} needs Transformer Engine 2.20 or later, which cannot be "
             f"imported here ({reason[0]}). Install it: {INSTALL}. {OTHERWISE}"
         ) from None
     return te, recipes
 
 
 def checked_library(fp8: Fp8Config, device: torch.device) -> tuple[ModuleType, ModuleType]:
-    """`library`, once the device is known to compute `fp8.recipe`; ConfigError if it does not."""
+    """Returns `library(fp8)`; raises ConfigError if `device` does not compute `fp8.recipe`."""
     if device.type != "cuda":
         raise ConfigError(
-            f"{_asked(fp8)} Transformer Engine, which runs on CUDA only, and the device is "
+            f"{_option(fp8)} needs Transformer Engine, which runs on CUDA only, and the device is "
             f"{device}. {OTHERWISE}"
         )
-    te, recipes = library(_asked(fp8))
-    torch.cuda.set_device(device)  # the one that Transformer Engine asks and keeps its scales on
-    able, reason = getattr(te, AVAILABLE.get(fp8.recipe, "is_fp8_available"))(return_reason=True)
-    if not able:
+    te, recipes = library(fp8)
+    torch.cuda.set_device(device)  # Transformer Engine asks, and keeps its scales on, this one
+    available, reason = getattr(te, AVAILABLE.get(fp8.recipe, "is_fp8_available"))(
+        return_reason=True
+    )
+    if not available:
         name = torch.cuda.get_device_name(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         other = "fp8.recipe: current or " if fp8.recipe in AVAILABLE else ""
@@ -94,7 +95,7 @@ def checked_library(fp8: Fp8Config, device: torch.device) -> tuple[ModuleType, M
 
 
 def recipe_for(fp8: Fp8Config, recipes: ModuleType) -> Any:
-    """What te.autocast takes."""
+    """Returns the recipe that `te.autocast` takes."""
     options = {"fp8_format": getattr(recipes.Format, fp8.format.upper())}
     if fp8.recipe == "delayed":
         options["amax_history_len"] = fp8.amax_history_len
@@ -102,72 +103,50 @@ def recipe_for(fp8: Fp8Config, recipes: ModuleType) -> Any:
     return getattr(recipes, RECIPES[fp8.recipe])(**options)
 
 
-class TransformerEngineBackend:
-    """A model's products with its hidden weights, by Transformer Engine's modules.
+class TransformerEngineBackend(Fp8Backend):
+    """Transformer Engine's modules in place of the model's products.
 
-    covered: the names of the weights whose products are computed in FP8. calls: how many calls of
-    modules Transformer Engine has computed in FP8; each is one product with a weight, that with
-    BDH's encoder_v being one for all heads, and is followed by two products in backward.
+    matmul_count: calls of modules in FP8. Each is one product in the forward pass (with BDH's
+    encoder_v one for all heads), followed by two in the backward pass.
     """
 
-    compiles = True  # around its modules
+    matmul_count = 0
 
     def __init__(self, fp8: Fp8Config, device: torch.device, model: LanguageModel) -> None:
-        """Has the model multiply here; ConfigError where library, device or a weight do not fit."""
+        """Raises ConfigError if library, device or a weight do not fit."""
         self.te, recipes = checked_library(fp8, device)
         self.fp8, self.recipe = fp8, recipe_for(fp8, recipes)
+        self.multiple = 2 * FP8_MULTIPLE if fp8.recipe == "mxfp8" else FP8_MULTIPLE
+        super().__init__(fp8, model, self.multiple)
         scaling = "mxfp8" if fp8.recipe == "mxfp8" else f"{fp8.recipe} scaling"
         self.summary = f"transformer_engine, {scaling}"
-        self.multiple = 2 * FP8_MULTIPLE if fp8.recipe == "mxfp8" else FP8_MULTIPLE
         self.modules: dict[str, Any] = {}  # by weight, and layer where layers share weights
-        self.covered: list[str] = []
-        self.calls = 0
-        self._active = self._training = False
-        self._settled: dict[str, Tensor] = {}  # scales as training left them, if others were made
-        self._attach(model)
-
-    def _attach(self, model: LanguageModel) -> None:
-        for name, layer in model.hidden_linears().items():
-            key = f"{name}.weight"
-            self._cover(key, layer.weight)
-            sizes = (layer.in_features, layer.out_features)
-            self.modules[key] = self._made("Linear", sizes, bias=layer.bias is not None)
-            layer.linear_fn = partial(self._product, key)
+        self._active = False
+        for name, linear in model.hidden_linears().items():
+            key, bias = f"{name}.weight", linear.bias is not None
+            self._add("Linear", key, linear.in_features, linear.out_features, bias=bias)
+            linear.linear_fn = partial(self._linear, key)
         if model.matmul_backend is not None:
-            self._attach_bdh(model)
+            self._attach_projections(model)
+        # Created now: in inference mode, scales would become tensors that training cannot change.
         with torch.inference_mode(False), torch.no_grad(), self._te_autocast():
-            # Now: made in an evaluation, scales would be tensors that cannot change in training.
             for module in self.modules.values():
                 module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
 
-    def _attach_bdh(self, model: LanguageModel) -> None:
-        weights = [weight for weight, _ in model.hidden_weights()]
-        for name, weight in zip(("encoder", "encoder_v", "decoder"), weights, strict=True):
-            self._cover(name, weight)
-        heads, width, neurons = weights[0].shape
-        sizes = (width, heads * neurons)
+    def _attach_projections(self, model: LanguageModel) -> None:
+        """Gives a model of fused layers a module per weight and layer (`TEProjections`)."""
+        encoder, encoder_v, decoder = self.covered
+        heads, width, neurons = model.hidden_weights()[0].weight.shape
         for layer in range(model.n_layer):
-            self.modules[f"encoder.{layer}"] = self._made("Linear", sizes)
-            grouped = self._made("GroupedLinear", (heads, width, neurons))
-            self.modules[f"encoder_v.{layer}"] = grouped
-            self.modules[f"decoder.{layer}"] = self._made("Linear", sizes[::-1])
-        model.projections = partial(BDHProjections, self.multiply)
+            self._add("Linear", f"{encoder}.{layer}", width, heads * neurons)
+            self._add("GroupedLinear", f"{encoder_v}.{layer}", heads, width, neurons)
+            self._add("Linear", f"{decoder}.{layer}", heads * neurons, width)
+        model.projections = partial(TEProjections, self)
 
-    def _made(self, kind: str, sizes: tuple[int, ...], bias: bool = False) -> Any:
-        """A module without memory of its own, which is what the device "meta" gives."""
-        made = getattr(self.te, kind)
-        return made(*sizes, bias=bias, params_dtype=torch.float32, device="meta")
-
-    def _cover(self, name: str, weight: Tensor) -> None:
-        """Notes a weight whose last two sides are those of its product."""
-        self.covered.append(name)
-        if any(size % self.multiple for size in weight.shape[-2:]):
-            raise ConfigError(
-                f"low_precision.use_fp8: {name} is {tuple(weight.shape)}, and with "
-                f"fp8.recipe={self.fp8.recipe} products take multiples of {self.multiple} in the "
-                "last two dimensions. Change the model's widths, or set "
-                "low_precision.use_fp8: false."
-            )
+    def _add(self, kind: str, key: str, *sizes: int, bias: bool = False) -> None:
+        # "meta": the module allocates no weights, because it is only called with the model's.
+        options = {"bias": bias, "params_dtype": torch.float32, "device": "meta"}
+        self.modules[key] = getattr(self.te, kind)(*sizes, **options)
 
     def _te_autocast(self) -> AbstractContextManager[object]:
         context: AbstractContextManager[object]
@@ -176,9 +155,6 @@ class TransformerEngineBackend:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """The context of every forward pass, in training and evaluation."""
-        if not self._training and not self._settled:
-            self._settled = {name: value.clone() for name, value in self._state()}
         self._active = True
         try:
             with self._te_autocast():
@@ -187,109 +163,101 @@ class TransformerEngineBackend:
             self._active = False
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Around the forward and backward passes of a step: only these leave a trace in scales."""
-        self._settle()
-        self._training = True
+    def evaluation(self) -> Iterator[None]:
+        """Restores delayed scales after the passes within: Transformer Engine records amax, and
+        makes new scales, in evaluations too."""
+        saved = {name: value.clone() for name, value in self._scales()}
         try:
             yield
         finally:
-            self._training = False
+            for name, value in self._scales():
+                value.copy_(saved[name])
 
-    def _settle(self) -> None:
-        for name, value in self._state():
-            if name in self._settled:
-                value.copy_(self._settled[name])
-        self._settled = {}
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as their modules are; and it counts
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # like their modules; and it counts
     def multiply(self, key: str, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        """The module of that name on inputs, x (..., in) first, with parameters in the place of its
-        own, weights (out, in). ConfigError for a number of tokens that does not fit."""
+        """Calls the module `key` with these parameters, weights (out, in), on inputs, x (..., in)
+        first. Raises ConfigError for a number of tokens that does not fit."""
         module, rows = self.modules[key], inputs[0].numel() // inputs[0].shape[-1]
         if self._active and rows % self.multiple:
             raise ConfigError(
-                f"low_precision.use_fp8: with fp8.recipe={self.fp8.recipe} products take multiples "
+                f"low_precision.use_fp8: with fp8.recipe={self.fp8.recipe} matmuls take multiples "
                 f"of {self.multiple} tokens, which {rows} is not; change training.batch_size or "
                 "training.block_size."
             )
         result: Tensor = functional_call(module, parameters, inputs)
-        self.calls += bool(module.fp8)  # what it found when called
+        self.matmul_count += bool(module.fp8)  # set by the call
         return result
 
-    def _product(self, key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear(self, key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         result: Tensor = self.multiply(key, parameters, x)
         return result
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of all that delayed scaling remembers; other recipes remember nothing."""
+    def _scales(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields all that delayed scaling remembers, by name; other recipes remember nothing."""
         if self.fp8.recipe != "delayed":
             return
         for key, module in self.modules.items():
-            meta: Any = module.fp8_meta
             for direction in ("scaling_fwd", "scaling_bwd"):
                 for part in SCALES:
-                    yield f"{key}.{direction}.{part}", getattr(meta[direction], part)
+                    yield f"{key}.{direction}.{part}", getattr(module.fp8_meta[direction], part)
 
-    def end_step(self, maximum: Callable[[Tensor], Tensor]) -> None:
-        """Nothing: Transformer Engine has updated scales, with the maxima of all processes."""
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing is measured."""
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Scales and the maxima behind them, copied to the CPU; empty unless scaling is delayed."""
-        state = self._settled or dict(self._state())
-        return {name: value.detach().cpu().clone() for name, value in state.items()}
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.detach().cpu().clone() for name, value in self._scales()}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Whether this is what `state_dict` gave, of such a model and such a length of history, and
-        was restored; else scales stay as they are. Without scales there is nothing to restore."""
-        own = dict(self._state())
+        own = dict(self._scales())
         shapes = {name: value.shape for name, value in own.items()}
         if shapes != {name: getattr(value, "shape", None) for name, value in state.items()}:
-            return not own
-        self._settled = {}
+            return not own  # without delayed scales there is nothing to restore
         for name, value in own.items():
             value.copy_(state[name])
         return True
 
 
-class BDHProjections:
-    """BDH's products with its weights in one forward pass, as modules take them.
+class TEProjections:
+    """The products of a model of fused layers in one forward pass: `model.matmul.Projections`.
 
-    Weights are turned to (out, in) once for all layers:
+    Weights are transposed to (out, in) once for all layers:
 
-        encoder (H, D, N) -> (H * N, D), whose outputs are all heads' neurons
+        encoder (H, D, N) -> (H * N, D), whose outputs are the neurons of all heads
         encoder_v (H, D, N) -> one (N, D) per head; inputs are the rows of head 0, of head 1, ...
         decoder (H * N, D) -> (D, H * N)
     """
 
-    def __init__(self, multiply: Multiply, weights: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(
+        self, backend: TransformerEngineBackend, weights: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         encoder, encoder_v, decoder = weights
-        self.multiply = multiply
+        self.backend = backend
         self.heads, width, self.neurons = encoder.shape
         self.encoder = {"weight": encoder.mT.reshape(-1, width)}
-        of_heads = encoder_v.mT.contiguous().unbind()
-        self.encoder_v = {f"weight{head}": weight for head, weight in enumerate(of_heads)}
+        by_head = encoder_v.mT.contiguous().unbind()
+        self.encoder_v = {f"weight{head}": weight for head, weight in enumerate(by_head)}
         self.decoder = {"weight": decoder.mT.contiguous()}
+
+    def _multiply(
+        self, weight: int, layer: int, parameters: dict[str, Tensor], *inputs: Tensor
+    ) -> Tensor:
+        key = f"{self.backend.covered[weight]}.{layer}"
+        result: Tensor = self.backend.multiply(key, parameters, *inputs)
+        return result
 
     def encode(self, x: Tensor, layer: int) -> Tensor:
         """(B, T, D) -> (B, H, T, N)."""
-        u = self.multiply(f"encoder.{layer}", self.encoder, x)
+        u = self._multiply(0, layer, self.encoder, x)
         return u.view(*x.shape[:2], self.heads, self.neurons).transpose(1, 2)
 
     def encode_v(self, a: Tensor, layer: int) -> Tensor:
         """(B, H, T, D) -> (B, H, T, N)."""
         by_head = a.transpose(0, 1)
         rows = by_head.reshape(-1, a.shape[-1])
-        each = torch.full((self.heads,), len(rows) // self.heads)  # int64 on the CPU: no waiting
-        v = self.multiply(f"encoder_v.{layer}", self.encoder_v, rows, each)
+        # The splits are on the CPU: from the GPU, Transformer Engine would have to wait for them.
+        splits = torch.full((self.heads,), len(rows) // self.heads)
+        v = self._multiply(1, layer, self.encoder_v, rows, splits)
         return v.view(*by_head.shape[:3], self.neurons).transpose(0, 1)
 
     def decode(self, z: Tensor, layer: int) -> Tensor:
         """(B, H, T, N) -> (B, T, D)."""
-        return self.multiply(f"decoder.{layer}", self.decoder, z.transpose(1, 2).flatten(2))
+        return self._multiply(2, layer, self.decoder, z.transpose(1, 2).flatten(2))

@@ -1,13 +1,13 @@
-"""Low-rank adapters on a frozen model whose hidden matrices are kept in 4 bits ("QLoRA").
+"""Low-rank adapters (LoRA) on a frozen model whose hidden weights are kept in 4 bits (QLoRA).
 
     y = x W^T + bias + alpha / rank * (x A^T) B^T
 
-    add_lora(model, low_precision)              # weights loaded; from here on A and B learn
-    plain.load_state_dict(merge_lora(model))    # W + alpha / rank * B A, under W's name
+    apply_lora(model, low_precision)               # after loading weights; A and B are trained
+    plain.load_state_dict(merge_lora(model))       # W + alpha / rank * B A, under W's name
 
 W (out, in) is dequantized for each product and its gradient, never kept; A (rank, in) and
-B (out, rank) are float32, and B begins at 0: training starts from the model as it is in 4 bits.
-Fused matrices (queries, keys and values; both halves of a gated MLP) have one adapter, one A.
+B (out, rank) are float32, and B starts at 0: training starts from the model as it is in 4 bits.
+Fused weights (queries, keys and values; both halves of a gated MLP) have one adapter with one A.
 
 Sources: Hu et al., arXiv 2106.09685 (LoRA); Dettmers et al., arXiv 2305.14314 (QLoRA).
 """
@@ -23,14 +23,36 @@ from torch import Tensor, nn
 
 from config import ConfigError, LowPrecisionConfig
 from engine.precision.tensor_4bit import BLOCK, SCALES, Tensor4bit, library, quantize
-from model.interface import LanguageModel
+from model import LanguageModel
 from model.matmul import Linear
 
-NAME = "adapter"  # of the module within the linear layer
+
+class LoraLinear(Linear):
+    """A linear layer with a frozen weight in 4 bits and an adapter; takes a `Linear`'s place.
+
+    `weight` is the shape of W, on the meta device: counts of parameters, FLOPs and memory read it.
+    """
+
+    def __init__(self, linear: Linear, low_precision: LowPrecisionConfig, init: bool) -> None:
+        nn.Module.__init__(self)  # Linear's own would allocate W
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.n_fused = linear.n_fused
+        self.weight = linear.weight.detach().to("meta")
+        self.register_parameter("bias", linear.bias)
+        self.adapter = Adapter(linear.weight, low_precision, init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        y: Tensor = self.adapter(x, self.bias)
+        return y
 
 
-class _Frozen(torch.autograd.Function):
-    """x W^T + bias, with a gradient for x only: neither x nor W is kept for it."""
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + bias, with a gradient for x alone.
+
+    autograd's own linear function would keep the dequantized W of every layer until the backward
+    pass: the memory that 4 bits save. Dequantizing it again costs less than the product.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor4bit) -> Tensor:
@@ -39,12 +61,11 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """torch casts it to the dtype of x."""
         return gradients[0] @ ctx.weight.dequantize(gradients[0].dtype), None, None
 
 
 class Adapter(nn.Module):
-    """The product of a linear layer: W as buffers, which tell its numbers bit for bit, A and B."""
+    """W in 4 bits as buffers, which hold its values bit for bit, and A and B as parameters."""
 
     codes: Tensor
     scales: Tensor
@@ -67,7 +88,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # +-1 / sqrt(in), as LoRA's authors
 
     def _empty(self, weight: Tensor) -> dict[str, Tensor]:
-        """What `_parts` gives, but unset."""
+        """Returns the tensors of `_parts`, uninitialized."""
         blocks = -(-weight.numel() // BLOCK)
         codes = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
         if not self.nested:
@@ -81,7 +102,7 @@ class Adapter(nn.Module):
         }
 
     def base(self) -> Tensor4bit:
-        """W. Scales are taken in float32, also where the model was cast."""
+        """Returns W. Its scales are float32, also if the model was cast."""
         state, outer = library().QuantState, None
         if self.nested:
             outer = state(
@@ -92,7 +113,7 @@ class Adapter(nn.Module):
             )
         inner = state(
             absmax=self.scales if self.nested else self.scales.float(),
-            shape=torch.Size([1, math.prod(self.shape)]),  # compilers find one dimension wrong
+            shape=torch.Size([1, math.prod(self.shape)]),  # torch.compile fails with one dimension
             blocksize=BLOCK,
             quant_type=self.kind,
             dtype=torch.float32,
@@ -101,21 +122,21 @@ class Adapter(nn.Module):
         )
         return Tensor4bit(self.codes, inner, self.shape)
 
-    def forward(self, x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y: Tensor = _Frozen.apply(x, bias, self.base())  # type: ignore[no-untyped-call]  # torch
-        # Not add(..., alpha=): compiled for CPUs by torch 2.13, it loses alpha beside a product.
+        y: Tensor = _FrozenLinear.apply(x, bias, self.base())  # type: ignore[no-untyped-call]  # torch
+        # torch 2.13 compiles add(..., alpha=) for CPUs wrongly: alpha is lost beside a product.
         return y + F.linear(self.factor * F.linear(x, self.lora_a), self.lora_b)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The matrix (out, in), float32, that alone computes the same product."""
+        """Returns W + alpha / rank * B A, (out, in), float32."""
         weight = self.base().dequantize()
         return weight.addmm_(self.lora_b.float(), self.lora_a.float(), alpha=self.factor)
 
 
 def _parts(packed: Tensor4bit) -> dict[str, Tensor]:
-    """The tensors of a flat 4-bit tensor; the 16 levels, which its kind says, left out."""
+    """Returns the tensors of a flat 4-bit tensor, but for the 16 levels, which `kind` implies."""
     state, outer = packed.state, packed.state.state2
     parts = {"codes": packed.codes, "scales": state.absmax}
     if outer is not None:
@@ -123,36 +144,35 @@ def _parts(packed: Tensor4bit) -> dict[str, Tensor]:
     return parts
 
 
-def add_lora(model: LanguageModel, low_precision: LowPrecisionConfig, init: bool = True) -> None:
-    """Freezes a model in place, hidden matrices in 4 bits, and adds what learns: A and B.
+def apply_lora(model: LanguageModel, low_precision: LowPrecisionConfig, init: bool = True) -> bool:
+    """Freezes a model and swaps its hidden linear layers for `LoraLinear`, if `lora_rank` is set;
+    returns whether it is.
 
-    A is drawn from torch's generator. init: whether 4-bit weights are made of the model's; else
-    they are unset, for load_state_dict. Each linear layer keeps the shape of W, on the meta device,
-    so that `hidden_weights()` still counts work and memory.
-    Raises ConfigError where the model has other matrices, the rank is more than a side of one, or
-    bitsandbytes is missing.
+    A is drawn from torch's generator. init: quantizes the model's weights; else 4-bit weights are
+    uninitialized, for `load_state_dict`. Raises ConfigError for hidden weights that are not in
+    linear layers, for a rank above a side of one of them, or if bitsandbytes is missing.
     """
+    rank = low_precision.lora_rank
+    if rank is None:
+        return False
     library()
-    linears = _linears(model, low_precision.lora_rank or 0)
+    linears = model.hidden_linears()
+    _check_rank(model, linears, rank)
     model.requires_grad_(False)
-    for linear in linears.values():
-        adapter = Adapter(linear.weight, low_precision, init)
-        shape = linear.weight.detach().to("meta")
-        del linear.weight  # a parameter, in whose place no other tensor can be put
-        linear.weight, linear.linear_fn = shape, adapter.forward
-        linear.add_module(NAME, adapter)
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(linear, low_precision, init))
+    return True
 
 
-def _linears(model: LanguageModel, rank: int) -> dict[str, Linear]:
-    """The layers of hidden weights, by name; ConfigError where they cannot have adapters."""
-    found = model.hidden_linears()
-    if len(found) != len(model.hidden_weights()):
+def _check_rank(model: LanguageModel, linears: dict[str, Linear], rank: int) -> None:
+    if len(linears) != len(model.hidden_weights()):
         raise ConfigError(
             f"low_precision.lora_rank={rank} adds adapters to linear layers, and the hidden "
-            f"matrices of model.name={type(model).__name__.lower()} are in none. Choose another "
-            "model, or set low_precision.lora_rank: null."
+            f"weights of model.name={type(model).__name__.lower()} are not in linear layers. "
+            "Choose another model, or set low_precision.lora_rank: null."
         )
-    for name, linear in found.items():
+    for name, linear in linears.items():
         rows, columns = linear.weight.shape
         if rank > min(rows, columns):
             raise ConfigError(
@@ -160,29 +180,26 @@ def _linears(model: LanguageModel, rank: int) -> dict[str, Linear]:
                 f"{rows} x {columns}. Set it to {min(rows, columns)} at most; adapters are smaller "
                 f"than that matrix below {math.ceil(rows * columns / (rows + columns))}."
             )
-    return found
 
 
-def _adapters(model: nn.Module) -> dict[str, Adapter]:
-    """By the names of their linear layers."""
+def _lora_linears(model: nn.Module) -> dict[str, LoraLinear]:
     return {
-        name.removesuffix(f".{NAME}"): module
-        for name, module in model.named_modules()
-        if isinstance(module, Adapter)
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
     }
 
 
 def merge_lora(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model without adapters, float32, that computes the same."""
-    adapters = _adapters(model)
-    weights = {f"{name}.weight": adapter.merged() for name, adapter in adapters.items()}
-    kept = model.state_dict().items()
-    return {name: value for name, value in kept if f".{NAME}." not in name} | weights
+    """Returns the state dict, float32, of a model without adapters that computes the same."""
+    linears = _lora_linears(model)
+    merged = {f"{name}.weight": linear.adapter.merged() for name, linear in linears.items()}
+    own = tuple(f"{name}.adapter." for name in linears)
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
+    return kept | merged
 
 
 def lora_description(model: nn.Module) -> str:
-    """One line for the start of a run, counted and measured."""
-    adapters = list(_adapters(model).values())
+    """Returns a line that counts what is trained and what is frozen."""
+    adapters = [linear.adapter for linear in _lora_linears(model).values()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(math.prod(adapter.shape) for adapter in adapters)
     held = sum(part.nbytes for adapter in adapters for part in adapter.buffers())

@@ -10,7 +10,8 @@ import torch
 from config import Config, DataError
 from data.tokenizers.base import Tokenizer
 from engine.evaluation import evaluating
-from engine.precision.precision import Precision, apply_lora
+from engine.precision.lora import apply_lora
+from engine.precision.precision import Precision
 from model import LanguageModel, build_model
 from model.generate import Sampling, generate
 

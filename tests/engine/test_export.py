@@ -20,7 +20,7 @@ from torch import Tensor
 
 import export
 import sample
-from config import BDHConfig, CheckpointError, Config, LowPrecisionConfig, WriteError
+from config import BDHConfig, CheckpointError, Config, LowPrecisionConfig, ModelConfig, WriteError
 from data.tokenizers.build import build_tokenizer
 from engine.checkpoint import export as exports
 from engine.checkpoint.export import description, write_export
@@ -30,11 +30,19 @@ from model import LanguageModel, build_model
 from model.bdh.model import from_upstream
 from settings.formatting import format_bytes
 from tests.conftest import ROOT, TINY, write_corpus
-from tests.precision.test_weights_4bit import MODELS, TOKENS
 from tests.runs import only_run, run_here
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
+# Shapes with rows of 96 and 48 numbers: no multiples of a block of 64.
+MODELS = {
+    "bdh": ModelConfig(
+        name="bdh", n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=8, vocab_size=256
+    ),
+    "gpt": ModelConfig(name="gpt", n_layer=2, n_embd=48, n_head=2, dropout=0.0, vocab_size=256),
+    "llama": ModelConfig(name="llama", n_layer=2, n_embd=20, n_head=2, d_ff=50, vocab_size=256),
+}
+TOKENS = torch.arange(48).view(2, 24) * 7 % 256
 GRID = list(itertools.product(MODELS, KINDS, (True, False)))
 READER = """
 import sys, torch

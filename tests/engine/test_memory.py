@@ -41,8 +41,8 @@ from engine.planning.memory import (
     state_bytes,
     with_batch,
 )
-from engine.precision.fp8 import NativeBackend
-from engine.precision.lora import add_lora
+from engine.precision.fp8_native import NativeBackend
+from engine.precision.lora import apply_lora
 from engine.precision.precision import Precision
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
@@ -180,7 +180,7 @@ def test_so_are_those_of_frozen_weights_with_adapters(
         name=cast(Any, name), n_layer=layers, n_embd=D, n_head=H, vocab_size=V, dropout=0.0
     )
     model = GPT(config, T) if name == "gpt" else Llama(config)
-    add_lora(model, LowPrecisionConfig(lora_rank=4))
+    apply_lora(model, LowPrecisionConfig(lora_rank=4))
     assert 0.87 < ratio(model, torch.randint(V, (B, T + 1)), dtype) < 1.2
 
 

@@ -2,227 +2,173 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config, LowPrecisionConfig, ModelConfig, TrainingConfig
-from engine.precision import weights_4bit as quantized
+from config import LowPrecisionConfig
+from engine.precision import weights_4bit
 from engine.precision.tensor_4bit import quantize
 from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
-from model import LanguageModel, build_model
+from model import LanguageModel
+from tests.precision.conftest import NAMES, build, gradients_of, loss_of, weights_of
 
-V = 256
-# Shapes with rows of 96 and 48 numbers: no multiples of a block of 64.
-MODELS = {
-    "bdh": ModelConfig(
-        name="bdh", n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=8, vocab_size=V
-    ),
-    "gpt": ModelConfig(name="gpt", n_layer=2, n_embd=48, n_head=2, dropout=0.0, vocab_size=V),
-    "llama": ModelConfig(name="llama", n_layer=2, n_embd=20, n_head=2, d_ff=50, vocab_size=V),
-}
-TOKENS = torch.arange(48).view(2, 24) * 7 % V
+TOKENS = torch.arange(48).view(2, 24) * 7 % 256
 LOW = LowPrecisionConfig()
+# Rows of 96, 48 and 20 numbers: no multiples of a block of 64.
+ODD: dict[str, dict[str, Any]] = {
+    "bdh": {"n_embd": 24, "n_head": 2, "mlp_internal_dim_multiplier": 8},
+    "gpt": {"n_embd": 48, "n_head": 2},
+    "llama": {"n_embd": 20, "n_head": 2, "d_ff": 50},
+}
+each_model = pytest.mark.parametrize("name", NAMES)
 
 
-def build(name: str, **options: object) -> LanguageModel:
-    torch.manual_seed(0)
-    model = replace(MODELS[name], dropout=0.0, **options)  # type: ignore[arg-type]  # any option
-    return build_model(Config(model=model, training=TrainingConfig(block_size=32)))
+def odd(name: str) -> LanguageModel:
+    return build(name, **ODD[name])
 
 
-def copies(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+def backward(model: LanguageModel, passes: int = 1) -> dict[str, Tensor]:
+    """The gradients, added up over passes."""
+    for _ in range(passes):
+        torch.autograd.backward(loss_of(model, TOKENS))
+    return gradients_of(model)
 
 
-def loss_of(model: nn.Module) -> Tensor:
-    logits = model(TOKENS[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
-def hidden(model: LanguageModel) -> set[int]:
-    return {id(matrix) for matrix, _ in model.hidden_weights()}
+def rounded(weights: dict[str, Tensor], model: LanguageModel) -> dict[str, Tensor]:
+    """The weights, hidden ones rounded one by one."""
+    hidden = {id(weight) for weight, _ in model.hidden_weights()}
+    return {
+        name: quantize(weights[name], "nf4", double=True).dequantize(value.dtype)
+        if id(value) in hidden
+        else weights[name]
+        for name, value in model.named_parameters()
+    }
 
 
-def assert_same(model: LanguageModel, before: dict[str, Tensor]) -> None:
-    for name, value in model.named_parameters():
-        assert torch.equal(value, before[name]), name
+@each_model
+def test_inside_hidden_weights_are_rounded_in_place_and_gradients_are_those_at_them(
+    name: str,
+) -> None:
+    model, other = odd(name), odd(name)
+    before, places = weights_of(model), {p.data_ptr() for p in model.parameters()}
+    other.load_state_dict(rounded(before, model), strict=False)
+    expected = backward(other, passes=2)
+    quantized = QuantizedWeights(model, LOW)
+    with quantized.applied():
+        assert_same(weights_of(model), rounded(before, model))
+        assert {p.data_ptr() for p in model.parameters()} == places
+        assert_same(backward(model, passes=2), expected)  # micro-steps add up
+    assert_same(weights_of(model), before)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()  # moves the masters
+    moved = {own: value.add(expected[own], alpha=-0.5) for own, value in before.items()}
+    assert_same(weights_of(model), moved)
+    with quantized.applied():
+        assert_same(weights_of(model), rounded(moved, model))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_inside_the_matrices_and_they_alone_are_rounded(name: str) -> None:
-    model = build(name)
-    before, places = copies(model), {n: p.data_ptr() for n, p in model.named_parameters()}
-    with QuantizedWeights(model, LOW).applied():
-        for own, value in model.named_parameters():
-            rounded = quantize(before[own], "nf4", double=True).dequantize()
-            assert torch.equal(value, rounded if id(value) in hidden(model) else before[own]), own
-            assert value.data_ptr() == places[own]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_after_it_the_masters_are_back_bit_for_bit(name: str) -> None:
-    model = build(name)
-    before, weights = copies(model), QuantizedWeights(model, LOW)
-    for _ in range(2):
-        with weights.applied():
-            loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        assert_same(model, before)
-
-
-def test_an_error_inside_passes_and_the_masters_are_back() -> None:
-    model = build("bdh")
-    before, weights = copies(model), QuantizedWeights(model, LOW)
+def test_the_masters_are_back_after_any_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = odd("bdh")
+    before, weights = weights_of(model), QuantizedWeights(model, LOW)
     with pytest.raises(KeyError, match="inside"), weights.applied():
         raise KeyError("inside")
-    assert_same(model, before)
-    with weights.applied():  # and it can be entered again
-        pass
-
-
-def test_where_rounding_fails_half_way_the_masters_are_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = build("bdh")
-    before, weights = copies(model), QuantizedWeights(model, LOW)
-    results = iter([quantize(model.get_parameter("encoder"), "nf4", double=True)])
-    monkeypatch.setattr(quantized, "quantize", lambda *_: next(results))
-    with pytest.raises((StopIteration, RuntimeError)), weights.applied():
-        raise AssertionError("never here")
-    assert_same(model, before)
-
-
-def test_entering_twice_is_an_error_that_harms_nothing() -> None:
-    model = build("bdh")
-    before, weights = copies(model), QuantizedWeights(model, LOW)
+    assert_same(weights_of(model), before)
     with weights.applied():
         with pytest.raises(AssertionError, match="already"), weights.applied():
             pass
+        with pytest.raises(AssertionError, match="packed from masters"):
+            weights.packed_tensors()
         assert not torch.equal(model.get_parameter("encoder"), before["encoder"])
-    assert_same(model, before)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_those_at_the_rounded_weights_and_stay(name: str) -> None:
-    model, other = build(name), build(name)
-    for value in other.parameters():
-        if id(value) in hidden(other):
-            value.data = quantize(value.data, "nf4", double=True).dequantize()
-    for _ in range(2):  # micro-steps add up
-        loss_of(other).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    with QuantizedWeights(model, LOW).applied():
-        for _ in range(2):
-            loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    for (own, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert mine.grad is not None and theirs.grad is not None
-        assert torch.equal(mine.grad, theirs.grad), own
+    assert_same(weights_of(model), before)
+    results = iter([quantize(before["encoder"], "nf4", double=True)])  # then rounding fails
+    monkeypatch.setattr(weights_4bit, "quantize", lambda *_: next(results))
+    with pytest.raises((StopIteration, RuntimeError)), weights.applied():
+        raise AssertionError("never here")
+    assert_same(weights_of(model), before)
 
 
 def test_a_backward_pass_after_it_is_refused() -> None:
-    model = build("gpt")
+    model = odd("gpt")
     with QuantizedWeights(model, LOW).applied():
-        loss = loss_of(model)
+        loss = loss_of(model, TOKENS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-
-
-def test_the_optimizer_moves_the_masters() -> None:
-    model = build("bdh")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    before, weights = copies(model), QuantizedWeights(model, LOW)
-    with weights.applied():
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    optimizer.step()
-    for name, value in model.named_parameters():
-        assert value.grad is not None
-        assert torch.equal(value, before[name].add(value.grad, alpha=-0.5)), name
+        torch.autograd.backward(loss)
 
 
 def test_evaluation_in_inference_mode_leaves_parameters_that_train() -> None:
-    model = build("bdh")
-    before, weights = copies(model), QuantizedWeights(model, LOW)
+    model = odd("bdh")
+    before, weights = weights_of(model), QuantizedWeights(model, LOW)
     with torch.inference_mode(), weights.applied():
-        rounded = loss_of(model)
+        loss = loss_of(model, TOKENS)
     with weights.applied():
-        assert torch.equal(loss_of(model), rounded)
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    assert_same(model, before)
+        assert torch.equal(loss_of(model, TOKENS), loss)
+        backward(model)
+    assert_same(weights_of(model), before)
 
 
 def test_parameters_in_bfloat16_stay_so() -> None:
-    model = build("gpt").to(torch.bfloat16)
-    before = copies(model)
+    model = odd("gpt").to(torch.bfloat16)
+    before = weights_of(model)
     with QuantizedWeights(model, LOW).applied():
-        name = "transformer.h.0.mlp.c_fc.weight"
-        expected = quantize(before[name], "nf4", double=True).dequantize(torch.bfloat16)
-        assert torch.equal(model.get_parameter(name), expected)
-    assert_same(model, before)
+        assert_same(weights_of(model), rounded(before, model))
+    assert_same(weights_of(model), before)
 
 
 @pytest.mark.parametrize(
     ("name", "embedding", "head", "expected"),
     [
-        ("bdh", False, False, set()),
         ("bdh", True, False, {"embed.weight"}),
         ("bdh", False, True, {"lm_head"}),
         ("llama", True, True, {"embedding.weight", "lm_head.weight"}),
-        ("gpt", True, True, {"transformer.wte.weight"}),
+        ("gpt", True, True, {"transformer.wte.weight"}),  # tied: one tensor
     ],
 )
 def test_options_add_the_embedding_and_the_head(
     name: str, embedding: bool, head: bool, expected: set[str]
 ) -> None:
-    model = build(name)
-    before, rounded = copies(model), set()
+    model = odd(name)
+    hidden = rounded(weights_of(model), model)
     low = LowPrecisionConfig(quantize_embedding=embedding, quantize_head=head)
     with QuantizedWeights(model, low).applied():
-        for own, value in model.named_parameters():
-            if id(value) not in hidden(model) and not torch.equal(value, before[own]):
-                rounded.add(own)
-    assert rounded == expected
+        found = weights_of(model)
+    assert {own for own, value in found.items() if not torch.equal(value, hidden[own])} == expected
 
 
-def test_the_line_counts_what_is_covered() -> None:
-    model = build("bdh")
+def test_the_description_counts_what_is_covered() -> None:
+    model, both = odd("bdh"), LowPrecisionConfig(quantize_embedding=True, quantize_head=True)
+    assert QuantizedWeights(model, LOW).nbytes == 4 * 13_824
     assert QuantizedWeights(model, LOW).description(2400) == (
         "4-bit weights: 3 of 5 tensors, 13,824 of 26,112 parameters "
         "(nf4, double quantization, from step 2400); embedding and head left out"
     )
-    low = LowPrecisionConfig(
+    plain = LowPrecisionConfig(
         quantization_type="fp4", use_double_quant=False, quantize_embedding=True, quantize_head=True
     )
-    assert QuantizedWeights(model, low).description() == (
+    assert QuantizedWeights(model, plain).description() == (
         "4-bit weights: 5 of 5 tensors, 26,112 of 26,112 parameters (fp4)"
     )
     low = LowPrecisionConfig(quantize_head=True)
     assert QuantizedWeights(model, low).description().endswith("; embedding left out")
-    assert QuantizedWeights(model, LOW).nbytes == 4 * 13_824
+    tied = odd("gpt")
+    assert "9 of 15 tensors" in QuantizedWeights(tied, both).description()
+    assert list(unique_tensors(tied)) == [name for name, _ in tied.named_parameters()]
 
 
-def test_a_tied_embedding_is_one_tensor() -> None:
-    low = LowPrecisionConfig(quantize_embedding=True, quantize_head=True)
-    model = build("gpt")
-    assert "9 of 15 tensors" in QuantizedWeights(model, low).description()
-    assert list(unique_tensors(model)) == [name for name, _ in model.named_parameters()]
-
-
-def test_masters_alone_are_packed() -> None:
-    weights = QuantizedWeights(build("bdh"), LOW)
-    with weights.applied(), pytest.raises(AssertionError, match="packed from masters"):
-        weights.packed_tensors()
-
-
+@pytest.mark.slow
 def test_a_compiled_model_sees_the_rounded_weights_and_is_not_compiled_again() -> None:
-    model = build("gpt")
+    model = odd("gpt")
     weights, counter = QuantizedWeights(model, LOW), CompileCounter()
     step = torch.compile(model, backend=counter)
     outside = step(TOKENS).detach()
@@ -236,25 +182,18 @@ def test_a_compiled_model_sees_the_rounded_weights_and_is_not_compiled_again() -
     torch.compiler.reset()
 
 
-@contextlib.contextmanager
-def one_process(folder: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
+@pytest.mark.slow
 def test_gradients_through_ddp_are_the_same(tmp_path: Path) -> None:
-    model, other = build("bdh"), build("bdh")
+    model, other = odd("bdh"), odd("bdh")
     with QuantizedWeights(other, LOW).applied():
-        loss_of(other).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    with one_process(tmp_path):
+        expected = backward(other)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'x'}", rank=0, world_size=1)
+    try:
         shared, weights = DistributedDataParallel(model), QuantizedWeights(model, LOW)
         for _ in range(2):
             model.zero_grad()
             with weights.applied():
-                loss_of(shared).backward()  # type: ignore[no-untyped-call]  # as above
-        for (own, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-            assert mine.grad is not None and theirs.grad is not None
-            assert torch.equal(mine.grad, theirs.grad), own
+                torch.autograd.backward(loss_of(shared, TOKENS))
+        assert_same(gradients_of(model), expected)
+    finally:
+        dist.destroy_process_group()
