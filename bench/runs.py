@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from engine.run_directory.run_files import config_copy, environment_text, metrics_line
+from engine.run_directory.environment_file import config_copy, environment_text
+from engine.run_directory.metrics_file import metrics_line
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {

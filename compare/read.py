@@ -25,9 +25,10 @@ from typing import Any
 from compare.json_values import as_count, as_dict, as_float, as_str
 from compare.records import Tail, os_error_text, read_records, read_tail
 from config import Config, ConfigError, DataError, schema
+from engine.run_directory.environment_file import METRICS_BYTES, read_environment
 from engine.run_directory.find_runs import FOLDER, is_run, runs_in
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
-from engine.run_directory.run_files import METRICS_BYTES, NOT_SAVED, read_environment
+from engine.run_directory.saved_config import NOT_SAVED
 from files.regular import open_regular, read_regular
 from settings.names import resolve
 from settings.reader import Group, read_file

@@ -14,7 +14,7 @@ from typing import Any
 
 from compare.json_values import as_count, as_float
 from engine.run_directory.manifest import MAX_BYTES, METRICS, steps_in
-from engine.run_directory.run_files import is_protected, missing_bytes, parse_line, read_lines
+from engine.run_directory.metrics_file import is_protected, missing_bytes, parse_line, read_lines
 from files.regular import open_regular, read_regular
 
 _BLOCK = 1 << 16

@@ -24,7 +24,7 @@ from engine.run_directory.manifest import (
     manifest_path,
     verify,
 )
-from engine.run_directory.run_files import read_config
+from engine.run_directory.saved_config import read_config
 from model.torch_file import load_torch_file
 
 

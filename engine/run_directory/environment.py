@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken")
-_PROJECT = Path(__file__).resolve().parents[1]
+_PROJECT = Path(__file__).resolve().parents[2]
 
 
 def describe_session(device: str) -> dict[str, Any]:

@@ -312,8 +312,8 @@ def open_trackers(
     board = TensorBoard.start(config, lambda: directory.path, state.step + 1)
     if wandb is not None:
         state.tracker_run = wandb.run_id
-        if directory.saves:
-            stack.callback(wandb.tell_files, unless=lambda: directory.stays)
+        if directory.will_save:
+            stack.callback(wandb.tell_files, unless=lambda: directory.is_kept)
     trackers = [tracker for tracker in (wandb, board) if tracker is not None]
     for tracker in trackers:
         stack.push(lambda kind, *_, tracker=tracker: tracker.close(0 if kind is None else 1))

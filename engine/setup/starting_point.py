@@ -18,7 +18,7 @@ from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.run_directory.find_checkpoint import Resume
 from engine.run_directory.manifest import CONFIG
-from engine.run_directory.run_files import check_config
+from engine.run_directory.saved_config import check_config
 from engine.setup.initial_weights import (
     keep_decided_options,
     read_weights,

@@ -14,13 +14,8 @@ from typing import Any
 
 from compare.read import Run, read_run
 from config import Config
-from engine.run_directory.run_files import (
-    config_copy,
-    environment_text,
-    metrics_line,
-    protected,
-    read_environment,
-)
+from engine.run_directory.environment_file import config_copy, environment_text, read_environment
+from engine.run_directory.metrics_file import metrics_line, protected
 
 ROWS = "0123456789ab"
 TOKENS_PER_STEP = 4096

@@ -26,7 +26,7 @@ from compare.paired import Paired, compare_runs
 from compare.read import Run, find_runs, read_run, restart_command
 from compare.table import list_lines
 from config import Config, DataError
-from engine.run_directory.run_files import protected
+from engine.run_directory.metrics_file import protected
 from tests.compare.run_directories import (
     TOKENS_PER_STEP,
     append,

@@ -28,13 +28,8 @@ from engine.run_directory.directory import RunDirectory
 from engine.run_directory.environment import describe_session
 from engine.run_directory.find_checkpoint import newest_valid
 from engine.run_directory.manifest import data_path, steps_in, verify
-from engine.run_directory.run_files import (
-    NOT_SAVED,
-    check_config,
-    is_protected,
-    read_config,
-    read_lines,
-)
+from engine.run_directory.metrics_file import is_protected, read_lines
+from engine.run_directory.saved_config import NOT_SAVED, check_config, read_config
 from engine.setup.starting_point import check_own_config
 from tests.engine.faults import die, failing, stand_in
 from tests.engine.forks import in_child
@@ -80,7 +75,7 @@ def test_a_run_that_trained_for_a_minute_stays_and_shows_how_it_is(tmp_path: Pat
         run.count_step(7, 70, 59)
         assert os.listdir(tmp_path) == []
         run.count_step(7, 70, 61)
-        folder = run.promise
+        folder = run.future_path
         run.append_metrics({"step": 9, "train/loss": 1.5})
         assert [record["step"] for record in records(folder)] == [1, 9]
         # In a child: who looks at a lock file of its own gives up the lock.
@@ -115,8 +110,8 @@ def test_a_name_that_another_run_of_the_same_second_took_is_told_anew(
 ) -> None:
     first, second = (RunDirectory.start(make_config(tmp_path)) for _ in range(2))
     second._started = first._started
-    promised = first.promise
-    assert second.promise == promised  # neither is made yet
+    promised = first.future_path
+    assert second.future_path == promised  # neither is made yet
     first.prepare()
     assert capsys.readouterr().out == ""
     folder = second.prepare()
@@ -187,7 +182,7 @@ def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long
 
     monkeypatch.setattr("engine.trainer.Trainer.evaluate", broken)  # at step 10
     assert attempt(tmp_path / "short") == []
-    monkeypatch.setattr("engine.run_directory.directory.LASTING_S", 0.0)
+    monkeypatch.setattr("engine.run_directory.directory.KEEP_AFTER_S", 0.0)
     assert attempt(tmp_path / "long") == [1, 5, 10]
 
 

@@ -1,0 +1,54 @@
+"""The config that a run saved, also if its config.yaml was damaged or edited. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from config import CheckpointError, Config
+from engine.run_directory.environment_file import read_environment
+from engine.run_directory.manifest import CONFIG, ENVIRONMENT, MAX_BYTES
+from files.regular import read_regular
+from settings.values import to_text
+
+NOT_SAVED = f"not what the run saved; its copy in {ENVIRONMENT} is used"
+
+
+def read_config(folder: Path) -> tuple[Config, str]:
+    """Returns the config that a run saved, and a sentence if its config.yaml is another one.
+
+    Raises OSError and ConfigError.
+    """
+    path = folder / CONFIG
+    data = read_regular(path, MAX_BYTES)
+    copy: Mapping[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # without a copy, the file is believed
+        copy = read_environment(folder).get("config") or {}
+    # `replaces`: see `environment_file.config_copy`.
+    known = (copy.get("sha256"), copy.get("replaces"))
+    if not copy or hashlib.sha256(data).hexdigest() in known:
+        return Config.from_yaml(path), ""
+    return Config.from_dict(copy["values"], str(path)), NOT_SAVED
+
+
+def check_config(folder: Path) -> None:
+    """Raises CheckpointError if an option of config.yaml is not as the run saved it."""
+    saved, problem = read_config(folder)
+    if not problem:
+        return
+    now = Config.from_yaml(folder / CONFIG).to_dict()
+    differing = [
+        f"{section}.{name} (saved {to_text(then)}, now {to_text(now[section][name])})"
+        for section, options in saved.to_dict().items()
+        for name, then in options.items()
+        if now[section][name] != then
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder / CONFIG} is not what this run saved: it was cut short, damaged or edited. "
+            f"It differs in {', '.join(differing)}. Put the saved values back, or copy the file "
+            "elsewhere and resume with the copy, or change options on the command line."
+        )
