@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, LowPrecisionConfig
-from data.preparation import corpus
+from data.preparation import stdlib_corpus
 from engine.compile import compile_model
 from engine.loss import count_targets, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
@@ -248,8 +248,10 @@ def read_text(path: Path | None) -> Bytes:
         cut = len(text) * 9 // 10
         return Bytes(text[:cut], text[cut:], path.name)
     with tempfile.TemporaryDirectory() as folder:
-        corpus.build(Path(folder) / corpus.NAME)
-        found = pq.read_table(Path(folder) / corpus.NAME, columns=["text"])["text"].to_pylist()
+        stdlib_corpus.build(Path(folder) / stdlib_corpus.NAME)
+        found = pq.read_table(Path(folder) / stdlib_corpus.NAME, columns=["text"])[
+            "text"
+        ].to_pylist()
     files = [text.encode() for text in found]
     parts = [[], list[bytes]()]
     for number, file in enumerate(files):

@@ -27,7 +27,7 @@ from data.loading.evaluation_rows import evaluation_rows
 from data.loading.load_plan import BatchSpec, DataState
 from data.loading.loader import StepBatch, TrainLoader
 from data.loading.packing import document_ids
-from data.preparation import corpus
+from data.preparation import stdlib_corpus
 from data.sources.dataset import Dataset
 
 DocumentIds = Callable[[Tensor], Tensor]
@@ -131,7 +131,7 @@ def embedded_is_missing(config: Config) -> bool:
     """Returns whether the config's text is the embedded corpus and it has not been built yet."""
     folder = Path(config.dataset.parquet_dir)
     parquet = token_paths(config.dataset) is None
-    return parquet and corpus.is_embedded(folder) and not folder.exists()
+    return parquet and stdlib_corpus.is_embedded(folder) and not folder.exists()
 
 
 def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor, ...], ...]:

@@ -1,14 +1,13 @@
-"""Files from the web, into a folder: resumable, whole or not there.
+"""Resumable downloads of files into a folder.
 
-The one idea: bytes go to NAME.part and the file gets its name when its size is right. What the
-server said of it (NAME.http) tells whether a part can be continued.
+Bytes go to NAME.part, which is renamed when its size is right. NAME.http keeps the version that the
+server named, which tells whether the rest of the file can be asked for.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.parse
@@ -17,32 +16,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import DataError, WriteError
-from data.preparation.raw_text import unreadable
+from config import DataError
+from data.preparation.errors import read_error, writing
 from data.sources.meta import write_json
+from files.atomic import durable_rename
 
 _ATTEMPTS = 5
-_PAUSE_S = 1.0  # before the second attempt, then twice as long each time
+FIRST_PAUSE_S = 1.0
+"""Before the second attempt; it doubles with each further one."""
 _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 1 << 18
-_PACKED = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z", ".rar", ".pdf")
-_AGAIN = {408, 416, 425, 429}  # and 500 and above: another attempt may succeed
-
-Fetched = tuple[int, int]
-"""(bytes there, bytes in all; 0 where the server does not say)"""
+_ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z", ".rar", ".pdf")
+_RETRIED = {408, 416, 425, 429}  # besides 500 and above
 
 
 def is_url(text: str) -> bool:
-    """Whether this is an address that can be downloaded."""
+    """Returns whether this is an address that can be downloaded."""
     return text.startswith(("http://", "https://"))
 
 
 def read_url_list(path: Path) -> list[str]:
-    """The addresses in a file, one per line; blank lines and # comments are left out."""
+    """Returns the URLs in a file, one per line, without blank lines and # comments."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}), so not a list of URLs") from None
     urls = []
@@ -59,109 +57,99 @@ def read_url_list(path: Path) -> list[str]:
 
 
 def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
-    """Where each address is downloaded to; raises DataError for those of archives."""
+    """Returns where each URL is downloaded to; raises DataError for archives."""
     paths = []
     for number, url in enumerate(urls):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-        if name.lower().endswith(_PACKED):
-            raise DataError(f"{url}: not text but packed; download and unpack it, give the file")
+        if name.lower().endswith(_ARCHIVES):
+            raise DataError(f"{url}: an archive, not text; download and unpack it, give the file")
         paths.append(folder / f"{number:05d}-{name}")
     return paths
 
 
-def download(url: str, target: Path) -> Iterator[Fetched]:
-    """Fetch a file, from where an earlier attempt stopped; yields how far it is.
+def download(url: str, target: Path) -> Iterator[tuple[int, int]]:
+    """Downloads a file, or the rest of it after an interruption.
 
-    Raises DataError where the server does not give it, WriteError where it cannot be kept.
+    Yields (bytes so far, bytes in all or 0 if unknown). Raises DataError if the server does not
+    give the file, WriteError if it cannot be saved.
     """
-    if target.exists() and _said(target).get("url") == url:
+    if target.exists() and _saved_version(target).get("url") == url:
         return
     reason = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
-            time.sleep(_PAUSE_S * 2 ** (attempt - 1))
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         try:
             yield from _attempt(url, target)
             return
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}"
             error.close()
-            if error.code < 500 and error.code not in _AGAIN:
+            if error.code < 500 and error.code not in _RETRIED:
                 raise DataError(f"{url}: {reason}") from None
-            if error.code == 416:
+            if error.code == 416:  # the part is longer than the file, so it is of another version
                 _part(target).unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise DataError(
-        f"{url}: {reason} ({_ATTEMPTS} attempts). The same command goes on where it stopped."
+        f"{url}: {reason} ({_ATTEMPTS} attempts). The same command continues the download."
     )
 
 
-def _attempt(url: str, target: Path) -> Iterator[Fetched]:
-    part, said = _part(target), _said(target)
-    there = part.stat().st_size if part.exists() else 0
+def _attempt(url: str, target: Path) -> Iterator[tuple[int, int]]:
+    part, saved = _part(target), _saved_version(target)
+    done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "hatchery"}
-    if there and said.get("url") == url and said.get("version"):
-        headers |= {"Range": f"bytes={there}-", "If-Range": said["version"]}
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S
-    ) as response:
-        goes_on = response.status == 206
-        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {there}-"):
-            raise OSError("the server sent another range than asked for")
-        there = there if goes_on else 0
+    if done and saved.get("url") == url and saved.get("version"):
+        # If-Range: a server whose file has changed since answers with the whole new one (200).
+        headers |= {"Range": f"bytes={done}-", "If-Range": saved["version"]}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        if response.status == 206:
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+                raise OSError("the server sent another range than asked for")
+        else:
+            done = 0
+            _save_version(target, url, response.headers)
         length = response.headers.get("Content-Length")
-        total = there + int(length) if length else 0
-        if not goes_on:
-            _keep(target, url, response.headers)
+        total = done + int(length) if length else 0
         for block in iter(lambda: response.read(_BLOCK_BYTES), b""):
-            _write(part, block, there)
-            there += len(block)
-            yield there, total
-        if not there:
-            _write(part, b"", 0)
-    if total and there != total:
-        raise OSError(f"the connection ended after {there} of {total} bytes")
-    _finish(part, target)
+            _write_block(part, block, done)
+            done += len(block)
+            yield done, total
+        if not done:
+            _write_block(part, b"", 0)
+    if total and done != total:
+        raise OSError(f"the connection ended after {done} of {total} bytes")
+    with writing(target):
+        durable_rename(part, target)
 
 
 def _part(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
-def _note(target: Path) -> Path:
+def _version_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.http")
 
 
-def _said(target: Path) -> dict[str, Any]:
-    """What is known of the file that was begun."""
+def _saved_version(target: Path) -> dict[str, Any]:
     try:
-        values = json.loads(_note(target).read_bytes())
+        values = json.loads(_version_path(target).read_bytes())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def _keep(target: Path, url: str, headers: Any) -> None:
-    """Remember what identifies this version of the file; a weak ETag does not."""
+def _save_version(target: Path, url: str, headers: Any) -> None:
+    # A weak ETag (W/) may be equal for files of different bytes, so a part cannot rely on it.
     tag = headers.get("ETag") or ""
     version = headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
-    write_json(_note(target), {"url": url, "version": version})
+    write_json(_version_path(target), {"url": url, "version": version})
 
 
-def _write(part: Path, block: bytes, at: int) -> None:
-    try:
-        with part.open("r+b" if at else "wb") as file:
-            file.seek(at)
-            file.write(block)
-    except OSError as error:
-        raise WriteError(f"{part}: cannot be written: {error.strerror or error}") from None
-
-
-def _finish(part: Path, target: Path) -> None:
-    try:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    except OSError as error:
-        raise WriteError(f"{target}: cannot be written: {error.strerror or error}") from None
+def _write_block(part: Path, block: bytes, at: int) -> None:
+    # Only writing may raise a WriteError; an OSError of the network is another attempt's.
+    with writing(part), part.open("r+b" if at else "wb") as file:
+        file.seek(at)
+        file.write(block)

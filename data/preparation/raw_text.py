@@ -1,16 +1,15 @@
-"""Text files, JSON lines and parquet rows as documents, and the pieces that are read in parallel.
+"""Reads text files, JSON lines and parquet rows: as documents, or in pieces for parallel workers.
 
-Endings tell JSON lines and parquet files; a file of any other ending is text. A piece is about
-1 MB of one file (bytes of text or lines, rows of a row group), named before anything is read. So
-pieces can be read by any process in any order, memory is bounded, and what is done can be told by a
-number.
+The ending tells JSON lines and parquet files; a file of any other ending is text. A piece is about
+1 MB of one file: a range of bytes, or of rows of a row group. All pieces are planned before
+anything is read, so that any process can read any piece, memory is bounded, and the progress of a
+conversion is the number of its pieces that are done.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +18,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import DataError
+from data.preparation.errors import read_error
 from data.sources.parquet_index import read_footer
 from data.tokenizers.base import Tokenizer
 
-_LINES, _ROWS = (".jsonl", ".ndjson", ".json"), (".parquet",)
+_JSON_ENDINGS, _PARQUET_ENDING = (".jsonl", ".ndjson", ".json"), ".parquet"
 ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
-"""Of the files that are meant where a folder holds others too."""
+"""Files with these are taken from a folder that holds others too."""
 PIECE_BYTES = 1 << 20
 _DOCUMENT_BYTES = 1 << 14
-_MOST_PARTS = 16  # of a row group: each decodes the rows before its own
-_SEARCH_BYTES, _CONTEXT = 4096, 256
-_TRIED_PLACES = 200
+_MAX_PIECES_PER_GROUP = 16
+_SAMPLE_BYTES = 1 << 16
+_CUT_SEARCH_BYTES, _CUT_CONTEXT, _CUT_TRIALS = 4096, 256, 200
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes [first, last) of a text or of the places where lines begin, or rows of a row group."""
+    """A part of a file that one worker reads.
+
+    `first` and `last` are bytes of a text, bytes between which JSON lines begin, or rows of the row
+    group `group`; `last` is exclusive.
+    """
 
     path: Path
     first: int
@@ -42,17 +46,17 @@ class Piece:
     bytes: int
     group: int = 0
     is_end: bool = True
-    """Whether the file ends with it."""
+    """Whether the file ends with this piece."""
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is read as text, not as records."""
-    return path.suffix.lower() not in (*_LINES, *_ROWS)
+    """Returns whether a file is read as text, not as records."""
+    return path.suffix.lower() not in (*_JSON_ENDINGS, _PARQUET_ENDING)
 
 
-def not_text_at(path: Path) -> int | None:
-    """Where the first 64 KB of a file stop being text in UTF-8: at a zero byte, or by decoding."""
-    data = _read(path, 0, 1 << 16)
+def find_non_text(path: Path) -> int | None:
+    """Returns the first byte of the file's first 64 KB that is zero or not UTF-8; None: all are."""
+    data = _read(path, 0, _SAMPLE_BYTES)
     if 0 in data:
         return data.index(0)
     try:
@@ -63,96 +67,98 @@ def not_text_at(path: Path) -> int | None:
 
 
 def check_readable(path: Path) -> None:
-    """Raises DataError for a file that is neither text nor records by its ending."""
-    at = not_text_at(path) if is_text(path) and path.suffix != ".txt" else None
+    """Raises DataError for a file that is neither text nor, by its ending, records."""
+    at = find_non_text(path) if is_text(path) and path.suffix != ".txt" else None
     if at is not None:
         raise DataError(
             f"{path}: not text in UTF-8 (byte {at}). Unpack archives, convert other encodings "
-            "(iconv -f LATIN1 -t UTF-8 FILE); records are told by the endings .jsonl and .parquet, "
-            "and token files need no preparing: python train.py train_data_path=FILE"
+            "(iconv -f LATIN1 -t UTF-8 FILE), name files of records .jsonl or .parquet; token "
+            "files are used as they are: python train.py train_data_path=FILE"
         )
 
 
 def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
-    """The pieces of all files, in order; raises DataError for a file that cannot be read."""
+    """Returns the pieces of all files, in order; raises DataError for an unreadable file."""
     pieces: list[Piece] = []
     for path in files:
-        if path.suffix.lower() in _ROWS:
-            for group, (rows, _, size, _) in enumerate(read_footer(str(path), column)[0].tolist()):
-                parts = max(1, min(-(-size // PIECE_BYTES), _MOST_PARTS, rows))
-                bounds = [rows * part // parts for part in range(parts + 1)]
-                pieces += [
-                    Piece(path, first, last, size // parts, group)
-                    for first, last in zip(bounds, bounds[1:], strict=False)
-                ]
-        else:
-            size = _size(path)
-            for first in range(0, size, PIECE_BYTES):
-                last = min(first + PIECE_BYTES, size)
-                pieces.append(Piece(path, first, last, last - first, is_end=last == size))
+        if path.suffix.lower() == _PARQUET_ENDING:
+            pieces += _plan_row_groups(path, column)
+            continue
+        size = file_size(path)
+        for first in range(0, size, PIECE_BYTES):
+            last = min(first + PIECE_BYTES, size)
+            pieces.append(Piece(path, first, last, last - first, is_end=last == size))
     return pieces
 
 
-def read_piece(piece: Piece, column: str) -> Iterator[str]:
-    """The documents of a piece of JSON lines or parquet rows, empty ones included."""
-    if piece.path.suffix.lower() in _LINES:
+def _plan_row_groups(path: Path, column: str) -> Iterator[Piece]:
+    for group, (rows, _, size, _) in enumerate(read_footer(str(path), column)[0].tolist()):
+        # The limit bounds the work: each piece of a row group decodes the rows before its own too.
+        count = max(1, min(-(-size // PIECE_BYTES), _MAX_PIECES_PER_GROUP, rows))
+        for n in range(count):
+            yield Piece(path, rows * n // count, rows * (n + 1) // count, size // count, group)
+
+
+def read_records(piece: Piece, column: str) -> Iterator[str]:
+    """Yields the documents of a piece of JSON lines or parquet rows, empty ones included."""
+    if piece.path.suffix.lower() in _JSON_ENDINGS:
         yield from _json_lines(piece.path, column, piece.first, piece.last)
     else:
         yield from _parquet_rows(piece, column)
 
 
 def read_text(piece: Piece, tokenizer: Tokenizer | None) -> str:
-    """The text of a piece of a text file, from a place to cut to the next.
+    """Returns the text of a piece of a text file.
 
-    `tokenizer` finds places where cutting changes no token; None: anywhere between characters.
+    Its ends are moved to places where cutting the text changes none of the tokenizer's tokens; with
+    None, to the next character.
     """
-    size = _size(piece.path)
-    first, last = (_cut(piece.path, at, size, tokenizer) for at in (piece.first, piece.last))
+    size = file_size(piece.path)
+    first, last = (_find_cut(piece.path, at, size, tokenizer) for at in (piece.first, piece.last))
     return _decode(_read(piece.path, first, last), piece.path, first)
 
 
-def _cut(path: Path, at: int, size: int, tokenizer: Tokenizer | None) -> int:
-    """The first good place to cut at or after a byte; the same for both pieces that meet there.
+def _find_cut(path: Path, at: int, size: int, tokenizer: Tokenizer | None) -> int:
+    """Returns the first place at or after byte `at` where the text can be cut.
 
-    Tokens of words do not reach from a letter to a blank. Whether that holds for this tokenizer is
-    tried on the text around the place, and where it does not, at other places.
+    The pieces on both sides of `at` call it, with the same result.
     """
     if at in (0, size):
         return at
-    begin = max(0, at - 4 * _CONTEXT)
-    data = _read(path, begin, min(size, at + _SEARCH_BYTES + 4 * _CONTEXT))
+    begin = max(0, at - 4 * _CUT_CONTEXT)  # a character has at most 4 bytes
+    data = _read(path, begin, min(size, at + _CUT_SEARCH_BYTES + 4 * _CUT_CONTEXT))
     while at < begin + len(data) and data[at - begin] & 0xC0 == 0x80:  # inside a character
         at += 1
     if tokenizer is None:
         return at
     text = data[at - begin :].decode("utf-8", "ignore")
-    before = data[: at - begin].decode("utf-8", "ignore")[-_CONTEXT:]
-    whole, start = before + text, len(before)
-    end = max(start + 1, len(whole) - _CONTEXT)
-    blanks = [i for i in range(start, end) if whole[i] == " " and not whole[i - 1 : i].isspace()]
-    for i in [*blanks, *range(start, end)][:_TRIED_PLACES]:
-        left, right = whole[max(0, i - _CONTEXT) : i], whole[i : i + _CONTEXT]
-        parts = [*tokenizer.encode(left).tolist(), *tokenizer.encode(right).tolist()]
-        if parts == tokenizer.encode(left + right).tolist():
-            return at + len(whole[start:i].encode())
+    before = data[: at - begin].decode("utf-8", "ignore")[-_CUT_CONTEXT:]
+    both, start = before + text, len(before)
+    end = max(start + 1, len(both) - _CUT_CONTEXT)
+    # Most vocabularies have no token that reaches from a letter to a blank, so places before a
+    # blank come first. Vocabularies differ, so each place is tried: encoding both sides apart must
+    # give the tokens of the text in one. If no place does, the piece is cut at `at`, which costs
+    # at most one token more per megabyte.
+    blanks = [i for i in range(start, end) if both[i] == " " and not both[i - 1 : i].isspace()]
+    for i in [*blanks, *range(start, end)][:_CUT_TRIALS]:
+        left, right = both[max(0, i - _CUT_CONTEXT) : i], both[i : i + _CUT_CONTEXT]
+        apart = [*tokenizer.encode(left).tolist(), *tokenizer.encode(right).tolist()]
+        if apart == tokenizer.encode(left + right).tolist():
+            return at + len(both[start:i].encode())
     return at
 
 
-def documents(path: Path, column: str) -> Iterator[str]:
-    """The documents of a file that hold text; text files are cut at line ends into 16 KiB."""
+def read_documents(path: Path, column: str) -> Iterator[str]:
+    """Yields the documents of a file that hold text; a text is cut at line ends into 16 KiB."""
     if is_text(path):
-        texts = _line_pieces(path)
-    elif path.suffix.lower() in _LINES:
-        texts = _json_lines(path, column, 0, _size(path))
-    else:
-        texts = (
-            text for piece in plan_pieces([path], column) for text in read_piece(piece, column)
-        )
-    yield from (text for text in texts if text)
+        yield from filter(None, _cut_at_lines(path))
+        return
+    for piece in plan_pieces([path], column):
+        yield from filter(None, read_records(piece, column))
 
 
-def _line_pieces(path: Path) -> Iterator[str]:
-    """Cut at line ends into pieces of at most about 16 KiB."""
+def _cut_at_lines(path: Path) -> Iterator[str]:
+    """Yields a text in parts of whole lines, of at most about 16 KiB."""
     lines: list[str] = []
     size = 0
     for line in _lines(path):
@@ -165,21 +171,23 @@ def _line_pieces(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    rest, at, size = "", 0, _size(path)
+    rest, at, size = "", 0, file_size(path)
     while at < size:
-        end = _cut(path, min(at + PIECE_BYTES, size), size, None)
+        end = _find_cut(path, min(at + PIECE_BYTES, size), size, None)
         lines = (rest + _decode(_read(path, at, end), path, at)).splitlines(keepends=True)
-        rest, at = lines.pop(), end  # it may go on, or end in the first half of \r\n
+        rest, at = lines.pop(), end  # the last line may be unfinished, or end between \r and \n
         yield from lines
     yield rest
 
 
 def _json_lines(path: Path, key: str, first: int, last: int) -> Iterator[str]:
-    """The texts of the lines that begin in bytes [first, last)."""
+    """Yields the texts of the lines that begin in bytes [first, last)."""
     try:
         with path.open("rb") as file:
-            file.seek(max(first - 1, 0))
-            at = max(first - 1, 0) + len(file.readline() if first else b"")
+            # From one byte earlier: the line end there shows that a line begins at `first`.
+            at = max(first - 1, 0)
+            file.seek(at)
+            at += len(file.readline() if first else b"")
             for line in file:
                 if at >= last:
                     return
@@ -187,36 +195,36 @@ def _json_lines(path: Path, key: str, first: int, last: int) -> Iterator[str]:
                     yield _json_text(line, key, path, at)
                 at += len(line)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
 def _json_text(line: bytes, key: str, path: Path, at: int) -> str:
-    """The text of one record, whose line begins at byte `at`."""
+    """Returns the text of one record, whose line begins at byte `at`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{_place(path, at)}: not JSON ({error}); every line is one record"
+            f"{_line_name(path, at)}: not JSON ({error}); every line is one record"
         ) from None
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(
-            f"{_place(path, at)}: no string '{key}'; found: {keys}. Use --text-column NAME"
+            f"{_line_name(path, at)}: no string '{key}'; found: {keys}. Use --text-column NAME"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
+        surrogate = f"\\u{ord(text[error.start]):04x}"
         raise DataError(
-            f"{_place(path, at)}: '{key}' holds {half} (character {error.start}), half of a "
-            "surrogate pair, which is not text. Correct or delete the line."
+            f"{_line_name(path, at)}: '{key}' holds {surrogate} (character {error.start}), half of "
+            "a surrogate pair, which is not text. Correct or delete the line."
         ) from None
     return text
 
 
-def _place(path: Path, at: int) -> str:
-    """File and number of the line that begins at a byte, counted only where there is an error."""
+def _line_name(path: Path, at: int) -> str:
+    """Returns file and number of the line at a byte; lines are counted only for an error."""
     number = 1
     for first in range(0, at, PIECE_BYTES):
         number += _read(path, first, min(first + PIECE_BYTES, at)).count(b"\n")
@@ -240,16 +248,17 @@ def _parquet_rows(piece: Piece, column: str) -> Iterator[str]:
         raise DataError(f"{piece.path}: cannot be decoded, the file is damaged ({error})") from None
 
 
-def unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
-    """What to raise where a file cannot be read."""
-    return DataError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}")
-
-
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Returns a file's bytes; raises DataError."""
     try:
         return path.stat().st_size
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
+
+
+def file_sample(path: Path) -> bytes:
+    """Returns the first 64 KB and the size of a file, which tell it from others."""
+    return _read(path, 0, _SAMPLE_BYTES) + str(file_size(path)).encode()
 
 
 def _read(path: Path, first: int, last: int) -> bytes:
@@ -258,7 +267,7 @@ def _read(path: Path, first: int, last: int) -> bytes:
             file.seek(first)
             return file.read(last - first)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
 def _decode(data: bytes, path: Path, first: int) -> str:
@@ -267,8 +276,3 @@ def _decode(data: bytes, path: Path, first: int) -> str:
     except UnicodeDecodeError as error:
         at = first + error.start
         raise DataError(f"{path}: not UTF-8 (byte {at}). Convert it first.") from None
-
-
-def head(path: Path) -> bytes:
-    """What tells a text file from others without reading it all."""
-    return _read(path, 0, 1 << 16) + str(_size(path)).encode()

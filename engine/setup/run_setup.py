@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, open_dataset
 from data.loading.order import PLAN_VERSION
-from data.preparation import corpus
+from data.preparation import stdlib_corpus
 from data.run_data import check_data_state, embedded_is_missing
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import check_resumable, on_processes, with_evaluation
@@ -129,7 +129,7 @@ def open_data(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     if embedded_is_missing(config):
         folder = Path(config.dataset.parquet_dir)
         console.info(f"{folder} is missing: building it from the Python standard library...")
-        built = corpus.build(folder)
+        built = stdlib_corpus.build(folder)
         size = f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB"
         console.info(f"{size}, {built.seconds:.1f}s")
     return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size, tokenizer)

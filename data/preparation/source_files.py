@@ -1,0 +1,80 @@
+"""From SOURCE on the command line to local text files: a file, a folder, URLs or the corpus."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import DataError
+from data.preparation import stdlib_corpus
+from data.preparation.download import download, is_url, local_paths, read_url_list
+from data.preparation.errors import writing
+from data.preparation.progress import ProgressLine
+from data.preparation.raw_text import ENDINGS, check_readable, find_non_text, is_text
+
+
+def is_corpus(source: str) -> bool:
+    """Returns whether SOURCE names the embedded corpus; a file of this name has precedence."""
+    return source == stdlib_corpus.NAME and not os.path.exists(source)
+
+
+def local_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
+    """Returns the files to read; what must be downloaded or built goes to `folder` and stays."""
+    if is_corpus(source):
+        corpus = folder / stdlib_corpus.NAME
+        if not corpus.exists():
+            stdlib_corpus.build(corpus)
+        return list_files(corpus)
+    if is_url_list:
+        return _download_all(read_url_list(Path(source)), folder)
+    if is_url(source):
+        return _download_all([source], folder)
+    return list_files(Path(source))
+
+
+def _download_all(urls: Sequence[str], folder: Path) -> list[Path]:
+    paths = local_paths(urls, folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, (url, path) in enumerate(zip(urls, paths, strict=True), 1):
+        line: ProgressLine | None = None
+        for done, total in download(url, path):
+            line = line or ProgressLine(f"download {number} of {len(urls)}", done)
+            line.show(done, total)
+        if line:
+            line.end()
+        check_readable(path)
+    return paths
+
+
+def list_files(source: Path) -> list[Path]:
+    """Returns a text file, or those of a folder in bytewise order of their paths.
+
+    Hidden files are skipped. If a folder has files with the endings of `ENDINGS`, the others are
+    skipped, and their endings are printed.
+    """
+    if source.is_file():
+        check_readable(source)
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"SOURCE '{source}': not found (working directory: {os.getcwd()})")
+    found = [path for path in source.rglob("*") if _is_visible(path, source) and path.is_file()]
+    files = [path for path in found if path.suffix.lower() in ENDINGS]
+    files = files or [path for path in found if is_text(path) and find_non_text(path) is None]
+    skipped = Counter(path.suffix for path in set(found).difference(files))
+    kinds = ", ".join(f"{count} *{ending}" for ending, count in skipped.most_common(5))
+    if not files:
+        raise DataError(
+            f"SOURCE '{source}' holds no text (found {kinds or 'nothing'}). Name a file with text, "
+            ".jsonl or .parquet, or a folder of such files."
+        )
+    if kinds:
+        print(f"Skipped in {source}: {kinds}", file=sys.stderr)
+    return sorted(files, key=os.fsencode)
+
+
+def _is_visible(path: Path, source: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(source).parts)
