@@ -98,7 +98,7 @@ def export(args: argparse.Namespace) -> list[str]:
 
 
 def _upstream(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from model.bdh.model import BDH, to_upstream
+    from model.bdh import BDH, to_upstream
 
     if not isinstance(model, BDH):
         raise ConfigError(

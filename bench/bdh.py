@@ -58,7 +58,7 @@ from bench.bdh_reference import (
     train,
 )
 from config import BDHConfig
-from model.bdh.model import BDH
+from model.bdh import BDH
 
 DEFAULT = BDHConfig(
     n_layer=2, n_embd=256, dropout=0.1, n_head=4, mlp_internal_dim_multiplier=128, vocab_size=256

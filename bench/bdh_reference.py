@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.bdh_measure import seconds
 from config import BDHConfig
-from model.bdh.model import BDH, to_upstream
+from model.bdh import BDH, to_upstream
 
 LIMIT = 1e-4  # of the relative error of logits, loss and gradients in float32
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from config import GPT2_NAMES, BDHConfig, CheckpointError
-from model.bdh.model import UPSTREAM_FREQUENCIES, from_upstream, without_wrappers
+from model.bdh.upstream import UPSTREAM_FREQUENCIES, from_upstream, without_wrappers
 from model.torch_file import Inert, load_torch_file
 
 OWNER = "openai-community"  # of the published files, which have no version but the newest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from config import Config
-from model.bdh.model import BDH
+from model.bdh import BDH
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama

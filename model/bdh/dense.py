@@ -1,10 +1,8 @@
-"""BDH's layers by the plain formulas, on whole tensors, with projections made elsewhere.
+"""BDH's layers by the plain formulas, on whole tensors: only for Transformer Engine.
 
-`bdh_kernels` multiplies by the weights within its tiles, where an engine with modules and a
-backward pass of its own has no place. Here such an engine makes the three products with weights, as
-`Projections`; all else is what the formulas in `bdh` say, differentiated by autograd. Every layer
-keeps about four tensors (B, H, T, N), and scores are T x T: memory is quadratic in T. Time goes
-to reading and writing wide tensors, most of all where what lies between products is not compiled.
+Its modules compute whole products and bring their own backward pass, for which `fused_layers` has
+no place. They are `Projections` here, and autograd differentiates the rest. It costs what fused
+layers avoid: a layer keeps about four tensors (B, H, T, N), and scores are (T, T) per head.
 
 B batch, T tokens, D = n_embd, H = n_head, N neurons per head
 """
@@ -15,22 +13,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bdh.tiling import ChunkMasks, Rotation
+from model.bdh.masks import ChunkMasks
+from model.bdh.tiling import Rotation
 from model.matmul import Projections
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a forward pass is given besides tokens and projections.
+class DenseArgs:
+    """What a pass over the layers is given besides x and the projections.
 
-    rotation: the angles of all T tokens, in the dtype of the products. documents: (B, T) numbers;
-    tokens see their own document only. fused: whether to compile what lies between products.
+    rotation: of all T tokens, in the dtype of the products. documents: (B, T), a number per
+    document; tokens attend within their own. fused: whether to compile the elementwise work.
     """
 
     n_layer: int
@@ -40,33 +39,37 @@ class Pass:
     fused: bool = False
 
 
-def written_out(x: Tensor, projections: Projections, run: Pass) -> Tensor:
-    """All layers with their residuals: x (B, T, D) -> (B, T, D); norms in float32 at least."""
+def dense_layers(x: Tensor, projections: Projections, args: DenseArgs) -> Tensor:
+    """Applies all layers with their residuals: x (B, T, D) -> (B, T, D)."""
     B, T, D = x.shape
-    hidden = ChunkMasks(run.documents, (B, 1, T), x.device).hidden.unsqueeze(1)  # (1 or B, 1, T, T)
-    dtype = run.rotation.cos.dtype
+    hidden = ChunkMasks(args.documents, (B, 1, T), x.device).hidden.unsqueeze(
+        1
+    )  # (1 or B, 1, T, T)
+    dtype = args.rotation.cos.dtype
     stream = x.to(torch.promote_types(dtype, torch.float32))
-    for number in range(run.n_layer):
-        y = _layer(stream.to(dtype), hidden, number, projections, run)
+    for layer in range(args.n_layer):
+        y = _layer(stream.to(dtype), hidden, layer, projections, args)
         stream = F.layer_norm(stream + F.layer_norm(y.to(stream.dtype), (D,)), (D,))
     return stream.to(x.dtype)
 
 
-def _layer(x: Tensor, hidden: Tensor, number: int, projections: Projections, run: Pass) -> Tensor:
-    """The layer before its residual."""
+def _layer(
+    x: Tensor, hidden: Tensor, layer: int, projections: Projections, args: DenseArgs
+) -> Tensor:
+    """Returns the output of a layer before its norm and residual, (B, T, D)."""
     B, T, D = x.shape
-    between = _compiled() if run.fused else _EAGER
-    u = projections.encode(x, number).to(x.dtype)  # (B, H, T, N)
-    s, r = between.activate(u, run.rotation.cos, run.rotation.sin)
+    activate, gate = (_compiled(_activate), _compiled(_gate)) if args.fused else (_activate, _gate)
+    u = projections.encode(x, layer).to(x.dtype)  # (B, H, T, N)
+    s, r = activate(u, args.rotation.cos, args.rotation.sin)
     scores = (r @ r.mT).masked_fill(hidden, 0)  # (B, H, T, T)
     a = (scores.flatten(1, 2) @ x).view(B, -1, T, D)
     a = F.layer_norm(a.to(torch.promote_types(a.dtype, torch.float32)), (D,)).to(x.dtype)
-    v = projections.encode_v(a, number).to(x.dtype)
-    return projections.decode(between.gate(s, v, run.dropout), number)
+    v = projections.encode_v(a, layer).to(x.dtype)
+    return projections.decode(gate(s, v, args.dropout), layer)
 
 
 def _activate(u: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """s and rope(s), (B, H, T, N): the halves of the neurons are the members of rotated pairs."""
+    """Returns s = relu(u) and r = rope(s), (B, H, T, N); see `BDH` for the order of neurons."""
     s = u.relu()
     first, second = s.chunk(2, -1)
     return s, torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -77,20 +80,12 @@ def _gate(s: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.dropout(z, dropout) if dropout else z
 
 
-class _Between(NamedTuple):
-    activate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    gate: Callable[[Tensor, Tensor, float], Tensor]
-
-
-_EAGER = _Between(_activate, _gate)
-
-
 @cache
-def _compiled() -> _Between:
-    return _Between(torch.compile(_activate, dynamic=False), torch.compile(_gate, dynamic=False))
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
-def written_out_bytes(
+def dense_bytes(
     tokens: tuple[int, int], shape: tuple[int, int, int], dtype: torch.dtype, n_layer: int
 ) -> tuple[int, int]:
     """An upper estimate of the memory of the layers, the parameters and their gradients aside:

@@ -1,20 +1,20 @@
 """BDH, the Dragon Hatchling: linear attention over sparse, positive neurons.
 
-One layer's weights serve all layers. A token's state of D numbers is spread over H * N neurons, of
-which only a few percent are active; two tokens attend to each other by the neurons they share,
-without softmax, and queries are the keys.
+All layers share the weights of one. A token's D numbers are expanded to H * N neurons, of which a
+few percent are active after training. Attention has no softmax, its queries are its keys, and two
+tokens attend to each other by the neurons that are active in both.
 
     x = LN(embed(tokens))
     n_layer times, for each head h:
-        s = relu(x E_h)                             # neurons that are active
-        r = rope(s)                                 # turned by the position
+        s = relu(x E_h)                             # (B, T, N), few neurons are active
+        r = rope(s)                                 # rotated by the position
         a = LN(sum over u < t of (r_t . r_u) x_u)   # strictly causal: t does not see itself
         z = dropout(s * relu(a G_h))
         x = LN(x + LN(sum over h of z F_h))
     logits = x lm_head
 
 Source: Kosowski et al., "The Dragon Hatchling", arXiv 2509.26507, and the authors' reference code,
-whose weights load and export unchanged (`from_upstream`, `to_upstream`).
+whose weights load and export unchanged (`model.bdh.upstream`).
 
 B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 """
@@ -22,7 +22,7 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,30 +31,29 @@ from torch import Tensor, nn
 
 from config import BDHConfig
 from model.attention import product_dtype
-from model.bdh.dense import Pass, written_out, written_out_bytes
-from model.bdh.elementwise import EAGER, compiled
-from model.bdh.fused_layers import Call, bdh_layers
+from model.bdh.dense import DenseArgs, dense_bytes, dense_layers
+from model.bdh.elementwise import EAGER, fused_ops
+from model.bdh.fused_layers import fused_layers
 from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
+from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
-from model.matmul import MatmulBackend, OperandId, PlainMatmul, ProjectionFactory
+from model.matmul import MatmulBackend, OperandId, PlainMatmul
 
 INIT_STD = 0.02
-UPSTREAM_FREQUENCIES = "attn.freqs"
 
 
 class BDH(LanguageModel):
-    """The model; `forward(tokens (B, T)) -> logits (B, T, V)`.
-
-    The neurons of a head are stored in two halves: the first members of all rotated pairs, then
+    """The neurons of a head are stored in two halves: the first members of all rotated pairs, then
     the second members, so that rotation needs no strided access. The reference interleaves them.
 
-    `frequencies` are part of the weights: a model that was grown or merged from others keeps those
-    of its parts, which do not follow from its size. They stay in float64 on the CPU, whatever the
-    model is moved or cast to: angles are computed there, and some devices have no float64.
+    `frequencies` are part of the weights, since a model that was grown or merged from others keeps
+    theirs. They stay in float64 on the CPU, wherever the model is moved and whatever it is cast to:
+    angles are computed there, and some devices have no float64.
     """
 
-    _ddp_params_and_buffers_to_ignore = ("frequencies",)  # backends of devices cannot send it
+    # DDP would broadcast the buffer, and the backends of devices cannot send what is on the CPU.
+    _ddp_params_and_buffers_to_ignore = ("frequencies",)
 
     matmul_backend: MatmulBackend
 
@@ -70,59 +69,59 @@ class BDH(LanguageModel):
         self.lm_head = nn.Parameter(torch.empty(D, V))
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(N))  # turns per token, (N/2,)
-        self.fused = False  # whether the elementwise passes are compiled
+        self.fused = False  # whether elementwise work is compiled; see `compile`
         self.matmul_backend = PlainMatmul()
-        self.projections: ProjectionFactory | None = None
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """H, D, N."""
+        """Heads, width and neurons per head: (H, D, N)."""
         H, D, N = self.encoder.shape
         return H, D, N
 
     def init_weights(self) -> None:
-        """Draws every weight from N(0, 0.02), as the reference does."""
+        """Draws every weight from N(0, 0.02**2), as the reference does."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """documents (B, T): numbers of the documents; tokens see only those of their own."""
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))  # (B, T, D)
-        return self.layers(x, documents) @ self.lm_head
+        return self._layers(x, documents) @ self.lm_head  # (B, T, V)
 
-    def layers(
+    def _layers(
         self,
         x: Tensor,
         documents: Tensor | None = None,
         states: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
-        """All layers: x (B, T, D) -> (B, T, D); the others as in `bdh_kernels.Call`."""
+        """Applies all layers: x (B, T, D) -> (B, T, D); the rest as in `LayerStackArgs`."""
         if not x.numel():
             return x
-        observed = states is not None or active is not None
+        # States and counts are for generation and evaluation: no dropout, and eager operations,
+        # since the lengths of prompts differ and each would compile anew.
+        for_training = states is None and active is None
         dtype = product_dtype(x)
         weights = (self.encoder, self.encoder_v, self.decoder)
-        dropout = self.config.dropout if self.training and not observed else 0.0
-        if self.projections is not None and not observed:
-            angles = self.rotation(x.shape[1], dtype)
-            run = Pass(self.config.n_layer, dropout, angles, documents, self.fused)
-            return written_out(x, self.projections(weights), run)
-        tiling = self.tiling(x, dtype)
-        call = Call(
-            n_layer=self.config.n_layer,
+        dropout = self.config.dropout if self.training and for_training else 0.0
+        if self.projections is not None and for_training:
+            cos_sin = self._rotation(x.shape[1], dtype)
+            args = DenseArgs(self.n_layer, dropout, cos_sin, documents, self.fused)
+            return dense_layers(x, self.projections(weights), args)
+        tiling = self._tiling(x, dtype)
+        stack = LayerStackArgs(
+            n_layer=self.n_layer,
             dropout=dropout,
-            rotation=self.rotation(tiling.chunk, dtype),
+            rotation=self._rotation(tiling.chunk, dtype),
             tiling=tiling,
             backend=self.matmul_backend,
-            passes=compiled() if self.fused and not observed else EAGER,
+            ops=fused_ops() if self.fused and for_training else EAGER,
             documents=documents,
             states=states,
             active=active,
         )
-        result: Tensor = bdh_layers(x, weights, call)
+        result: Tensor = fused_layers(x, weights, stack)
         return result
 
     def hidden_weights(self) -> list[HiddenWeight]:
@@ -140,7 +139,7 @@ class BDH(LanguageModel):
         return self.embed.weight, self.lm_head
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the state of one sample, the same for any length."""
+        """Returns the memory of one sample's state, which does not depend on the length."""
         H, D, N = self.shape
         return self.config.n_layer * H * N * D * max(4, self.encoder.element_size())
 
@@ -157,44 +156,42 @@ class BDH(LanguageModel):
 
     @torch.no_grad()
     def prefill_or_decode(self, tokens: Tensor, cache: BDHState) -> Tensor:
-        """Feeds tokens (B, T), which go on where the state ends: the logits after them, (B, V).
-
-        Many tokens are taken in parallel; one costs the same at any position.
-        """
+        # Many tokens are processed in parallel, one by the recurrent form at a constant cost.
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
         if tokens.shape[1] == 1:
             last = step(x[:, 0], (self.encoder, self.encoder_v, self.decoder), cache)
         else:
-            cache.turn()
-            last = self.layers(x, states=cache.sums)[:, -1]
-            cache.frame += self.tiling(x, product_dtype(x)).padded(tokens.shape[1])
+            cache.rotate_to_position()
+            last = self._layers(x, states=cache.sums)[:, -1]
+            # The last chunk is padded, and the states are left rotated to its end.
+            tiling = self._tiling(x, product_dtype(x))
+            cache.frame += tiling.padded(tokens.shape[1])
         cache.position += tokens.shape[1]
         return last @ self.lm_head
 
-    def tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
-        """How the layers cut x (B, T, D)."""
+    def _tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
         B, T, _ = x.shape
         return Tiling.of((B, T), self.shape, dtype, x.is_cpu)
 
-    def rotation(self, chunk: int, dtype: torch.dtype) -> Rotation:
-        """The angles of a chunk; the last ones asked for are kept."""
+    def _rotation(self, chunk: int, dtype: torch.dtype) -> Rotation:
+        """Returns the rotation of a chunk; caches the last few."""
         key = (chunk, dtype, self.encoder.device)
         if key not in self._rotations:
             if len(self._rotations) >= 4:
                 self._rotations.clear()
-            with torch.inference_mode(False):  # they are for training too
+            with torch.inference_mode(False):  # training may use what an evaluation made
                 self._rotations[key] = rotation(self.frequencies, *key)
         return self._rotations[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BDH:
-        """Moves or casts everything but the frequencies, for `to`, `half` and the like."""
+        """Moves or casts everything but the frequencies; `to`, `half` and `cuda` call it."""
         frequencies = self._buffers.pop("frequencies")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
         self._buffers["frequencies"] = frequencies
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Takes weights saved before frequencies were: theirs are those of a new model."""
+        """Accepts weights of older checkpoints without frequencies: they had the usual ones."""
         self._rotations.clear()
         if f"{prefix}frequencies" not in state:
             state = state | {f"{prefix}frequencies": rope_frequencies(self.shape[2])}
@@ -204,15 +201,17 @@ class BDH(LanguageModel):
     def activation_sparsity(
         self, tokens: Tensor, documents: Tensor | None = None
     ) -> dict[str, list[float]]:
-        """The share of neurons with s > 0 and with z > 0 in each layer, on tokens (B, T)."""
+        """Returns the fraction of neurons with s > 0 and with z > 0, by layer."""
         active = torch.zeros(self.config.n_layer, 2, dtype=torch.long, device=tokens.device)
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
-        self.layers(x, documents, active=active)
+        self._layers(x, documents, active=active)
         shares = active.cpu().double() / (tokens.numel() * len(self.decoder))
         return {"s": shares[:, 0].tolist(), "z": shares[:, 1].tolist()}
 
     def compile(self, *, disable: bool = False) -> None:
-        """Fuses what lies between the matrix products, which is all that compilers gain here."""
+        """Compiles the elementwise work between products, instead of the whole model as torch does:
+        loops over tiles and layers would unroll into one graph, and there is no more to gain.
+        """
         self.fused = self.matmul_backend.compiled = not disable
 
     def activation_bytes(
@@ -229,7 +228,7 @@ class BDH(LanguageModel):
         forward = packed + self.config.n_layer * kept
         if self.projections is not None:
             layers = (self.shape, dtype, self.config.n_layer)
-            forward, backward = written_out_bytes(tokens, *layers)
+            forward, backward = dense_bytes(tokens, *layers)
         embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
         logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
         if adding:  # those of all layers come together, at the end
@@ -255,77 +254,3 @@ class BDH(LanguageModel):
             attention += 4 * H * N * D  # into the state and out of it
         head = 2 * D * self.config.vocab_size
         return 3 * (self.config.n_layer * (projections + attention) + head)
-
-
-def from_upstream(state: Mapping[str, Tensor], config: BDHConfig) -> BDH:
-    """A BDH with the weights and frequencies of a state dict in the public reference's layout.
-
-    Raises ValueError for names too many or too few, other shapes and numbers that are not finite.
-    """
-    model = BDH(config)
-    H, _, N = model.shape
-    shapes = {name: value.shape for name, value in to_upstream(model).items()}
-    state = without_wrappers(state)
-    missing = sorted(shapes.keys() - state.keys() - {UPSTREAM_FREQUENCIES})
-    if missing:
-        raise ValueError(f"upstream BDH weights lack {', '.join(missing)}; found {sorted(state)}")
-    if extra := sorted(state.keys() - shapes.keys()):
-        raise ValueError(f"no weight of an upstream BDH: {', '.join(extra)}")
-    for name, value in state.items():
-        if value.shape != shapes[name]:
-            expected, found = tuple(shapes[name]), tuple(value.shape)
-            raise ValueError(f"upstream BDH weight {name}: expected {expected}, found {found}")
-        if not value.isfinite().all():
-            raise ValueError(f"upstream BDH weight {name}: holds NaN or infinite numbers")
-    order = torch.arange(N).view(-1, 2).mT.reshape(-1)
-    own = {name: _reorder(name, value, order, H) for name, value in state.items()}
-    if (stored := own.pop(UPSTREAM_FREQUENCIES, None)) is not None:
-        own["frequencies"] = _pair_frequencies(stored.flatten())
-    model.load_state_dict(own)
-    return model
-
-
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that DDP and torch.compile put before every name."""
-    for prefix in ("module.", "_orig_mod.", "module."):  # either may be around the other
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return dict(state)
-
-
-def _pair_frequencies(stored: Tensor) -> Tensor:
-    """The frequency of each pair in float64, of those of each neuron in the reference's order.
-
-    The reference stores what it computes in float32. Where that is what a new model has, its exact
-    value is taken.
-    """
-    first, second = stored.double().view(-1, 2).unbind(1)
-    if not torch.equal(first, second):
-        pair = int((first != second).nonzero()[0])
-        raise ValueError(
-            f"upstream BDH weight {UPSTREAM_FREQUENCIES}: neurons {2 * pair} and {2 * pair + 1} "
-            "are a pair and have two frequencies, which is no rotation"
-        )
-    usual = rope_frequencies(len(stored))
-    return usual if torch.allclose(first, usual, rtol=1e-6, atol=0) else first
-
-
-def to_upstream(model: BDH) -> dict[str, Tensor]:
-    """The model's weights as a state dict that the public reference loads strictly."""
-    H, N = model.encoder.shape[0], model.encoder.shape[2]
-    order = torch.arange(N).view(2, -1).mT.reshape(-1)
-    state = {
-        name: _reorder(name, value.detach(), order.to(value.device), H).clone()
-        for name, value in model.state_dict().items()
-        if name != "frequencies"
-    }
-    pairs = model.frequencies.float().repeat_interleave(2)
-    return state | {UPSTREAM_FREQUENCIES: pairs.view(1, 1, 1, N)}
-
-
-def _reorder(name: str, value: Tensor, order: Tensor, heads: int) -> Tensor:
-    if name in ("encoder", "encoder_v"):
-        return value[..., order]
-    if name == "decoder":
-        return value.view(heads, -1, value.shape[-1])[:, order].reshape(value.shape)
-    return value

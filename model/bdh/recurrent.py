@@ -1,13 +1,13 @@
-"""BDH as a recurrent network: what a head has seen is one matrix, however long the text.
+"""BDH as a recurrent network, which generates each token in constant time and memory.
 
-Attention without softmax is a sum, so the past of a head is the state sum of r_u x_u^T, (N, D), and
-a token costs the same at position 100,000 as at 10. Of the N rows only those of active neurons are
-needed: a few percent after training. On a CPU only they are read and written.
+Attention without softmax is linear in the past: all that a head needs of it is the state, the sum
+of r_u x_u^T, (N, D). Of its N rows only those of active neurons are used, a few percent after
+training, and on a CPU only those are read and written.
 
-Rotation depends on distances alone, so states are turned to a `frame`: a token at position t meets
-them with the angle of t - frame, counted in float64.
+Rope depends on distances alone. The state is rotated to the position `frame`, and a token at
+position t is rotated by t - frame, instead of rotating the whole state for every token.
 
-    B samples, P = N / 2 pairs; the state of a layer is (H, B, 2, P, D)
+B samples, P = N / 2 rotated pairs; the state of a layer is (H, B, 2, P, D)
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEW = 0.15  # active neurons, up to which picking their rows is faster than taking all (CPU)
+# Up to this fraction of active neurons, gathering their rows is faster than a whole product (CPU).
+SPARSE_FRACTION = 0.15
 
 Pair = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -29,16 +30,16 @@ Weights = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class BDHState:
-    """What generation carries from token to token: 4 * n_layer * B * H * N * D bytes."""
+    """The cache of generation: 4 * n_layer * B * H * N * D bytes."""
 
     sums: Tensor  # (n_layer, H, B, 2, P, D)
-    rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), where active rows are picked
+    rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), for gathering rows; None on a GPU
     frequencies: Tensor  # turns per token of each pair, (P,) in float64
     position: int = 0  # tokens seen
-    frame: int = 0  # the position that the sums are turned to
+    frame: int = 0  # the position that the sums are rotated to
 
-    def turn(self) -> None:
-        """Turns the sums to the present position."""
+    def rotate_to_position(self) -> None:
+        """Rotates the sums to the present position."""
         cos, sin = (part[:, None] for part in self.angles(self.position - self.frame))
         for layer in self.sums:  # one after another: a copy of all could be too much
             first, second = layer[:, :, 0].clone(), layer[:, :, 1].clone()
@@ -47,30 +48,31 @@ class BDHState:
         self.frame = self.position
 
     def angles(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each pair's angle over so many tokens, (P,) each."""
+        """Returns cosine and sine of each pair's angle over this many tokens, (P,) each."""
+        # In float64 and reduced modulo one turn: positions may be large.
         angles = (self.frequencies * tokens).remainder(1.0) * (2 * math.pi)
         return angles.cos().to(self.sums), angles.sin().to(self.sums)
 
 
 def step(x: Tensor, weights: Weights, state: BDHState) -> Tensor:
-    """All layers for the next token of each sample: x (B, D) -> (B, D); the state sees it."""
+    """Applies all layers to the next token of each sample, x (B, D); updates the state."""
     encoder, encoder_v, decoder = weights
     decoder = decoder.view(encoder.mT.shape)
     angles = state.angles(state.position - state.frame)
     for sums in state.sums:
         s = torch.matmul(x, encoder).relu_().to(sums.dtype)  # (H, B, N)
-        if state.rows_v is not None and s.count_nonzero() < _FEW * s.numel():
-            y = _active(x, s, angles, (state.rows_v, decoder.flatten(0, 1)), sums)
+        if state.rows_v is not None and s.count_nonzero() < SPARSE_FRACTION * s.numel():
+            y = _sparse_layer(x, s, angles, (state.rows_v, decoder.flatten(0, 1)), sums)
         else:
-            y = _whole(x, s, angles, (encoder_v, decoder), sums)
+            y = _dense_layer(x, s, angles, (encoder_v, decoder), sums)
         x = F.layer_norm(x + F.layer_norm(y, y.shape[-1:]), x.shape[-1:])
     return x
 
 
-def _whole(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> Tensor:
-    """One layer by whole matrices, from s (H, B, N); weights (H, D, N) and (H, N, D)."""
+def _dense_layer(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> Tensor:
+    """Computes a layer's y by whole matrices; s (H, B, N), weights (H, D, N) and (H, N, D)."""
     H, B, _, P, D = sums.shape
-    r = torch.cat(_turned(s.view(H, B, 2, P).unbind(2), angles), -1).view(H * B, 1, 2 * P)
+    r = torch.cat(_rotate(s.view(H, B, 2, P).unbind(2), angles), -1).view(H * B, 1, 2 * P)
     rows = sums.view(H * B, 2 * P, D)
     a = F.layer_norm(torch.bmm(r, rows).view(H, B, D), (D,))
     rows.baddbmm_(r.mT, x.to(rows.dtype).expand(H, B, D).reshape(H * B, 1, D))
@@ -78,31 +80,32 @@ def _whole(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> T
     return torch.bmm((s * y).to(weights[1].dtype), weights[1]).sum(0)
 
 
-def _active(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> Tensor:
-    """The same by the rows of active neurons; weights (H * N, D) both."""
+def _sparse_layer(x: Tensor, s: Tensor, angles: Pair, weights: Pair, sums: Tensor) -> Tensor:
+    """Computes a layer's y from active neurons only; s (H, B, N), weights (H * N, D)."""
     H, B, _, P, D = sums.shape
-    borders = torch.arange(H * B, device=s.device)  # rows are grouped by head and sample
+    # Rows are in the order of head and sample (`group`); a bag of embedding_bag sums one group's.
+    groups = torch.arange(H * B, device=s.device)
     s = s.view(H * B, 2 * P)
-    place, pair = (s[:, :P] + s[:, P:]).nonzero().unbind(1)
-    members = s[place, pair], s[place, P + pair]
-    r = torch.stack(_turned(members, (angles[0][pair], angles[1][pair])), 1).view(-1)
-    rows = place * (2 * P) + pair
+    group, pair = (s[:, :P] + s[:, P:]).nonzero().unbind(1)  # a pair with an active member
+    members = s[group, pair], s[group, P + pair]
+    r = torch.stack(_rotate(members, (angles[0][pair], angles[1][pair])), 1).view(-1)
+    rows = group * (2 * P) + pair
     rows = torch.stack((rows, rows + P), 1).view(-1)
-    table, starts = sums.view(-1, D), 2 * torch.searchsorted(place, borders)
+    table, starts = sums.view(-1, D), 2 * torch.searchsorted(group, groups)
     a = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=r)
     seen = x.to(table.dtype)
-    seen = seen if B == 1 else seen[place % B].repeat_interleave(2, 0)
+    seen = seen if B == 1 else seen[group % B].repeat_interleave(2, 0)
     table.index_add_(0, rows, r[:, None] * seen)
 
     a = F.layer_norm(a, (D,)).to(weights[0].dtype)
-    place, neuron = s.nonzero().unbind(1)
-    rows, starts = place // B * (2 * P) + neuron, torch.searchsorted(place, borders)
-    y = torch.einsum("nd,nd->n", weights[0][rows], a[place]).relu_()
-    z = (s[place, neuron] * y).to(weights[1].dtype)
+    group, neuron = s.nonzero().unbind(1)
+    rows, starts = group // B * (2 * P) + neuron, torch.searchsorted(group, groups)
+    y = torch.einsum("nd,nd->n", weights[0][rows], a[group]).relu_()
+    z = (s[group, neuron] * y).to(weights[1].dtype)
     out = F.embedding_bag(rows, weights[1], starts, mode="sum", per_sample_weights=z)
     return out.view(H, B, D).sum(0)
 
 
-def _turned(members: Sequence[Tensor], angles: Pair) -> Pair:
+def _rotate(members: Sequence[Tensor], angles: Pair) -> Pair:
     (first, second), (cos, sin) = members, angles
     return first * cos - second * sin, second * cos + first * sin

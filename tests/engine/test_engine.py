@@ -39,7 +39,7 @@ from engine.planning.summary import planned_steps, settle
 from engine.precision.precision import Precision
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, restore_rng, rng_state
-from model.bdh.model import BDH
+from model.bdh import BDH
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from engine.checkpoint.export import description, write_export
 from engine.checkpoint.trained_model import load_model, open_model
 from engine.precision.weights_4bit import QuantizedWeights
 from model import LanguageModel, build_model
-from model.bdh.model import from_upstream
+from model.bdh import from_upstream
 from settings.formatting import format_bytes
 from tests.conftest import ROOT, TINY, write_corpus
 from tests.runs import only_run, run_here

@@ -45,7 +45,7 @@ from engine.precision.fp8_native import NativeBackend
 from engine.precision.lora import apply_lora
 from engine.precision.precision import Precision
 from model import LanguageModel, build_model
-from model.bdh.model import BDH
+from model.bdh import BDH
 from model.gpt import GPT
 from model.llama import Llama
 from tests.conftest import ROOT, TEXT

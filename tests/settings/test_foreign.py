@@ -23,7 +23,7 @@ from engine.setup.initial_weights import open_weights
 from model import pretrained
 from model.gpt import GPT
 from tests.conftest import write_corpus
-from tests.model.test_bdh_frequencies import PERMUTED, dense_logits, tokens, upstream
+from tests.model.test_bdh_upstream import PERMUTED, reference_logits, tokens, upstream
 from tests.model.test_pretrained import (
     nanogpt_weights,
     published_weights,
@@ -133,7 +133,7 @@ def test_a_bdh_of_other_programs_opens_with_its_own_numbers(kind: str, tmp_path:
         model, config, _ = open_model(path, "cpu")
     with torch.no_grad():
         logits = model(tokens(20)).double()
-    torch.testing.assert_close(logits, dense_logits(state, tokens(20)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, reference_logits(state, tokens(20)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_in_a_checkpoint_is_not_looked_up_and_one_of_a_library_is_named(

@@ -1,4 +1,4 @@
-"""A BDH's rotation frequencies are weights: grown and merged models bring their own."""
+"""The public reference's layout of a BDH, and its rotation frequencies, which are weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from engine.checkpoint.export import description, write_export
 from engine.checkpoint.trained_model import open_model
 from engine.precision.weights_4bit import QuantizedWeights, unique_tensors
 from model import build_model
-from model.bdh.model import BDH, from_upstream, to_upstream
+from model.bdh import BDH, from_upstream, to_upstream
 from model.bdh.tiling import Tiling, rope_frequencies
-from tests.model.test_bdh_dense import Plain
+from tests.model.test_bdh_dense import PlainProjections
 from tests.runs import assert_same_run, only_run, run_here
 
 LAYERS, WIDTH, HEADS, NEURONS = 3, 8, 2, 16
-SHAPE = BDHConfig(
-    n_layer=LAYERS,
-    n_embd=WIDTH,
-    dropout=0.0,
-    n_head=HEADS,
-    mlp_internal_dim_multiplier=HEADS * NEURONS // WIDTH,
-    vocab_size=256,
-)
+SIZES = {
+    "n_layer": LAYERS,
+    "n_embd": WIDTH,
+    "n_head": HEADS,
+    "mlp_internal_dim_multiplier": HEADS * NEURONS // WIDTH,
+    "vocab_size": 256,
+}
+SHAPE = BDHConfig(**SIZES, dropout=0.0)
 USUAL = rope_frequencies(NEURONS)
 PERMUTED = USUAL[torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])]
 CASES = {
@@ -56,7 +56,7 @@ def upstream(frequencies: Tensor) -> dict[str, Tensor]:
     }
 
 
-def dense_logits(state: dict[str, Tensor], tokens: Tensor) -> Tensor:
+def reference_logits(state: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """The definition in float64 on whole tensors; neurons 2i and 2i + 1 are a pair."""
     w = {name: value.double() for name, value in state.items()}
 
@@ -90,14 +90,14 @@ def test_every_path_computes_with_the_frequencies_of_the_file(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, text = upstream(CASES[case]), tokens(33)
-    expected, model = dense_logits(state, text), of_upstream(state)
+    expected, model = reference_logits(state, text), of_upstream(state)
     found = {"whole": model(text)}
     for cut in (Tiling(8, 1, 3, True), Tiling(33, 2, 8, False), Tiling(5, 2, 1, False)):
         with monkeypatch.context() as patch:
-            patch.setattr(BDH, "tiling", lambda *_, cut=cut: cut)
+            patch.setattr(Tiling, "of", lambda *_, cut=cut: cut)
             found[f"{cut}"] = model(text)
-    model.projections = Plain
-    found["written out"] = model(text)
+    model.projections = PlainProjections
+    found["dense"] = model(text)
     model.projections = None
     for name, logits in found.items():
         torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6, msg=name)
@@ -105,24 +105,18 @@ def test_every_path_computes_with_the_frequencies_of_the_file(
     for piece in torch.split(text, [9, 1, 1, 12, 1, 9], 1):  # in parallel, and one by one
         last = model.prefill_or_decode(piece, cache)
     torch.testing.assert_close(last, expected[:, -1], rtol=1e-6, atol=1e-6)
-    usual = dense_logits(upstream(USUAL), text)
+    usual = reference_logits(upstream(USUAL), text)
     assert (expected - usual).abs().max() > 1e-2  # they matter
 
 
-def test_frequencies_survive_exports_casts_and_the_way_back(tmp_path: Path) -> None:
-    shape = ModelConfig(
-        n_layer=LAYERS,
-        n_embd=WIDTH,
-        n_head=HEADS,
-        mlp_internal_dim_multiplier=SHAPE.mlp_internal_dim_multiplier,
-        vocab_size=256,
-        dropout=0.0,
-    )
-    config = Config(model=shape)
+def test_weights_and_frequencies_survive_exports_casts_and_the_way_back(tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(**SIZES, dropout=0.0))  # type: ignore[arg-type]
     state = upstream(PERMUTED)
     model = build_model(config)
+    assert isinstance(model, BDH)
     model.load_state_dict(from_upstream(state, SHAPE).state_dict())
-    back = to_upstream(model)  # type: ignore[arg-type]
+    back = to_upstream(model)
+    assert back.keys() == state.keys()
     assert all(torch.equal(value, back[name]) for name, value in state.items())
     weights = {
         "plain": unique_tensors(model),
@@ -146,9 +140,9 @@ def test_the_exact_values_of_a_new_model_come_back_from_its_float32_export() -> 
 
 
 @pytest.mark.parametrize(
-    ("prefix"), ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
 )
-def test_the_prefixes_of_compiled_and_distributed_models_are_taken_off(prefix: str) -> None:
+def test_the_prefixes_of_compiled_and_distributed_models_are_removed(prefix: str) -> None:
     state = upstream(PERMUTED)
     wrapped = {f"{prefix}{name}": value for name, value in state.items()}
     assert torch.equal(of_upstream(wrapped)(tokens(5)), of_upstream(state)(tokens(5)))
@@ -158,6 +152,8 @@ def test_the_prefixes_of_compiled_and_distributed_models_are_taken_off(prefix: s
     ("changes", "message"),
     [
         ({"extra": torch.ones(1)}, "no weight of an upstream BDH: extra"),
+        ({"decoder": None}, "lack decoder"),
+        ({"encoder": torch.ones(4, 4, 16)}, r"encoder: expected \(2, 8, 16\), found \(4, 4, 16\)"),
         ({"lm_head": torch.full((WIDTH, 256), torch.nan)}, "lm_head: holds NaN or infinite"),
         ({"attn.freqs": torch.full((1, 1, 1, NEURONS), torch.inf)}, "freqs: holds NaN or inf"),
         ({"attn.freqs": torch.ones(1, HEADS, 1, NEURONS)}, r"freqs: expected \(1, 1, 1, 16\)"),
@@ -170,10 +166,12 @@ def test_the_prefixes_of_compiled_and_distributed_models_are_taken_off(prefix: s
 def test_what_no_upstream_bdh_holds_is_refused_by_name(
     changes: dict[str, Any], message: str
 ) -> None:
+    state = {key: value for key, value in (upstream(USUAL) | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        from_upstream(upstream(USUAL) | changes, SHAPE)
+        from_upstream(state, SHAPE)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_frequencies_resumes_bit_for_bit_and_samples(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
