@@ -412,21 +412,21 @@ def test_one_input_alone_may_need_a_gradient(wanted: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "tilings, lengths",
+    "tilings, lengths, documents",
     [
-        ([Tiling(4, 1, 10, False)] * 2, [4, 8]),
-        ([Tiling(3, 2, 3, True)] * 3, [3, 3, 6]),
-        ([Tiling(1, 4, 10, False)] * 12, [1] * 12),
-        ([Tiling(5, 1, 3, False)] * 2, [10, 2]),
-        ([Tiling(8, 4, 10, True), *[Tiling(1, 1, 4, False)] * 4], [8, 1, 1, 1, 1]),
+        ([Tiling(4, 1, 10, False)] * 2, [4, 8], None),
+        ([Tiling(3, 2, 3, True)] * 3, [3, 3, 6], None),
+        ([Tiling(1, 4, 10, False)] * 12, [1] * 12, None),
+        ([Tiling(5, 1, 3, False)] * 2, [10, 2], None),
+        ([Tiling(8, 4, 10, True), *[Tiling(1, 1, 4, False)] * 4], [8, 1, 1, 1, 1], None),
+        ([Tiling(4, 1, 3, False)] * 2, [4, 8], documents_of([6, 6], [3, 9])),
     ],
-    ids=str,
+    ids=["4 + 8", "3 + 3 + 6", "ones", "10 + 2", "8 and ones", "a document goes on"],
 )
-@pytest.mark.parametrize("documents", [None, documents_of([6, 6], [3, 9])])
 def test_a_sequence_in_parts_equals_the_whole(
     tilings: list[Tiling], lengths: list[int], documents: Tensor | None
 ) -> None:
-    """All parts but the last are whole chunks."""
+    """All parts but the last are whole chunks; the document at a border goes on after it."""
     inputs = problem()
     states = torch.zeros(2, 4, 2, 2, 10, 6, dtype=torch.float64)
     parts = torch.split(inputs[0], lengths, 1)
