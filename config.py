@@ -9,46 +9,40 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
-from settings import dialects
+from settings.command_line import Arguments, parse_arguments
 from settings.constraints import FP8_MULTIPLE as FP8_MULTIPLE
 from settings.constraints import GPT2_NAMES as GPT2_NAMES
-from settings.constraints import RULES, derived, micro_step_tokens
+from settings.constraints import RULES, derived_values, micro_step_tokens
 from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
 from settings.constraints import warmup_steps as warmup_steps
-from settings.dump import dump
 from settings.errors import STOP_EXIT_CODES as STOP_EXIT_CODES
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
 from settings.errors import DataError as DataError
 from settings.errors import MemoryShortError as MemoryShortError
 from settings.errors import NonFiniteError as NonFiniteError
+from settings.errors import Origin, Problem, raise_problems
 from settings.errors import UserError as UserError
 from settings.errors import WriteError as WriteError
-from settings.help import help_text
-from settings.layers import Merged, from_mapping, merge
-from settings.overrides import Arguments, parse_arguments
-from settings.problems import Origin, Problem, raise_problems
-from settings.rules import (
-    Rule,
-    check_rules,
-    first_superseded,
-    model_option_rules,
-    nearest_multiples,
-)
+from settings.merge import Merged, entries_of, merge, read_layer
+from settings.names import EXTRA_OPTIONS, WORDS
+from settings.render import dump, help_text
+from settings.rules import Rule, check_rules, model_option_rules, nearest_multiples
 from settings.rules import setting as setting
 from settings.schema import Form, Schema, Section, option, schema_of
 from settings.sources import read_layers
+from settings.superseded import drop_superseded
 from settings.terminal import printable
 from settings.torchrun import report_to_torchrun as report_to_torchrun
 from settings.torchrun import started_by_torchrun as started_by_torchrun
-from settings.translate import translate
-from settings.values import check_section, to_text
+from settings.values import RefusedError, check_value
 
 DEFAULT_FILE = "config.yaml"
 DEFAULT_FILE_HEADER = (
@@ -60,16 +54,6 @@ MOST_MICRO_STEPS = 10**6  # per optimizer step and process
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
-class _Section(Section, section="", on_resume="explicit", effect="results"):
-    """A section checks its own values, however it is made; whole numbers become floats."""
-
-    def __post_init__(self) -> None:
-        values, problems = check_section(self)
-        raise_problems(Problem(Origin(), text) for text in problems)
-        for option_name, value in values.items():
-            object.__setattr__(self, option_name, value)
-
-
 def _has_learned_positions(saved: Config) -> bool:
     return saved.model.name == "gpt"
 
@@ -79,7 +63,7 @@ def _trains_adapters(saved: Config) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section, section="model", on_resume="fixed", effect="results"):
+class ModelConfig(Section, section="model", on_resume="fixed", effect="results"):
     """The network."""
 
     name: Literal["bdh", "gpt", "llama"] = option("bdh", "architecture")
@@ -126,7 +110,7 @@ class ModelConfig(_Section, section="model", on_resume="fixed", effect="results"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Section, section="training", on_resume="free", effect="results"):
+class TrainingConfig(Section, section="training", on_resume="free", effect="results"):
     """The run: sizes, length, evaluation and checkpoints."""
 
     block_size: int = option(
@@ -184,7 +168,7 @@ class TrainingConfig(_Section, section="training", on_resume="free", effect="res
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Section, section="optimizer", on_resume="explicit", effect="results"):
+class OptimizerConfig(Section, section="optimizer", on_resume="explicit", effect="results"):
     """The optimizer; learning_rate and weight_decay are set under training."""
 
     name: Literal["adamw", "adamw_8bit", "muon"] = option(
@@ -197,7 +181,7 @@ class OptimizerConfig(_Section, section="optimizer", on_resume="explicit", effec
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(_Section, section="schedule", on_resume="explicit", effect="results"):
+class ScheduleConfig(Section, section="schedule", on_resume="explicit", effect="results"):
     """The learning rate over the run."""
 
     decay_lr: bool = option(True, "false: constant after warm-up")
@@ -211,7 +195,7 @@ class ScheduleConfig(_Section, section="schedule", on_resume="explicit", effect=
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLoaderConfig(_Section, section="dataloader", on_resume="free", effect="results"):
+class DataLoaderConfig(Section, section="dataloader", on_resume="free", effect="results"):
     """How batches are prepared; only shuffle changes what is in them."""
 
     num_workers: int = option(0, "worker processes; 0: a thread", ge=0, le=1024)
@@ -221,7 +205,7 @@ class DataLoaderConfig(_Section, section="dataloader", on_resume="free", effect=
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetConfig(_Section, section="dataset", on_resume="explicit", effect="text"):
+class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="text"):
     """The text to train on."""
 
     parquet_dir: str = option("data/python-stdlib", "folder of parquet files, nested or not")
@@ -242,7 +226,7 @@ class DatasetConfig(_Section, section="dataset", on_resume="explicit", effect="t
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(_Section, section="tokenizer", on_resume="explicit", effect="results"):
+class TokenizerConfig(Section, section="tokenizer", on_resume="explicit", effect="results"):
     """From text to tokens."""
 
     name: str = option("auto", "auto, bytes, char, gpt2, a file, a Hub name", effect="eval_rows")
@@ -250,7 +234,7 @@ class TokenizerConfig(_Section, section="tokenizer", on_resume="explicit", effec
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowPrecisionConfig(_Section, section="low_precision", on_resume="explicit", effect="results"):
+class LowPrecisionConfig(Section, section="low_precision", on_resume="explicit", effect="results"):
     """Number formats of matrix products, weights and optimizer state."""
 
     use_fp8: bool = option(False, "8-bit matrix products (Ada, Hopper or newer GPU)")
@@ -277,7 +261,7 @@ class LowPrecisionConfig(_Section, section="low_precision", on_resume="explicit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Config(_Section, section="fp8", on_resume="explicit", effect="results"):
+class Fp8Config(Section, section="fp8", on_resume="explicit", effect="results"):
     """How low_precision.use_fp8 computes."""
 
     backend: Literal["auto", "transformer_engine", "native"] = option(
@@ -294,14 +278,14 @@ class Fp8Config(_Section, section="fp8", on_resume="explicit", effect="results")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributedConfig(_Section, section="distributed", on_resume="free", effect="results"):
+class DistributedConfig(Section, section="distributed", on_resume="free", effect="results"):
     """Several processes, started by torchrun."""
 
     backend: Literal["auto", "nccl", "gloo"] = option("auto", "auto: nccl on CUDA, else gloo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig(_Section, section="logging", on_resume="free", effect="none"):
+class LoggingConfig(Section, section="logging", on_resume="free", effect="none"):
     """Trackers beside metrics.jsonl."""
 
     wandb_log: bool = option(False, "send metrics to Weights & Biases")
@@ -311,16 +295,16 @@ class LoggingConfig(_Section, section="logging", on_resume="free", effect="none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SystemConfig(_Section, section="system", on_resume="free", effect="results"):
+class SystemConfig(Section, section="system", on_resume="free", effect="results"):
     """The machine."""
 
     device: str = option("auto", "auto: the fastest available", form=DEVICE)
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: where it is faster")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sections:
-    """The sections side by side, what was left open filled in, not yet checked with each other."""
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, checked: every value in its range, every rule kept, derived values filled in."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -336,39 +320,87 @@ class _Sections:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        for name, values in derived(self).items():
-            object.__setattr__(self, name, replace(getattr(self, name), **values))
+        # A config made in Python, or by `replace`, is checked like one from a file.
+        raise_problems(_wrong_values(self))
+        complete = _with_derived(vars(self))
+        for name in SECTIONS:  # a frozen dataclass allows no other way
+            object.__setattr__(self, name, getattr(complete, name))
+        raise_problems(check_rules(rules(), self))
+
+    @staticmethod
+    def from_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+        """Reads a file, then overrides as on the command line; raises ConfigError.
+
+        Notes on aliases and ignored names go to standard error.
+        """
+        arguments = parse_arguments(overrides, schema())
+        flags = {
+            "--dry-run": arguments.dry_run,
+            "--show-config": arguments.show_config,
+            "--help": arguments.help,
+        }
+        others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
+        arguments.problems += [f"{word}: not an override" for word in others]
+        arguments.files = [os.fspath(path)]
+        request = _load(arguments)
+        for note in request.notes:
+            print(f"note: {printable(note)}", file=sys.stderr)
+        return request.config
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str = "") -> Config:
+        """Rebuilds a config from `to_dict`; `source` names its file in a ConfigError."""
+        entries = entries_of(values, Origin(1, source=source))
+        return _build(merge([read_layer(schema(), 1, source, entries)]))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns the sections as plain values."""
+        return asdict(self)
+
+    def to_yaml(self, header: Sequence[str] = ()) -> str:
+        """Returns every option with its meaning, below `header` lines; it reads back equal."""
+        return dump(schema(), self.to_dict(), header)
+
+    def to_bdh_config(self) -> BDHConfig:
+        """Returns the shape of the model; ConfigError while the vocabulary depends on the text."""
+        if self.model.vocab_size is None:
+            raise ConfigError(
+                f"model.vocab_size=null takes the number of tokens of "
+                f"{setting(self, 'tokenizer.name')}, which is known once the text is opened; set "
+                "it to get a model's shape without a text."
+            )
+        return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
 
 
-SECTIONS: dict[str, type[Any]] = get_type_hints(_Sections)
+SECTIONS: dict[str, type[Any]] = get_type_hints(Config)
 
 
 @cache
 def schema() -> Schema:
     """Returns every option with what is declared of it above."""
-    return schema_of(SECTIONS, dialects.LATER, dialects.FOREIGN)
+    return schema_of(SECTIONS, EXTRA_OPTIONS)
 
 
 @cache
-def rules() -> tuple[Rule[Any], ...]:
+def rules() -> tuple[Rule, ...]:
     """Returns what must hold between options."""
     return (*model_option_rules(schema().options.values()), *RULES)
 
 
 def micro_batch(config: Config) -> int:
-    """Return the sequences per process and micro-step, once `auto` has become a number."""
+    """Returns the sequences per process and micro-step, once `auto` has become a number."""
     size = config.training.batch_size
     assert isinstance(size, int), "training.batch_size: auto has not been settled"
     return size
 
 
 def eval_batch(config: Config) -> int:
-    """Return the sequences of an evaluation's batch."""
+    """Returns the sequences of an evaluation's batch."""
     return config.training.eval_batch_size or micro_batch(config)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Return the micro-steps of each process per optimizer step; ConfigError if not whole."""
+    """Returns the micro-steps of each process per optimizer step; ConfigError if not whole."""
     tokens, micro_step = config.training.tokens_per_step, micro_step_tokens(config, world_size)
     if tokens is None:
         return config.training.gradient_accumulation_steps
@@ -388,7 +420,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def sequences_per_step(config: Config, world_size: int) -> int:
-    """Return the sequences of one optimizer step, over all processes."""
+    """Returns the sequences of one optimizer step, over all processes."""
     if config.training.batch_size == "auto":
         assert config.training.tokens_per_step is not None  # a rule
         return config.training.tokens_per_step // config.training.block_size
@@ -407,67 +439,10 @@ class BDHConfig:
     vocab_size: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(_Sections):
-    """A whole run, checked: every value in its range and every rule kept."""
-
-    def __post_init__(self) -> None:
-        _Sections.__post_init__(self)
-        raise_problems(check_rules(rules(), self))
-
-    @staticmethod
-    def from_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-        """Read a file, then overrides as on the command line; raises ConfigError.
-
-        Aliases and ignored names are said on standard error.
-        """
-        arguments = parse_arguments(overrides, schema())
-        flags = {
-            "--dry-run": arguments.dry_run,
-            "--show-config": arguments.show_config,
-            "--help": arguments.help,
-        }
-        others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
-        arguments.problems += [f"{word}: not an override" for word in others]
-        arguments.files = [os.fspath(path)]
-        request = _load(arguments)
-        for note in request.notes:
-            print(f"note: {printable(note)}", file=sys.stderr)
-        return request.config
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any], source: str = "") -> Config:
-        """Rebuild a config from `to_dict`; `source` names its file in a ConfigError."""
-        entries = from_mapping(values, Origin(1, source=source))
-        return _finish(merge(schema(), [entries]))
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return sections of plain values."""
-        return asdict(self)
-
-    def to_yaml(self, header: Sequence[str] = ()) -> str:
-        """Return every option with its comment, below `header` lines; reads back equal."""
-        return dump(schema(), self.to_dict(), header)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write YAML that `Config.from_yaml` reads back to an equal Config."""
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(self.to_yaml())
-
-    def to_bdh_config(self) -> BDHConfig:
-        """Return the shape of the model; ConfigError while the vocabulary depends on the text."""
-        if self.model.vocab_size is None:
-            raise ConfigError(
-                f"model.vocab_size=null takes the number of tokens of "
-                f"{setting(self, 'tokenizer.name')}, which is known once the text is opened; state "
-                "it for a model's shape without a text."
-            )
-        return BDHConfig(**{f.name: getattr(self.model, f.name) for f in fields(BDHConfig)})
-
-
 def device_option(word: str) -> str:
-    """Return what `--device` means; ConfigError for what is no device."""
-    return SystemConfig(device=dialects.VALUES["system.device"].get(word.lower(), word)).device
+    """Returns the value of `system.device` that `word` means; raises ConfigError."""
+    device = WORDS["system.device"].get(word.lower(), word)
+    return Config(system=SystemConfig(device=device)).system.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +460,7 @@ class Request:
 
 
 def command_line(argv: Sequence[str]) -> Request:
-    """Return what `argv` asks for; --help and --show-config print and leave with 0, mistakes leave
+    """Returns what `argv` asks for; --help and --show-config print and leave with 0, mistakes leave
     with 2 and a message.
     """
     arguments = parse_arguments(argv, schema())
@@ -508,14 +483,14 @@ def command_line(argv: Sequence[str]) -> Request:
 
 
 def _load(arguments: Arguments) -> Request:
-    """Read the files in order and the overrides last."""
-    merged, files, unread = read_layers(schema(), arguments, DEFAULT_FILE)
-    config = _finish(merged, unread)
-    overrides = tuple(f"{key}={text}" for key, text in arguments.overrides)
+    """Reads the files in order and the overrides last."""
+    layers = read_layers(schema(), arguments, DEFAULT_FILE)
+    merged = merge(layers)
+    config = _build(merged)
     return Request(
         config=config,
-        files=files,
-        overrides=overrides,
+        files=tuple(layer.source for layer in layers if layer.style != "command line"),
+        overrides=tuple(f"{key}={text}" for key, text in arguments.overrides),
         dry_run=arguments.dry_run,
         show_config=arguments.show_config,
         check_resume=arguments.check_resume,
@@ -524,47 +499,56 @@ def _load(arguments: Arguments) -> Request:
     )
 
 
+def _build(merged: Merged) -> Config:
+    """Returns the config of merged values, or raises ConfigError with all that is wrong."""
+    # If part of a file could not be read, values are missing and rules would mislead.
+    kept = () if merged.incomplete else rules()
+    drop_superseded(schema(), merged, kept, _sections)
+    sections = _sections(merged)
+    broken = check_rules(kept, sections, merged.origins, merged.refused)
+    raise_problems([*merged.problems, *broken])
+    return Config(**vars(sections))
+
+
+def _sections(merged: Merged) -> SimpleNamespace:
+    """Returns the sections side by side, not yet checked with each other."""
+    sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
+    return _with_derived(sections)
+
+
+def _with_derived(sections: Mapping[str, Any]) -> SimpleNamespace:
+    """Returns the sections with the values that follow from other options."""
+    complete = SimpleNamespace(**sections)
+    for name, values in derived_values(complete).items():
+        setattr(complete, name, replace(getattr(complete, name), **values))
+    return complete
+
+
+def _wrong_values(config: Config) -> Iterator[Problem]:
+    """Yields a problem for each value that its option does not take."""
+    for key, declared in schema().options.items():
+        try:
+            check_value(declared, getattr(getattr(config, declared.section), declared.name))
+        except RefusedError as error:
+            yield Problem(Origin(), f"{key}: {error}")
+
+
 def _given(merged: Merged, config: Config) -> frozenset[str]:
-    """Return the options that would have another value had they been left out."""
+    """Returns the options that would have another value if the user had left them out."""
     given = set[str]()
-    for key in merged.values:
+    for key, own in merged.given.items():
         left_out = merged.defaults.get(key, schema().options[key].default)
-        if merged.layer(key) == 0 or merged.values[key] == left_out:
+        if own.origin.layer == 0 or own.value == left_out:
             continue
         section, name = key.split(".")
-        without = replace(getattr(config, section), **{name: left_out})
-        sections = _Sections(**{n: getattr(config, n) for n in SECTIONS} | {section: without})
-        if setting(sections, key) != setting(config, key):
+        without = {section: replace(getattr(config, section), **{name: left_out})}
+        if setting(_with_derived(vars(config) | without), key) != setting(config, key):
             given.add(key)
     return frozenset(given)
 
 
-def _finish(merged: Merged, unread: Sequence[Problem] = ()) -> Config:
-    """Check the rules between options whose values are good; return the config or raise."""
-    translate(schema(), merged)
-    # Where part of a file could not be read, values are missing and rules would mislead.
-    kept = () if unread else rules()
-    sections = _sections(merged)
-    while found := first_superseded(kept, sections, merged.origins, merged.refused):
-        key, later = found
-        default = schema().options[key].default
-        merged.note(
-            f"{setting(sections, key)} of {merged.origins[key].source} yields to "
-            f"{setting(sections, later)}: {to_text(default)}"
-        )
-        merged.put(key, default, merged.origins[later])
-        sections = _sections(merged)
-    broken = check_rules(kept, sections, merged.origins, merged.refused)
-    raise_problems([*unread, *merged.problems, *broken])
-    return Config(**{name: getattr(sections, name) for name in SECTIONS})
-
-
-def _sections(merged: Merged) -> _Sections:
-    return _Sections(**{name: made(**merged.section(name)) for name, made in SECTIONS.items()})
-
-
 def reference() -> str:
-    """Return the reference file: every option at its default, those left open as they stand."""
+    """Returns the reference file: every option at its default, those left open as they stand."""
     values = {
         name: {option.name: option.default for option in schema().in_section(name)}
         for name in SECTIONS

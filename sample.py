@@ -44,8 +44,8 @@ from config import (
     WriteError,
     device_option,
 )
-from settings import sampling as nanogpt
 from settings.cli import LARGEST, number_type, run_command
+from settings.foreign import sample_flags as nanogpt
 
 if TYPE_CHECKING:
     import torch

@@ -31,8 +31,8 @@ from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, 
 from engine.run_directory.saved_config import NOT_SAVED
 from files.regular import open_regular, read_regular
 from settings.names import resolve
-from settings.reader import Group, read_file
 from settings.values import RefusedError, Scalar, read_scalar
+from settings.yaml_reader import Group, read_file
 
 _RECENT_S = 120  # a run whose lock cannot be seen logs more often than this while it trains
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}

@@ -1,2 +1,5 @@
-"""How a config is read: YAML, presets, overrides and dialects become values with a place; options
-are known by name in `dialects`, `translate` and `constraints` only."""
+"""How a config is read: files and the command line become one value per option, with its place.
+
+A value passes command_line or yaml_reader, sources, merge (by names and values) and constraints.
+Options are known by name in `names`, `constraints` and `foreign` only.
+"""

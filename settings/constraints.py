@@ -1,7 +1,7 @@
-"""What holds between the options of config.py, and what several of them amount to together.
+"""What must hold between the options of config.py, and values that follow from several of them.
 
-Sections are read by their options' names; their classes are config.py's, which is why no type here
-names them.
+`c` is a Config, or its sections side by side before they are checked with each other. No type here
+names their classes: they are config.py's, which imports this file.
 """
 
 from __future__ import annotations
@@ -11,46 +11,37 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from settings.rules import Rule, default_of, nearest_multiples
-from settings.schema import LARGEST_INT
+from settings.rules import Rule, is_default, nearest_multiples
 
-FP8_MULTIPLE = 16  # what both sides of an 8-bit product are a multiple of
-TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of those that need no file
+FP8_MULTIPLE = 16  # both sides of an 8-bit matrix product are multiples of it
+TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of tokenizers that need no file
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
+Complain = Callable[[Any], "str | None"]
+RULES: list[Rule] = []
+"""Every rule below, in order."""
 
-def warmup_steps(config: Any, total: int | None = None) -> int:
-    """Return the steps of warm-up, 3 % of the run where none are set.
 
-    `total` is the length of a run that `epochs` ends before max_iters.
+def warmup_steps(c: Any, total: int | None = None) -> int:
+    """Returns the steps of warm-up: 3 % of the run if none are set.
+
+    total: the length of a run that `epochs` ends before max_iters.
     """
-    given = config.schedule.warmup_iters
-    planned = config.training.max_iters if total is None else total
+    given = c.schedule.warmup_iters
+    planned = c.training.max_iters if total is None else total
     return int(planned * 3 // 100 if given is None else given)
 
 
-def micro_step_tokens(config: Any, world_size: int) -> int:
-    """Return the tokens that all processes together take in one micro-step, at the least where
-    `batch_size` is still to be found."""
-    size = config.training.batch_size
-    return int(config.training.block_size * (1 if size == "auto" else size) * world_size)
-
-
-def _only_where(keys: tuple[str, str], holds: Callable[[Any], bool], text: str) -> Rule[Any]:
-    """The first key keeps its default except where the second one gives it a meaning."""
-    section, option_name = keys[0].split(".")
-
-    def kept(c: Any) -> bool:
-        own = getattr(c, section)
-        return getattr(own, option_name) == default_of(own, option_name) or holds(c)
-
-    return Rule(keys, kept, text, yields=keys[:1])
+def micro_step_tokens(c: Any, world_size: int) -> int:
+    """Returns the tokens of one micro-step over all processes; with batch_size=auto, the fewest."""
+    size = c.training.batch_size
+    return int(c.training.block_size * (1 if size == "auto" else size) * world_size)
 
 
 def token_paths(dataset: Any) -> tuple[str, str | None] | None:
-    """Return the token files of training and held-out text; None where the text is parquet.
+    """Returns the token files of training and held-out text; None if the text is parquet.
 
-    Without a second one part of the first is held out.
+    Without a second file, a part of the first is held out.
     """
     if dataset.name is not None:
         folder = os.path.join("data", dataset.name)
@@ -61,269 +52,363 @@ def token_paths(dataset: Any) -> tuple[str, str | None] | None:
 
 
 def holds_out(dataset: Any) -> bool:
-    """Return whether there is text to evaluate on."""
+    """Returns whether there is text to evaluate on."""
     paths = token_paths(dataset)
     return dataset.test_fraction > 0 or (paths is not None and paths[1] is not None)
 
 
-def derived(c: Any) -> dict[str, dict[str, Any]]:
-    """Return, by section, the options that were left open and the value that follows from others.
-
-    Open are null and `auto`; and the name of the model where GPT-2's weights bring theirs, which no
-    other model takes. What the text has to say first, such as a vocabulary, stays open.
+def derived_values(c: Any) -> dict[str, dict[str, Any]]:
+    """Returns, by section, the values of options that were left open (null or `auto`) and follow
+    from other options. Options that depend on the text, such as a vocabulary, stay open.
     """
-    model, low, fp8, start = c.model, c.low_precision, c.fp8, c.training.init_from
-    published = start in GPT2_NAMES
-    name = "gpt" if published and model.name == default_of(model, "name") else model.name
-    tokenizer, size = c.tokenizer.name, model.vocab_size
-    if tokenizer == "auto" and token_paths(c.dataset) is None:
-        tokenizer = "gpt2" if published else "bytes"
-    if size is None and tokenizer == "bytes" and start in ("scratch", "resume"):
-        multiple = c.tokenizer.vocab_multiple
-        size = math.ceil(TOKENIZER_SIZES[tokenizer] / multiple) * multiple
+    name, tokenizer = _derive_model_name(c), _derive_tokenizer(c)
+    low, fp8 = c.low_precision, c.fp8
     four_bit, recipe, form = low.use_4bit, fp8.recipe, fp8.format
     if four_bit == "auto":
         four_bit = name == "bdh" or low.lora_rank is not None
     if recipe == "auto":
-        options = ("amax_history_len", "amax_compute_algo")  # which no other recipe has
-        looks_back = any(getattr(fp8, o) != default_of(fp8, o) for o in options)
-        recipe = "delayed" if looks_back else "current"
+        history = is_default(c, "fp8.amax_history_len") and is_default(c, "fp8.amax_compute_algo")
+        recipe = "current" if history else "delayed"  # only delayed scaling has a history
     if form == "auto":
         form = "e4m3" if recipe in ("block", "mxfp8") else "hybrid"  # what these are made for
     return {
-        "model": {"name": name, "vocab_size": size},
+        "model": {"name": name, "vocab_size": _derive_vocab_size(c, tokenizer)},
         "tokenizer": {"name": tokenizer},
         "low_precision": {"use_4bit": four_bit},
         "fp8": {"recipe": recipe, "format": form},
     }
 
 
-# What must hold between options; {0}, {1}, ... stand for the keys with their values.
-RULES: tuple[Rule[Any], ...] = (
-    Rule(
-        ("model.n_embd", "model.n_head"),
-        lambda c: c.model.n_embd % c.model.n_head == 0,
-        "{0} is not divisible by {1}",
-        lambda c: nearest_multiples(c.model.n_embd, c.model.n_head),
-    ),
-    Rule(
-        ("model.mlp_internal_dim_multiplier", "model.n_embd", "model.n_head"),
-        lambda c: (
-            c.model.name != "bdh"
-            or c.model.n_embd % c.model.n_head != 0  # said above
-            or c.model.mlp_internal_dim_multiplier * c.model.n_embd // c.model.n_head % 2 == 0
-        ),
-        "{0} * {1} / {2} is an odd number of neurons per head, and they rotate in pairs",
-        lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
-    ),
-    Rule(
-        ("model.n_head", "model.n_kv_head"),
-        lambda c: c.model.n_head % (c.model.n_kv_head or 1) == 0,
-        "{0} is not divisible by {1}",
-    ),
-    Rule(
-        ("model.n_embd", "model.n_head", "model.name"),
-        lambda c: c.model.name != "llama" or c.model.n_embd // c.model.n_head % 2 == 0,
-        "{0} / {1} is an odd width of a head, and {2} rotates in pairs",
-        lambda c: "n_embd " + nearest_multiples(c.model.n_embd, 2 * c.model.n_head),
-    ),
-    Rule(
-        ("model.attention", "model.mask"),
-        lambda c: c.model.attention != "flash" or c.model.mask == "causal",
-        "{0} sees no documents, which {1} asks for; set model.attention to auto",
-    ),
-    Rule(
-        ("training.init_from", "model.name"),
-        lambda c: c.training.init_from not in GPT2_NAMES or c.model.name == "gpt",
-        "{0} is a GPT-2, and {1}; set model.name to gpt",
-    ),
-    Rule(
-        ("training.init_from", "training.resume_from_checkpoint"),
-        lambda c: c.training.init_from != "resume" or c.training.resume_from_checkpoint is None,
-        "{0} and {1} exclude each other; set one",
-        yields=("training.init_from", "training.resume_from_checkpoint"),
-    ),
-    Rule(
-        ("dataset.name", "dataset.train_data_path"),
-        lambda c: c.dataset.name is None or c.dataset.train_data_path is None,
-        "{0} and {1} name two texts; set one",
-        yields=("dataset.name", "dataset.train_data_path"),
-    ),
-    Rule(
-        ("dataset.val_data_path", "dataset.train_data_path"),
-        lambda c: c.dataset.val_data_path is None or c.dataset.train_data_path is not None,
-        "{0} needs {1}",
-        yields=("dataset.val_data_path",),
-    ),
-    Rule(
-        ("model.vocab_size", "tokenizer.name"),
-        lambda c: (c.model.vocab_size or LARGEST_INT) >= TOKENIZER_SIZES.get(c.tokenizer.name, 0),
-        "{0} is too small for {1}",
-        lambda c: f"it has {TOKENIZER_SIZES[c.tokenizer.name]} tokens; null takes their number",
-        yields=("model.vocab_size",),
-    ),
-    Rule(
-        ("schedule.min_lr", "training.learning_rate"),
-        lambda c: (c.schedule.min_lr or 0) <= c.training.learning_rate,
-        "{0} is above {1}; null means a tenth of it",
-        yields=("schedule.min_lr",),
-    ),
-    Rule(
-        ("schedule.warmup_iters", "training.max_iters"),
-        lambda c: (c.schedule.warmup_iters or 0) <= c.training.max_iters,
-        "{0} is above {1}; null means 3 % of it",
-    ),
-    Rule(
-        ("schedule.lr_decay_iters", "schedule.warmup_iters", "training.max_iters"),
-        lambda c: c.schedule.lr_decay_iters is None or c.schedule.lr_decay_iters >= warmup_steps(c),
-        "{0} is below {1} with {2}",
-        lambda c: f"warm-up takes {warmup_steps(c)} steps",
-        yields=("schedule.lr_decay_iters",),
-    ),
-    Rule(
-        ("training.tokens_per_step", "training.gradient_accumulation_steps"),
-        lambda c: c.training.tokens_per_step is None or c.training.gradient_accumulation_steps == 1,
-        "{0} and {1} exclude each other; set one",
-        yields=("training.tokens_per_step", "training.gradient_accumulation_steps"),
-    ),
-    Rule(
-        ("training.batch_size", "training.tokens_per_step"),
-        lambda c: c.training.batch_size != "auto" or c.training.tokens_per_step is not None,
-        "{0} needs the size of a step, and {1}; set training.tokens_per_step",
-    ),
-    Rule(
-        ("logging.tensorboard", "training.save_model"),
-        lambda c: not c.logging.tensorboard or c.training.save_model,
-        "{0} writes into the run directory, which there is none of with {1}",
-        yields=("logging.tensorboard",),
-    ),
-    _only_where(
-        ("training.sample_tokens", "training.sample_prompt"),
-        lambda c: c.training.sample_prompt is not None,
-        "{0} is the length of a sample, which there is none of with {1}",
-    ),
-    Rule(
-        ("training.sample_prompt", "training.test_freq"),
-        lambda c: (
-            c.training.sample_prompt is None
-            or c.training.test_freq is not None
-            or c.training.eval_only
-        ),
-        "{0} is for evaluations, which there are none of with {1}",
-        yields=("training.sample_prompt",),
-    ),
-    Rule(
-        ("training.tokens_per_step", "training.block_size", "training.batch_size"),
-        lambda c: (c.training.tokens_per_step or 0) % micro_step_tokens(c, 1) == 0,
-        "{0} is not a multiple of {1} * {2}",
-        lambda c: nearest_multiples(c.training.tokens_per_step or 0, micro_step_tokens(c, 1)),
-    ),
-    Rule(
-        ("training.test_freq", "dataset.test_fraction"),
-        lambda c: c.training.test_freq is None or holds_out(c.dataset),
-        "{0} evaluates on held-out text and {1} holds none out; set training.test_freq to null",
-    ),
-    Rule(
-        ("training.eval_only", "dataset.test_fraction"),
-        lambda c: not c.training.eval_only or holds_out(c.dataset),
-        "{0} evaluates on held-out text and {1} holds none out",
-    ),
-    Rule(
-        ("low_precision.use_fp8", "low_precision.compute_dtype"),
-        lambda c: not c.low_precision.use_fp8 or c.low_precision.compute_dtype == "bfloat16",
-        "{0} leaves all but its products in bfloat16, and {1}",
-    ),
-    Rule(
-        ("low_precision.use_fp8", "training.batch_size", "training.block_size"),
-        lambda c: (
-            not c.low_precision.use_fp8
-            or c.training.batch_size == "auto"
-            or micro_step_tokens(c, 1) % FP8_MULTIPLE == 0
-        ),
-        f"{{0}} takes multiples of {FP8_MULTIPLE} tokens, which {{1}} * {{2}} is not",
-        lambda c: "batch_size " + nearest_multiples(c.training.batch_size, FP8_MULTIPLE),
-    ),
-    Rule(
-        ("fp8.recipe", "fp8.backend"),
-        lambda c: c.fp8.recipe in ("current", "delayed") or c.fp8.backend != "native",
-        "{0} is one of Transformer Engine's, and {1}",
-    ),
-    *(
-        _only_where(
-            (f"fp8.{name}", "fp8.recipe"),
-            lambda c: c.fp8.recipe == "delayed",
-            "{0} is for delayed scaling, and {1}; set fp8.recipe to delayed",
-        )
-        for name in ("amax_history_len", "amax_compute_algo")
-    ),
-    Rule(
-        ("system.compile", "fp8.recipe", "model.name"),
-        lambda c: (
-            c.system.compile is not True
-            or not c.low_precision.use_fp8
-            or c.fp8.recipe != "delayed"
-            or c.fp8.backend == "transformer_engine"
-            or c.model.name == "bdh"
-        ),
-        "{0} with {1} works for model.name=bdh only, and {2}; set system.compile to auto",
-    ),
-    Rule(
-        ("low_precision.use_4bit_optimizer", "optimizer.name"),
-        lambda c: not c.low_precision.use_4bit_optimizer or c.optimizer.name == "adamw",
-        "{0} is AdamW with 4-bit moments, and {1}; set one of them",
-    ),
-    Rule(
-        (
-            "low_precision.quantize_embedding",
-            "low_precision.quantize_head",
-            "model.tie_embeddings",
-        ),
-        lambda c: (
-            not (c.model.name == "gpt" and c.model.tie_embeddings)
-            or c.low_precision.quantize_embedding == c.low_precision.quantize_head
-        ),
-        "{0} and {1} differ, but with {2} they are one matrix",
-    ),
-    _only_where(
-        ("low_precision.quantize_after", "low_precision.lora_rank"),
-        lambda c: c.low_precision.lora_rank is None,
-        "{0} is for training all weights, and {1}",
-    ),
-    Rule(
-        ("low_precision.lora_rank", "low_precision.use_4bit"),
-        lambda c: c.low_precision.lora_rank is None or c.low_precision.use_4bit,
-        "{0} adds adapters to 4-bit weights, and {1}",
-    ),
-    Rule(
-        ("low_precision.lora_rank", "training.init_from"),
-        lambda c: c.low_precision.lora_rank is None or c.training.init_from != "scratch",
-        "{0} freezes the weights it begins with, and {1} draws them at random",
-    ),
-    *(
-        Rule(
-            ("low_precision.lora_rank", key),
-            lambda c, kept=kept: c.low_precision.lora_rank is None or kept(c),  # type: ignore[misc]
-            text,
-        )
-        for key, kept, text in (
-            (
-                "low_precision.use_fp8",
-                lambda c: not c.low_precision.use_fp8,
-                "{0} computes with 4-bit weights in bfloat16, and {1}",
-            ),
-            (
-                "optimizer.name",
-                lambda c: c.optimizer.name != "muon",
-                "{0} trains adapters, and {1} is for whole matrices",
-            ),
-            *(
-                (
-                    f"low_precision.{name}",
-                    lambda c, name=name: not getattr(c.low_precision, name),
-                    "{0} freezes hidden matrices in 4 bits, and {1} is for training all weights",
-                )
-                for name in ("quantize_embedding", "quantize_head")
-            ),
-        )
-    ),
+def _derive_model_name(c: Any) -> str:
+    """GPT-2's published weights are a GPT; no other model takes them."""
+    published = c.training.init_from in GPT2_NAMES
+    return "gpt" if published and is_default(c, "model.name") else str(c.model.name)
+
+
+def _derive_tokenizer(c: Any) -> str:
+    """Token files tell their tokenizer; text needs one."""
+    if c.tokenizer.name != "auto" or token_paths(c.dataset) is not None:
+        return str(c.tokenizer.name)
+    return "gpt2" if c.training.init_from in GPT2_NAMES else "bytes"
+
+
+def _derive_vocab_size(c: Any, tokenizer: str) -> int | None:
+    size: int | None = c.model.vocab_size
+    if size is None and tokenizer == "bytes" and c.training.init_from in ("scratch", "resume"):
+        multiple = c.tokenizer.vocab_multiple
+        return int(math.ceil(TOKENIZER_SIZES[tokenizer] / multiple) * multiple)
+    return size
+
+
+def rule(*keys: str, gives_way: tuple[str, ...] = ()) -> Callable[[Complain], Complain]:
+    """Adds the decorated function to RULES as the rule between these options."""
+
+    def add(complain: Complain) -> Complain:
+        RULES.append(Rule(keys, complain, gives_way))
+        return complain
+
+    return add
+
+
+def only_with(key: str, other: str, text: str) -> Callable[[Callable[[Any], bool]], None]:
+    """Adds a rule: `key` keeps its default unless the decorated condition on `other` holds."""
+
+    def add(holds: Callable[[Any], bool]) -> None:
+        def complain(c: Any) -> str | None:
+            return None if is_default(c, key) or holds(c) else text
+
+        RULES.append(Rule((key, other), complain, gives_way=(key,)))
+
+    return add
+
+
+@rule("model.n_embd", "model.n_head")
+def _heads_divide_the_width(c: Any) -> str | None:
+    if c.model.n_embd % c.model.n_head == 0:
+        return None
+    return "{0} is not divisible by {1}; " + nearest_multiples(c.model.n_embd, c.model.n_head)
+
+
+@rule("model.mlp_internal_dim_multiplier", "model.n_embd", "model.n_head")
+def _bdh_rotates_pairs_of_neurons(c: Any) -> str | None:
+    width, heads = c.model.n_embd, c.model.n_head
+    if c.model.name != "bdh" or width % heads != 0:  # another rule refuses that
+        return None
+    if c.model.mlp_internal_dim_multiplier * width // heads % 2 == 0:
+        return None
+    nearest = nearest_multiples(width, 2 * heads)
+    return (
+        f"{{0}} * {{1}} / {{2}} neurons per head must be even: RoPE rotates pairs; n_embd {nearest}"
+    )
+
+
+@rule("model.n_head", "model.n_kv_head")
+def _key_heads_divide_heads(c: Any) -> str | None:
+    divides = c.model.n_head % (c.model.n_kv_head or 1) == 0
+    return None if divides else "{0} is not divisible by {1}"
+
+
+@rule("model.n_embd", "model.n_head", "model.name")
+def _llama_rotates_pairs(c: Any) -> str | None:
+    if c.model.name != "llama" or c.model.n_embd // c.model.n_head % 2 == 0:
+        return None
+    nearest = nearest_multiples(c.model.n_embd, 2 * c.model.n_head)
+    return f"{{0}} / {{1}} must be even with {{2}}: RoPE rotates pairs; n_embd {nearest}"
+
+
+@rule("model.attention", "model.mask")
+def _flash_attention_has_no_document_mask(c: Any) -> str | None:
+    if c.model.attention != "flash" or c.model.mask == "causal":
+        return None
+    return "{0} cannot keep documents apart, as {1} asks for; set model.attention to auto"
+
+
+@rule("training.init_from", "model.name")
+def _gpt2_weights_are_of_a_gpt(c: Any) -> str | None:
+    if c.training.init_from not in GPT2_NAMES or c.model.name == "gpt":
+        return None
+    return "{0} loads GPT-2 weights, but {1}; set model.name to gpt"
+
+
+@rule(
+    *("training.init_from", "training.resume_from_checkpoint"),
+    gives_way=("training.init_from", "training.resume_from_checkpoint"),
 )
+def _one_checkpoint_to_resume(c: Any) -> str | None:
+    if c.training.init_from != "resume" or c.training.resume_from_checkpoint is None:
+        return None
+    return "{0} and {1} exclude each other; set one"
+
+
+@rule(
+    *("dataset.name", "dataset.train_data_path"),
+    gives_way=("dataset.name", "dataset.train_data_path"),
+)
+def _one_text_to_train_on(c: Any) -> str | None:
+    if c.dataset.name is None or c.dataset.train_data_path is None:
+        return None
+    return "{0} and {1} name two texts; set one"
+
+
+@rule("dataset.val_data_path", "dataset.train_data_path", gives_way=("dataset.val_data_path",))
+def _held_out_tokens_need_training_tokens(c: Any) -> str | None:
+    if c.dataset.val_data_path is None or c.dataset.train_data_path is not None:
+        return None
+    return "{0} needs a token file to train on, but {1}"
+
+
+@rule("model.vocab_size", "tokenizer.name", gives_way=("model.vocab_size",))
+def _vocabulary_holds_the_tokens(c: Any) -> str | None:
+    size, tokens = c.model.vocab_size, TOKENIZER_SIZES.get(c.tokenizer.name, 0)
+    if size is None or size >= tokens:
+        return None
+    return f"{{0}} is too small for {{1}}, which has {tokens} tokens; set model.vocab_size to null"
+
+
+@rule("schedule.min_lr", "training.learning_rate", gives_way=("schedule.min_lr",))
+def _final_rate_below_peak(c: Any) -> str | None:
+    if (c.schedule.min_lr or 0) <= c.training.learning_rate:
+        return None
+    return "{0} is above {1}; null means a tenth of it"
+
+
+@rule("schedule.warmup_iters", "training.max_iters")
+def _warmup_within_the_run(c: Any) -> str | None:
+    if (c.schedule.warmup_iters or 0) <= c.training.max_iters:
+        return None
+    return "{0} is above {1}; null means 3 % of it"
+
+
+@rule(
+    *("schedule.lr_decay_iters", "schedule.warmup_iters", "training.max_iters"),
+    gives_way=("schedule.lr_decay_iters",),
+)
+def _decay_ends_after_warmup(c: Any) -> str | None:
+    end, warmup = c.schedule.lr_decay_iters, warmup_steps(c)
+    if end is None or end >= warmup:
+        return None
+    return f"{{0}} is below {{1}} with {{2}}; warm-up takes {warmup} steps"
+
+
+@rule(
+    *("training.tokens_per_step", "training.gradient_accumulation_steps"),
+    gives_way=("training.tokens_per_step", "training.gradient_accumulation_steps"),
+)
+def _one_size_of_a_step(c: Any) -> str | None:
+    if c.training.tokens_per_step is None or c.training.gradient_accumulation_steps == 1:
+        return None
+    return "{0} and {1} exclude each other; set one"
+
+
+@rule("training.batch_size", "training.tokens_per_step")
+def _automatic_batch_needs_a_step(c: Any) -> str | None:
+    if c.training.batch_size != "auto" or c.training.tokens_per_step is not None:
+        return None
+    return "{0} needs the size of a step, but {1}; set training.tokens_per_step"
+
+
+@rule("logging.tensorboard", "training.save_model", gives_way=("logging.tensorboard",))
+def _tensorboard_needs_a_run_directory(c: Any) -> str | None:
+    if not c.logging.tensorboard or c.training.save_model:
+        return None
+    return "{0} needs a run directory, but {1} creates none"
+
+
+@only_with(
+    *("training.sample_tokens", "training.sample_prompt"),
+    "{0} is the length of a sample, but {1} draws none",
+)
+def _draws_samples(c: Any) -> bool:
+    return c.training.sample_prompt is not None
+
+
+@rule("training.sample_prompt", "training.test_freq", gives_way=("training.sample_prompt",))
+def _samples_are_drawn_at_evaluations(c: Any) -> str | None:
+    training = c.training
+    evaluates = training.test_freq is not None or training.eval_only
+    if training.sample_prompt is None or evaluates:
+        return None
+    return "{0} is used at evaluations, but {1} means there are none"
+
+
+@rule("training.tokens_per_step", "training.block_size", "training.batch_size")
+def _step_is_whole_micro_steps(c: Any) -> str | None:
+    tokens, micro_step = c.training.tokens_per_step or 0, micro_step_tokens(c, 1)
+    if tokens % micro_step == 0:
+        return None
+    return "{0} is not a multiple of {1} * {2}; " + nearest_multiples(tokens, micro_step)
+
+
+@rule("training.test_freq", "dataset.test_fraction")
+def _evaluations_need_held_out_text(c: Any) -> str | None:
+    if c.training.test_freq is None or holds_out(c.dataset):
+        return None
+    return "{0} evaluates on held-out text, but {1} holds none out; set training.test_freq to null"
+
+
+@rule("training.eval_only", "dataset.test_fraction")
+def _evaluating_once_needs_held_out_text(c: Any) -> str | None:
+    if not c.training.eval_only or holds_out(c.dataset):
+        return None
+    return "{0} evaluates on held-out text, but {1} holds none out"
+
+
+@rule("low_precision.use_fp8", "low_precision.compute_dtype")
+def _fp8_is_used_beside_bfloat16(c: Any) -> str | None:
+    if not c.low_precision.use_fp8 or c.low_precision.compute_dtype == "bfloat16":
+        return None
+    return "{0} computes everything else in bfloat16, but {1}"
+
+
+@rule("low_precision.use_fp8", "training.batch_size", "training.block_size")
+def _fp8_needs_multiples_of_16_tokens(c: Any) -> str | None:
+    batch = c.training.batch_size
+    if not c.low_precision.use_fp8 or batch == "auto":
+        return None
+    if micro_step_tokens(c, 1) % FP8_MULTIPLE == 0:
+        return None
+    nearest = nearest_multiples(batch, FP8_MULTIPLE)
+    fault = f"{{0}} needs a multiple of {FP8_MULTIPLE} tokens, but {{1}} * {{2}} is none"
+    return f"{fault}; batch_size {nearest}"
+
+
+@rule("fp8.recipe", "fp8.backend")
+def _native_fp8_has_two_recipes(c: Any) -> str | None:
+    if c.fp8.recipe in ("current", "delayed") or c.fp8.backend != "native":
+        return None
+    return "{0} is a recipe of Transformer Engine, but {1}"
+
+
+@only_with(
+    *("fp8.amax_history_len", "fp8.recipe"),
+    "{0} is for delayed scaling, but {1}; set fp8.recipe to delayed",
+)
+def _has_an_amax_history(c: Any) -> bool:
+    return bool(c.fp8.recipe == "delayed")
+
+
+@only_with(
+    *("fp8.amax_compute_algo", "fp8.recipe"),
+    "{0} is for delayed scaling, but {1}; set fp8.recipe to delayed",
+)
+def _chooses_from_an_amax_history(c: Any) -> bool:
+    return bool(c.fp8.recipe == "delayed")
+
+
+@rule("system.compile", "fp8.recipe", "model.name")
+def _native_delayed_scaling_compiles_for_bdh_only(c: Any) -> str | None:
+    native_delayed = (
+        c.low_precision.use_fp8
+        and c.fp8.recipe == "delayed"
+        and c.fp8.backend != "transformer_engine"
+    )
+    if c.system.compile is not True or not native_delayed or c.model.name == "bdh":
+        return None
+    return "{0} with {1} works for model.name=bdh only, but {2}; set system.compile to auto"
+
+
+@rule("low_precision.use_4bit_optimizer", "optimizer.name")
+def _four_bit_optimizer_is_adamw(c: Any) -> str | None:
+    if not c.low_precision.use_4bit_optimizer or c.optimizer.name == "adamw":
+        return None
+    return "{0} is AdamW with 4-bit moments, but {1}; set one of them"
+
+
+@rule(
+    *("low_precision.quantize_embedding", "low_precision.quantize_head", "model.tie_embeddings"),
+)
+def _tied_embedding_and_head_are_quantized_together(c: Any) -> str | None:
+    low, tied = c.low_precision, c.model.name == "gpt" and c.model.tie_embeddings
+    if not tied or low.quantize_embedding == low.quantize_head:
+        return None
+    return "{0} and {1} differ, but with {2} they are one matrix"
+
+
+@only_with(
+    *("low_precision.quantize_after", "low_precision.lora_rank"),
+    "{0} is for training all weights, but {1} trains adapters",
+)
+def _trains_all_weights(c: Any) -> bool:
+    return c.low_precision.lora_rank is None
+
+
+@rule("low_precision.lora_rank", "low_precision.use_4bit")
+def _adapters_are_added_to_4_bit_weights(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or c.low_precision.use_4bit:
+        return None
+    return "{0} adds adapters to 4-bit weights, but {1}"
+
+
+@rule("low_precision.lora_rank", "training.init_from")
+def _adapters_need_trained_weights(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or c.training.init_from != "scratch":
+        return None
+    return "{0} freezes the weights it starts from, but {1} draws them at random"
+
+
+@rule("low_precision.lora_rank", "low_precision.use_fp8")
+def _adapters_compute_in_bfloat16(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or not c.low_precision.use_fp8:
+        return None
+    return "{0} computes with 4-bit weights in bfloat16, but {1}"
+
+
+@rule("low_precision.lora_rank", "optimizer.name")
+def _muon_is_for_whole_matrices(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or c.optimizer.name != "muon":
+        return None
+    return "{0} trains adapters, but {1} is for whole matrices"
+
+
+@rule("low_precision.lora_rank", "low_precision.quantize_embedding")
+def _adapters_leave_the_embedding(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or not c.low_precision.quantize_embedding:
+        return None
+    return "{0} freezes hidden matrices in 4 bits, but {1} is for training all weights"
+
+
+@rule("low_precision.lora_rank", "low_precision.quantize_head")
+def _adapters_leave_the_head(c: Any) -> str | None:
+    if c.low_precision.lora_rank is None or not c.low_precision.quantize_head:
+        return None
+    return "{0} freezes hidden matrices in 4 bits, but {1} is for training all weights"

@@ -1,14 +1,18 @@
 """Errors a user can act on.
 
-Each carries the exit code of the process and a message that names the value, the limit, the place
-and the remedy. `train.py` prints the message without a traceback unless `training.debug` is true.
+Each has the exit code of the process and a message that names value, limit, place and remedy.
+`train.py` prints the message without a traceback unless `training.debug` is true.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from settings.terminal import printable
+
+MAX_PROBLEMS = 100  # shown
 
 STOP_EXIT_CODES = {
     signal.SIGINT: 130,
@@ -63,3 +67,39 @@ class WriteError(UserError):
     """A file cannot be written: disk full, no permission, read-only."""
 
     exit_code = 5
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """Where a value was given. Layer 0 holds defaults; a later layer wins over an earlier one."""
+
+    layer: int = 0
+    line: int = 0  # 0: no line to name
+    column: int = 0  # 0: the line is enough
+    source: str = ""  # a file's name or 'command line'
+
+    def __str__(self) -> str:
+        return ":".join(str(part) for part in (self.source, self.line, self.column) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake of the user. `text` begins with the option's name if it is about one option."""
+
+    origin: Origin
+    text: str
+
+    def __str__(self) -> str:
+        place = f"{self.origin}: " if self.origin.source else ""
+        text = self.text if self.text[-1] in ".?^]" else self.text + "."
+        return place + text
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raises one ConfigError that lists all problems by file and line; does nothing without any."""
+    ordered = sorted(problems, key=lambda problem: problem.origin)
+    if ordered:
+        lines = list(dict.fromkeys(str(problem) for problem in ordered))
+        more = len(lines) - MAX_PROBLEMS
+        rest = [f"... and {more} more problems"] if more > 0 else []
+        raise ConfigError("\n".join(lines[:MAX_PROBLEMS] + rest))

@@ -1,50 +1,44 @@
-"""Rules between options: what must hold, and the sentence that names every key when it does not."""
+"""Rules between options: a function that says what is wrong, and the options that it is about."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from settings.problems import Origin, Problem
-from settings.schema import Option
+from settings.errors import Origin, Problem
+from settings.schema import Option, default_of
 from settings.values import to_text
-
-T = TypeVar("T")  # the sections side by side
 
 
 @dataclass(frozen=True, slots=True)
-class Rule(Generic[T]):
-    """`text` has {0}, {1}, ... for 'key=value' of each key; `remedy` is computed where it helps.
-
-    `yields`: keys that go back to their default where a later file, or the command line, says of
-    the other keys what breaks the rule.
-    """
+class Rule:
+    """Something that must hold between options."""
 
     keys: tuple[str, ...]
-    holds: Callable[[T], bool]
-    text: str
-    remedy: Callable[[T], str] | None = None
-    yields: tuple[str, ...] = ()
+    complain: Callable[[Any], str | None]
+    """Gets the sections side by side; returns what is wrong, with {0}, {1}, ... in place of each
+    option and its value, or None."""
+    gives_way: tuple[str, ...] = ()
+    """Options that return to their default if a later file, or the command line, gives one of the
+    other options a value that breaks the rule."""
 
-    def complaint(self, sections: T) -> str:
-        """Return what is wrong in words, or ''."""
-        if self.holds(sections):
-            return ""
-        text = self.text.format(*(setting(sections, key) for key in self.keys))
-        return f"{text}; {self.remedy(sections)}" if self.remedy else text
+    def complaint(self, sections: Any) -> str:
+        """Returns what is wrong, or ''."""
+        text = self.complain(sections)
+        return text.format(*(setting(sections, key) for key in self.keys)) if text else ""
 
 
 def check_rules(
-    rules: Sequence[Rule[T]],
-    sections: T,
+    rules: Iterable[Rule],
+    sections: Any,
     origins: Mapping[str, Origin] | None = None,
     refused: Collection[str] = (),
 ) -> list[Problem]:
-    """Return each broken rule, at the place of the last value it is about.
+    """Returns each broken rule, at the place of the last value that it is about.
 
-    `origins` says where the keys that were given came from. Rules about a key in `refused` are left
-    out: its value is not what the user meant.
+    origins: where options were given. refused: options whose value is not what the user meant; the
+    rules about them are left out.
     """
     problems = []
     for rule in rules:
@@ -61,59 +55,59 @@ def check_rules(
     return problems
 
 
-def first_superseded(
-    rules: Sequence[Rule[T]],
-    sections: T,
+def find_superseded(
+    rules: Sequence[Rule],
+    sections: Any,
     origins: Mapping[str, Origin],
-    refused: Set[str] = frozenset(),
+    refused: Collection[str] = (),
 ) -> tuple[str, str] | None:
-    """Return a value that breaks a rule only because of one given in a later layer, as the keys of
-    both; None where there is none that may yield."""
+    """Returns an option whose value breaks a rule only because a later layer gives another option,
+    and that other option; None if there is none that may give way."""
     for rule in rules:
-        may_yield = [
-            key for key in rule.yields if key in origins and not _is_default(key, sections)
-        ]
-        if not may_yield or rule.holds(sections) or not refused.isdisjoint(rule.keys):
+        candidates = [k for k in rule.gives_way if k in origins and not is_default(sections, k)]
+        if not candidates or any(key in refused for key in rule.keys):
+            continue
+        if not rule.complaint(sections):
             continue
         layers = {key: origins.get(key, Origin()).layer for key in rule.keys}
-        key, later = min(may_yield, key=layers.__getitem__), max(layers, key=layers.__getitem__)
+        key, later = min(candidates, key=layers.__getitem__), max(layers, key=layers.__getitem__)
         if layers[key] < layers[later]:
             return key, later
     return None
 
 
-def model_option_rules(options: Iterable[Option]) -> list[Rule[Any]]:
+def model_option_rules(options: Iterable[Option]) -> list[Rule]:
     """Returns a rule for each option that only some models have: others keep its default."""
     return [_model_option_rule(option) for option in options if option.models]
 
 
-def _model_option_rule(option: Option) -> Rule[Any]:
-    def holds(sections: Any) -> bool:
-        value = getattr(getattr(sections, option.section), option.name)
-        return sections.model.name in option.models or bool(value == option.default)
+def _model_option_rule(option: Option) -> Rule:
+    def complain(sections: Any) -> str | None:
+        if sections.model.name in option.models or is_default(sections, option.key):
+            return None
+        return f"{{0}} is an option of {' and '.join(option.models)}, but {{1}}"
 
-    text = f"{{0}} is an option of {' and '.join(option.models)}, and {{1}}"
-    return Rule((option.key, "model.name"), holds, text, yields=(option.key,))
+    return Rule((option.key, "model.name"), complain, gives_way=(option.key,))
 
 
 def setting(sections: Any, key: str) -> str:
-    """Return 'section.option=value'."""
-    section, name = key.split(".")
-    return f"{key}={to_text(getattr(getattr(sections, section), name))}"
+    """Returns 'section.option=value'."""
+    return f"{key}={to_text(_value(sections, key))}"
 
 
-def default_of(section: Any, option_name: str) -> Any:
-    """Return the default of an option of a section's dataclass."""
-    return next(item.default for item in fields(section) if item.name == option_name)
-
-
-def _is_default(key: str, sections: Any) -> bool:
+def is_default(sections: Any, key: str) -> bool:
+    """Returns whether 'section.option' has its default."""
     section, name = key.split(".")
     own = getattr(sections, section)
     return bool(getattr(own, name) == default_of(own, name))
 
 
 def nearest_multiples(value: int, step: int) -> str:
-    """Return the multiples of `step` next to `value`, for a message: 'nearest: 248, 252'."""
+    """Returns the multiples of `step` next to `value`, for a message: 'nearest: 248, 252'."""
     low = value // step * step
     return "nearest: " + ", ".join(str(number) for number in (low, low + step) if number > 0)
+
+
+def _value(sections: Any, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(sections, section), name)

@@ -1,7 +1,7 @@
-"""What an option is: its type, default, limits and one line of meaning, read off the dataclasses.
+"""What an option is: type, default, limits, meaning, and what a resume and a comparison make of it.
 
-A section is a frozen dataclass whose fields are made by `option`; everything else in this package
-(reading, `--help`, the dump, the messages) follows from them, so an option is written down once.
+A section is a frozen dataclass whose fields are made by `option`. Reading, `--help`, the dump,
+messages, resume and the comparison of runs follow from them: an option is written down once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Limits:
         )
 
     def describe(self) -> str:
-        """Return '>= 1', '> 0', 'in [0, 1)' or '' for no limit."""
+        """Returns '>= 1', '> 0', 'in [0, 1)' or '' for no limit."""
         low = self.ge if self.ge is not None else self.gt
         high = self.le if self.le is not None else self.lt
         if low is not None and high is not None:
@@ -88,21 +88,21 @@ class Option:
     choices: tuple[str, ...]
     optional: bool  # null is allowed
     default: Any
-    doc: str
-    unit: str
-    limits: Limits
-    form: Form | None
-    models: tuple[str, ...]  # that have the option; () for all
-    on_resume: OnResume
-    fixed_if: Callable[[Any], bool] | None  # asked of the saved config: is it fixed after all?
-    effect: Effect
+    doc: str = ""
+    unit: str = ""
+    limits: Limits = Limits()
+    form: Form | None = None
+    models: tuple[str, ...] = ()  # that have the option; () for all
+    on_resume: OnResume = "explicit"
+    fixed_if: Callable[[Any], bool] | None = None  # of the saved config: is it fixed after all?
+    effect: Effect = "results"
 
     @property
     def key(self) -> str:
         return f"{self.section}.{self.name}"
 
     def describe(self) -> str:
-        """Return type, range and unit in a few words, as `--help` and the dump show them."""
+        """Returns type, range and unit in a few words, as `--help` and the dump show them."""
         words: dict[type | None, list[str]]
         words = {None: [], bool: ["bool"], int: ["int"], float: ["float"], str: ["text"]}
         kinds = [self.form.text] if self.form else words[self.kind]
@@ -112,35 +112,24 @@ class Option:
         return f"{text}, {self.unit}" if self.unit else text
 
 
-class Foreign(NamedTuple):
-    """An option of another trainer that `translate` turns into options of ours."""
-
-    takes: Any  # the type of its values, as in a dataclass
-    default: Any
-
-
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """All sections and options of a config class, in the order they are written down."""
+    """All sections and options of a config class, in the order in which they are declared."""
 
-    sections: Mapping[str, type[Any]]
+    sections: Mapping[str, type]
     options: Mapping[str, Option]  # by 'section.name'
-    later: Mapping[str, tuple[str, ...]]  # options still to come -> values that ask for nothing
-    foreign: Mapping[str, Option]  # options of other trainers that are more than another name
+    extra: Mapping[str, Option]  # options of other trainers, which no section has
 
     def find(self, key: str) -> Option | None:
-        """Return the option that takes the values of `key`; None for one still to come."""
-        return self.options.get(key) or self.foreign.get(key)
-
-    def announces(self, key: str) -> bool:
-        """Return whether `key` is an option still to come."""
-        return key in self.later
+        """Returns the option called 'section.name', if there is one."""
+        return self.options.get(key) or self.extra.get(key)
 
     def in_section(self, section: str) -> list[Option]:
+        """Returns the options of one section."""
         return [option for option in self.options.values() if option.section == section]
 
     def named(self, name: str) -> list[Option]:
-        """Return the options called `name`, whatever their section."""
+        """Returns the options called `name`, in whatever section."""
         return [option for option in self.options.values() if option.name == name]
 
 
@@ -199,31 +188,26 @@ def section_options(section: Any) -> tuple[Option, ...]:
     return tuple(found)
 
 
-def schema_of(
-    sections: Mapping[str, Any],
-    later: Mapping[str, tuple[str, ...]],
-    foreign: Mapping[str, Foreign],
-) -> Schema:
-    """Return the schema of `sections` (name -> dataclass), with the options that no section has."""
-    options = {
-        option.key: option for section in sections.values() for option in section_options(section)
-    }
-    others = {key: foreign_option(key, *made) for key, made in foreign.items()}
-    return Schema(sections, options, later, others)
+def schema_of(sections: Mapping[str, Any], extra: Mapping[str, Option]) -> Schema:
+    """Returns the schema of `sections` (name -> dataclass) and of `extra` options beside them."""
+    options = [option for section in sections.values() for option in section_options(section)]
+    return Schema(sections, {option.key: option for option in options}, extra)
+
+
+def default_of(section: Any, name: str) -> Any:
+    """Returns the default of an option of a section's dataclass."""
+    return next(item.default for item in fields(section) if item.name == name)
 
 
 def title(section_class: type[Any]) -> str:
-    """Return the first line of a section's docstring."""
+    """Returns the first line of a section's docstring."""
     return (section_class.__doc__ or "").strip().splitlines()[0]
 
 
-def foreign_option(key: str, takes: Any, default: Any) -> Option:
-    """Return an option that is read and checked like others, and is in no section."""
+def extra_option(key: str, takes: Any, **limits: float) -> Option:
+    """Returns an option that is in no section; `takes` is its type, as in a dataclass."""
     section, name = key.split(".", 1)
-    kind = _read_hint(takes)
-    return Option(
-        section, name, *kind, default, "", "", Limits(), None, (), "explicit", None, "results"
-    )
+    return Option(section, name, *_read_hint(takes), default=None, limits=Limits(**limits))
 
 
 def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:

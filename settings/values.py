@@ -1,7 +1,8 @@
-"""One value of one option: from text by the option's type, checked, and back to text.
+"""One value of one option: read from text by the option's type, checked, and written as YAML.
 
-The raw text decides nothing by itself: `1e-3` is a number where a number is meant and `no` is never
-text by accident. `RefusedError` carries the reason; the caller knows the place.
+The type of the option decides what a text means, not YAML's own rules: `1e-3` is a number where a
+number is expected, and `no` is never text by accident. A `RefusedError` tells the reason; the
+caller knows the file and line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from settings.schema import LARGEST_INT, Option, Section, section_options
+from settings.schema import LARGEST_INT, Option
 from settings.terminal import is_control
 
 NULL_WORDS = {"", "~", "null", "none"}
@@ -30,24 +31,25 @@ _LONGEST_NUMBER = 400
 
 
 class RefusedError(ValueError):
-    """A value that an option does not take; the message says what was expected and what came."""
+    """An option does not take a value, or a name is unknown; the message says what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A value as it was written: `quoted` in YAML, or typed in a `shell`."""
+    """A value as the user wrote it, in a file or in a shell."""
 
     text: str
     quoted: bool = False
-    shell: bool = False
+    shell: bool = False  # typed on the command line
 
     @property
     def is_null(self) -> bool:
+        """Whether the text is a word for null."""
         return not self.quoted and self.text.lower() in NULL_WORDS
 
 
 def read_scalar(option: Option, scalar: Scalar) -> Any:
-    """Return the value that `scalar` means for `option`; raises RefusedError."""
+    """Returns the value that `scalar` means for `option`; raises RefusedError."""
     text = scalar.text
     if text.lower() in option.choices:
         return text.lower()
@@ -65,7 +67,7 @@ def read_scalar(option: Option, scalar: Scalar) -> Any:
 
 
 def check_value(option: Option, value: Any) -> Any:
-    """Return `value` as the option's type (a whole number becomes a float); raises RefusedError."""
+    """Returns `value` in the option's type: 1 becomes 1.0 for a float. Raises RefusedError."""
     if value is None:
         if option.optional:
             return None
@@ -83,20 +85,8 @@ def check_value(option: Option, value: Any) -> Any:
     return value
 
 
-def check_section(section: Section) -> tuple[dict[str, Any], list[str]]:
-    """Return the checked values of a section's dataclass, and what is wrong with the others."""
-    values, problems = {}, []
-    section_class: Any = type(section)
-    for option in section_options(section_class):
-        try:
-            values[option.name] = check_value(option, getattr(section, option.name))
-        except RefusedError as error:
-            problems.append(f"{option.key}: {error}")
-    return values, problems
-
-
 def expected(option: Option) -> str:
-    """Return what the option takes, for a message: 'a whole number', 'one of error, skip'."""
+    """Returns what the option takes, for a message: 'a whole number', 'one of error, skip'."""
     words = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
     allowed = [*(words[option.kind] if option.kind else []), *option.choices]
     if len(allowed) == 1:
@@ -107,7 +97,7 @@ def expected(option: Option) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: text in quotes, numbers and words as typed."""
+    """Returns a value as a message shows it: text in quotes, numbers and words as typed."""
     if isinstance(value, str):
         cut = _cut(value)
         bare = value and (_NUMBER.fullmatch(cut) or cut.lower() in _WORDS)
@@ -118,7 +108,7 @@ def shown(value: Any) -> str:
 
 
 def to_text(value: Any) -> str:
-    """Return YAML for a plain value, such that it reads back equal (here and elsewhere)."""
+    """Returns YAML for a plain value, such that it reads back equal (here and elsewhere)."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -132,12 +122,12 @@ def to_text(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text in single quotes on one line, with control characters escaped."""
+    """Returns text in single quotes on one line, with control characters escaped."""
     return "'" + "".join(_escaped(c) if is_control(c) else c for c in text) + "'"
 
 
 def _parse(option: Option, text: str) -> bool | int | float | None:
-    """Return the boolean or number that `text` spells, or None."""
+    """Returns the boolean or number that `text` spells, or None."""
     if option.kind is bool:
         word = text.lower()
         return True if word in TRUE_WORDS else False if word in FALSE_WORDS else None
@@ -185,7 +175,7 @@ def _default(option: Option) -> str:
 
 
 def _float_text(value: float) -> str:
-    """Return the shortest text that is the same float, with a point or an exponent."""
+    """Returns the shortest text that is the same float, with a point or an exponent."""
     text = repr(value)
     if value and not 1e-2 <= abs(value) < 1e6 and math.isfinite(value):
         mantissa, exponent = next(

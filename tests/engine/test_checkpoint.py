@@ -521,7 +521,8 @@ def test_a_run_directory_is_its_newest_valid_one(tmp_path: Path) -> None:
 
 def rename_run(folder: Path, name: str, **training: Any) -> Path:
     """Gives a run another start time and config."""
-    make_config(folder.parent.parent, **training).save(folder / "config.yaml")
+    config = make_config(folder.parent.parent, **training)
+    (folder / "config.yaml").write_text(config.to_yaml())
     (folder / "environment.json").unlink()  # it holds a copy of the other config
     return folder.rename(folder.parent / name)
 

@@ -181,13 +181,13 @@ def test_each_translation_of_fivezeroes_is_one_line() -> None:
         "tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id: ignored, a "
         "tokenizer knows its own, and there nothing reads them",
         "tokenizer.type=tiktoken and name=gpt2 is read as tokenizer.name=gpt2",
-        "model.vocab_size=256 gives way to the tokenizer's, as there: null",
+        "model.vocab_size=256: null, the tokenizer's, as there",
         "after 20500 steps the rate stays low; there it rises again",
         "scheduler.type=cosine with warmup_steps + T_max = 20500 is read as "
         "schedule.warmup_iters=500, schedule.min_lr=0.0, schedule.name=cosine, "
         "schedule.lr_decay_iters=20500",
-        "scheduler.warmup_type, scheduler.gamma, scheduler.patience, scheduler.factor, "
-        "scheduler.threshold: ignored, no part of this schedule here",
+        "scheduler.warmup_type, scheduler.gamma, scheduler.factor, scheduler.threshold, "
+        "scheduler.patience: ignored, no part of this schedule here",
         "max_iters=1000000, log_freq=100, test_freq=1000, checkpoint_freq=10000 count micro-steps "
         "there, 32 to an optimizer step: max_iters=31250, log_freq=3, test_freq=31, "
         "checkpoint_freq=312",
@@ -274,9 +274,12 @@ MISTAKES = [
         "scheduler.warmup_step: unknown option. Did you ",
     ),
     ("scheduler: {type: cosine, T_max: x}", "scheduler.T_max: expected a whole number, got 'x'"),
-    ("scheduler: {type: cosine, type: none}", "scheduler.type: given twice. Keep one."),
+    (
+        "scheduler: {type: cosine, type: none}",
+        "scheduler.type: given twice (first at line 1). Keep one.",
+    ),
     ("scheduler: {type: none}\nschedule: {name: wsd}", "section schedule sets the rate too. Keep"),
-    ("scheduler: {type: cosine, warmup_steps: -1}", "schedule.warmup_iters: must be >= 0, got -1"),
+    ("scheduler: {type: cosine, warmup_steps: -1}", "scheduler.warmup_steps: must be >= 0, got -1"),
     ("tensorboard: {enabled: true, log_dirs: a}", "tensorboard.log_dirs: unknown option."),
     (
         "training: {runs_dir: a, gradient_accumulation_steps: 0, max_iters: 10}",

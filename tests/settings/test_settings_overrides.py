@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from config import Config, ConfigError, Request, command_line
-from settings import dialects
+from settings import names
 from settings.foreign import fivezeroes_bdh
 from settings.values import to_text
 
@@ -248,12 +248,12 @@ def test_help_lists_every_option_within_100_columns(
         assert all(f"\n  {name} " in text for name in options)
 
 
-# They say more than the option: test_presets.py, test_dialects.py.
+# They say more than the option: test_presets.py, test_names.py.
 SAY_MORE = ("dataset", "wandb_log.name", *fivezeroes_bdh.MARKS)
 ALIASES = [
     (alias, key)
-    for key, names in dialects.ALIASES.items()
-    for alias in names
+    for key, others in names.ALIASES.items()
+    for alias in others
     if alias not in SAY_MORE
 ]
 
@@ -301,21 +301,21 @@ def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
 
 def test_every_alias_stands_for_an_option_that_exists_or_is_announced() -> None:
     options = {f"{s}.{name}" for s, names in Config().to_dict().items() for name in names}
-    announced = set(dialects.LATER) | set(dialects.FOREIGN)
+    announced = set(names.UNSUPPORTED) | set(names.EXTRA_OPTIONS)
     assert not options & announced
-    assert len(announced) == len([*dialects.LATER, *dialects.FOREIGN])
-    assert set(dialects.ALIASES) <= options | announced
-    assert not set(dialects.TARGETS) & (options | announced)
-    assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(dialects.TARGETS)
+    assert len(announced) == len([*names.UNSUPPORTED, *names.EXTRA_OPTIONS])
+    assert set(names.ALIASES) <= options | announced
+    assert not set(names.TARGETS) & (options | announced)
+    assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(names.TARGETS)
 
 
-@pytest.mark.parametrize("key", dialects.LATER)
+@pytest.mark.parametrize("key", names.UNSUPPORTED)
 def test_an_option_still_to_come_is_refused_unless_it_asks_for_nothing(
     ask: Ask, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     section, name = key.split(".")
     Path("config.yaml").write_text(f"{section}:\n  {name}: something\n")
-    harmless = dialects.LATER[key]
+    harmless = names.UNSUPPORTED[key]
     remedy = "Remove it" if harmless in ((), ("null",)) else f"Set it to {harmless[0]}"
     message = f"config.yaml:2: {key}: not available in this version. {remedy}."
     assert complaint(ask, capsys) == message

@@ -1,15 +1,20 @@
-"""The text of `--help`, from the same dataclasses as everything else."""
+"""The text of `--help`, and a config as YAML with the meaning of each option beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from settings.schema import Option, Schema, title
+from settings.terminal import printable
 from settings.values import to_text
 
 WIDTH = 100
-_NAME_WIDTH = 29
-_DEFAULT_WIDTH = 19
+NAME_WIDTH = 29
+DEFAULT_WIDTH = 19
+VALUE_COLUMN = 34
 
-_USAGE = """\
+USAGE = """\
 usage: python train.py [FILE ...] [--config FILE] [key=value ...]
                        [--dry-run] [--show-config] [--check-resume[=STEPS]] [--help]
 
@@ -32,8 +37,8 @@ null clears an optional value. Options, with their defaults:
 
 
 def help_text(schema: Schema) -> str:
-    """Return usage, examples and every option with default, type, range and meaning."""
-    lines = [_USAGE]
+    """Returns usage, examples and every option with default, type, range and meaning."""
+    lines = [USAGE]
     for section, section_class in schema.sections.items():
         lines.append(f"{section}: {title(section_class)}")
         for option in schema.in_section(section):
@@ -43,9 +48,25 @@ def help_text(schema: Schema) -> str:
 
 
 def _option_lines(option: Option) -> list[str]:
-    """Return name, default and meaning, with the type below where it does not fit."""
-    head = f"  {option.name:<{_NAME_WIDTH}}{to_text(option.default):<{_DEFAULT_WIDTH}}"
+    """Returns name, default and meaning, with the type below where it does not fit."""
+    head = f"  {option.name:<{NAME_WIDTH}}{to_text(option.default):<{DEFAULT_WIDTH}}"
     kind = f"({option.describe()})"
     if len(head) + len(option.doc) + 1 + len(kind) <= WIDTH:
         return [f"{head}{option.doc} {kind}"]
     return [head + option.doc, " " * len(head) + kind]
+
+
+def dump(
+    schema: Schema, values: Mapping[str, Mapping[str, Any]], header: Sequence[str] = ()
+) -> str:
+    """Returns YAML below `header` comment lines; what is read back equals `values`."""
+    lines = [f"# {printable(' '.join(line.split()))}".rstrip() for line in header]
+    for section, section_class in schema.sections.items():
+        if lines:
+            lines.append("")
+        lines += [f"# {title(section_class)}", f"{section}:"]
+        for option in schema.in_section(section):
+            setting = f"  {option.name}: {to_text(values[section][option.name])}"
+            meaning = f"{option.doc} ({option.describe()})"
+            lines.append(f"{setting:<{VALUE_COLUMN}}  # {meaning}")
+    return "\n".join(lines) + "\n"

@@ -1,8 +1,7 @@
-"""The command line: files, --config, overrides in every spelling, and what is not training:
---dry-run, --show-config, --check-resume, --help.
+"""Sorts a command line into files, overrides and switches (--dry-run, --show-config, --help, ...).
 
 `key=value`, `section.key=value`, `--key=value`, `--key value` and `--section.key=value` mean the
-same; dashes in a key equal underscores; a boolean flag alone means true.
+same. Dashes in a key equal underscores. A boolean flag alone means true.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from settings.dialects import HINTS
-from settings.names import guess, resolve
-from settings.problems import Origin, Problem
-from settings.reader import Entry
+from settings.errors import Origin, Problem
+from settings.names import HINTS, guess, resolve
 from settings.schema import Schema
 from settings.values import FALSE_WORDS, TRUE_WORDS, RefusedError, Scalar, shown
+from settings.yaml_reader import Entry
 
 COMMAND_LINE = "command line"
 CHECK_STEPS = 10  # of --check-resume
@@ -28,7 +26,7 @@ _FILE_ENDINGS = (".yaml", ".yml", ".py")
 
 @dataclass(slots=True)
 class Arguments:
-    """What a command line says, in order."""
+    """The parts of a command line, each in the order given."""
 
     files: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str]] = field(default_factory=list)  # key as written, text
@@ -38,16 +36,15 @@ class Arguments:
     help: bool = False
     problems: list[str] = field(default_factory=list)
 
-    def entries(self, layer: int) -> list[Entry]:
+    def entries(self, layer: int) -> tuple[list[Entry], list[Problem]]:
+        """Returns the overrides as entries, and what could not be understood."""
         origin = Origin(layer, source=COMMAND_LINE)
-        return [Entry(key, _scalar(text), origin) for key, text in self.overrides]
-
-    def problems_at(self, layer: int) -> list[Problem]:
-        return [Problem(Origin(layer, source=COMMAND_LINE), text) for text in self.problems]
+        entries = [Entry(key, _scalar(text), origin) for key, text in self.overrides]
+        return entries, [Problem(origin, text) for text in self.problems]
 
 
 def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
-    """Sort the words of a command line; what cannot be understood lands in `problems`."""
+    """Sorts the words of a command line; what cannot be understood goes into `problems`."""
     parser = _Parser(list(argv), schema)
     while parser.words:
         parser.take()
@@ -57,13 +54,15 @@ def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
 
 
 class _Parser:
+    """Takes words from the left; the value of a flag is the word after it."""
+
     def __init__(self, words: list[str], schema: Schema) -> None:
         self.words = words
         self.found = Arguments()
         self._schema = schema
 
     def take(self) -> None:
-        """Take one word, and the next where it belongs to it."""
+        """Takes one word, and the next one if it is its value."""
         word = self.words.pop(0)
         assignment, flag = _ASSIGNMENT.fullmatch(word), _FLAG.fullmatch(word)
         if word in ("--help", "-h"):
@@ -82,7 +81,7 @@ class _Parser:
         elif word.lower().endswith(_FILE_ENDINGS):
             self.found.files.append(word)
         else:
-            self._problem(_garbage(word, self._schema))
+            self._problem(_explain_unknown(word, self._schema))
 
     def _assign(self, key: str, text: str) -> None:
         if key == "config":
@@ -135,9 +134,10 @@ class _Parser:
             self._problem("--config: the name of a file is missing")
 
     def _pop_value(self, optional: bool = False) -> str | None:
-        """Take the next word if it can be the value of the flag before it."""
+        """Takes the next word if it can be the value of the flag before it."""
         if not self.words or self.words[0].startswith("--") or self.words[0] == "-h":
             return None
+        # `--debug my.yaml` and `--debug lr=1` are a flag alone and another argument.
         if optional and ("=" in self.words[0] or self.words[0].lower().endswith(_FILE_ENDINGS)):
             return None
         return self.words.pop(0)
@@ -152,8 +152,8 @@ def _scalar(text: str) -> Scalar:
     return Scalar(text, shell=True)
 
 
-def _garbage(word: str, schema: Schema) -> str:
-    """Say what a word could have meant."""
+def _explain_unknown(word: str, schema: Schema) -> str:
+    """Returns a message on a word that is neither file nor override."""
     if word.startswith("-") and len(word) > 1:
         return f"{shown(word)}: unknown option. {guess(schema, word.strip('-'))}"
     hint = HINTS.get(word.partition(":")[0])

@@ -1,7 +1,7 @@
-"""Read a Python preset in the style of nanoGPT as literals, from its syntax tree.
+"""Reads a Python preset of nanoGPT as literals, from its syntax tree; nothing is ever executed.
 
-`batch_size = 12` and arithmetic on such names is all there may be; nothing is ever executed. One
-call stands in nanoGPT's own files, the time as part of a run's name: it leaves the name to the run.
+A preset may assign literals, and arithmetic on names assigned before. The one call in nanoGPT's own
+presets puts the time into the name of a run; here the run directory has a name with the time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from settings.dialects import PRESETS
-from settings.problems import Origin, Problem
-from settings.reader import Entry, Items, Plain, UnreadableError, Value, read_text
+from settings.errors import Origin, Problem
 from settings.schema import LARGEST_INT
 from settings.values import Scalar, shown
+from settings.yaml_reader import (
+    Entry,
+    Items,
+    PythonValue,
+    UnreadableError,
+    Value,
+    read_text,
+)
 
 MAX_PRESET_BYTES = 50_000  # Python 3.10 cannot build deeper trees than a larger file can hold
 MAX_DEPTH = 50
 MAX_TEXT = 1000
+
+# nanoGPT's presets -> files of ours that do the same
+PRESETS: dict[str, str] = {
+    "train_gpt2.py": "gpt2-124m.yaml",
+    "train_shakespeare_char.py": "shakespeare-char.yaml",
+    "finetune_shakespeare.py": "finetune-shakespeare.yaml",
+    "eval_gpt2.py": "eval-gpt2.yaml",
+    "eval_gpt2_medium.py": "eval-gpt2-medium.yaml",
+    "eval_gpt2_large.py": "eval-gpt2-large.yaml",
+    "eval_gpt2_xl.py": "eval-gpt2-xl.yaml",
+}
 
 Number: TypeAlias = "int | float"
 
@@ -47,7 +64,7 @@ class _NotLiteralError(Exception):
 
 
 def read_preset(path: str, layer: int) -> tuple[list[Entry], list[Problem], list[str]]:
-    """Return the assignments of a preset, what else is in it, and what to tell the user."""
+    """Returns the assignments of a preset, what else is in it, and what to tell the user."""
     origin = Origin(layer, source=path)
     try:
         text = read_text(path, MAX_PRESET_BYTES)
@@ -77,7 +94,9 @@ def _parse(text: str) -> list[ast.stmt]:
         line = (error.text or "").strip()
         message = f"not valid Python: {error.msg}{': ' + shown(line) if line else ''}"
         raise UnreadableError(message, error.lineno or 0, error.offset or 0) from None
-    except (ValueError, RecursionError, MemoryError):
+    except ValueError as error:  # a null byte, before Python 3.11.4
+        raise UnreadableError(f"not valid Python: {error}") from None
+    except (RecursionError, MemoryError):
         raise UnreadableError(f"nested more than {MAX_DEPTH} levels deep") from None
 
 
@@ -114,7 +133,7 @@ class _Preset:
 
 
 def _says_nothing(statement: ast.stmt) -> bool:
-    """Return whether a statement is a bare text or `import time`."""
+    """Returns whether a statement is a bare text or `import time`."""
     if isinstance(statement, ast.Import):
         return [(alias.name, alias.asname) for alias in statement.names] == [("time", None)]
     return isinstance(statement, ast.Expr) and isinstance(
@@ -123,7 +142,7 @@ def _says_nothing(statement: ast.stmt) -> bool:
 
 
 def _assignment(statement: ast.stmt) -> tuple[str, ast.expr]:
-    """Return name and expression of `NAME = expression`."""
+    """Returns name and expression of `NAME = expression`."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target, expression = statement.targets[0], statement.value
     elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
@@ -136,7 +155,7 @@ def _assignment(statement: ast.stmt) -> tuple[str, ast.expr]:
 
 
 def _evaluate(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
-    """Return the value of a literal, a name or arithmetic on them; raises _NotLiteralError."""
+    """Returns the value of a literal, a name or arithmetic on them; raises _NotLiteralError."""
     if depth > MAX_DEPTH:
         raise _NotLiteralError(f"nested more than {MAX_DEPTH} levels deep")
     if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float, str, type(None)):
@@ -177,7 +196,7 @@ def _number(value: Any) -> Number:
 
 
 def _calculate(operation: ast.operator, left: Any, right: Any) -> Number:
-    """Return a number of bounded size; a power is bounded before it is computed."""
+    """Returns a number of bounded size; a power is bounded before it is computed."""
     left, right = _number(left), _number(right)
     try:
         if isinstance(operation, ast.Pow) and abs(float(left) ** float(right)) > LARGEST_INT:
@@ -195,11 +214,11 @@ def _calculate(operation: ast.operator, left: Any, right: Any) -> Number:
 
 
 def _as_value(value: Any) -> Value:
-    """Return a value as the files' layers hold it; 480 / 40 is the whole number it looks like."""
+    """Returns a value as the files' layers hold it; 480 / 40 is the whole number it looks like."""
     if isinstance(value, tuple):
         return Items(tuple(_as_value(item) for item in value))
     if isinstance(value, str):
         return Scalar(value, quoted=True)
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
-    return Plain(value)
+    return PythonValue(value)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from settings.presets import read_preset
-from settings.problems import raise_problems
-from settings.reader import Plain
+from settings.errors import raise_problems
+from settings.foreign.preset_file import read_preset
 from settings.values import Scalar
+from settings.yaml_reader import PythonValue
 
 # nanoGPT's sample.py has these defaults where the user says nothing.
 OUT_DIR, NUM_SAMPLES, TOP_K = "out", 10, 200
@@ -56,7 +56,7 @@ def _read_flags(path: str) -> tuple[list[str], list[str]]:
             skipped.append(entry.key)
         elif isinstance(value, Scalar):
             flags[entry.key] = value.text
-        elif isinstance(value, Plain) and value.value is not None:
+        elif isinstance(value, PythonValue) and value.value is not None:
             flags[entry.key] = str(value.value)
     if flags["init_from"] == "scratch":
         flags["init_from"] = "resume"
