@@ -116,6 +116,7 @@ def thinned(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
     """Returns the metrics of which a run has a number: in the order of METRICS, then others."""
+    # A metric is looked for only until one number of it is found: runs have millions of values.
     waiting = {key for run in runs for record in run.records for key in record} - _NO_CURVES
     found: set[str] = set()
     for run in runs:

@@ -54,6 +54,7 @@ def diff_values(runs: Sequence[Run]) -> dict[str, Any]:
 
     pairs = [compare_runs(runs[0], run) for run in runs[1:]]
     return {
+        # The configs, of some 100 options each, are in `runs.py list --json`.
         "runs": [summary(run) | {"config": None} for run in runs],
         "settings": by_run(differing_options(runs)),
         "without_effect": by_run(differing_without_effect(runs)),
@@ -110,7 +111,7 @@ def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]])
 def _shortened(value: Any) -> str:
     """Returns a value's text without its middle if it is long: the ends of paths differ most."""
     text = value if isinstance(value, str) and value.isprintable() else value_text(value)
-    half = _MAX_VALUE // 2 - 2
+    half = _MAX_VALUE // 2 - 2  # the dots take the rest
     return text if len(text) <= _MAX_VALUE else f"{text[:half]}...{text[-half:]}"
 
 
@@ -149,6 +150,8 @@ def _pairs(first: Run, run: Run) -> list[tuple[At, Paired | str]]:
     pairs: list[tuple[At, Paired | str]] = [("newest", newest)]
     if isinstance(newest, str) or newest.step_a == newest.step_b:
         return pairs
+    # The run with more steps is usually better at its newest: only these two tell whether it also
+    # learns better.
     others: tuple[At, ...] = ("same step", "best")
     for at in others:
         pair = compare_runs(first, run, at)

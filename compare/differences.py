@@ -13,6 +13,7 @@ from settings.schema import Effect
 
 MISSING = "?"
 """Stands for a value that a run did not write, or an option that its version does not have."""
+# Keys of environment.json that are of the run or of one session, not of machine or software.
 _NOT_MACHINE = {
     "time",
     "command",
@@ -66,6 +67,7 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
     fingerprints = [_fingerprint(run, each) for run, each in zip(runs, data, strict=True)]
     known = [{"fingerprint": each} if each else {} for each in fingerprints]
     lines = [_lines(each) for each in data]
+    # A run without lines is of an older version: it does not make the lines of others different.
     shared = set.intersection(*(set(each) for each in lines if each)) if any(lines) else set()
     rest = [[line for line in each if line not in shared] for each in lines]
     return _differing_rows(known, ["fingerprint"]) | ({"ledger": rest} if any(rest) else {})

@@ -65,6 +65,7 @@ def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str 
         raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
     picture = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
+        # Figure, not pyplot: pyplot would look for a display and keep every figure in memory.
         figure = Figure(figsize=(7.2, 0.5 + 2.9 * len(panels)), layout="constrained")
         all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, panel in zip(all_axes, panels, strict=True):
@@ -117,6 +118,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: st
     if len(metrics) > 1:
         axes.set_title("thin: training   bold: held-out", fontsize=8, color=_FAINT, loc="left")
         _crop_start(axes, drawn)
+    # The highest last value first, so that texts and ends of the lines are in one order.
     legend.sort(key=lambda entry: -entry[0])
     handles, texts = [entry[1] for entry in legend], [entry[2] for entry in legend]
     axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
@@ -140,7 +142,7 @@ def _draw_curve(axes: Axes, points: Curve, index: int, metric: str) -> Any:
         _DASHES[index // len(COLOURS) % len(_DASHES)],
         color=COLOURS[index % len(COLOURS)],
         linewidth=1.8 if held_out else 0.8,
-        alpha=1.0 if held_out else 0.55,
+        alpha=1.0 if held_out else 0.55,  # training losses are noisy: they stay behind
         marker=_MARKERS[index % len(_MARKERS)] if held_out and len(values) <= _MAX_MARKERS else "",
         markersize=4,
         zorder=3 if held_out else 2,

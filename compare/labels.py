@@ -19,6 +19,7 @@ LONGEST = 32
 """Characters of a label."""
 _MAX_OPTIONS = 3  # in a label
 _MAX_VALUE = 16  # characters
+# Options that say most about a run stand first in its label.
 _FIRST = ("model.name", "tokenizer.name", "optimizer.name", "training.learning_rate")
 _SHORT = {
     "learning_rate": "lr",
@@ -79,8 +80,10 @@ def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     while left and len(chosen) < _MAX_OPTIONS:
         best = max(left, key=gain)
         left.remove(best)
+        # A label lists options in the order of `keys`, not in that in which they were chosen.
         candidate = [key for key in keys if key in chosen or key == best]
         longer = [_joined(row) for row in zip(*(phrases[key] for key in candidate), strict=True)]
+        # An option that makes one label too long is left out of all: labels must stay comparable.
         if max(map(len, longer)) <= longest:
             chosen, described = candidate, longer
     return described

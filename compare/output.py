@@ -11,6 +11,7 @@ from files.atomic import atomic_write
 
 def check_folder(output: Path) -> None:
     """Raises WriteError if the file cannot be written, before the work for it is done."""
+    # Reading and drawing many runs takes seconds: a typo in the path is reported before that.
     if output.is_dir():
         raise WriteError(f"cannot write {output}: it is a folder. Name a file in it.")
     if not output.parent.is_dir():

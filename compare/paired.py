@@ -54,6 +54,7 @@ def compare_runs(a: Run, b: Run, at: At = "newest") -> Paired | str:
     record_a, record_b = chosen
     if reason := _why_not_paired(a, b, record_a, record_b):
         return reason
+    # Pairs, not two means: most of the variance between batches is in both runs and cancels here.
     losses = zip(record_a["eval/val_losses"], record_b["eval/val_losses"], strict=True)
     differences = [loss_b - loss_a for loss_a, loss_b in losses]
     count, mean = len(differences), fmean(differences)
@@ -128,6 +129,7 @@ def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str
         if any(as_float(loss) is None for loss in losses):
             return f"{run.name} has batches whose loss is not a number (step {record['step']})"
         counts.append(len(losses))
+    # A fingerprint of the evaluated tokens, their order and targets: equal only for equal batches.
     if record_a["eval/rows"] != record_b["eval/rows"]:
         return _different_text(a, b)
     if counts[0] != counts[1]:

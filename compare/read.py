@@ -174,8 +174,11 @@ def restart_command(run: Run) -> str:
     command, processes = run.environment.get("command"), run.environment.get("processes")
     words = command if isinstance(command, list) else []
     known = words and all(isinstance(word, str) for word in words) and words[0].endswith(".py")
+    # A resume that changed options kept the former config as config.before_<step>.yaml: the first
+    # command no longer describes the run.
     if not known or any(run.path.glob("config.before_*")):
         words, processes = ["train.py", "--config", os.fspath(run.path / CONFIG)], None
+    # Older versions wrote the number of processes only under `run`.
     count = as_count(processes) or as_count(run.size.get("processes")) or 1
     launcher = f"torchrun --standalone --nproc_per_node={count}" if count > 1 else "python"
     folder = as_str(run.environment.get("folder"))

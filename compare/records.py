@@ -18,6 +18,7 @@ from engine.run_directory.metrics_file import is_protected, missing_bytes, parse
 from files.regular import open_regular, read_regular
 
 _BLOCK = 1 << 16
+# Searched as bytes in raw lines, before any JSON is parsed.
 _KINDS = _ANY, _LOG_LINE, _EVALUATION = b'"step"', b'"train/loss"', b'"eval/val_loss"'
 
 

@@ -73,6 +73,8 @@ def filter_runs(runs: Sequence[Run], condition: str) -> list[Run]:
         if value is MISSING or (sign[0] in "<>" and as_float(value) is None):
             return False
         if isinstance(value, str):
+            # Compared with the text as typed: a run named `100` or an option `1e-3` of another
+            # version must not be taken for a number.
             return holds(value, text if wanted is not None else None)
         same_kind = isinstance(value, bool) == isinstance(wanted, bool)  # in Python True == 1
         return holds(value, wanted) if same_kind else sign == "!="
@@ -113,6 +115,7 @@ def _parse(key: str, text: str) -> Any:
     """Returns the value that a filter's text means; raises ConfigError if `key` never has it."""
     choices = STATES if key == "state" else _choices(key)
     word = text.lower()
+    # Choices come first: an option may have one that reads as null or a switch, such as `none`.
     if choices and word in choices:
         return word
     if word in NULL_WORDS:

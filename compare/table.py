@@ -65,6 +65,7 @@ def list_lines(runs: Sequence[Run]) -> list[str]:
     """Returns the lines of the table; the options that differ get the width that is left."""
     headings = [column.heading for column in COLUMNS if column.name != "planned_steps"]
     headings[headings.index("step")] = "steps"
+    # A column `differs in` is inserted after the name, if the runs differ in anything.
     rows = [headings, *map(_row, runs, short_names(runs))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = width() - sum(widths) - len(widths)
@@ -79,7 +80,7 @@ def _row(run: Run, name: str) -> list[str]:
     cells = {column.name: cell(column, run) for column in COLUMNS}
     planned = cells.pop("planned_steps")
     cells["step"] += "" if planned == _UNKNOWN else f"/{planned}"
-    cells["precision"] = cells["precision"].replace(" weights", "")
+    cells["precision"] = cells["precision"].replace(" weights", "")  # to fit 100 characters
     return list((cells | {"name": name}).values())
 
 

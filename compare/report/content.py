@@ -55,7 +55,6 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
         "overline": f"Report of {count}",
         "headline": headline,
         "answer": answer + (_comparison(runs, run_labels) if len(runs) > 1 else []),
-        "best": 0 if measure.value(runs[0]) is not None else None,
         "footer": f"Written {datetime.now():%Y-%m-%d %H:%M} by runs.py report. This page holds "
         "all it shows and loads nothing.",
         "colours": {"light": COLOURS, "dark": DARK_COLOURS},
@@ -153,6 +152,7 @@ def _lead(runs: Sequence[Run], second: str, measure: Measure, lead: float) -> st
             f"{lead:.4f} bits per byte below {second}. Their tokenizers differ, so "
             "losses per token do not compare."
         )
+    # Being ranked first says little: the interval decides whether the sentence claims a difference.
     pair = compare_runs(runs[0], runs[1], "best")
     if isinstance(pair, str):
         loss = _four_digits(runs[1].best_loss)
@@ -193,6 +193,7 @@ def _progress(run: Run) -> str:
 def _columns(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Returns the state and the best loss, then the settings that differ, then other results."""
     results, settings = _results(runs), _settings(runs) if len(runs) > 1 else []
+    # The newest losses repeat the best ones if all runs ended at their best.
     _, best, newest, *_ = results
     repeated = {newest["title"]} if newest["texts"] == best["texts"] else set()
     repeated |= {"Model"} if any(column["title"] == "model" for column in settings) else set()
@@ -325,6 +326,8 @@ def _run(run: Run) -> dict[str, Any]:
     Curves share their places on the axes: `at` are indices into the lists of `axes`.
     """
     curves = {key: curve(run, key) for key in metrics_of([run])}
+    # The union of the rows that the thinned curves kept: each x value is in the page once, not once
+    # per metric.
     rows = sorted({row for each in curves.values() for row in each.rows})
     place = {row: index for index, row in enumerate(rows)}
     problems = dict.fromkeys((*run.problems, *run.record_problems))

@@ -1,23 +1,24 @@
 "use strict";
-// Draws the report from the JSON beside it. Names and samples are text of others: they reach the
-// page as text nodes only, and Plotly, which reads markup in labels, through `literal`.
+// Draws the report from the JSON in the page, which compare/report/content.py computes. Names of runs
+// and samples are text of others, so they are only ever inserted as text nodes; Plotly, which reads
+// markup in its labels, gets them through `escaped`. Nothing here writes innerHTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const form = document.getElementById("controls");
 const view = {x: "step", logX: false, logY: false, crop: true, smooth: 0, hidden: new Set(), zooms: 0};
-const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "x", "star"];
 const DASHES = ["solid", "dash", "dot"];
-const SHAPES = {  // the same symbols in an 18 x 10 picture
+const SHAPES = { // Plotly's symbols, as paths in an 18 x 10 picture for the legend
   circle: "M12.5 5a3.5 3.5 0 1 1-7 0a3.5 3.5 0 1 1 7 0Z", square: "M6 2h6v6h-6Z",
   diamond: "M9 .5L13.5 5L9 9.5L4.5 5Z", "triangle-up": "M9 1L13 8.5H5Z",
   "triangle-down": "M9 9L5 1.5h8Z", pentagon: "M9 1l4 3-1.5 5h-5L5 4Z",
   x: "M6 2h2l1 1.8L10 2h2l-1.8 3L12 8h-2L9 6.2 8 8H6l1.8-3Z", star: "M9 .8l1.3 2.9 3.2.3-2.4 2.1.7 3.1L9 7.6 6.2 9.2l.7-3.1L4.5 4l3.2-.3Z",
 };
-const MARKED = 60; // an evaluation curve of more points is a line
-const FEW = 6; // more runs are rows of a table, folded and scrolled
-const PAIRS = 10; // of more, the rest is shown on request
-const coarse = () => matchMedia("(pointer: coarse)").matches;
+const SYMBOLS = Object.keys(SHAPES);
+const MAX_MARKERS = 60; // a curve of more evaluations is drawn as a line only
+const MAX_COLUMNS = 6; // with more runs, each is a row of the table and its details are folded
+const MAX_PAIRS = 10; // with more, the rest is shown on request
+const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
 // ---- small things
 
@@ -30,62 +31,49 @@ function make(tag, attributes, ...children) {
   made.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
   return made;
 }
-const place = id => document.getElementById(id);
-const show = (id, ...children) => { place(id).append(...children.filter(child => child)); place(id).hidden = false; };
-const literal = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const byId = id => document.getElementById(id);
+const reveal = (id, ...children) => { byId(id).append(...children.filter(child => child)); byId(id).hidden = false; };
+const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const isDark = () => (document.documentElement.dataset.theme || system()) === "dark";
 const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 const colour = index => data.colours[isDark() ? "dark" : "light"][index % data.colours.light.length];
 const symbol = index => SYMBOLS[index % SYMBOLS.length];
 const dash = index => DASHES[Math.floor(index / data.colours.light.length) % DASHES.length];
 
-const tint = index => `--run: var(--run-${index})`; // which `paint` sets
+const runColour = index => `--run: var(--run-${index})`; // `paint` sets it for each run
 function swatch(index) {
-  return make("svg", {class: "swatch", style: tint(index), viewBox: "0 0 18 10", "aria-hidden": "true"},
+  return make("svg", {class: "swatch", style: runColour(index), viewBox: "0 0 18 10", "aria-hidden": "true"},
     make("line", {x1: 0, x2: 18, y1: 5, y2: 5, "stroke-dasharray": {solid: null, dash: "4 2", dot: "1.5 2"}[dash(index)]}),
     make("path", {d: SHAPES[symbol(index)]}));
 }
 const runName = index => make("span", {class: "run", title: runs[index].path}, swatch(index),
   make("span", {class: "name"}, runs[index].label));
-const namedRun = index => [runName(index), runs[index].short_name === runs[index].label ? null : make("small", {class: "time"}, runs[index].short_name)];
+const runTitle = index => [runName(index), runs[index].short_name === runs[index].label ? null : make("small", {class: "time"}, runs[index].short_name)];
 
 function copyButton(text, name) {
   const button = make("button", {type: "button", class: "copy", "aria-label": `Copy the command of ${name}`}, "Copy");
   button.addEventListener("click", async () => {
-    const done = await copy(text);
+    // Browsers have no clipboard for pages that came over plain HTTP.
+    const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
     button.textContent = done ? "Copied" : "Select and copy";
-    place("live").textContent = done ? `Command of ${name} copied` : "Copying is not allowed here";
+    byId("live").textContent = done ? `Command of ${name} copied` : "Copying is not allowed here";
     setTimeout(() => { button.textContent = "Copy"; }, 1800);
   });
   return button;
-}
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    const area = make("textarea", {class: "unseen"});
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
-  }
 }
 
 // ---- the answer
 
 function drawAnswer() {
-  place("overline").textContent = data.overline;
-  place("headline").textContent = data.headline;
-  place("answer").append(...data.answer.map((line, index) => make("p", {class: index ? "aside" : "lead"}, line)));
-  const troubled = runs.flatMap((run, index) => run.problems.map(problem => make("li", {}, make("b", {}, run.name), `: ${problem}`)));
-  if (troubled.length) {
-    place("answer").append(make("details", {class: "notice", open: troubled.length < 4},
-      make("summary", {}, `Not everything could be read (${troubled.length})`), make("ul", {}, troubled)));
+  byId("overline").textContent = data.overline;
+  byId("headline").textContent = data.headline;
+  byId("answer").append(...data.answer.map((line, index) => make("p", {class: index ? "aside" : "lead"}, line)));
+  const problems = runs.flatMap((run, index) => run.problems.map(problem => make("li", {}, make("b", {}, run.name), `: ${problem}`)));
+  if (problems.length) {
+    byId("answer").append(make("details", {class: "notice", open: problems.length < 4},
+      make("summary", {}, `Not everything could be read (${problems.length})`), make("ul", {}, problems)));
   }
-  place("footer").textContent = data.footer;
+  byId("footer").textContent = data.footer;
 }
 
 // ---- tables
@@ -102,12 +90,12 @@ const heading = column => [column.section && column.section !== column.title ? m
 
 function drawResults() {
   const columns = data.columns;
-  place("results-title").textContent = runs.length > 1 ? "Results and the settings that differ" : "Results";
-  const table = runs.length === 1 ? cards(columns) : scrolled(runs.length > FEW ? asRows(columns) : asColumns(columns));
+  byId("results-title").textContent = runs.length > 1 ? "Results and the settings that differ" : "Results";
+  const table = runs.length === 1 ? cards(columns) : scrolled(runs.length > MAX_COLUMNS ? asRows(columns) : asColumns(columns));
   const legend = runs.length > 1 && columns.some(column => column.group === "Settings")
     ? make("p", {class: "hint"}, make("b", {class: "key best"}, "bold"), ": best of all runs. ",
       make("span", {class: "key other"}, "tinted"), ": other than in ", make("span", {class: "name"}, runs[0].label), ".") : null;
-  place("results").append(table, ...(legend ? [legend] : []));
+  byId("results").append(table, ...(legend ? [legend] : []));
 }
 const scrolled = table => make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Table, scrolls sideways"}, table);
 const cards = columns => make("dl", {class: "cards"}, columns.map(column => {
@@ -117,7 +105,7 @@ const cards = columns => make("dl", {class: "cards"}, columns.map(column => {
 }));
 
 function asColumns(columns) {
-  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, namedRun(index))));
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runTitle(index))));
   const rows = columns.flatMap((column, number) => {
     const starts = number > 0 && columns[number - 1].group !== column.group;
     return make("tr", {class: starts ? "starts" : null},
@@ -127,14 +115,14 @@ function asColumns(columns) {
 }
 
 function asRows(columns) {
-  const rows = runs.map((_, index) => make("tr", {class: index === data.best ? "winner" : null},
-    make("th", {scope: "row"}, namedRun(index)), columns.map(column => cell(column, index))));
+  const rows = runs.map((_, index) => make("tr", {},
+    make("th", {scope: "row"}, runTitle(index)), columns.map(column => cell(column, index))));
   const name = {title: "Run", texts: runs.map(run => run.label), values: runs.map(() => null)};
   return sortable("lying", rows, [name, ...columns]);
 }
 
-// A table of `rows`, in their order at first, that is sorted by a click on a heading: a column has
-// `texts` and `values` (null: sort by text) of each row; one without a title is not sorted by.
+// A table that a click on a heading sorts. A column has `texts` and `values` (null: sort by text), one
+// per row; a column without a title cannot be sorted by.
 function sortable(name, rows, columns) {
   const body = make("tbody", {}, rows);
   const heads = columns.map(column => {
@@ -157,19 +145,20 @@ const order = (column, up) => ({index: a}, {index: b}) => {
   return (up ? 1 : -1) * (less !== null && more !== null ? less - more : one.localeCompare(two));
 };
 
-// ---- the paired comparison: a dot and its interval, one line per run
+// ---- the paired comparison: a dot and its interval per run
 
 function drawPairs() {
   const pairs = data.pairs;
   if (!pairs.length) return;
   const known = pairs.filter(pair => pair.low !== null);
   const ends = known.map(pair => Math.max(Math.abs(pair.low), Math.abs(pair.high))).sort((a, b) => a - b);
-  const reach = known.length > 2 ? 4 * ends[Math.floor((ends.length - 1) / 2)] : Infinity; // one far away must not hide the rest
+  // One run that is far worse must not squeeze all other intervals to points: it is clipped.
+  const reach = known.length > 2 ? 4 * ends[Math.floor((ends.length - 1) / 2)] : Infinity;
   const low = Math.max(-reach, Math.min(0, ...known.map(pair => pair.low)));
   const high = Math.min(reach, Math.max(0, ...known.map(pair => pair.high)));
   const margin = (high - low) * 0.06 || 1;
   const x = value => 100 * (value - low + margin) / (high - low + 2 * margin);
-  const rows = pairs.map(pair => make("tr", {}, make("th", {scope: "row"}, namedRun(pair.run)),
+  const rows = pairs.map(pair => make("tr", {}, make("th", {scope: "row"}, runTitle(pair.run)),
     pair.low === null
       ? make("td", {colspan: 3, class: "reason"}, pair.verdict)
       : [make("td", {class: "number"}, pair.text, make("small", {}, `95 %: ${pair.interval}`)),
@@ -178,7 +167,7 @@ function drawPairs() {
   const verdicts = {title: "Verdict", texts: pairs.map(pair => (pair.low === null ? "" : pair.verdict)), values: pairs.map(() => null)};
   const names = {title: "Run", texts: pairs.map(pair => runs[pair.run].label), values: pairs.map(() => null)};
   const table = sortable("pairs", rows, [names, differences, verdicts, {}]);
-  show("paired", make("p", {class: "explained"}, data.pairs_note), scrolled(table), rows.length > PAIRS + 2 ? allButton(table, rows.length) : null);
+  reveal("paired", make("p", {class: "explained"}, data.pairs_note), scrolled(table), rows.length > MAX_PAIRS + 2 ? allButton(table, rows.length) : null);
 }
 function allButton(table, count) {
   table.classList.add("first");
@@ -189,7 +178,7 @@ function allButton(table, count) {
 function forest(pair, x) {
   const at = value => `${Math.min(100, Math.max(0, x(value)))}%`;
   const middle = x(pair.difference), beyond = middle > 100 ? true : middle < 0 ? false : null;
-  return make("svg", {style: tint(pair.run), role: "img", "aria-label": `${pair.text}, ${pair.interval}`},
+  return make("svg", {style: runColour(pair.run), role: "img", "aria-label": `${pair.text}, ${pair.interval}`},
     make("line", {class: "zero", x1: at(0), x2: at(0), y1: "0", y2: "100%"}),
     make("line", {class: "interval", x1: at(pair.low), x2: at(pair.high), y1: "50%", y2: "50%"}),
     beyond === null ? make("circle", {cx: at(pair.difference), cy: "50%", r: 4.5})
@@ -201,7 +190,7 @@ function forest(pair, x) {
 const panels = data.panels.map((panel, number) => ({...panel, number, plot: null}));
 
 function drawLegend() {
-  place("legend").append(...runs.map((run, index) => {
+  byId("legend").append(...runs.map((run, index) => {
     const button = make("button", {type: "button", "aria-pressed": "true", title: run.path}, runName(index));
     button.addEventListener("click", () => {
       if (!view.hidden.delete(index)) view.hidden.add(index);
@@ -215,7 +204,7 @@ function drawLegend() {
     });
     return button;
   }));
-  place("legend").hidden = runs.length === 1;
+  byId("legend").hidden = runs.length === 1;
 }
 
 function buildPanels() {
@@ -225,19 +214,21 @@ function buildPanels() {
     watch(panel);
     const unit = panel.unit ? make("span", {class: "unit"}, panel.unit) : null;
     const key = panel.loss ? make("span", {class: "key"}, make("i", {class: "thin"}), "training", make("i", {class: "bold"}), "held-out") : null;
-    place("panels").append(make("figure", {class: panel.loss ? "panel main" : "panel"},
+    byId("panels").append(make("figure", {class: panel.loss ? "panel main" : "panel"},
       make("figcaption", {}, make("h3", {}, panel.title), unit, key, panel.note), panel.plot));
   }
 }
 
-function timeUnit() {
+// Returns what the values of the x axis are divided by, and the title of the axis.
+function xUnit() {
   if (view.x !== "time") return [1, data.axes[view.x]];
   const longest = runs.reduce((most, run) => run.axes.time.reduce((a, b) => Math.max(a, b || 0), most), 0);
   if (longest > 3 * 3600) return [3600, "Time (h)"];
   return longest > 300 ? [60, "Time (min)"] : [1, "Time (s)"];
 }
 
-// Exponential, corrected for its start; a gap stays a gap.
+// The exponential moving average, divided by the weight it has seen so far: without that, the first
+// values would be pulled towards zero. A gap stays a gap.
 function smoothed(values, weight) {
   let mean = 0, mass = 0;
   return values.map(value => {
@@ -249,16 +240,16 @@ function smoothed(values, weight) {
 }
 
 function tracesOf(panel) {
-  const [unit] = timeUnit();
+  const [unit] = xUnit();
   return runs.flatMap((run, index) => panel.metrics.flatMap(metric => {
     const curve = run.curves[metric.key];
     if (!curve) return [];
     const x = curve.at.map(row => (run.axes[view.x][row] === null ? null : run.axes[view.x][row] / unit));
     const y = curve.y.map(value => (value === null ? null : value * panel.scale));
-    const base = {x, y, name: literal(run.label), meta: index, legendgroup: metric.key, type: "scatter", mode: "lines", visible: !view.hidden.has(index),
+    const base = {x, y, name: escaped(run.label), meta: index, legendgroup: metric.key, type: "scatter", mode: "lines", visible: !view.hidden.has(index),
       line: {color: colour(index), dash: dash(index), width: metric.bold ? 2.6 : 1.4}, opacity: metric.bold ? 1 : 0.8};
     if (metric.bold) {
-      return [{...base, mode: y.length <= MARKED ? "lines+markers" : "lines", marker: {size: 7, symbol: symbol(index), color: colour(index)}}];
+      return [{...base, mode: y.length <= MAX_MARKERS ? "lines+markers" : "lines", marker: {size: 7, symbol: symbol(index), color: colour(index)}}];
     }
     if (!metric.smooth || view.smooth === 0) return [base];
     return [{...base, opacity: 0.22, hoverinfo: "skip", line: {...base.line, width: 1}},
@@ -266,7 +257,8 @@ function tracesOf(panel) {
   }));
 }
 
-// The losses after the first twentieth of the run; null where the start does not tower over them.
+// The range of the losses after the first twentieth of the run; null if the start is not much higher.
+// figure.py crops pictures by the same rule.
 function frame(traces) {
   const seen = traces.filter(trace => trace.visible && trace.hoverinfo !== "skip");
   const late = [], all = [];
@@ -288,7 +280,7 @@ function frame(traces) {
 
 function layoutOf(panel, traces, style) {
   const axis = {gridcolor: style.grid, linecolor: style.line, zeroline: false, automargin: true, exponentformat: "B",
-    tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: coarse()};
+    tickfont: {size: 12, color: style.soft}, ticks: "", showline: false, fixedrange: isTouch()};
   const framed = panel.loss && view.crop ? frame(traces) : null;
   const logarithmic = view.logY && !panel.zero;
   const range = framed && (logarithmic ? framed.range.map(Math.log10) : framed.range);
@@ -296,15 +288,16 @@ function layoutOf(panel, traces, style) {
   return {
     autosize: true, margin: {l: 46, r: 10, t: 6, b: 42}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: style.font, size: 12, color: style.ink}, showlegend: false, hovermode: false,
-    dragmode: coarse() ? false : "zoom",
+    dragmode: isTouch() ? false : "zoom",
     uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop, view.zooms]),
-    xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: timeUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
+    xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: xUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
       showline: true, nticks: 8},
     yaxis: {...axis, type: logarithmic ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
       ...(panel.zero ? {rangemode: "tozero"} : {})},
   };
 }
 
+// Plotly does not resolve CSS variables or light-dark(): it gets the colours that the browser computes.
 function styleNow() {
   const computed = getComputedStyle(document.body);
   const read = name => {
@@ -333,13 +326,14 @@ function redraw() {
   }
 }
 
-// As at first and as the boxes say, also the frame of the losses: Plotly's own double click undoes it.
+// Undoes all zooms. Plotly's own double click would also undo the crop of the losses, so it is off;
+// a changed `uirevision` makes Plotly forget the zoom.
 function showWhole() {
   view.zooms += 1;
   redraw();
 }
 
-// A zoom along x is that of all panels.
+// Zooms all panels along x when one is zoomed. `following` stops the others from answering.
 let following = false;
 async function follow(panel, change) {
   if (following || !("xaxis.range[0]" in change)) return;
@@ -349,11 +343,13 @@ async function follow(panel, change) {
   following = false;
 }
 
-// ---- the values under the pointer or a tap, a line per run in the order of the curves on the screen;
-// Plotly's own box has a line per curve and grows beyond the screen
+// ---- the values under the pointer or a tap
+//
+// A table with a row per run, in the order of the curves on the screen. Plotly's own box is not used:
+// it has a line per curve and, with 30 runs, grows beyond the screen.
 
-const REACH = 40; // pixels to the nearest point of a curve
-const LINES = 12;
+const REACH = 40; // pixels from the pointer to the nearest point of a curve
+const MAX_ROWS = 12;
 const readout = make("div", {class: "readout", "aria-hidden": "true", hidden: true}), cursor = make("div", {class: "cursor"});
 document.body.append(readout);
 
@@ -375,13 +371,13 @@ function read(panel, event) {
   if (!found.length || at < 0 || at > xaxis._length || height < 0 || height > yaxis._length) return hideReadout();
   found.sort((a, b) => a.y - b.y);
   const nearest = found.reduce((best, row) => (Math.abs(row.y - height) < Math.abs(best.y - height) ? row : best));
-  const most = Math.min(LINES, Math.floor(innerHeight / 34));
+  const most = Math.min(MAX_ROWS, Math.floor(innerHeight / 34));
   const from = Math.max(0, Math.min(found.indexOf(nearest) - Math.floor(most / 2), found.length - most));
   const shown = found.slice(from, from + most), under = found.length - from - shown.length;
   const metrics = panel.metrics.filter(metric => found.some(row => row.values[metric.key] !== undefined)).reverse();
   const more = (count, where) => (count ? make("p", {}, `${count} more ${where}`) : null);
   const x = nearest.x.toLocaleString("en", {maximumSignificantDigits: 6});
-  readout.replaceChildren(...[make("b", {}, `${timeUnit()[1]} ${x}`), more(from, "above"),
+  readout.replaceChildren(...[make("b", {}, `${xUnit()[1]} ${x}`), more(from, "above"),
     make("table", {}, metrics.length > 1 ? make("tr", {}, make("td"), metrics.map(metric => make("th", {}, metric.bold ? "held-out" : "training"))) : null,
       shown.map(row => make("tr", {class: row === nearest && found.length > 1 ? "nearest" : null}, make("th", {}, runName(row.run)),
         metrics.map(metric => make("td", {}, row.values[metric.key] === undefined ? "" : String(Number(row.values[metric.key].toPrecision(5)))))))),
@@ -395,7 +391,7 @@ function read(panel, event) {
   readout.style.top = `${Math.max(8, Math.min(event.clientY - tall / 2, innerHeight - tall - 8))}px`;
 }
 
-// Of each run that is drawn: its values nearest to a place along x, and how low it lies there.
+// Returns, for each visible run, its values nearest to `at` (pixels along x) and its height in pixels.
 function valuesAt(panel, at, xaxis, yaxis) {
   const found = new Map();
   for (const trace of panel.plot.data) {
@@ -408,7 +404,8 @@ function valuesAt(panel, at, xaxis, yaxis) {
     if (place < 0) continue;
     const row = found.get(trace.meta) || {run: trace.meta, values: {}};
     row.values[trace.legendgroup] = trace.y[place];
-    [row.x, row.y] = [trace.x[place], yaxis.d2p(trace.y[place])]; // of held-out losses, which come last
+    // Traces of held-out losses come last, so a row stands at the height of these.
+    [row.x, row.y] = [trace.x[place], yaxis.d2p(trace.y[place])];
     found.set(trace.meta, row);
   }
   return [...found.values()];
@@ -438,20 +435,20 @@ function startControls() {
 // ---- samples, contexts, commands
 
 function drawSamples() {
-  const talking = runs.map((run, index) => ({run, index})).filter(({run}) => run.samples.length);
-  const steps = [...new Set(talking.flatMap(({run}) => run.samples.map(([step]) => step)))].sort((a, b) => a - b);
+  const sampled = runs.map((run, index) => ({run, index})).filter(({run}) => run.samples.length);
+  const steps = [...new Set(sampled.flatMap(({run}) => run.samples.map(([step]) => step)))].sort((a, b) => a - b);
   if (!steps.length) return;
   const slider = make("input", {type: "range", id: "sample-step", min: 0, max: steps.length - 1, step: 1});
   slider.value = steps.length - 1;
-  const told = make("output", {for: "sample-step"});
-  const columns = talking.map(({run, index}) => {
+  const shownStep = make("output", {for: "sample-step"});
+  const columns = sampled.map(({run, index}) => {
     const at = make("small"), text = make("pre", {tabindex: 0});
-    return {run, at, text, box: make("article", {class: "sample"}, make("h3", {}, make("span", {}, namedRun(index)), at), text)};
+    return {run, at, text, box: make("article", {class: "sample"}, make("h3", {}, make("span", {}, runTitle(index)), at), text)};
   });
   const fill = () => {
     const step = steps[slider.value];
-    told.textContent = `step ${step.toLocaleString("en")}`;
-    slider.setAttribute("aria-valuetext", told.textContent);
+    shownStep.textContent = `step ${step.toLocaleString("en")}`;
+    slider.setAttribute("aria-valuetext", shownStep.textContent);
     for (const {run, at, text} of columns) {
       const sample = run.samples.filter(([when]) => when <= step).pop();
       at.textContent = sample ? `step ${sample[0].toLocaleString("en")}` : "";
@@ -460,8 +457,8 @@ function drawSamples() {
   };
   slider.addEventListener("input", fill);
   fill();
-  const chooser = steps.length > 1 ? [make("label", {class: "slider"}, "Evaluation at ", slider, told)] : [];
-  show("samples", ...chooser, columns.length > FEW
+  const chooser = steps.length > 1 ? [make("label", {class: "slider"}, "Evaluation at ", slider, shownStep)] : [];
+  reveal("samples", ...chooser, columns.length > MAX_COLUMNS
     ? make("div", {class: "samples side", tabindex: 0, role: "region", "aria-label": "Samples, scroll sideways"}, columns.map(column => column.box))
     : make("div", {class: "samples"}, columns.map(column => column.box)));
 }
@@ -470,20 +467,20 @@ function drawContexts() {
   if (!data.contexts.length) return;
   const rows = data.contexts.map(([key, values]) => make("tr", {}, make("th", {scope: "row"}, key),
     values.map(value => make("td", {class: value === "" ? "none" : null}, value || "\u2013"))));
-  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, namedRun(index))));
-  show("contexts", scrolled(make("table", {class: "upright wordy"}, make("thead", {}, head), make("tbody", {}, rows))));
+  const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runTitle(index))));
+  reveal("contexts", scrolled(make("table", {class: "upright wordy"}, make("thead", {}, head), make("tbody", {}, rows))));
 }
 
 const folded = (title, pairs) => (pairs.length ? make("details", {}, make("summary", {}, title),
   make("dl", {class: "settings"}, pairs.map(([key, value]) => [make("dt", {}, key), make("dd", {}, value || "\u2013")]))) : null);
 
 function drawRuns() {
-  place("runs").append(...runs.map((run, index) => {
-    const title = [make("span", {}, namedRun(index)), make("span", {class: `state ${run.state}`}, run.status)];
+  byId("runs").append(...runs.map((run, index) => {
+    const title = [make("span", {}, runTitle(index)), make("span", {class: `state ${run.state}`}, run.status)];
     const body = [make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
       make("p", {class: "path"}, run.path),
       folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment)];
-    return runs.length > FEW ? make("details", {class: "again"}, make("summary", {}, title), body)
+    return runs.length > MAX_COLUMNS ? make("details", {class: "again"}, make("summary", {}, title), body)
       : make("article", {class: "again"}, make("h3", {}, title), body);
   }));
 }
@@ -492,19 +489,19 @@ function drawRuns() {
 
 function paint() {
   runs.forEach((_, index) => document.documentElement.style.setProperty(`--run-${index}`, colour(index)));
-  place("theme").textContent = isDark() ? "Light" : "Dark";
-  place("theme").setAttribute("aria-label", isDark() ? "Show in light colours" : "Show in dark colours");
+  byId("theme").textContent = isDark() ? "Light" : "Dark";
+  byId("theme").setAttribute("aria-label", isDark() ? "Show in light colours" : "Show in dark colours");
   redraw();
 }
-place("theme").addEventListener("click", () => {
+byId("theme").addEventListener("click", () => {
   document.documentElement.dataset.theme = isDark() ? "light" : "dark";
   paint();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
-if (coarse()) place("zooming").textContent = "Tap a panel for its values.";
-place("zooming").textContent += runs.length > 1 ? " Double-click a run above to see it alone." : "";
-place("curves").hidden = panels.length === 0;
+if (isTouch()) byId("zooming").textContent = "Tap a panel for its values.";
+byId("zooming").textContent += runs.length > 1 ? " Double-click a run above to see it alone." : "";
+byId("curves").hidden = panels.length === 0;
 drawAnswer();
 drawResults();
 drawPairs();

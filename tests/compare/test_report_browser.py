@@ -485,6 +485,7 @@ def test_a_phone_shows_verdicts_and_the_values_under_a_tap(
     ranges = "() => document.querySelector('.main .plot')._fullLayout.yaxis.range"
     with opened(browser, thirty, **PHONE) as watched:
         page = watched.page
+        assert page.inner_text("#zooming").startswith("Tap a panel for its values.")
         assert page.evaluate(HEIGHT) < 9000
         x, y = over(page, 150)
         before = page.evaluate(ranges)

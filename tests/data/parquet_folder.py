@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 
 import data
 from config import DatasetConfig, TokenizerConfig
-from data.loading.order import Integers
-from data.sources.dataset import Reader, segments_of_split
+from data.loading.order import Integers, Tokens
+from data.sources.dataset import segments_of_split
 from data.sources.parquet_dataset import ParquetDataset
 
 
@@ -34,38 +35,35 @@ def marked(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
     return texts
 
 
-def opened(folder: Path, **options: Any) -> data.Dataset:
-    """The dataset of a folder; without a test split unless asked for."""
-    options = {"test_fraction": 0.0, **options}
-    config = DatasetConfig(parquet_dir=str(folder), **options)
-    return data.open_dataset(config, TokenizerConfig())
-
-
-def folder_of(dataset: data.Dataset) -> ParquetDataset:
-    """The source of a dataset of parquet files."""
+def opened(folder: Path, name: str = "auto", **options: Any) -> ParquetDataset:
+    """The dataset of a folder with a tokenizer; without a test split unless asked for."""
+    config = DatasetConfig(parquet_dir=str(folder), **{"test_fraction": 0.0, **options})
+    dataset = data.open_dataset(config, TokenizerConfig(name=name))
     assert isinstance(dataset, ParquetDataset)
     return dataset
 
 
-def reader(dataset: data.Dataset) -> Reader:
-    """Reads the units of a dataset."""
-    return folder_of(dataset).segments(0).open_reader()
-
-
 def segment_count(dataset: data.Dataset) -> int:
-    """How many units the text of a folder is."""
-    return len(folder_of(dataset).segments(0).table)
+    return len(dataset.segments(1).sizes)
 
 
 def split(dataset: data.Dataset, name: str) -> Integers:
-    """The units of "train" or "test"."""
-    return segments_of_split(folder_of(dataset).segments(0), name)
+    """The segments of "train" or "test"."""
+    return segments_of_split(dataset.segments(1), name)
 
 
-def encoded(folder: Path, name: str, **options: Any) -> data.Dataset:
-    """The dataset of a folder with another tokenizer than bytes."""
-    config = DatasetConfig(parquet_dir=str(folder), **{"test_fraction": 0.0, **options})
-    return data.open_dataset(config, TokenizerConfig(name=name))
+def segment_tokens(dataset: data.Dataset, shuffle: bool = False, epoch: int = 0) -> list[Tokens]:
+    """The tokens of every segment."""
+    reader = dataset.segments(1).open_reader()
+    tokens = [reader.tokens(i, 1, epoch, shuffle) for i in range(segment_count(dataset))]
+    reader.close()
+    return tokens
+
+
+def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
+    """All documents, segment by segment."""
+    joined = np.concatenate(segment_tokens(dataset, shuffle))
+    return joined.tobytes().decode().split("\0")[:-1]
 
 
 def small_bpe(folder: Path, texts: list[str]) -> str:

@@ -128,7 +128,7 @@ plain = st.recursive(
 
 
 @given(plain)
-def testload_plain_pickle_are_read(value: object) -> None:
+def test_plain_values_are_read(value: object) -> None:
     assert load_plain_pickle(pickle.dumps(value)) == value
 
 

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +17,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data
 import prepare
-from config import DataError, DatasetConfig, TokenizerConfig
+from config import DataError
 from data.sources import cache as cache_module
-from data.sources import counting
-from data.sources import parquet_dataset as folder_module
-from data.sources import parquet_index as index_module
-from data.sources import parquet_reader as parquet
-from data.sources import parquet_segments as segments_module
+from data.sources import counting, parquet_dataset, parquet_index, parquet_reader, parquet_segments
+from data.sources.parquet_index import Footer, Index
 from tests.data.parquet_folder import (
-    encoded,
-    folder_of,
     marked,
     opened,
-    reader,
     segment_count,
+    segment_tokens,
     small_bpe,
     split,
+    texts_of,
     write,
 )
 
 
-def texts_of(dataset: data.Dataset, shuffle: bool = False) -> list[str]:
-    """All documents, unit by unit."""
-    source = reader(dataset)
-    tokens = [source.tokens(unit, 1, 0, shuffle) for unit in range(segment_count(dataset))]
-    source.close()
-    return np.concatenate(tokens).tobytes().decode().split("\0")[:-1]
-
-
-@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
-)
-def test_all_string_types_and_codecs(tmp_path: Path, compression: str, kind: pa.DataType) -> None:
+def test_all_string_types_and_codecs(tmp_path: Path) -> None:
     texts = ["one", "two", "zw\u00f6lf", "two"] * 5
-    write(tmp_path / "a.parquet", list(texts), kind=kind, compression=compression)
-    assert texts_of(opened(tmp_path)) == texts
-
-
-def test_string_view_columns_are_read(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", ["a", "bc"], kind=pa.string_view())
-    assert texts_of(opened(tmp_path)) == ["a", "bc"]
+    dictionary = pa.dictionary(pa.int32(), pa.string())
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), dictionary):
+        for codec in ("snappy", "zstd", "none"):
+            write(tmp_path / "a.parquet", list(texts), kind=kind, compression=codec)
+            assert texts_of(opened(tmp_path)) == texts, (kind, codec)
 
 
 def test_folders_are_searched_in_bytewise_order_and_hidden_names_passed_over(
@@ -79,58 +59,76 @@ def test_nulls_empty_documents_empty_files_and_nul_bytes(
     write(tmp_path / "b.parquet", [])
     dataset = opened(tmp_path)
     assert texts_of(dataset) == ["x", "y z", "w", " "]
-    source = reader(dataset)
-    for unit in range(segment_count(dataset)):
-        source.tokens(unit, 1, 0, True)
+    reader = dataset.segments(1).open_reader()
+    for segment in range(segment_count(dataset)):
+        reader.tokens(segment, 1, 0, True)
     expected = {"null documents": 1, "empty documents": 1, "NUL bytes replaced": 2}
-    assert source.skipped_counts == expected
+    assert reader.skipped_counts == expected
     assert "1 of 6 rows are null" in caplog.text
     assert (dataset.stats.files, dataset.stats.rows) == (2, 6)
 
 
-def test_shuffling_permutes_the_documents(tmp_path: Path) -> None:
-    texts = marked(tmp_path)
-    shuffled = texts_of(opened(tmp_path), shuffle=True)
-    assert sorted(shuffled) == sorted(texts)
+def made_up_index(rows: list[int], sizes: list[int]) -> Index:
+    """One file with these row groups."""
+    groups = np.array([(r, s, s, 0) for r, s in zip(rows, sizes, strict=True)], dtype=np.int64)
+    one = np.ones(1, dtype=np.int64)
+    return Index("root", "text", ("a",), one, one, one * len(rows), groups, one == 0)
 
 
-def test_units_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_cut_as_the_example_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_segments, "MIN_SEGMENTS", 4)
+    index = made_up_index([100, 100, 2, 0], [3 << 20, 10 << 20, 20 << 20, 0])
+    table = parquet_segments.cut_segments(index, 4 << 20)
+    assert table.group.tolist() == [0, 1, 1, 1, 2, 2]
+    assert table.rows.tolist() == [100, 34, 34, 32, 1, 1]
+    assert table.first.tolist() == [0, 0, 34, 68, 0, 1]
+    keys = table.shuffle_key
+    assert (keys[1:] == keys[:-1]).tolist() == [False, True, False, False, False]
+    assert len(set(table.key.tolist())) == 6
+
+
+def test_segments_cover_every_row_once_and_are_permuted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = marked(tmp_path, files=2, rows=30)
     dataset = opened(tmp_path)
     assert segment_count(dataset) == 60  # small data is cut finely
-    monkeypatch.setattr(segments_module, "MIN_SEGMENTS", 2)
-    monkeypatch.setattr(segments_module, "SEGMENT_ROWS", 4)
-    dataset = opened(tmp_path)
-    assert folder_of(dataset).segments(0).table.rows.tolist() == [4, 4, 2] * 6
     assert texts_of(dataset) == texts
+    monkeypatch.setattr(parquet_segments, "MIN_SEGMENTS", 2)
+    monkeypatch.setattr(parquet_segments, "SEGMENT_ROWS", 4)
+    dataset = opened(tmp_path)
+    assert dataset.segments(1).table.rows.tolist() == [4, 4, 2] * 6
+    assert texts_of(dataset) == texts
+    shuffled = texts_of(dataset, shuffle=True)
+    assert shuffled != texts
+    assert sorted(shuffled) == sorted(texts)
 
 
 @pytest.mark.parametrize("whole", [0, 1 << 20])
-def test_large_row_groups_are_read_in_slices(
+def test_large_row_groups_are_read_in_parts_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
 ) -> None:
-    monkeypatch.setattr(parquet, "WHOLE_GROUP_BYTES", whole)
+    monkeypatch.setattr(parquet_reader, "WHOLE_GROUP_BYTES", whole)
     texts = [f"{i} " * (i % 9 + 1) for i in range(500)]
     write(tmp_path / "a.parquet", list(texts), row_group_size=250)
     dataset = opened(tmp_path)
     assert segment_count(dataset) > 100
+    expected = segment_tokens(dataset)
     assert texts_of(dataset) == texts
-    source = reader(dataset)
-    backwards = [source.tokens(u, 1, 0, False) for u in reversed(range(segment_count(dataset)))]
-    joined = np.concatenate(backwards[::-1]).tobytes().decode()
-    assert joined == "".join(text + "\0" for text in texts)
+    reader, every = dataset.segments(1).open_reader(), range(segment_count(dataset))
+    for order in (reversed(every), random.Random(0).sample(every, len(every))):
+        for segment in order:
+            assert np.array_equal(reader.tokens(segment, 1, 0, False), expected[segment])
 
 
-def test_a_unit_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -> None:
-    long = "x" * (3 * segments_module.SEGMENT_BYTES)
+def test_a_segment_is_larger_than_planned_only_by_a_long_document(tmp_path: Path) -> None:
+    long = "x" * (3 * parquet_segments.SEGMENT_BYTES)
     texts = ["short"] * 500 + [long] + ["short"] * 499
     write(tmp_path / "a.parquet", list(texts), row_group_size=1000, use_dictionary=False)
-    dataset = opened(tmp_path)
-    source = reader(dataset)
-    sizes = [len(source.tokens(unit, 1, 0, False)) for unit in range(segment_count(dataset))]
+    sizes = sorted(len(tokens) for tokens in segment_tokens(opened(tmp_path)))
     assert sum(sizes) == sum(len(text) + 1 for text in texts)
-    assert len(long) < max(sizes) < len(long) + 1000
-    assert sorted(sizes)[-2] < 1000
+    assert len(long) < sizes[-1] < len(long) + 1000
+    assert sizes[-2] < 1000
 
 
 def test_large_row_groups_are_warned_of_once_with_the_remedy(
@@ -141,7 +139,7 @@ def test_large_row_groups_are_warned_of_once_with_the_remedy(
     write(tmp_path / "one.parquet", ["z" * 200_000])  # cannot be smaller
     opened(tmp_path)
     assert not caplog.records
-    monkeypatch.setattr(folder_module, "LARGE_GROUP_BYTES", 1 << 15)
+    monkeypatch.setattr(parquet_dataset, "LARGE_GROUP_BYTES", 1 << 15)
     opened(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("2 of 4 row groups hold more than 0 MB, the largest 0 MB")
@@ -153,24 +151,24 @@ def test_open_files_stay_within_the_limit(tmp_path: Path) -> None:
     marked(tmp_path, files=12, rows=5)
     dataset = opened(tmp_path, max_cached_files=3)
     before = len(os.listdir("/proc/self/fd"))
-    source = reader(dataset)
-    for unit in random.Random(0).sample(range(segment_count(dataset)), 40):
-        source.tokens(unit, 1, 0, True)
+    reader = dataset.segments(1).open_reader()
+    for segment in random.Random(0).sample(range(segment_count(dataset)), 40):
+        reader.tokens(segment, 1, 0, True)
         assert len(os.listdir("/proc/self/fd")) <= before + 3
-    source.close()
+    reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_memory_returns_to_what_the_units_hold(tmp_path: Path) -> None:
+def test_memory_returns_to_what_the_segments_hold(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ["x" * 50_000] * 100, row_group_size=20, use_dictionary=False)
     dataset = opened(tmp_path)
-    source = reader(dataset)
+    reader = dataset.segments(1).open_reader()
     before = pa.total_allocated_bytes()
     for _ in range(3):
-        for unit in range(segment_count(dataset)):
-            tokens = source.tokens(unit, 1, 0, True)
+        for segment in range(segment_count(dataset)):
+            tokens = reader.tokens(segment, 1, 0, True)
         held = pa.total_allocated_bytes() - before
-        assert held <= parquet.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
+        assert held <= parquet_reader.KEPT_BYTES + 2 * len(tokens) + (1 << 20)
 
 
 # Errors: what, where, found value, remedy.
@@ -179,35 +177,30 @@ PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
-def content(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+BROKEN: list[tuple[bytes | slice, str]] = [
+    (b"", r"b\.parquet: empty \(interrupted download\?\)"),
+    (PAGE, r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
+    (b'{"error": 404}', r"starts with '\{\"error\": 404\}'"),
+    (POINTER, r"b\.parquet is a Git LFS pointer.*git lfs pull"),
+    (slice(0, -9), r"b\.parquet: no footer; 0\.0 MB present"),
+    (b"some text", r"b\.parquet: not a parquet file"),
+    (b"PAR1" + b"\xff" * 99 + b"PAR1", r"its footer is damaged"),
+]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda p: content(p, b""), r"b\.parquet: empty \(interrupted download\?\)"),
-        (lambda p: content(p, PAGE), r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
-        (lambda p: content(p, b'{"error": 404}'), r"starts with '\{\"error\": 404\}'"),
-        (lambda p: content(p, POINTER), r"b\.parquet is a Git LFS pointer.*git lfs pull"),
-        (lambda p: content(p, p.read_bytes()[:-9]), r"b\.parquet: no footer; 0\.0 MB present"),
-        (lambda p: content(p, b"some text"), r"b\.parquet: not a parquet file"),
-        (lambda p: content(p, b"PAR1" + b"\xff" * 99 + b"PAR1"), r"its footer is damaged"),
-    ],
-)
 def test_a_file_that_is_not_parquet_is_named_or_skipped(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[Path], None],
-    message: str,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path / "a.parquet", ["good"])
-    spoil(write(tmp_path / "b.parquet", ["bad"]))
-    with pytest.raises(DataError, match=message):
-        opened(tmp_path)
-    dataset = opened(tmp_path, on_bad_shard="skip")
-    assert texts_of(dataset) == ["good"]
-    assert re.search(message, caplog.text)
+    good = write(tmp_path / "b.parquet", ["bad"]).read_bytes()
+    for content, message in BROKEN:
+        broken = good[content] if isinstance(content, slice) else content
+        (tmp_path / "b.parquet").write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            opened(tmp_path)
+        caplog.clear()
+        assert texts_of(opened(tmp_path, on_bad_shard="skip")) == ["good"]
+        assert re.search(message, caplog.text)
 
 
 def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
@@ -268,23 +261,25 @@ def test_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
     assert len(texts_of(opened(tmp_path, on_bad_shard="skip"))) == 19
 
 
-@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
-def test_every_flipped_bit_in_a_page_is_found(tmp_path: Path, compression: str) -> None:
+@pytest.mark.slow
+def test_every_flipped_bit_in_a_page_is_found(tmp_path: Path) -> None:
     texts = [f"document {i} " * 9 for i in range(40)]
-    path = write(tmp_path / "a.parquet", list(texts), row_group_size=40, compression=compression)
-    clean = path.read_bytes()
-    chunk = pq.read_metadata(path).row_group(0).column(0)
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
     draw = random.Random(1)
-    for _ in range(60):
-        place = draw.randrange(start, start + chunk.total_compressed_size)
-        flipped = bytearray(clean)
-        flipped[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(flipped)
-        try:
-            assert texts_of(opened(tmp_path)) == texts  # a header bit that says nothing
-        except DataError as error:
-            assert "a.parquet row group 0: " in str(error)  # noqa: PT017
+    for compression in ("zstd", "snappy", "none"):
+        path = tmp_path / "a.parquet"
+        write(path, list(texts), row_group_size=40, compression=compression)
+        clean = path.read_bytes()
+        chunk = pq.read_metadata(path).row_group(0).column(0)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        for _ in range(60):
+            place = draw.randrange(start, start + chunk.total_compressed_size)
+            flipped = bytearray(clean)
+            flipped[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            try:
+                assert texts_of(opened(tmp_path)) == texts  # a header bit that says nothing
+            except DataError as error:
+                assert "a.parquet row group 0: " in str(error)  # noqa: PT017
 
 
 def test_a_damaged_page_is_skipped_aloud_and_once(
@@ -301,14 +296,11 @@ def test_a_damaged_page_is_skipped_aloud_and_once(
     raw = bytearray(path.read_bytes())
     raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(raw)
-    dataset = opened(tmp_path, on_bad_shard="skip")
-    source = reader(dataset)
+    reader = opened(tmp_path, on_bad_shard="skip").segments(1).open_reader()
     for epoch in range(2):
-        sizes = [len(source.tokens(unit, 1, epoch, True)) for unit in (0, 1)]
-        assert sizes == [0, 281]
-    lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(lines) == 1
-    assert "row group 0" in lines[0]
+        assert [len(reader.tokens(i, 1, epoch, True)) for i in (0, 1)] == [0, 281]
+    (line,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert "row group 0" in line
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
@@ -317,10 +309,10 @@ def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path, policy: s
     dataset = opened(tmp_path, on_bad_shard=policy)
     write(path, ["xyz" * 50])
     with pytest.raises(DataError, match=r"a\.parquet: changed during the run"):
-        reader(dataset).tokens(0, 1, 0, True)
+        segment_tokens(dataset)
     path.unlink()
     with pytest.raises(DataError, match=r"a\.parquet: there at the start of the run, now No such"):
-        reader(dataset).tokens(0, 1, 0, True)
+        segment_tokens(dataset)
 
 
 # The cache and the fingerprint.
@@ -333,13 +325,13 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     opened(tmp_path / "data")
     read: list[str] = []
-    real = index_module.read_footer
+    real = parquet_index.read_footer
 
-    def noted(path: str, column: str) -> index_module.Footer:
+    def noted(path: str, column: str) -> Footer:
         read.append(path)
         return real(path, column)
 
-    monkeypatch.setattr(index_module, "read_footer", noted)
+    monkeypatch.setattr(parquet_index, "read_footer", noted)
     opened(tmp_path / "data")
     assert read == []
     changed = write(tmp_path / "data" / "part_1.parquet", ["new"])
@@ -347,6 +339,7 @@ def test_the_index_is_cached_and_a_changed_file_read_again(
     assert read == [str(changed)]
 
 
+@pytest.mark.slow
 def test_whatever_the_cache_holds_it_is_made_again_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -435,12 +428,6 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_folder(tmp_path: Path)
     assert 0.05 < share < 0.15
 
 
-def test_the_default_config_opens(tmp_path: Path) -> None:
-    marked(tmp_path)
-    dataset = data.open_dataset(DatasetConfig(parquet_dir=str(tmp_path)), TokenizerConfig())
-    assert dataset.stats.test_tokens > 0
-
-
 # Tokens that are not bytes.
 
 
@@ -455,12 +442,10 @@ def sentences(count: int = 300) -> list[str]:
 def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> None:
     texts = sentences()
     write(tmp_path / "a.parquet", list(texts), row_group_size=50)
-    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
-    assert texts_of(opened(tmp_path), shuffle=True) != texts
-    source, end = reader(dataset), dataset.tokenizer.separator
+    dataset = opened(tmp_path, small_bpe(tmp_path, texts))
+    end = dataset.tokenizer.separator
     assert end is not None
-    units = [source.tokens(unit, 1, 0, True) for unit in range(segment_count(dataset))]
-    stream = np.concatenate(units)
+    stream = np.concatenate(segment_tokens(dataset, shuffle=True))
     assert stream.dtype == np.uint16
     documents = np.split(stream, np.flatnonzero(stream == end) + 1)[:-1]
     assert [dataset.tokenizer.decode(each) for each in documents] == texts_of(
@@ -468,6 +453,7 @@ def test_any_tokenizer_reads_the_documents_in_the_same_order(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_or_said_to_be_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,9 +466,9 @@ def test_tokens_are_counted_or_said_to_be_estimated(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {limit}"))
         for key in limits if limit == "READ_BYTES" else filter(None, [limit]):
             monkeypatch.setattr(counting, key, limits[key])
-        dataset = encoded(tmp_path, name, test_fraction=0.1)
-        source, stats = reader(dataset), dataset.stats
-        exact = sum(len(source.tokens(u, 0, 0, True)) for u in range(segment_count(dataset)))
+        dataset = opened(tmp_path, name, test_fraction=0.1)
+        stats = dataset.stats
+        exact = sum(map(len, segment_tokens(dataset)))
         line = dataset.lines()[0]
         if limit is None or (name, limit) == ("bytes", "ENCODE_BYTES"):
             assert (stats.tokens, stats.error) == (exact, 0)
@@ -491,8 +477,10 @@ def test_tokens_are_counted_or_said_to_be_estimated(
             assert 0 < stats.error < 0.2
             assert stats.tokens == pytest.approx(exact, rel=max(2 * stats.error, 0.02))
             assert f"tokens (estimated, to within {stats.error:.1%})" in line
-        monkeypatch.setattr(parquet.DocumentReader, "measure", None)  # may not be called again
-        assert encoded(tmp_path, name, test_fraction=0.1).stats == stats
+        monkeypatch.setattr(
+            parquet_reader.DocumentReader, "measure", None
+        )  # may not be called again
+        assert opened(tmp_path, name, test_fraction=0.1).stats == stats
 
 
 def test_text_that_cannot_be_read_is_no_text_and_counted_again(
@@ -514,47 +502,40 @@ def test_characters_are_those_of_the_whole_text_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(tmp_path / "data" / "a.parquet", ["abc", None, "", "z\u00e9"] * 20)
     write(tmp_path / "data" / "b.parquet", ["\U0001f409\n"])
-    dataset = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    dataset = opened(tmp_path / "data", "char", test_fraction=0.3)
     assert dataset.tokenizer.decode(range(dataset.vocab_size)) == "\nabcz\u00e9\U0001f409"
-    source = reader(dataset)
-    tokens = [source.tokens(unit, 0, 0, False) for unit in range(segment_count(dataset))]
-    assert dataset.tokenizer.decode(np.concatenate(tokens)) == "abcz\u00e9" * 20 + "\U0001f409\n"
+    tokens = np.concatenate(segment_tokens(dataset))
+    assert dataset.tokenizer.decode(tokens) == "abcz\u00e9" * 20 + "\U0001f409\n"
     saved = dataset.summary()
-    monkeypatch.setattr(folder_module, "_code_points", None)  # may not be called again
-    encoded(tmp_path / "data", "char", test_fraction=0.3).check_unchanged(saved)
+    monkeypatch.setattr(parquet_reader.DocumentReader, "read", None)  # not needed again
+    opened(tmp_path / "data", "char", test_fraction=0.3).check_unchanged(saved)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(tmp_path / "data" / "b.parquet", ["\U0001f40a\n"])
-    changed = encoded(tmp_path / "data", "char", test_fraction=0.3)
+    changed = opened(tmp_path / "data", "char", test_fraction=0.3)
     assert "\U0001f40a" in changed.tokenizer.decode(range(changed.vocab_size))
     with pytest.raises(DataError, match=r"tokenizer was char-\w+, is char-\w+"):
         changed.check_unchanged(saved)
 
 
-def test_auto_means_bytes(tmp_path: Path) -> None:
-    marked(tmp_path)
-    assert encoded(tmp_path, "auto").summary() == opened(tmp_path).summary()
-
-
-def test_the_line_of_the_data_says_what_there_is(tmp_path: Path) -> None:
+def test_the_line_of_the_data_says_what_there_is_and_auto_means_bytes(tmp_path: Path) -> None:
     plain = {"use_dictionary": False, "write_statistics": False}
     write(tmp_path / "a.parquet", ["x" * 999] * 100, **plain)
     (line,) = opened(tmp_path, test_fraction=0.1).lines()
     sizes = "100 k tokens: 90 k to train on, 10 k held out"
     assert re.fullmatch(rf"Data: {tmp_path}: 1 files, 100 rows, {sizes}", line)
+    assert opened(tmp_path, "auto").summary() == opened(tmp_path, "bytes").summary()
 
 
 def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
     texts = sentences(60)
     write(tmp_path / "a.parquet", list(texts))
-    dataset = encoded(tmp_path, small_bpe(tmp_path, texts))
-    source, end = reader(dataset), dataset.tokenizer.separator
-    for unit in range(segment_count(dataset)):
-        tokens = source.tokens(unit, 1, 0, True)
-        name, rows = source.locate(unit, 1, 0, True, range(len(tokens)))
+    dataset = opened(tmp_path, small_bpe(tmp_path, texts))
+    reader, end = dataset.segments(1).open_reader(), dataset.tokenizer.separator
+    for segment, tokens in enumerate(segment_tokens(dataset, shuffle=True)):
+        name, rows = reader.locate(segment, 1, 0, True, range(len(tokens)))
         assert re.fullmatch(r".*a\.parquet row group \d rows", name)
         assert len(rows) == (tokens == end).sum()
-        _, (row,) = source.locate(unit, 1, 0, True, range(1))
-        group = int(name.split()[-2])
+        _, (row,) = reader.locate(segment, 1, 0, True, range(1))
         first = dataset.tokenizer.decode(tokens[: np.flatnonzero(tokens == end)[0]])
-        assert texts[10 * group + row.start] == first
+        assert texts[10 * int(name.split()[-2]) + row.start] == first
