@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 import runs as command_line
 from compare.curves import MAX_POINTS, METRICS, curve, metrics_of, thinned
-from compare.figure import draw
 from compare.read import Run, read_run
 from compare.report.content import report
 from compare.report.page import data_text, page
@@ -96,23 +95,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Run], str, P
     return runs, source, Page(source)
 
 
-def test_the_page_needs_nothing_but_itself(hostile: tuple[list[Run], str, Page]) -> None:
-    *_, read = hostile
-    places = [
-        value or ""
-        for _, attributes, _ in read.elements
-        for name, value in attributes.items()
-        if name in ("src", "href", "srcset", "action", "data", "poster")
-    ]
-    assert places == ["data:,", "#curves"]
-    (style,) = read.texts("style")
-    assert "url(" not in style and "@import" not in style
-
-
-def test_the_policy_allows_the_two_scripts_as_a_browser_reads_them_and_no_request(
+def test_the_page_allows_its_two_scripts_and_asks_for_nothing(
     hostile: tuple[list[Run], str, Page],
 ) -> None:
     *_, source, read = hostile
+    asking = {"src", "href", "srcset", "action", "data", "poster"}
+    places = [value for _, values, _ in read.elements for k, value in values.items() if k in asking]
+    assert places == ["data:,", "#curves"]
+    (style,) = read.texts("style")
+    assert "url(" not in style and "@import" not in style
     assert "\r" not in source  # which a browser would read as a line end
     _, *scripts = read.texts("script")
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
@@ -221,17 +212,7 @@ def test_a_gap_wider_than_a_bucket_parts_the_thinned_curve(
 # ---- runs of every age and state
 
 
-def test_damage_is_named_and_the_rest_is_shown(here: Path) -> None:
-    broken = make_run("run_b", losses=(4.0, 3.0))
-    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (broken / "metrics.jsonl").write_text("".join([lines[0], "{{{\n", *lines[1:]]))
-    (broken / "environment.json").write_text("{")
-    first, second = report([make("run_a"), read_run(broken)])["runs"]
-    assert (first["problems"], second["name"]) == ([], "run_b")
-    assert second["problems"] == [
-        "environment.json: damaged, not a JSON object",
-        "metrics.jsonl: left out 1 damaged line (2)",
-    ]
+def test_a_run_with_nothing_but_a_checkpoint_gives_a_page(here: Path) -> None:
     (here / "run_c").mkdir()
     (here / "run_c" / "checkpoint_7.pt").write_bytes(b"")
     content = Page(page([read_run(here / "run_c")])).data
@@ -419,40 +400,46 @@ def test_a_picture_that_cannot_be_drawn_exits_with_2(
 # ---- pictures
 
 
-def svg_texts(*arguments: Any, **options: Any) -> list[str]:
-    """Returns the texts of the picture that `draw` makes."""
-    draw(arguments[0], Path("x.svg"), *arguments[1:], **options)
+def svg_texts(*words: str) -> list[str]:
+    """Returns the texts of the picture that `runs.py plot` makes of all runs."""
+    assert command_line.main(["plot", "checkpoints", "-o", "x.svg", *words]) == 0
     root = ElementTree.fromstring(Path("x.svg").read_bytes())
     return ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("x", ["step", "tokens", "time"])
-def test_a_picture_holds_names_and_labels_as_text(x: str) -> None:
+@pytest.mark.parametrize(
+    ("x", "title"), [("step", "Steps"), ("tokens", "Tokens"), ("time", "Time (s)")]
+)
+def test_a_picture_holds_names_and_labels_as_text(x: str, title: str) -> None:
     names = [NAME, "_hidden", "run_a"]
-    made = [make(name, losses=(4.0, None, 2.0 + n)) for n, name in enumerate(names)]
-    texts = svg_texts(made, x=x)
+    for n, name in enumerate(names):
+        make_run(name, losses=(4.0, None, 2.0 + n))
+    texts = svg_texts("--x", x)
     for name, end in zip(names, ("2", "3", "4"), strict=True):
         assert any(text.strip("\u200b") == f"{name}  {end}" for text in texts)
-    assert {"step": "Steps", "tokens": "Tokens", "time": "Time (s)"}[x] in texts
-    assert "Loss (nats per token)" in texts
+    assert title in texts and "Loss (nats per token)" in texts
     before = Path("x.svg").read_bytes()
-    svg_texts(made, x=x)
+    assert svg_texts("--x", x) == texts
     assert Path("x.svg").read_bytes() == before
-    draw(made, Path("x.png"), x=x)
+    assert command_line.main(["plot", "checkpoints", "-o", "x.png"]) == 0
     assert Path("x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_each_metric_asked_for_has_its_panel() -> None:
-    texts = svg_texts([make()], ["train/memory_bytes", "train/grad_norm", "train/memory_bytes"])
+    make_run()
+    metrics = ("train/memory_bytes", "train/grad_norm", "train/memory_bytes")
+    texts = svg_texts(*(word for metric in metrics for word in ("--metric", metric)))
     assert [text for text in texts if text[0] in "GP"] == ["Peak memory (GB)", "Gradient norm"]
 
 
 def test_a_picture_says_what_its_frame_leaves_out() -> None:
-    texts = svg_texts([make(losses=(90.0, *[3.0, 2.9] * 40))])
-    assert any("the start lies above: up to 90" in text for text in texts)
+    make_run(losses=(90.0, *[3.0, 2.9] * 40))
+    assert any("the start lies above: up to 90" in text for text in svg_texts())
 
 
 def test_the_legend_is_in_the_order_of_the_last_values() -> None:
-    texts = svg_texts([make(f"run_{n}", losses=(4.0, 2.0 + n)) for n in range(10)])
-    assert [text.split()[0] for text in texts[-10:]] == [str(n) for n in reversed(range(10))]
+    for n in range(10):
+        make_run(f"run_{n}", losses=(4.0, 2.0 + n))
+    names = [text.split()[0] for text in svg_texts()[-10:]]
+    assert names == [str(n) for n in reversed(range(10))]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import runs
-from tests.compare.run_directories import append, change_environment, evaluation, make_run
+from tests.compare.run_directories import change_environment, make_run
 from tests.conftest import ROOT
 
 Captured = pytest.CaptureFixture[str]
@@ -325,13 +325,6 @@ def test_diff_prints_which_run_is_better(capsys: Captured) -> None:
     assert "worse   (same step: step 200, 8 batches)" in text
 
 
-def test_diff_prints_where_no_difference_is_shown(capsys: Captured) -> None:
-    a, b = make("a", "b", losses=())
-    append(a, evaluation(100, [1, 2, 3, 4, 5]))
-    append(b, evaluation(100, [2, 1, 4, 3, 5]))
-    assert "no difference shown" in output(capsys, "diff", "a", "b")
-
-
 def test_many_runs_are_printed_in_parts_that_fit(capsys: Captured) -> None:
     make(*(f"{letter}un_20251108_143020" for letter in "abcdefgh"), options=())
     make("other", options=("n_layer=9",))
@@ -361,19 +354,6 @@ def test_diff_of_one_run_exits_with_2(capsys: Captured) -> None:
     for words in (["a"], ["a", "a"], ["a", "checkpoints/a"]):
         message = refused(capsys, "diff", *words)
         assert message == "diff compares two runs or more, got a."
-
-
-def test_plot_and_report_get_the_runs_and_what_was_asked(
-    capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make("a", "b")
-    calls: list[Any] = []
-    monkeypatch.setattr(runs, "draw", lambda *given: calls.append(given[1:]))
-    monkeypatch.setattr(runs, "write_report", lambda *given: calls.append(len(given[0])))
-    out = output(capsys, "plot", "a", "--metric", "train/loss", "--x", "tokens", "-o", "x.svg")
-    assert output(capsys, "report", "a", "b") == "Wrote report.html: open it in a browser\n"
-    assert out == "Wrote x.svg\n"
-    assert calls == [(Path("x.svg"), ["train/loss"], "tokens"), 2]
 
 
 # ---- as a process
