@@ -1,9 +1,9 @@
-"""Saving a checkpoint against a plain `torch.save` of the same state to the same file system.
+"""Times saving a checkpoint against a plain `torch.save` of the same state.
 
     python -m bench.checkpoint [--folder DIR] [--megabytes 240] [--rounds 9]
 
-Ours hashes, syncs and writes a manifest; the limit is 1.3 times plain. The rivals take turns, so
-that a slow moment of the machine meets all of them; reported are median and minimum.
+Ours also hashes, syncs and writes a manifest; it may take 1.3 times as long. The ways are timed in
+turn, so that a slow moment of the machine slows all of them down.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from engine.train_state import TrainState, rng_state
 
 
 def make_state(megabytes: int) -> dict[str, Any]:
-    """Weights and two AdamW moments in 30 tensors."""
+    """Returns weights and two AdamW moments in 30 tensors."""
     numbers = megabytes * 1_000_000 // 4 // 30
     moments = {
         index: {"exp_avg": torch.randn(numbers), "exp_avg_sq": torch.randn(numbers)}
@@ -62,8 +62,8 @@ def plain_synced(state: dict[str, Any], path: Path) -> None:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
-    os.sync()  # what the one before left for the disk is not billed to this one
+    """Returns the wall and CPU seconds of a call."""
+    os.sync()  # the writes of the call before must not slow this one down
     start, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - cpu
@@ -79,19 +79,19 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, list[tuple[f
         run.prepare()
         for step in range(1, rounds + 2):
             state["train"]["step"] = step
-            rivals = {
+            ways = {
                 "torch.save": lambda: plain(state, folder / "plain.pt"),
                 "torch.save + fsync": lambda: plain_synced(state, folder / "synced.pt"),
                 "hatchery": lambda: save_checkpoint(run, state, None),
             }
-            times = {name: timed(work) for name, work in rivals.items()}
+            times = {name: timed(work) for name, work in ways.items()}
             path = run.last_checkpoint
             assert path is not None
             times["verify"] = timed(lambda path=path: verify(path))  # type: ignore[misc]
             times["verify and load"] = timed(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
             for leftover in (folder / "plain.pt", folder / "synced.pt", path):
                 leftover.unlink()
-            if step > 1:  # the first round warms up
+            if step > 1:  # the first round is a warm-up
                 for name, value in times.items():
                     seconds.setdefault(name, []).append(value)
     return seconds

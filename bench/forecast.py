@@ -1,9 +1,9 @@
-"""How far the time that a dry run forecasts is from the time that the run takes.
+"""Compares the time that a dry run forecasts with the time that the run takes.
 
     python -m bench.forecast [--steps 40]       # target: within a factor of 1.5, each model
 
-Each model is measured as a dry run does it, then trained for real in a process of its own, with
-evaluations and a save. What the run takes is by its own records: without starting.
+Each model is timed as a dry run does it, then trained in a process of its own, with evaluations and
+a checkpoint. The time of the run is that of its last record, which excludes start-up.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RUNS = {
 
 
 def arguments(name: str, folder: Path, steps: int) -> list[str]:
-    """The command line of a run; its own words come last, where none is given twice."""
+    """Returns the command line of a run: its own options, and common ones that it does not set."""
     own = RUNS[name]
     common = ["low_precision.use_4bit=false", "system.compile=false", "system.device=cpu"]
     common += [f"train_data_path={folder / 'text.bin'}", "token_dtype=uint8", "vocab_size=256"]
@@ -57,7 +57,7 @@ def arguments(name: str, folder: Path, steps: int) -> list[str]:
 
 
 def predicted(words: list[str]) -> Forecast:
-    """What a dry run says of it."""
+    """Returns the forecast of a dry run."""
     config = command_line(words).config
     steps = config.training.max_iters
     with enter_world(config.system, config.distributed) as world:
@@ -75,7 +75,7 @@ def predicted(words: list[str]) -> Forecast:
 
 
 def taken(words: list[str], folder: Path) -> float:
-    """Seconds of the real run."""
+    """Returns the seconds that the run takes."""
     subprocess.run(
         [sys.executable, os.fspath(ROOT / "train.py"), *words],
         cwd=folder,
@@ -97,12 +97,12 @@ def main() -> None:
             folder = Path(place)
             (folder / "text.bin").write_bytes(TEXT.encode() * 5000)
             words = arguments(name, folder, steps)
-            said, real = predicted(words), taken(words, folder)
-        ratio = said.total / real
+            estimate, real = predicted(words), taken(words, folder)
+        ratio = estimate.total / real
         worst = max(worst, ratio, 1 / ratio)
         print(
-            f"{name:<22} {said.total:>8.1f}s {real:>8.1f}s {ratio:>6.2f} {said.flops / 1e9:>8.0f}G "
-            f"{said.share:>6.0%}",
+            f"{name:<22} {estimate.total:>8.1f}s {real:>8.1f}s {ratio:>6.2f} "
+            f"{estimate.flops / 1e9:>8.0f}G {estimate.share:>6.0%}",
             flush=True,
         )
     print(f"worst factor {worst:.2f}: {'within' if worst <= TARGET else 'NOT within'} {TARGET}")

@@ -1,9 +1,9 @@
-"""What the loop itself costs: everything in a step but forward, backward and optimizer.
+"""Measures the overhead of the training loop: a step without forward, backward and optimizer.
 
     python -m bench.loop [CONFIG]       # the quickstart config; target: under 2 % of a step
 
-Timers wrap the forward pass, the backward pass and the optimizer step of a real run; what is left
-of the loop's time is its own: waiting for data, clipping, the finite check, counting, logging.
+Timers wrap the forward pass, the backward pass and the optimizer step of a real run. The rest of a
+step is overhead: waiting for data, clipping, the check for NaN, counting, logging.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Timed:
 
 
 def measure(config: str, folder: str) -> tuple[float, float]:
-    """Seconds per step of the whole loop, and of forward, backward and optimizer in it."""
+    """Returns the seconds per step: of the whole loop, and of forward, backward and optimizer."""
     request = command_line(
         [config, f"checkpoint_dir={folder}", f"max_iters={STEPS}", "warmup_iters=1"]
         + ["test_freq=null", "checkpoint_freq=null", "log_freq=20"]
@@ -52,13 +52,13 @@ def measure(config: str, folder: str) -> tuple[float, float]:
     inner = Timed()
     with ExitStack() as stack, StopRequest() as stop:
         world = stack.enter_context(enter_world(request.config.system, request.config.distributed))
-        run = build(request, world, stack)
-        run.next_batch()  # the first batch opens files; a run pays that once
-        run.ddp_model.forward = inner.wrap(run.ddp_model.forward)
+        trainer = build(request, world, stack)
+        trainer.next_batch()  # the first batch opens files, once per run
+        trainer.ddp_model.forward = inner.wrap(trainer.ddp_model.forward)
         for name in ("backward", "step"):
-            setattr(run.precision, name, inner.wrap(getattr(run.precision, name)))
+            setattr(trainer.precision, name, inner.wrap(getattr(trainer.precision, name)))
         began = time.perf_counter()
-        train.train(run, stop)
+        train.train(trainer, stop)
         return (time.perf_counter() - began) / STEPS, inner.seconds / STEPS
 
 
@@ -67,8 +67,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, inner = measure(config, folder)
     share = (whole - inner) / whole
-    print(f"\nstep {whole * 1000:.2f} ms, of it the model and optimizer {inner * 1000:.2f} ms")
-    print(f"the loop's own part: {share:.2%} (target: under {TARGET:.0%})")
+    print(f"\nstep {whole * 1000:.2f} ms, of which model and optimizer {inner * 1000:.2f} ms")
+    print(f"overhead of the loop: {share:.2%} (target: under {TARGET:.0%})")
 
 
 if __name__ == "__main__":

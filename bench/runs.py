@@ -1,11 +1,11 @@
-"""How long `runs.py list` takes over many long runs, as a process, files in the page cache.
+"""Times `runs.py list` over many long runs, as a process, with all files in the page cache.
 
     python -m bench.runs [--runs 1000] [--records 10000] [--rounds 5] [--folder DIR]
 
 The limit is 2 s for 1,000 runs of 10,000 records. Each run has its own config, learning rate,
-environment and checkpoints; their metrics.jsonl are hard links of one file, one evaluation of 50
-batches in ten records. `older` runs keep neither checksums, nor a copy of the config, nor the best
-loss: YAML and whole files are read.
+environment and checkpoints. Their metrics.jsonl are hard links to one file, in which each tenth
+record is an evaluation of 50 batches. `older` runs have no checksums, no copy of the config and no
+best loss, so YAML and whole files are read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ COMMANDS = {
 
 
 def write_metrics(path: Path, records: int, older: bool) -> None:
+    """Writes one metrics.jsonl."""
     draw, best = random.Random(0), 9.0
     with path.open("wb") as file:
         for number in range(1, records + 1):
@@ -78,7 +79,7 @@ def write_metrics(path: Path, records: int, older: bool) -> None:
 
 
 def write_runs(folder: Path, runs: int, records: int, older: bool) -> None:
-    """As many run directories in `folder`/checkpoints."""
+    """Writes run directories into `folder`/checkpoints."""
     metrics = folder / "metrics.jsonl"
     write_metrics(metrics, records, older)
     for number in range(runs):
@@ -97,8 +98,8 @@ def write_runs(folder: Path, runs: int, records: int, older: bool) -> None:
                 "metrics_bytes": metrics.stat().st_size,
                 "ended": {"state": "done", "reason": "", "step": records * 10, "time": ""},
             }
-        told = json.dumps(environment, indent=2) if older else environment_text(environment)
-        (run / "environment.json").write_text(told)
+        written = json.dumps(environment, indent=2) if older else environment_text(environment)
+        (run / "environment.json").write_text(written)
         (run / ".lock").write_text("host elsewhere pid 1 since 14:30 (2025-11-08)\n")
         for step in (99000, 99500, 100000):
             (run / f"checkpoint_{step}.json").write_text("{}")
@@ -106,6 +107,7 @@ def write_runs(folder: Path, runs: int, records: int, older: bool) -> None:
 
 
 def seconds(folder: Path, words: list[str]) -> float:
+    """Returns the wall seconds of `runs.py list`."""
     command = [sys.executable, os.fspath(ROOT / "runs.py"), "list", *words]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
