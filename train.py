@@ -39,8 +39,7 @@ from contextlib import ExitStack
 
 import torch
 
-from data.loading.loader import TrainLoader
-from data.run_data import Batch
+from data import StepBatch, TrainLoader
 from engine.hardware.distributed import (
     end_process,
     enter_world,
@@ -149,7 +148,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
         return stop.exit_code
 
 
-def skipped_lines(batches: Iterator[Batch]) -> list[str]:
+def skipped_lines(batches: Iterator[StepBatch]) -> list[str]:
     """Returns lines that tell what the loader skipped or replaced in the text."""
     counts = batches.skipped_counts if isinstance(batches, TrainLoader) else {}
     return [f"In the text: {count:,} {what}" for what, count in counts.items() if count]

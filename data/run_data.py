@@ -5,9 +5,8 @@ Only this module reads the whole config; the loader and the dataset below know o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,6 @@ class RunData:
         """Returns what a checkpoint keeps of data and tokenizer, as plain values."""
         tokenizer = self._dataset.tokenizer.to_dict()
         return {"data": self._dataset.summary(), "tokenizer": tokenizer}
-
-    @staticmethod
-    def merge_data_states(data_states: list[DataState]) -> DataState:
-        """Returns one data state of those of all processes."""
-        return load_plan.merge_data_states(data_states)
 
     def batches(
         self, data_state: DataState | None, rank: int, world_size: int, pin: bool
@@ -116,15 +110,6 @@ class RepeatFirstBatch(StepBatch):
     def describe(self) -> list[str]:
         """Returns the file and the rows or tokens that the batch is made of."""
         return self._first.describe()
-
-    @classmethod
-    def for_ever(cls, loader: TrainLoader) -> Iterator[RepeatFirstBatch]:
-        """Returns the batch without end."""
-        return repeat(cls(loader))
-
-
-Batch = StepBatch | RepeatFirstBatch
-"""The data of one optimizer step on one process."""
 
 
 def embedded_is_missing(config: Config) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from config import Config, NonFiniteError, UserError
-from data.run_data import Batch, RunData
+from data import StepBatch, merge_data_states
+from data.run_data import RunData
 from engine.evaluation import Evaluator
 from engine.hardware.distributed import World
 from engine.loss import count_targets
@@ -43,7 +44,7 @@ class Trainer:
     """The model as training calls it: it exchanges gradients with the other processes."""
     optimizer: torch.optim.Optimizer
     data: RunData
-    batches: Iterator[Batch]
+    batches: Iterator[StepBatch]
     data_state: Callable[[], dict[str, Any]]
     """Where the data stands after the last batch trained on."""
     state: TrainState
@@ -58,14 +59,14 @@ class Trainer:
     _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last brought up
     _waited_s: float = 0.0
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> StepBatch:
         """Returns the data of the next step."""
         began = time.monotonic()
         batch = next(self.batches)
         self._waited_s = time.monotonic() - began
         return batch
 
-    def count_targets(self, batch: Batch) -> int:
+    def count_targets(self, batch: StepBatch) -> int:
         """Returns the tokens that the loss of a step is the mean over, in all processes."""
         own = sum(count_targets(rows, self.data.document_ids) for rows in batch.micro_batches)
         if self.data.document_ids is None:  # all processes have as many: nothing to exchange
@@ -79,7 +80,7 @@ class Trainer:
             stop.join()
         return agreed  # not `stop`: a signal may have come since they asked each other
 
-    def check_finite(self, batch: Batch, loss: float, grad_norm: float) -> None:
+    def check_finite(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
         """Raises NonFiniteError before a loss or gradient that is not finite reaches the weights.
 
         With float16, gradients that overflow are routine: the step is skipped and the loss scale
@@ -106,7 +107,7 @@ class Trainer:
         self.optimizer_step_in_progress = False
         self.optimizer.zero_grad(set_to_none=True)
 
-    def count_step(self, batch: Batch, loss: float, seconds: float) -> None:
+    def count_step(self, batch: StepBatch, loss: float, seconds: float) -> None:
         """Counts a step, also one that float16 skipped."""
         state = self.state
         state.step += 1
@@ -163,7 +164,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
             "train": asdict(self.state),
-            "cursor": self.data.merge_data_states(self.world.gather(self.data_state())),
+            "cursor": merge_data_states(self.world.gather(self.data_state())),
             "rng": self.world.gather(rng_state(self.world.device)),
             "config": self.config.to_dict(),
             **self.data.identity(),

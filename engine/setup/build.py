@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from config import Config, Request, micro_batch
-from data.run_data import Batch, RepeatFirstBatch, RunData, document_id_function
+from data import StepBatch
+from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import as_checkpoint_error
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import Evaluator
@@ -260,12 +262,12 @@ def open_batches(
     data_state: dict[str, Any] | None,
     world: World,
     stack: ExitStack,
-) -> Iterator[Batch]:
+) -> Iterator[StepBatch]:
     """Returns the training batches of this process; with `use_oracle` the first one again and
     again."""
     loader = data.batches(data_state, world.rank, world.size, pin=world.device.type == "cuda")
     stack.enter_context(loader)
-    return RepeatFirstBatch.for_ever(loader) if config.training.use_oracle else loader
+    return repeat(RepeatFirstBatch(loader)) if config.training.use_oracle else loader
 
 
 def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -> dict[str, Any]:
