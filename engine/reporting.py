@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from textwrap import indent
-from typing import Any, Protocol
+from typing import Any
 
 from config import Config, started_by_torchrun
 from engine.evaluation import Evaluation
@@ -19,19 +19,13 @@ from engine.hardware.memory import peak_memory_bytes
 from engine.monitor import console
 from engine.monitor.console import RULE, iteration_line
 from engine.monitor.progress import LiveLine, Pace
+from engine.monitor.tracker import Tracker
 from engine.precision.precision import Precision
 from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import best_step, complete_checkpoints, data_path
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, saves_due, times_due
 from settings.formatting import format_count, format_duration
-
-
-class Tracker(Protocol):
-    """Where records go besides metrics.jsonl: Weights & Biases, TensorBoard."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Sends one record; never raises."""
 
 
 @dataclass(frozen=True)

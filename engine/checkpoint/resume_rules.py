@@ -1,7 +1,15 @@
 """What may differ between a checkpoint's config and the config it is resumed with.
 
-config.py declares for each option what a resume allows (settings/schema.py: OnResume). Whether the
-text can go on exactly in steps of another size is decided by the data (data/loading/loader.py).
+config.py declares one of four rules for each option (settings/schema.py, OnResume):
+
+    fixed      another value is refused: it would be another model or another run
+    explicit   may be changed on purpose, by naming the checkpoint or the run; `auto` takes such a
+               config for a different experiment (learning rate, weight decay, dropout, ...)
+    free       changes nothing that is learned per step, or only how long the run goes on
+    split      how a step is split into micro-batches: the sequences per step count, as explicit
+
+Whether the data can go on exactly in steps of another size is decided there
+(data/loading/loader.py).
 """
 
 from __future__ import annotations
@@ -20,8 +28,8 @@ from config import (
 )
 from settings.schema import OnResume
 
-STEP = "sequences per step"
-"""How a step is split into micro-batches is free, if this number stays."""
+SEQUENCES_PER_STEP = "sequences per step"
+"""What options of the rule `split` are compared by, as if it were an option."""
 
 
 def _keys(rule: OnResume) -> set[str]:
@@ -43,7 +51,8 @@ def pretrained_options() -> list[str]:
 
 
 def resume_from_folder(config: Config) -> Config:
-    """`init_from: resume` read as what it means: the newest run in `checkpoint_dir` goes on."""
+    """Returns the config with `init_from: resume` as what it means: resume the newest run in
+    `checkpoint_dir`."""
     training = config.training
     if training.init_from != "resume":
         return config
@@ -52,11 +61,14 @@ def resume_from_folder(config: Config) -> Config:
     return replace(config, training=training)
 
 
-def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[Config, list[str]]:
-    """The config that goes on on `now` processes what `saved` began on `before`, and what to tell.
+def adapt_to_world_size(
+    config: Config, saved: Config, before: int, now: int
+) -> tuple[Config, list[str]]:
+    """Returns the config with which `now` processes continue a run of `before`, and lines about it.
 
-    A step keeps its sequences: where the number of micro-steps follows from nothing else, it does
-    from that. Raises ConfigError where the sequences cannot be split so.
+    A step keeps its sequences, since they decide what is learned: the number of micro-steps
+    follows, and where it cannot, their size. Raises ConfigError if the sequences of a step cannot
+    be split among the processes.
     """
     training, sequences = config.training, sequences_per_step(saved, before)
     same_step = training.tokens_per_step == sequences * training.block_size
@@ -67,7 +79,7 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
         return config, []
     per_process = micro_batch(config) * training.gradient_accumulation_steps
     if saved.training.tokens_per_step is None and per_process * before != sequences:
-        return config, []  # it was changed on purpose, and will be refused
+        return config, []  # changed on purpose; `check_resumable` or the data will refuse it
     tokens = sequences * training.block_size
     kept = replace(training, tokens_per_step=tokens, gradient_accumulation_steps=1)
     config = replace(config, training=kept)
@@ -81,19 +93,23 @@ def on_processes(config: Config, saved: Config, before: int, now: int) -> tuple[
 def _smaller_batches(
     config: Config, saved: Config, sequences: int, processes: str
 ) -> tuple[Config, list[str]]:
-    """Micro-batches that make up the sequences of each process, no larger than before."""
-    most = config.training.batch_size
-    if most == "auto" or sequences % most == 0:
+    """Returns the config with micro-batches that divide the sequences of each process, no larger
+    than before."""
+    largest = config.training.batch_size
+    if largest == "auto" or sequences % largest == 0:
         return config, []
-    batch = max(size for size in range(1, most) if sequences % size == 0)
+    batch = max(size for size in range(1, largest) if sequences % size == 0)
     evaluated = config.training.eval_batch_size or eval_batch(saved)
     sized = replace(config.training, batch_size=batch, eval_batch_size=evaluated)
     return replace(config, training=sized), [f"{processes}: micro-batches of {batch} sequences"]
 
 
-def with_evaluation(config: Config, saved: Config) -> tuple[Config, list[str]]:
-    """The config with the evaluated rows of the checkpoint, whatever its batches are: else losses
-    before and after could not be compared; and what to tell."""
+def keep_evaluation_batch(config: Config, saved: Config) -> tuple[Config, list[str]]:
+    """Returns the config with the evaluated rows of the checkpoint, and lines about it.
+
+    Otherwise another batch size would select other rows, and losses before and after the resume
+    could not be compared.
+    """
     before = eval_batch(saved)
     if config.training.eval_batch_size is not None or eval_batch(config) == before:
         return config, []
@@ -102,7 +118,7 @@ def with_evaluation(config: Config, saved: Config) -> tuple[Config, list[str]]:
 
 
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.option` -> (then, now) of every option that differs."""
+    """Returns `section.option` -> (then, now) of every option that differs."""
     now = present.to_dict()
     return {
         f"{section}.{option}": (then, now[section][option])
@@ -113,26 +129,29 @@ def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def experiment_differences(saved: Config, present: Config) -> list[str]:
-    """Options that make it another experiment; empty means that `auto` may continue it."""
-    sequences = sequences_per_step(saved, 1), sequences_per_step(present, 1)
-    others = {STEP} if sequences[0] != sequences[1] else set()
-    open_yet = {"model.vocab_size"} if present.model.vocab_size is None else set()
-    changed = set(differences(saved, present)) | others
-    return sorted(changed - _keys("free") - _keys("split") - open_yet)
+    """Returns the options that make it another experiment; if none, `auto` may continue it."""
+    changed = set(differences(saved, present)) - _keys("free") - _keys("split")
+    if sequences_per_step(saved, 1) != sequences_per_step(present, 1):
+        changed.add(SEQUENCES_PER_STEP)
+    if present.model.vocab_size is None:  # the tokenizer will decide it
+        changed.discard("model.vocab_size")
+    return sorted(changed)
 
 
 def check_resumable(
-    saved: Config, present: Config, checkpoint: str, processes: tuple[int, int]
+    saved: Config, present: Config, checkpoint: str, before: int, now: int
 ) -> list[str]:
-    """Lines that tell what differs from the checkpoint's config; raises CheckpointError.
+    """Returns lines that tell what differs from the checkpoint's config; raises CheckpointError.
 
-    processes: how many there were, and how many there are.
+    Args:
+        before: processes of the saved run.
+        now: processes of the present one.
     """
     changed = differences(saved, present)
     changed.pop("training.resume_from_checkpoint", None)
-    sequences = sequences_per_step(saved, processes[0]), sequences_per_step(present, processes[1])
+    sequences = sequences_per_step(saved, before), sequences_per_step(present, now)
     if sequences[0] != sequences[1]:
-        changed[STEP] = sequences
+        changed[SEQUENCES_PER_STEP] = sequences
     refused = sorted(set(changed) & _fixed(saved))
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)

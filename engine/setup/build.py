@@ -24,7 +24,9 @@ from engine.hardware.memory import allocated_bytes
 from engine.loss import DocumentIds, next_token_loss
 from engine.monitor import console
 from engine.monitor.console import RULE
-from engine.monitor.trackers import TensorBoard, Wandb
+from engine.monitor.tensorboard_tracker import TensorBoard
+from engine.monitor.tracker import Tracker
+from engine.monitor.wandb_tracker import Wandb
 from engine.optim.build import build_optimizer, check_optimizer, load_optimizer
 from engine.planning.memory import (
     Needs,
@@ -46,7 +48,7 @@ from engine.planning.summary import (
     training_flops,
 )
 from engine.precision.precision import Precision
-from engine.reporting import Reporter, RunSize, Tracker
+from engine.reporting import Reporter, RunSize
 from engine.run_directory.directory import RunDirectory, directory_lines
 from engine.saving import CheckpointSaver
 from engine.setup.prompt import sample_writer
@@ -315,11 +317,11 @@ def open_trackers(
     if wandb is not None:
         state.tracker_run = wandb.run_id
         if directory.will_save:
-            stack.callback(wandb.tell_files, unless=lambda: directory.is_kept)
-    trackers = [tracker for tracker in (wandb, board) if tracker is not None]
+            stack.callback(wandb.report_files, unless=lambda: directory.is_kept)
+    trackers: list[Tracker] = [tracker for tracker in (wandb, board) if tracker is not None]
     for tracker in trackers:
         stack.push(lambda kind, *_, tracker=tracker: tracker.close(0 if kind is None else 1))
-    return list(trackers)
+    return trackers
 
 
 def start_lines(

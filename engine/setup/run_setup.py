@@ -11,7 +11,11 @@ from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
 from data.run_data import check_data_state, embedded_is_missing
 from data.tokenizers.base import Tokenizer
-from engine.checkpoint.resume_rules import check_resumable, on_processes, with_evaluation
+from engine.checkpoint.resume_rules import (
+    adapt_to_world_size,
+    check_resumable,
+    keep_evaluation_batch,
+)
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.memory import with_batch
@@ -93,11 +97,11 @@ def _resumed(
     config, saved_config = request.config, start.saved_config
     if config.training.batch_size == "auto":
         config = _batch_as_before(config, saved_config, world)
-    config, lines = with_evaluation(config, saved_config)
+    config, lines = keep_evaluation_batch(config, saved_config)
     request = replace(request, config=config)
     check_own_config(request.files, start.resume)
     processes = len(start.saved["rng"])
-    config, more = on_processes(config, saved_config, processes, world.size)
+    config, more = adapt_to_world_size(config, saved_config, processes, world.size)
     lines += [f"Resumed from {start.resume.path.name}: {start.resume.step} steps done", *more]
     console.info(*lines, *check_fits(start, dataset, config, world.size))
     return request, config
@@ -142,8 +146,8 @@ def check_fits(
     where the run cannot go on."""
     assert start.resume is not None and start.saved_config is not None
     saved, before = start.saved, start.saved_config
-    processes = len(saved["rng"]), world_size
-    lines = check_resumable(before, config, str(start.resume.path), processes)
+    path, processes = str(start.resume.path), len(saved["rng"])
+    lines = check_resumable(before, config, path, processes, world_size)
     dataset.check_unchanged(saved["data"])
     check_data_state(dataset, config, saved["cursor"], world_size)
     documents = not dataset.segments(config.training.block_size).whole_rows
@@ -156,7 +160,7 @@ def check_fits(
     tokens = _epoch_tokens(dataset, config, start)
     steps = [
         planned_steps(each, count, tokens, done_steps(start))
-        for each, count in ((before, processes[0]), (config, world_size))
+        for each, count in ((before, processes), (config, world_size))
     ]
     rate_before = learning_rate(start.resume.step, before, steps[0])
     rate_after = learning_rate(start.resume.step + 1, config, steps[1])

@@ -26,7 +26,7 @@ from config import (
     sequences_per_step,
 )
 from data.loading.packing import document_ids
-from engine.checkpoint.resume_rules import on_processes
+from engine.checkpoint.resume_rules import adapt_to_world_size
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import batch_losses, bits_per_byte
 from engine.hardware.device import peak_flops, resolve_device
@@ -352,31 +352,31 @@ def test_the_vocabulary_is_the_tokenizers_rounded_up_or_what_the_config_says() -
 
 def test_a_step_keeps_its_sequences_on_another_number_of_processes() -> None:
     saved = Config.from_dict({"training": {"batch_size": 3, "gradient_accumulation_steps": 2}})
-    config, lines = on_processes(saved, saved, before=2, now=1)
+    config, lines = adapt_to_world_size(saved, saved, before=2, now=1)
     assert sequences_per_step(config, 1) == sequences_per_step(saved, 2) == 12
     assert lines == [
         "2 processes before, 1 now: a step keeps its 12 sequences, in 4 micro-steps of each process"
     ]
-    assert on_processes(saved, saved, before=2, now=2) == (saved, [])
+    assert adapt_to_world_size(saved, saved, before=2, now=2) == (saved, [])
     # and again, from a checkpoint that was saved on those processes, with the same file
-    config, _ = on_processes(saved, saved, before=1, now=2)
+    config, _ = adapt_to_world_size(saved, saved, before=1, now=2)
     for now in (2, 1):
-        again, _ = on_processes(saved, config, before=2, now=now)
+        again, _ = adapt_to_world_size(saved, config, before=2, now=now)
         assert sequences_per_step(again, now) == 6
     changed = Config.from_dict({"training": {"batch_size": 2}})
-    assert on_processes(changed, saved, before=2, now=1) == (changed, [])  # to be refused
+    assert adapt_to_world_size(changed, saved, before=2, now=1) == (changed, [])  # to be refused
     with pytest.raises(ConfigError, match="tokens_per_step=6144 is not a multiple"):
-        on_processes(saved, saved, before=2, now=5)
+        adapt_to_world_size(saved, saved, before=2, now=5)
 
 
 def test_micro_batches_shrink_where_more_processes_share_a_step_of_fixed_size() -> None:
     training = {"tokens_per_step": 12 * 32, "batch_size": 6, "block_size": 32}
     saved = Config.from_dict({"training": training})
-    config, lines = on_processes(saved, saved, before=1, now=4)
+    config, lines = adapt_to_world_size(saved, saved, before=1, now=4)
     assert config.training.batch_size == 3 and sequences_per_step(config, 4) == 12
     assert config.training.eval_batch_size == 6  # the same rows are evaluated
     assert lines == ["1 processes before, 4 now: micro-batches of 3 sequences"]
-    assert on_processes(saved, saved, before=1, now=2) == (saved, [])
+    assert adapt_to_world_size(saved, saved, before=1, now=2) == (saved, [])
 
 
 def test_what_steps_of_another_size_did_of_an_epoch_is_done() -> None:

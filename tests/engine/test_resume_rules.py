@@ -251,6 +251,6 @@ def test_other_positions_of_a_gpt_are_another_model() -> None:
     then = Config.from_dict({"model": {"name": "gpt"}})
     now = replace(then, training=replace(then.training, block_size=16))
     with pytest.raises(CheckpointError, match=r"block_size was 512, is 16\. .*init_from"):
-        check_resumable(then, now, "checkpoint_1.pt", (1, 1))
+        check_resumable(then, now, "checkpoint_1.pt", 1, 1)
     bdh = replace(then, model=Config().model), replace(now, model=Config().model)
-    assert "  training.block_size: 512 -> 16" in check_resumable(*bdh, "checkpoint_1.pt", (1, 1))
+    assert "  training.block_size: 512 -> 16" in check_resumable(*bdh, "checkpoint_1.pt", 1, 1)

@@ -16,7 +16,8 @@ import pytest
 
 from config import Config
 from engine.monitor import console
-from engine.monitor.trackers import TensorBoard, Wandb
+from engine.monitor.tensorboard_tracker import TensorBoard
+from engine.monitor.wandb_tracker import Wandb
 from tests.runs import only_run, run_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +215,7 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from config import Config
-from engine.monitor.trackers import Wandb
+from engine.monitor.wandb_tracker import Wandb
 config = Config.from_dict({"logging": {"wandb_log": True}})
 tracker = Wandb.start(config, "run", "a1b2c3", Path(sys.argv[1]))
 for step in range(1, 5):
@@ -347,7 +348,7 @@ def test_the_files_that_wandb_keeps_of_a_run_without_checkpoint_are_named(
     fake(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "place" / "offline-run").mkdir(parents=True)
-    started().tell_files(unless=lambda: stays)
+    started().report_files(unless=lambda: stays)
     named = "No checkpoint was saved; wandb keeps its files of this run in place/offline-run\n"
     assert capsys.readouterr().out == ("" if stays else named)
 
@@ -362,7 +363,7 @@ def test_an_aborted_run_leaves_no_event_files(tmp_path: Path) -> None:
 def test_tensorboard_that_is_not_installed_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engine.monitor.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.monitor.tensorboard_tracker.find_spec", lambda name: None)
     assert TensorBoard.start(BOARD, lambda: None, 1) is None
     assert warnings(capsys) == [
         "tensorboard is not installed; training goes on without it. "
