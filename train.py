@@ -51,7 +51,7 @@ from engine.hardware.distributed import (
 from engine.loss import cross_entropy_sum, inputs_and_targets
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
-from engine.planning.memory import out_of_memory_lines, ran_out
+from engine.planning.batch_size import out_of_memory_lines, ran_out
 from engine.precision.precision import disable_unavailable_4bit
 from engine.schedule import learning_rate
 from engine.setup.build import build

@@ -22,7 +22,7 @@ from config import command_line
 from engine.hardware.distributed import enter_world
 from engine.optim.build import build_optimizer
 from engine.planning.forecast import BUDGET_S, Forecast, choose_trial, forecast, measure
-from engine.planning.memory import Needs, Room
+from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.planning.stopwatch import stopwatch
 from engine.precision.precision import Precision
 from model import build_model
@@ -68,7 +68,9 @@ def predicted(words: list[str]) -> Forecast:
         optimizer = build_optimizer(model, config.optimizer, config.training.weight_decay)
         with stopwatch(world.device, BUDGET_S) as watch:
             trial = choose_trial(
-                Needs(config, model, precision, world), Room.of(world), build_model
+                MemoryEstimator(config, model, precision, world),
+                MemoryBudget.of(world),
+                build_model,
             )
             rates = measure(model, optimizer, precision, trial, watch)
         return forecast(config, rates, model, range(steps), world.size)

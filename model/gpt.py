@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from config import ModelConfig
 from model.attention import Embedding, attention, drop
 from model.matmul import Linear
-from model.transformer import Kept, Pass, Transformer
+from model.transformer import Pass, Transformer
 
 INIT_STD = 0.02
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -152,8 +152,3 @@ class GPT(Transformer):
 
     def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.transformer.wte.weight, self.lm_head.weight
-
-    def kept(self) -> Kept:
-        """What a layer keeps of each token: relu leaves only what it returns."""
-        width = self.config.mlp_scale_factor * self.config.n_embd
-        return Kept(0, width if self.config.activation == "relu" else 2 * width, width, 8)

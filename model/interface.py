@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from model.matmul import Linear, MatmulBackend, OperandId, ProjectionFactory
@@ -107,14 +106,3 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, block_size: int) -> int:
         """Returns the FLOPs of forward and backward per token at this context length."""
         raise NotImplementedError
-
-    def activation_bytes(
-        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
-    ) -> int:
-        """Returns the peak memory of a training step on tokens (B, T), without weights and their
-        gradients. adding: to the gradients of earlier micro-steps."""
-        raise NotImplementedError
-
-    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Returns the memory of tables kept between steps, such as cosines of positions."""
-        return 0

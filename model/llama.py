@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from config import ModelConfig
 from model.attention import Embedding, attention, drop
 from model.matmul import Linear
-from model.transformer import Kept, Pass, Transformer
+from model.transformer import Pass, Transformer
 
 EPS = 1e-5
 
@@ -203,9 +203,3 @@ class Llama(Transformer):
 
     def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.embedding.weight, self.lm_head.weight
-
-    def kept(self) -> Kept:
-        """What a layer keeps of each token: both parts of the gate, its silu and the product."""
-        turned = self.config.n_embd + self.kv_heads * self.width
-        width = mlp_width(self.config)
-        return Kept(turned, 4 * width, 2 * width, 4)

@@ -22,7 +22,7 @@ from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_b
 from engine.evaluation import evaluating
 from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import clip_gradients, gradient_norm
-from engine.planning.memory import Needs, Room, state_bytes
+from engine.planning.memory import MemoryBudget, MemoryEstimator, optimizer_state_bytes
 from engine.planning.stopwatch import Stopwatch
 from engine.precision.precision import Precision
 from engine.train_state import saves_due, times_due
@@ -114,23 +114,29 @@ class TrialStep:
     """Parameters of the run's model per parameter of the trial's."""
 
 
-def choose_trial(needs: Needs, room: Room, build: Callable[[Config], LanguageModel]) -> TrialStep:
+def choose_trial(
+    estimator: MemoryEstimator, budget: MemoryBudget, build: Callable[[Config], LanguageModel]
+) -> TrialStep:
     """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
-    config, model, length = needs.config, needs.model, needs.config.training.block_size
-    while needs.world.on_cpu and _parameters(model) > _MOST_PARAMETERS and config.model.n_layer > 1:
+    config, model, length = estimator.config, estimator.model, estimator.config.training.block_size
+    while (
+        estimator.world.on_cpu
+        and _parameters(model) > _MOST_PARAMETERS
+        and config.model.n_layer > 1
+    ):
         config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
         with torch.device("meta"):
             model = build(config)
-    smaller = replace(needs, config=config, model=model)
+    smaller = replace(estimator, config=config, model=model)
     return TrialStep(
         config,
         [
             size
             for size in _sizes(config)
-            if room.fits(smaller.memory(_sized(config, *size))) is not False
+            if budget.fits(smaller.memory(_sized(config, *size))) is not False
         ],
-        _flops(needs.model, 1, length) / _flops(model, 1, length),
-        _parameters(needs.model) / _parameters(model),
+        _flops(estimator.model, 1, length) / _flops(model, 1, length),
+        _parameters(estimator.model) / _parameters(model),
     )
 
 
@@ -265,7 +271,8 @@ def forecast(
         evaluations=training.eval_only or times_due(span.start, span.stop, training.test_freq),
         evaluation=batches * evaluated * rates.evaluation_batch + rates.rounding + rates.sample,
         saves=0,
-        save=(sum(p.nbytes for p in model.parameters()) + state_bytes(model, config)) / _DISK_RATE,
+        save=(sum(p.nbytes for p in model.parameters()) + optimizer_state_bytes(model, config))
+        / _DISK_RATE,
         flops=flops,
         share=flops / rates.matmul,
     )

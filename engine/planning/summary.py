@@ -19,7 +19,8 @@ from config import (
 )
 from engine.hardware.distributed import World
 from engine.optim.build import optimizer_lines
-from engine.planning.memory import Needs, Room, memory_lines
+from engine.planning.batch_size import memory_lines
+from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.precision.precision import Precision
 from engine.schedule import learning_rate
 from model.interface import LanguageModel
@@ -164,18 +165,22 @@ def model_lines(
     precision: Precision,
 ) -> list[str]:
     """The same as `cost_lines`, of a run that is not compiled, with the memory that is free now."""
-    return cost_lines(Needs(config, model, precision, world), Room.of(world), optimizer)
+    return cost_lines(
+        MemoryEstimator(config, model, precision, world), MemoryBudget.of(world), optimizer
+    )
 
 
-def cost_lines(needs: Needs, room: Room, optimizer: torch.optim.Optimizer) -> list[str]:
+def cost_lines(
+    estimator: MemoryEstimator, budget: MemoryBudget, optimizer: torch.optim.Optimizer
+) -> list[str]:
     """Parameters, the size of low-bit moments, and what a step takes: memory at its peak, work."""
-    flops = training_flops(needs.model, needs.config)
+    flops = training_flops(estimator.model, estimator.config)
     return [
-        *parameter_lines(needs.model),
+        *parameter_lines(estimator.model),
         *optimizer_lines(optimizer),
-        *memory_lines(needs, room),
+        *memory_lines(estimator, budget),
         f"Work: {format_count(flops)} FLOP per token, "
-        f"{format_count(flops * tokens_per_step(needs.config, needs.world.size))} per step",
+        f"{format_count(flops * tokens_per_step(estimator.config, estimator.world.size))} per step",
     ]
 
 

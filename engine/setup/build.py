@@ -28,15 +28,13 @@ from engine.monitor.tensorboard_tracker import TensorBoard
 from engine.monitor.tracker import Tracker
 from engine.monitor.wandb_tracker import Wandb
 from engine.optim.build import build_optimizer, check_optimizer, load_optimizer
-from engine.planning.memory import (
-    Needs,
-    Room,
-    confirmed,
+from engine.planning.batch_size import (
     explained_memory,
-    largest_batch,
-    refuse_impossible,
+    find_batch_size_by_trial,
+    predict_batch_sizes,
     with_batch,
 )
+from engine.planning.memory import MemoryBudget, MemoryEstimator, refuse_impossible
 from engine.planning.summary import (
     cost_lines,
     length_lines,
@@ -78,20 +76,22 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     state goes into all of them before anything is compiled or shared between processes. The run
     directory comes last, so that an error before it leaves nothing behind.
     """
-    room, base = Room.of(world), allocated_bytes(world.device)
+    budget, base = MemoryBudget.of(world), allocated_bytes(world.device)
     open_precision(request.config, world)  # refuses what this device lacks, before text is read
 
     setup = prepare_run(request, world)
     steps = setup.planned_steps(world)
 
     parts = build_parts(setup, steps, world)
-    needs = Needs(setup.config, parts.model, parts.precision, world, parts.compile_wanted, base)
+    estimator = MemoryEstimator(
+        setup.config, parts.model, parts.precision, world, parts.compile_wanted, base
+    )
     if setup.config.training.batch_size == "auto":
-        setup = setup.with_batch(find_batch_size(setup, parts, needs, room))
-        needs = replace(needs, config=setup.config)
+        setup = setup.with_batch(find_batch_size(setup, parts, estimator, budget))
+        estimator = replace(estimator, config=setup.config)
     config = setup.config
-    stack.enter_context(explained_memory(needs, room))
-    console.info(*cost_lines(needs, room, parts.optimizer), *parts.covered)
+    stack.enter_context(explained_memory(estimator, budget))
+    console.info(*cost_lines(estimator, budget, parts.optimizer), *parts.covered)
 
     seed_apart(config.training.seed, 0, world.rank)
     state, data_state = restore(setup, parts, world)
@@ -179,11 +179,13 @@ def wants_compiler(
     return compile_wanted(config.system, world.device, run_flops, before)
 
 
-def find_batch_size(setup: RunSetup, parts: ModelParts, needs: Needs, room: Room) -> int:
+def find_batch_size(
+    setup: RunSetup, parts: ModelParts, estimator: MemoryEstimator, budget: MemoryBudget
+) -> int:
     """Returns the largest `training.batch_size` that fits: by the prediction and, on a GPU, by
     trial. Raises ConfigError where none does."""
-    world = needs.world
-    sizes, line = largest_batch(needs, room)
+    world = estimator.world
+    sizes, line = predict_batch_sizes(estimator, budget)
     most = world.all_reduce_min(sizes[0])  # processes may have different amounts of free memory
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
@@ -193,7 +195,7 @@ def find_batch_size(setup: RunSetup, parts: ModelParts, needs: Needs, room: Room
         def attempt(each: int) -> None:
             try_model(parts.model, parts.precision, with_batch(setup.config, each), document_ids)
 
-        batch = confirmed(sizes, attempt, world)
+        batch = find_batch_size_by_trial(sizes, attempt, world)
     after = [f"Batch size: {batch}, after a trial on all processes"] if batch < most else []
     console.info(line, *after)
     return batch

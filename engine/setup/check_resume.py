@@ -29,7 +29,7 @@ from config import Config, ConfigError, Request, WriteError, micro_batch
 from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import World
 from engine.monitor import console
-from engine.planning.memory import with_batch
+from engine.planning.batch_size import with_batch
 from engine.setup.build import build
 from engine.signals import StopRequest
 from engine.trainer import Trainer

@@ -12,8 +12,9 @@ from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
 from engine.hardware.distributed import World
 from engine.monitor import console
+from engine.planning.batch_size import predict_batch_sizes, with_batch
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
-from engine.planning.memory import Needs, Room, largest_batch, refuse_impossible, with_batch
+from engine.planning.memory import MemoryBudget, MemoryEstimator, refuse_impossible
 from engine.planning.stopwatch import Stopwatch, stopwatch
 from engine.planning.summary import (
     cost_lines,
@@ -37,7 +38,7 @@ BUSY = 0.3  # cores used by others from which on it is said
 
 def dry_run(request: Request, world: World) -> None:
     """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
-    room = Room.of(world)
+    budget = MemoryBudget.of(world)
     setup = None if embedded_is_missing(request.config) else prepare_run(request, world)
     config = request.config if setup is None else setup.config
     done, saved = (setup.done, setup.start.saved) if setup else ((0, 0), {})
@@ -51,12 +52,12 @@ def dry_run(request: Request, world: World) -> None:
     optimizer = new_optimizer(model, config)
     before = saved["train"]["compiled"] if saved else None
     wanted = wants_compiler(config, model, steps, world, before)
-    needs = Needs(config, model, precision, world, wanted and precision.compiles)
+    estimator = MemoryEstimator(config, model, precision, world, wanted and precision.compiles)
     lines = []
     if config.training.batch_size == "auto":
-        sizes, line = largest_batch(needs, room)
+        sizes, line = predict_batch_sizes(estimator, budget)
         config = with_batch(config, sizes[0], EVAL_BATCH)
-        needs, lines = replace(needs, config=config), [line]
+        estimator, lines = replace(estimator, config=config), [line]
     if setup is None:
         folder = config.dataset.parquet_dir
         console.info(*origin_lines(request))
@@ -65,7 +66,7 @@ def dry_run(request: Request, world: World) -> None:
         )
     else:
         RunData(setup.dataset, config)  # refuses text that is too short
-    console.info(*lines, *cost_lines(needs, room, optimizer), *covered)
+    console.info(*lines, *cost_lines(estimator, budget, optimizer), *covered)
     if setup is None:
         console.info(tokens_line(config, world.size))
     else:
@@ -80,19 +81,21 @@ def dry_run(request: Request, world: World) -> None:
         console.info("", config.to_yaml())
     first = 0 if resume is None else resume.step
     console.info(f"Timing some steps on {world.device_name}, for at most 15 s...")
-    console.info(*time_lines(needs, room, range(first, max(first, steps)), setup))
+    console.info(*time_lines(estimator, budget, range(first, max(first, steps)), setup))
     console.info("Dry run: nothing was trained or created.")
 
 
-def time_lines(needs: Needs, room: Room, span: range, setup: RunSetup | None) -> Iterator[str]:
+def time_lines(
+    estimator: MemoryEstimator, budget: MemoryBudget, span: range, setup: RunSetup | None
+) -> Iterator[str]:
     """Yields how long the steps after `span.start` will take, by timing some of the run's own on
     weights that are thrown away.
 
     Nothing is compiled for it: that alone would take longer than all trials together.
     """
-    config, world = needs.config, needs.world
+    config, world = estimator.config, estimator.world
     documents = None if setup is None else document_id_function(setup.dataset, config)
-    trial = choose_trial(needs, room, build_model)
+    trial = choose_trial(estimator, budget, build_model)
     if not trial.sizes:
         yield "Time: unknown: not even the smallest micro-step fits into memory"
         return
@@ -105,8 +108,8 @@ def time_lines(needs: Needs, room: Room, span: range, setup: RunSetup | None) ->
         if setup is not None and config.training.sample_prompt is not None:
             sample = _sample_s(trial.config, setup, model, precision, watch)
             rates = replace(rates, sample=sample * trial.work)
-    found = forecast(config, rates, needs.model, span, world.size)
-    yield found.line(world.size, ", before what compiling takes off" if needs.compiled else "")
+    found = forecast(config, rates, estimator.model, span, world.size)
+    yield found.line(world.size, ", before what compiling takes off" if estimator.compiled else "")
     timed, whole = [f"Timed on {world.device_name}", precision.name], config.training.block_size
     if rates.tokens < (whole := whole * micro_batch(config)):
         timed.append(f"by {rates.tokens:,} of the {whole:,} tokens of a micro-step")

@@ -18,7 +18,7 @@ from engine.checkpoint.resume_rules import (
 )
 from engine.hardware.distributed import World
 from engine.monitor import console
-from engine.planning.memory import with_batch
+from engine.planning.batch_size import with_batch
 from engine.planning.summary import origin_lines, planned_steps, settle
 from engine.schedule import learning_rate
 from engine.setup.initial_weights import check_tokenizer

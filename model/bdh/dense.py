@@ -9,7 +9,6 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -83,21 +82,3 @@ def _gate(s: Tensor, v: Tensor, dropout: float) -> Tensor:
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
-
-
-def dense_bytes(
-    tokens: tuple[int, int], shape: tuple[int, int, int], dtype: torch.dtype, n_layer: int
-) -> tuple[int, int]:
-    """An upper estimate of the memory of the layers, the parameters and their gradients aside:
-    (kept from forward on, on top in backward).
-
-    tokens: (B, T), shape: (H, D, N). Projections are taken to hold a float32 copy of the weights
-    and its gradient, and for every layer the weights in the dtype of the products.
-    """
-    (H, D, N), half, full = shape, dtype.itemsize, max(dtype.itemsize, 4)
-    rows, weights = math.prod(tokens), 3 * H * D * N
-    wide, scores = rows * H * N, rows * H * tokens[1]
-    streams = rows * D * (4 * full + 2 * half) + rows * H * D * (full + 2 * half)
-    kept = wide * (4 * half + 1) + scores * half + streams + weights * half
-    working = wide * 6 * half + scores * 3 * half + 2 * streams + weights * full
-    return n_layer * kept + weights * full, working + weights * full

@@ -21,7 +21,6 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +30,11 @@ from torch import Tensor, nn
 
 from config import BDHConfig
 from model.attention import product_dtype
-from model.bdh.dense import DenseArgs, dense_bytes, dense_layers
+from model.bdh.dense import DenseArgs, dense_layers
 from model.bdh.elementwise import EAGER, fused_ops
 from model.bdh.fused_layers import fused_layers
 from model.bdh.recurrent import BDHState, step
-from model.bdh.tiling import Rotation, Tiling, layers_bytes, rope_frequencies, rotation
+from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
 from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
 from model.matmul import MatmulBackend, OperandId, PlainMatmul
@@ -213,32 +212,6 @@ class BDH(LanguageModel):
         loops over tiles and layers would unroll into one graph, and there is no more to gain.
         """
         self.fused = self.matmul_backend.compiled = not disable
-
-    def activation_bytes(
-        self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool, adding: bool = False
-    ) -> int:
-        """Peak memory of a training step on tokens (B, T), weights and their gradients aside.
-
-        dtype: of the matrix products. adding: to the gradients of micro-steps before.
-        """
-        tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
-        masks = 8 if self.config.dropout > 0 and not self.fused else 0  # hashes take 32 bits
-        beside = max(masks, self.matmul_backend.operand_bytes)
-        packed, kept, backward = layers_bytes(tokens, self.shape, tiling, dtype, beside)
-        forward = packed + self.config.n_layer * kept
-        if self.projections is not None:
-            layers = (self.shape, dtype, self.config.n_layer)
-            forward, backward = dense_bytes(tokens, *layers)
-        embedded = 2 * math.prod(tokens) * self.config.n_embd * 4
-        logits = math.prod(tokens) * self.config.vocab_size * 3 * 4  # their logarithm, 2 gradients
-        if adding:  # those of all layers come together, at the end
-            backward += sum(weight.nbytes for weight, _ in self.hidden_weights())
-        return embedded + forward + max(backward, logits)
-
-    def cached_bytes(self, tokens: tuple[int, int], dtype: torch.dtype, on_cpu: bool) -> int:
-        """Memory of what stays between steps: the angles of a chunk."""
-        tiling = Tiling.of(tokens, self.shape, dtype, on_cpu)
-        return tiling.chunk * self.shape[2] * dtype.itemsize
 
     def flops_per_token(self, block_size: int) -> int:
         """Forward and backward (three times forward), each token seeing those before it once.

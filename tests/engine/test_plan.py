@@ -15,7 +15,7 @@ from config import Config
 from engine.hardware.distributed import World
 from engine.optim.build import build_optimizer
 from engine.planning.forecast import Forecast, Rates, TrialStep, choose_trial, forecast, measure
-from engine.planning.memory import Needs, Room
+from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.planning.stopwatch import Stopwatch, busy_cores, stopwatch
 from engine.planning.summary import (
     BARS,
@@ -202,8 +202,8 @@ def test_plain_products_have_a_rate() -> None:
 def trial_of(config: Config, free: int | None = None) -> TrialStep:
     with torch.device("meta"):
         model = build_model(config)
-    needs = Needs(config, model, Precision(config.low_precision, CPU.device), CPU, base=0)
-    return choose_trial(needs, Room(0, free), build_model)
+    needs = MemoryEstimator(config, model, Precision(config.low_precision, CPU.device), CPU, base=0)
+    return choose_trial(needs, MemoryBudget(0, free), build_model)
 
 
 def test_micro_steps_grow_in_length_then_in_number_up_to_the_runs_own() -> None:
@@ -219,7 +219,7 @@ def test_only_what_fits_into_memory_is_timed() -> None:
     with torch.device("meta"):
         model = build_model(config)
     precision = Precision(config.low_precision, CPU.device)
-    whole = Needs(config, model, precision, CPU, base=0).memory().peak
+    whole = MemoryEstimator(config, model, precision, CPU, base=0).memory().peak
     assert trial_of(config, whole).sizes[-1] == (6, 256)
     assert trial_of(config, whole - 1).sizes[-1] == (4, 256)
     assert trial_of(config, 1).sizes == []

@@ -1,0 +1,253 @@
+"""How much memory the activations of a training step take, by formulas for each architecture.
+
+A step is predicted before anything is allocated. The formulas are within 15 % of what torch's
+allocator records (tests/engine/test_memory.py). An architecture without a formula here trains as
+well: its activations are then left out of the prediction, and the start of the run says so.
+
+Running a step on fake tensors predicts as closely without formulas, but takes 0.4 s for the
+smallest BDH and 7 s for the reference run, against 0.1 ms here; every start would wait for it.
+
+B samples, T tokens, D = n_embd, V vocabulary, H heads, N neurons per head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from model.attention import is_plain_on_cpu
+from model.bdh.model import BDH
+from model.bdh.tiling import Tiling, tile_borders
+from model.gpt import GPT
+from model.interface import LanguageModel
+from model.llama import Llama, mlp_width
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the activations of a micro-step depend on besides the model."""
+
+    batch: int
+    block: int
+    """Tokens of a sequence."""
+    dtype: torch.dtype
+    """Of the matrix products; weights are cast to it for a step."""
+    on_cpu: bool
+    accumulates: bool = False
+    """Whether gradients are added to those of earlier micro-steps, there from the start."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.block
+
+
+def activation_bytes(model: LanguageModel, step: StepShape) -> int | None:
+    """Returns the peak memory of forward and backward beyond weights and gradients; None for an
+    architecture without a formula."""
+    if isinstance(model, BDH):
+        return _bdh_bytes(model, step)
+    return _transformer_bytes(model, step) if isinstance(model, GPT | Llama) else None
+
+
+def cached_bytes(model: LanguageModel, step: StepShape) -> int:
+    """Returns the memory of tables kept between steps: BDH's cosines and sines of a chunk.
+
+    The tables of other models are too small to count.
+    """
+    if not isinstance(model, BDH):
+        return 0
+    tiling = _tiling(model, step)
+    return tiling.chunk * model.shape[2] * step.dtype.itemsize
+
+
+# BDH
+
+
+def _tiling(model: BDH, step: StepShape) -> Tiling:
+    return Tiling.of((step.batch, step.block), model.shape, step.dtype, step.on_cpu)
+
+
+def _bdh_bytes(model: BDH, step: StepShape) -> int:
+    if model.projections is None:
+        forward, backward = _fused_layers_bytes(model, step)
+    else:
+        forward, backward = _dense_layers_bytes(model, step)
+    embedded = 2 * step.tokens * model.config.n_embd * 4
+    # The loss needs the logarithm of the probabilities and two gradients, in float32.
+    logits = step.tokens * model.config.vocab_size * 3 * 4
+    if step.accumulates:  # the gradients of all layers come together, at the end
+        backward += sum(weight.nbytes for weight, _ in model.hidden_weights())
+    return embedded + forward + max(backward, logits)
+
+
+def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
+    """Returns what forward keeps, and what backward needs on top at the last layer."""
+    H, D, N = model.shape
+    tiling, half = _tiling(model, step), step.dtype.itemsize
+    full = max(half, 4)  # sums are in float32 at least
+    C, g = tiling.chunk, tiling.group
+    X = step.batch * tiling.padded(step.block) // C  # chunks
+    M = X * C  # padded tokens
+    n = 2 * max(end - start for start, end in tile_borders(N, tiling.pairs))
+
+    packed = 3 * H * D * N * half  # the weights, cut into tiles
+    kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
+
+    # Tiles of neurons: two kept ones for all neurons of the heads in hand, or two more of one tile.
+    wide = (2 * N + 2 * n if tiling.keep else 4 * n) * g * M * half
+    streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
+    # Not at the same time: masks or 8-bit operands of a tile; scores, states and products.
+    hashes = 8 if model.config.dropout > 0 and not model.fused else 0  # 32 bits each, two of them
+    operands = max(hashes, model.matmul_backend.operand_bytes) * g * M * n
+    scores = 2 * g * M * C * half
+    states = 2 * g * X * n * D * half if step.batch < X else 0
+    products = g * max(M, n) * D * (half + full)
+    backward = wide + streams + max(operands, scores + states + products)
+    return packed + model.config.n_layer * kept, backward
+
+
+def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
+    """Returns an upper estimate of what forward keeps, and of what backward needs on top.
+
+    Projections are taken to hold a float32 copy of the weights and its gradient, and for every
+    layer the weights in the dtype of the products.
+    """
+    (H, D, N), half, full = model.shape, step.dtype.itemsize, max(step.dtype.itemsize, 4)
+    rows, weights = step.tokens, 3 * H * D * N
+    wide, scores = rows * H * N, rows * H * step.block
+    streams = rows * D * (4 * full + 2 * half) + rows * H * D * (full + 2 * half)
+    kept = wide * (4 * half + 1) + scores * half + streams + weights * half
+    working = wide * 6 * half + scores * 3 * half + 2 * streams + weights * full
+    return model.config.n_layer * kept + weights * full, working + weights * full
+
+
+# GPT and Llama
+
+
+class Stage(NamedTuple):
+    """Memory of one part of a training step, in bytes."""
+
+    saved: int  # from the forward pass until its backward pass
+    gradients: int  # of its weights, from its backward pass on
+    grad_cast: int  # the gradients in the dtype of the products, before they are cast to float32
+    working: int  # on top, at some moment of its backward pass
+
+
+class SavedPerToken(NamedTuple):
+    """What a layer of one architecture saves of each token, besides what all of them save."""
+
+    rotated: int  # numbers: queries and keys after a rotation
+    hidden: int  # numbers: within the MLP
+    hidden_gradients: int  # numbers: their gradients, at a time
+    norm_bytes: int  # statistics of each norm
+
+
+def _saved_per_token(model: Transformer) -> SavedPerToken:
+    config = model.config
+    if isinstance(model, Llama):  # both parts of the gate, its silu and the product
+        rotated, width = config.n_embd + model.kv_heads * model.width, mlp_width(config)
+        return SavedPerToken(rotated, 4 * width, 2 * width, 4)
+    width = config.mlp_scale_factor * config.n_embd
+    hidden = width if config.activation == "relu" else 2 * width  # relu saves its result alone
+    return SavedPerToken(0, hidden, width, 8)
+
+
+def _transformer_bytes(model: Transformer, step: StepShape) -> int:
+    saved = _saved_per_token(model)
+    layer = [_attention_stage(model, step, saved), _mlp_stage(model, step, saved)]
+    stages = [
+        _embedding_stage(model, step),
+        *layer * model.config.n_layer,
+        *_head_stages(model, step, saved),
+    ]
+    if model.frozen:  # no weight has a gradient
+        stages = [stage._replace(gradients=0, grad_cast=0) for stage in stages]
+    if step.accumulates:  # each gradient is added at once and freed
+        stages = [s._replace(gradients=0, grad_cast=max(s.gradients, s.grad_cast)) for s in stages]
+    return _peak_bytes(stages)
+
+
+def _peak_bytes(stages: Sequence[Stage]) -> int:
+    """Returns the most that stages, in the order of the forward pass, hold at a moment of the
+    backward pass, without the gradients."""
+    held, peak, gradients = sum(stage.saved for stage in stages), 0, 0
+    for stage in reversed(stages):
+        peak = max(peak, held + stage.working + stage.grad_cast)
+        held += stage.gradients - stage.saved
+        peak = max(peak, held + (stage.grad_cast if stage.grad_cast < stage.gradients else 0))
+        gradients += stage.gradients
+    return max(0, peak - gradients)
+
+
+def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights: int) -> Stage:
+    """What attention and MLP have in common: the stream and its gradient, norm and dropout."""
+    D, size, rows = model.config.n_embd, step.dtype.itemsize, step.tokens
+    cast = size * weights if size < 4 and not model.frozen else 0
+    # Frozen 4-bit weights are dequantized for each product: one matrix at a time, half of these.
+    dequantized = (4 + size % 4) * weights // 2 if model.frozen else 0
+    dropped = size * rows * D if model.config.dropout else 0
+    saved = rows * (4 * D + norm_bytes + size * D) + dropped + cast
+    working = rows * D * (4 + size) + dropped + dequantized
+    return Stage(saved, 4 * weights, size * weights, working)
+
+
+def _attention_stage(model: Transformer, step: StepShape, saved: SavedPerToken) -> Stage:
+    D, size, rows = model.config.n_embd, step.dtype.itemsize, step.tokens
+    keys = model.kv_heads * model.width
+    branch = _branch_stage(model, step, saved.norm_bytes, 2 * D * (D + keys))
+    heads = rows * (D + 2 * keys) * size
+    kept, working = branch.saved + heads + rows * D * size, branch.working + heads
+    if _keeps_scores(model, step):
+        scores = rows * model.config.n_head * step.block * size
+        copies = 3 if model.config.dropout else 1
+        return branch._replace(saved=kept + copies * scores, working=working + scores)
+    statistics = 4 * rows * model.config.n_head
+    return branch._replace(saved=kept + rows * saved.rotated * size + statistics, working=working)
+
+
+def _keeps_scores(model: Transformer, step: StepShape) -> bool:
+    """Returns whether a training step holds the T x T scores of all heads."""
+    kind, dropout = model.config.attention, model.config.dropout
+    if kind == "math":
+        return True
+    return step.on_cpu and is_plain_on_cpu(kind, step.block, step.dtype.itemsize, dropout)
+
+
+def _mlp_stage(model: Transformer, step: StepShape, saved: SavedPerToken) -> Stage:
+    D, size = model.config.n_embd, step.dtype.itemsize
+    layer = sum(weight.numel() for weight, _ in model.hidden_weights()) // model.config.n_layer
+    weights = layer - 2 * D * (D + model.kv_heads * model.width)
+    branch = _branch_stage(model, step, saved.norm_bytes, weights)
+    return branch._replace(
+        saved=branch.saved + step.tokens * saved.hidden * size,
+        working=branch.working + step.tokens * saved.hidden_gradients * size,
+    )
+
+
+def _head_stages(model: Transformer, step: StepShape, saved: SavedPerToken) -> list[Stage]:
+    """Returns the stages of norm and logits, and of the loss, which is computed in float32."""
+    D, V, size, rows = model.config.n_embd, model.vocab_size, step.dtype.itemsize, step.tokens
+    cast = size * V * D if size < 4 else 0
+    kept = rows * (4 * D + saved.norm_bytes + size * D) + cast
+    head = Stage(kept, 4 * V * D, size * V * D, rows * (V + D) * size)
+    return [head, Stage(4 * rows * V, 0, 0, 8 * rows * V)]
+
+
+def _embedding_stage(model: Transformer, step: StepShape) -> Stage:
+    """Returns the stage of the embedding and of the mask that all layers share."""
+    D, size, T = model.config.n_embd, step.dtype.itemsize, step.block
+    by_sample = model.config.mask == "causal_document"
+    masks = step.batch if by_sample else int(_keeps_scores(model, step))
+    stream, table = 4 * step.tokens * D, model.vocab_size * D
+    kept = masks * T * T * size + (stream if model.config.dropout else 0)
+    working = 2 * stream
+    if model.tied:
+        # The head's gradient waits for this one; where it is transposed, the sum is a third.
+        working += 4 * table * (2 if size == 4 else 1)
+        table = 0
+    gradients = 4 * (D * (model.max_context or 0) + table)
+    return Stage(kept, gradients, gradients, working)
