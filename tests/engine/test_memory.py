@@ -68,7 +68,7 @@ slow = pytest.mark.slow
 STEPS: list[Any] = [
     bdh(2, 256, n_layer=3, n_embd=128),
     bdh(8, 128, n_layer=1, n_embd=128) | FLOAT32,
-    bdh(4, 256, n_head=1, vocab_size=8192),  # most of it are logits
+    pytest.param(bdh(4, 256, n_head=1, vocab_size=8192), marks=slow),  # most of it are logits
     pytest.param(bdh(2, 256, n_layer=3, n_embd=128, dropout=0.1), marks=slow),
     pytest.param(bdh(1, 300, n_layer=6, n_head=1, mlp_internal_dim_multiplier=32), marks=slow),
     pytest.param(bdh(2, 512, n_embd=128, mlp_internal_dim_multiplier=128), marks=slow),
@@ -86,11 +86,11 @@ STEPS: list[Any] = [
     transformer("gpt", 4, 128, n_layer=3, n_embd=128, attention="math"),
     transformer("gpt", 2, 64, n_embd=256, vocab_size=8192),  # most: gradients of the tied embedding
     transformer("gpt", 2, 64, n_embd=256, vocab_size=8192, dropout=0.1) | FLOAT32,
-    transformer("gpt", 4, 256, vocab_size=8192, tie_embeddings=False),
+    pytest.param(transformer("gpt", 4, 256, vocab_size=8192, tie_embeddings=False), marks=slow),
     transformer("llama", 12, 64, n_layer=4, n_embd=128, d_ff=512),
     transformer("llama", 12, 64, n_layer=4, n_embd=128, d_ff=512, dropout=0.1) | FLOAT32,
     transformer("llama", 4, 256, n_embd=128, n_kv_head=2, mask="causal_document"),
-    transformer("llama", 1, 1024, n_kv_head=1, vocab_size=8192) | FLOAT32,
+    pytest.param(transformer("llama", 1, 1024, n_kv_head=1, vocab_size=8192) | FLOAT32, marks=slow),
     pytest.param(transformer("gpt", 4, 256, n_layer=3, n_embd=256) | LORA, marks=slow),
     pytest.param(transformer("llama", 8, 128, n_embd=256) | LORA, marks=slow),
     pytest.param(bdh(2, 256, n_layer=3, n_embd=128) | FP8, marks=slow),
