@@ -20,7 +20,7 @@ import torch
 
 from model.attention import is_plain_on_cpu
 from model.bdh.model import BDH
-from model.bdh.tiling import Tiling, tile_borders
+from model.bdh.tiling import Geometry, Tiling
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama, mlp_width
@@ -89,16 +89,15 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     H, D, N = model.shape
     tiling, half = _tiling(model, step), step.dtype.itemsize
     full = max(half, 4)  # sums are in float32 at least
-    C, g = tiling.chunk, tiling.group
-    X = step.batch * tiling.padded(step.block) // C  # chunks
-    M = X * C  # padded tokens
-    n = 2 * max(end - start for start, end in tile_borders(N, tiling.pairs))
+    sizes = Geometry.of(torch.Size((step.batch, step.block, D)), H, N, tiling)
+    C, X, M, g = sizes.C, sizes.X, sizes.M, sizes.g
+    n = 2 * max(pairs.stop - pairs.start for pairs in sizes.tiles)
 
     packed = 3 * H * D * N * half  # the weights, cut into tiles
     kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
 
     # Tiles of neurons: two kept ones for all neurons of the heads in hand, or two more of one tile.
-    wide = (2 * N + 2 * n if tiling.keep else 4 * n) * g * M * half
+    wide = (2 * N + 2 * n if tiling.cache_tiles else 4 * n) * g * M * half
     streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
     # Not at the same time: masks or 8-bit operands of a tile; scores, states and products.
     hashes = 8 if model.config.dropout > 0 and not model.fused else 0  # 32 bits each, two of them

@@ -197,31 +197,3 @@ def pack(
             as_operand(packed[1].view(H, D, -1), "encoder_v"),
             as_operand(packed[2].view(H, -1, D), "decoder"),
         )
-
-
-def layers_bytes(
-    tokens: tuple[int, int],
-    shape: tuple[int, int, int],
-    tiling: Tiling,
-    dtype: torch.dtype,
-    beside: int,
-) -> tuple[int, int, int]:
-    """Memory of the layers besides weights and gradients: (all of them, each of them, backward's).
-
-    What all share and what each keeps is there from forward on; backward needs its own at the last
-    layer, when all of that still is. `beside`: bytes per element of a tile that masks or operands
-    take for a moment.
-    """
-    H, D, N = shape
-    X, C, g = tokens[0] * tiling.padded(tokens[1]) // tiling.chunk, tiling.chunk, tiling.group
-    M, half = X * C, dtype.itemsize
-    full = max(half, 4)  # of sums
-    n = 2 * max(pairs.stop - pairs.start for pairs in tile_pairs(N, tiling.pairs))
-    packed = 3 * H * D * N * half
-    kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
-    wide = (2 * N + 2 * n if tiling.cache_tiles else 4 * n) * g * M * half
-    streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
-    squares = 2 * g * M * C * half
-    states = 2 * g * X * n * D * half if tokens[0] < X else 0
-    products = g * max(M, n) * D * (half + full)
-    return packed, kept, wide + streams + max(beside * g * M * n, squares + states + products)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import signal
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -29,9 +26,7 @@ from data.loading.packing import document_ids
 from engine.checkpoint.resume_rules import adapt_to_world_size
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import batch_losses, bits_per_byte
-from engine.hardware.device import peak_flops, resolve_device
 from engine.hardware.distributed import World
-from engine.hardware.memory import peak_memory_bytes
 from engine.loss import count_targets, next_token_loss
 from engine.monitor import console
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, load_optimizer
@@ -40,7 +35,6 @@ from engine.precision.precision import Precision
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, restore_rng, rng_state
 from model.bdh import BDH
-from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -218,23 +212,6 @@ def test_documents_are_scored_as_if_each_stood_alone() -> None:
     assert count_targets(together) == together.shape[1] - 1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_for_the_next_step() -> None:
-    measure = """
-import resource, sys, torch
-from engine.hardware.memory import keep_freed_memory
-if "keep" in sys.argv: keep_freed_memory()
-for _ in range(10): torch.zeros(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
-    faults = [
-        int(subprocess.check_output([sys.executable, "-c", measure, argument], cwd=ROOT))
-        for argument in ("give", "keep")
-    ]
-    # How many of the ten blocks of 64 MB the heap can reuse depends on what was imported before.
-    assert faults[0] - faults[1] > 2 * 2**26 / 4096
-
-
 def test_bits_per_byte_of_one_bit_is_one() -> None:
     assert bits_per_byte(0.6931471805599453, 1.0) == pytest.approx(1.0)
 
@@ -253,45 +230,6 @@ def test_iteration_line_has_the_form_of_the_contract() -> None:
         "Iter    100 | Loss: 6.2341 | LR: 3.00e-05 | Grad: 1.21 | Time: 145.3ms | "
         "Tokens/sec: 113024 | Mem: 1.9GB | ETA: 4m03s"
     )
-
-
-def test_unknown_devices_are_refused_with_a_remedy() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match=r"system.device: cuda was asked for.* Use auto or cpu"):
-        resolve_device("cuda")
-    assert resolve_device("auto").type in ("cpu", "mps")
-
-
-def test_unknown_peaks_are_none_never_a_guess() -> None:
-    assert peak_flops(CPU, "float32") is None
-    assert peak_memory_bytes(CPU) > 10_000_000
-
-
-@pytest.mark.parametrize(
-    ("name", "products", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
-        ("NVIDIA H100 80GB HBM3", "fp8", 1979),
-        ("NVIDIA H100 80GB HBM3", "float32", 67),
-        ("NVIDIA H100 PCIe", "float16", 756),
-        ("NVIDIA GH200 480GB", "fp8", 1979),
-        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
-        ("NVIDIA A100-SXM4-80GB", "fp8", None),  # it has none
-        ("NVIDIA RTX A1000", "bfloat16", None),  # no A100
-        ("NVIDIA GeForce RTX 4090", "bfloat16", 165),
-        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
-        ("Tesla T4", "float16", None),
-    ],
-)
-def test_the_peak_is_that_of_the_device_and_the_precision(
-    monkeypatch: pytest.MonkeyPatch, name: str, products: str, tflops: float | None
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    expected = None if tflops is None else tflops * 1e12
-    assert peak_flops(torch.device("cuda", 0), products) == expected
 
 
 @pytest.mark.parametrize(
