@@ -101,6 +101,7 @@ def _open_token_files(
     named = zip(options, paths, strict=True)
     found = [find_files(path, option) for option, path in named if path is not None]
     beside = [read_metas(files) for files in found]
+    # One meta file may describe many token files.
     metas = list({meta.path: meta for metas in beside for meta in metas if meta}.values())
     told = metas or vocab_size or config.name != "auto" or known
     notes = [] if told else _gpt2_note(dataset)

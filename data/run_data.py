@@ -67,6 +67,7 @@ class RunData:
     def _count_bytes(self) -> float | None:
         if not self.evaluation:
             return None
+        # Targets only, as the loss counts them.
         tokens = torch.cat(self.evaluation[1])[:, 1:].reshape(-1)
         count = self._dataset.tokenizer.count_bytes(tokens.numpy())
         return count / len(tokens) if count else None

@@ -52,6 +52,7 @@ def _pick_whole_rows(segments: Segments, chosen: Integers, empty: Tokens, rows: 
     reader = segments.open_reader()
     for row, number in zip(sample, np.arange(count) * total // max(1, count), strict=True):
         i = int(np.searchsorted(rows_until, number, side="right"))
+        # Without shuffling the first row begins at the begin of its span, whatever the epoch.
         tokens = reader.tokens(int(chosen[i]), _SEED, 0, shuffle=False)
         rows_to_end = int(rows_until[i] - number)
         start = len(tokens) - 1 - rows_to_end * block_size
@@ -89,6 +90,7 @@ def _spread_rows(parts: Iterator[Tokens], kept: Tokens, rows: int) -> Tokens:
     rest = np.zeros(0, dtype=kept.dtype)
     seen, stride = 0, 1
     for part in parts:
+        # What is left of a segment begins the next row, as in training.
         rest = np.concatenate((rest, part), dtype=kept.dtype, casting="unsafe")
         if len(rest) <= block_size:
             continue

@@ -21,6 +21,7 @@ def assign_lanes(keys: Keys, lanes: int) -> Integers:
 
     Runs of equal keys go to the lanes in turn, so a row group is read by one lane.
     """
+    # Numbering runs instead of segments: a row group in two lanes would be decoded twice.
     starts = np.ones(len(keys), dtype=np.int64)
     starts[1:] = keys[1:] != keys[:-1]
     return (np.cumsum(starts) - 1) % lanes
@@ -33,6 +34,7 @@ def tokens_per_lane(tokens: int, lanes: int, epoch: int) -> list[int]:
     n epochs no lane reads more than ceil(n * tokens / lanes), and none falls behind by more than
     one token, however many epochs a run has.
     """
+    # Differences of cumulative counts, so that roundings cannot add up over epochs.
     before, after = epoch * tokens, (epoch + 1) * tokens
     return [(after + lane) // lanes - (before + lane) // lanes for lane in range(lanes)]
 
@@ -73,15 +75,19 @@ class Spans:
         """
         if 0 < begin >= end:
             return Spans(self.segment[:0], self.first[:0], self.last[:0])
+        # ends[i]: the tokens in spans up to and including the i-th.
         ends = np.cumsum(self.last - self.first)
+        # From begin = 0 on, leading empty spans are taken along; a search would pass over them.
         start = int(np.searchsorted(ends, begin, "right")) if begin else 0
         stop = int(np.searchsorted(ends, end, "right"))  # spans before it end at or before `end`
         is_cut = stop < len(ends) and (ends[stop - 1] if stop else 0) < end
         chosen = slice(start, stop + 1 if is_cut else stop)
         segment, first, last = self.segment[chosen], self.first[chosen], self.last[chosen]
+        # Copies: these may be views of the spans of another lane.
         first, last = first.copy(), last.copy()
         if is_cut:
             last[-1] -= ends[stop] - end
+        # After the end, not before: both may cut the same span, of which only the end is known.
         if begin and len(first):
             first[0] += begin - (ends[start - 1] if start else 0)
         return Spans(segment, first, last)
@@ -103,6 +109,7 @@ def balance_lanes(lanes: list[Integers], tokens: Integers, targets: list[int]) -
         targets: tokens of each lane; their sum is that of all dealt segments.
     """
     dealt = [Spans.whole(segments, tokens) for segments in lanes]
+    # In the order of the lanes, so that every process computes the same surplus.
     surplus = Spans.joined(
         [spans.part(target, spans.tokens) for spans, target in zip(dealt, targets, strict=True)]
     )
@@ -192,12 +199,14 @@ class LanePlan:
     def _plan_epoch(self, epoch: int) -> list[_LaneEpoch]:
         order = segment_order(self._keys, self.seed, epoch, self.shuffle)
         lane = assign_lanes(self._keys[order], self.lanes)
+        # All lanes are planned, also those of other processes: balancing needs their sizes.
         dealt = [self._segments[order[lane == v]] for v in range(self.lanes)]
         if self._tokens is None or self.epoch_tokens is None:
             return [_LaneEpoch(segments, {}) for segments in dealt]
         targets = tokens_per_lane(self.epoch_tokens, self.lanes, epoch)
         result = []
         for spans in balance_lanes(dealt, self._tokens, targets):
+            # Only shared segments are listed: a few per lane, of possibly 100,000.
             planned = self._tokens[spans.segment]
             shared = np.flatnonzero((spans.first > 0) | (spans.last < planned)).tolist()
             shares = {

@@ -123,6 +123,7 @@ def plan_loading(
     assert total % (spec.world_size * spec.micro_batches) == 0
     if data_state is not None:
         _check_shape(data_state, segments, spec, shuffle)
+    # A run keeps the rule it began with: another one would repeat and skip text from here on.
     version = PLAN_VERSION if data_state is None else data_state["version"]
     # Without sizes the plan deals segments in turn, which is the rule of version 1.
     tokens = segments.tokens if version > 1 else None
@@ -149,6 +150,7 @@ def plan_loading(
 def _lane_count(keys: Keys, sequences: int, wanted: int | None, tokens: Integers | None) -> int:
     """Returns `wanted` lanes, or as many as the shuffle keys and tokens of the segments allow."""
     available = count_distinct(keys)
+    # A lane needs a row group of its own, and a token of every epoch.
     most = available if tokens is None else min(available, int(tokens.sum()))
     lanes = wanted or lane_count(sequences, most)
     if sequences % lanes or lanes > available:
@@ -182,6 +184,7 @@ def _check_shape(data_state: DataState, segments: Segments, spec: BatchSpec, shu
         )
     if not len(data_state["positions"]) or lanes < 1:
         raise DataError("data state: it has no lanes. Take another checkpoint.")
+    # Each of these changes which text the positions stand for.
     fixed = {"seed": spec.seed, "shuffle": shuffle}
     if segments.whole_rows:
         fixed["block_size"] = spec.block_size
@@ -231,6 +234,7 @@ def merge_data_states(data_states: list[DataState]) -> DataState:
     positions: dict[int, list[int]] = {}
     for state in data_states:
         positions.update(enumerate(state["positions"], state["first_lane"]))
+    # With fewer lanes than processes, several processes state the same lane, at the same position.
     lanes = range(min(positions), max(positions) + 1)
     assert len(positions) == len(lanes), "data states of neighbouring lanes"
     return {

@@ -63,9 +63,11 @@ class ChunkDataset(IterableDataset[Chunk]):
         lane_type: type[Lane] = RowLane if plan.segments.whole_rows else PackedLane
         starts = list(zip(plan.lanes, plan.start, strict=True))[worker::workers]
         try:
+            # Inside the try: a position that does not fit raises DataError too.
             lanes: list[Lane] = [lane_type(source, lane, position) for lane, position in starts]
             while True:
                 chunk = self._read(lanes)
+                # Counts travel with the rows that they belong to, from worker to trainer.
                 chunk.skipped_counts = dict(reader.skipped_counts)
                 reader.skipped_counts.clear()
                 yield chunk
@@ -96,6 +98,7 @@ def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
     rows = torch.empty(shape, dtype=parts[0].rows.dtype, pin_memory=pin)
     provenance = [Provenance(packed=True)] * lanes
     skipped = Counter[str]()
+    # Worker w has lanes w, w + n, ...: interleaving puts them in order, whatever n is.
     for worker, part in enumerate(parts):
         rows[:, worker::workers] = part.rows
         provenance[worker::workers] = part.provenance
@@ -118,6 +121,7 @@ class StepBatch:
 
     def _positions(self) -> list[Position]:
         """Returns the position of each lane after this batch."""
+        # After this batch, not after the chunk: what is read ahead does not count as seen.
         token = (self._step + 1) * self._plan.lane_step_tokens
         return [provenance.position(token) for provenance in self._provenance]
 
@@ -139,6 +143,7 @@ class StepBatch:
         reader = plan.segments.open_reader()
         source = LaneReader(reader, plan.lane_plan)
         for lane, provenance in zip(plan.lanes, self._provenance, strict=True):
+            # Provenance counts tokens from the begin of the chunk.
             begin = self._step * plan.lane_step_tokens
             first, last = (begin + row * plan.spec.block_size for row in plan.own_rows(lane))
             for position, length in provenance.runs(first, last):
@@ -178,6 +183,7 @@ class TrainLoader:
         self.skipped_counts = Counter[str]()
         """Null and empty documents and NUL bytes met so far, by kind."""
         self._batches: Iterator[StepBatch] = iter(())
+        # A worker without a lane would send chunks without rows.
         workers = min(dataloader.num_workers, len(plan.lanes))
         if workers < dataloader.num_workers:
             log.warning(
@@ -187,6 +193,7 @@ class TrainLoader:
                 workers,
             )
         pin = spec.pin and dataloader.pin_memory
+        # Neither source nor join refers to this loader: it could then never be collected.
         self._prefetcher: Prefetcher[Chunk] = Prefetcher(
             ChunkDataset(plan),
             partial(join_chunks, pin=pin),

@@ -81,6 +81,7 @@ def hash_integers(*words: int) -> int:
 
 def path_keys(paths: Iterable[str]) -> Keys:
     """Returns a key for each relative path: the first 8 bytes of its BLAKE2b."""
+    # Relative paths, so that a folder can be moved. surrogateescape: names need not be UTF-8.
     encoded = (path.encode("utf-8", "surrogateescape") for path in paths)
     digests = b"".join(hashlib.blake2b(path, digest_size=8).digest() for path in encoded)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -98,6 +99,7 @@ def segment_order(keys: Keys, seed: int, epoch: int, shuffle: bool = True) -> In
     """
     if not shuffle:
         return np.arange(len(keys), dtype=np.int64)
+    # XOR with a salted hash keeps equal keys equal; hashing then scatters the different ones.
     hashed = hash_array(keys ^ np.uint64(hash_integers(_SEGMENT_SALT, seed, epoch)))
     return np.argsort(hashed, kind="stable").astype(np.int64)
 
@@ -127,6 +129,7 @@ def choose_held_out(keys: Keys, sizes: Integers, fraction: float) -> Booleans:
     names, inverse = np.unique(keys, return_inverse=True)
     if fraction <= 0 or len(names) < 2:
         return np.zeros(len(keys), dtype=np.bool_)
+    # At least 1 each: a key without text must not be held out for free, before any other.
     weights = np.maximum(np.bincount(inverse, weights=sizes), 1)
     total = float(weights.sum())
     # The training seed takes no part, so runs with different seeds evaluate on the same text.
@@ -136,6 +139,7 @@ def choose_held_out(keys: Keys, sizes: Integers, fraction: float) -> Booleans:
     for name in order:
         if taken >= fraction * total:
             break
+        # One row group of half the data would otherwise leave nothing to train on.
         if taken + weights[name] <= max(0.5, fraction) * total:
             held_out[name] = True
             taken += weights[name]

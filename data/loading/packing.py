@@ -62,6 +62,7 @@ class LaneReader:
         """Returns where `length` tokens of one segment are stored (see `Reader.locate`)."""
         epoch, index, token = start
         segment = int(self._plan.lane_segments(epoch, lane)[index])
+        # Positions count what the lane reads; the reader counts from the begin of the segment.
         order = self._plan.seed, epoch, self._plan.shuffle
         share = self._plan.share(epoch, lane, index)
         token += share.of(len(self._reader.tokens(segment, *order))).start
@@ -89,6 +90,7 @@ class Provenance:
 
     def position(self, token: int) -> Position:
         """Returns the position of a token, which may be the one after the last row."""
+        # The last start at or before the token.
         i = bisect.bisect_right(self._starts, token) - 1
         epoch, index, offset = self._positions[i]
         return Position(epoch, index, offset + token - self._starts[i])
@@ -98,6 +100,7 @@ class Provenance:
         last target of their rows."""
         if self._packed:
             last += 1
+        # Cut at the starts inside, so that each run is stored in one piece.
         edges = [first, *(start for start in self._starts if first < start < last), last]
         target = 0 if self._packed else 1  # each run of whole rows is followed by its own target
         return [(self.position(a), b - a + target) for a, b in pairwise(edges) if a < b]
@@ -111,6 +114,7 @@ class Lane(ABC):
         self._epoch, self._index, self._token = position
         self._count = source.count(self._epoch, lane)
         self._tokens: Tokens | None = None
+        # Without this a data state of other data would be read as another text in silence.
         if self._index >= self._count > 0:
             self._refuse(f"segment {self._index} of {self._count}")
 
@@ -142,6 +146,7 @@ class PackedLane(Lane):
     def fill(self, rows: Tokens) -> Provenance:
         """Fills `rows` with the next rows."""
         block_size = rows.shape[-1] - 1
+        # One array for all rows, as neighbours share a token; it is copied once, below.
         flat = np.empty(rows.size // (block_size + 1) * block_size + 1, dtype=rows.dtype)
         provenance = self._read(flat)
         rows[...] = windows(flat, block_size).reshape(rows.shape)
@@ -157,6 +162,7 @@ class PackedLane(Lane):
             filled += len(part)
             self._token += len(part)
             del part  # frees a finished segment before the next one is read
+        # The last token was a target only; as an input it begins the next row.
         self._token -= 1
         return provenance
 
@@ -168,6 +174,7 @@ class PackedLane(Lane):
                 finished += 1
                 self._next_segment()
             if self._index >= self._count:
+                # Without a limit, a lane whose documents are all empty would search for ever.
                 if finished > max(self._count, _EMPTY_SEGMENTS) or not self._count:
                     raise DataError(
                         f"no text in the {self._count} segments of lane {self._lane} "
@@ -177,6 +184,7 @@ class PackedLane(Lane):
                 continue
             tokens = self._source.tokens(self._epoch, self._lane, self._index)
             self._tokens = _own_memory(tokens)
+            # The original goes now: it would be held until the next segment is read.
             del tokens
             if 0 < self._token >= len(self._tokens):
                 self._refuse(f"token {self._token} of a segment of {len(self._tokens)}")
@@ -189,10 +197,10 @@ class RowLane(Lane):
     def fill(self, rows: Tokens) -> Provenance:
         """Fills `rows` with the next rows."""
         block_size, provenance, filled = rows.shape[-1] - 1, Provenance(packed=False), 0
-        for place in product(*map(range, rows.shape[:-1])):
+        for index in product(*map(range, rows.shape[:-1])):
             tokens = self._load(block_size)
             provenance.add(filled, self._position)
-            rows[place] = tokens[self._token : self._token + block_size + 1]
+            rows[index] = tokens[self._token : self._token + block_size + 1]
             filled += block_size
             self._token += block_size
             if self._token + 1 >= len(tokens):  # the last token is a target only
@@ -205,6 +213,7 @@ class RowLane(Lane):
     def _load(self, block_size: int) -> Tokens:
         if self._tokens is None:
             self._tokens = self._source.tokens(self._epoch, self._lane, self._index)
+            # A row that began elsewhere would cross the end of its segment.
             if self._token % block_size or self._token + block_size >= len(self._tokens):
                 self._refuse(f"token {self._token} of a segment of {len(self._tokens)}")
         return self._tokens

@@ -58,6 +58,7 @@ class Prefetcher(Generic[T]):
         self._stop = threading.Event()
         self._started = threading.Event()
         self._processes: list[BaseProcess] = []
+        # Daemon: a process that dies without closing must not wait for it.
         self._thread = threading.Thread(target=self._run, name="data prefetch", daemon=True)
 
     def start(self) -> None:
@@ -70,6 +71,7 @@ class Prefetcher(Generic[T]):
         deadline = time.monotonic() + TIMEOUT_S
         while not self._stop.is_set():
             with contextlib.suppress(queue.Empty):
+                # A short timeout: Ctrl-C and lost workers are noticed while waiting.
                 item = self._ready.get(timeout=_POLL_S)
                 if isinstance(item, BaseException):
                     self.close()
@@ -112,6 +114,7 @@ class Prefetcher(Generic[T]):
             if self._processes and not isinstance(error, DataError):
                 # A dying worker breaks its connection a moment before it is seen to be dead.
                 wait([process.sentinel for process in self._processes], timeout=1)
+            # A lost worker is the cause; the broken connection it leaves is only what torch saw.
             self._put(self._lost_worker() or error)
         finally:
             del items  # ends the workers
@@ -137,12 +140,14 @@ class Prefetcher(Generic[T]):
                     multiprocessing_context=_start_method() if self._workers else None,
                 )
             )
+        # DataLoader does not tell its processes; they are the children that are new.
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
         return items
 
     def _put(self, item: T | BaseException) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
+                # Never for ever: after close() nobody takes items any more.
                 return self._ready.put(item, timeout=_POLL_S)
         return None
 

@@ -38,6 +38,7 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     try:
         with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             digest, content = file.read(_DIGEST_BYTES), file.read()
+        # Before np.load: it must not parse what another program or a broken disk wrote.
         if digest != _digest(path, content):
             raise ValueError("not as it was written")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

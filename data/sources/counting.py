@@ -51,6 +51,7 @@ def count_tokens(
     index: Index, table: SegmentTable, tokenizer: Tokenizer, config: DatasetConfig
 ) -> TokenCounts:
     """Counts or estimates the tokens of all segments; raises DataError for unreadable text."""
+    # Every segment, or evenly spread ones: text often changes from the first file to the last.
     chosen = np.arange(len(table))
     if int(table.bytes.sum()) > READ_BYTES and len(table) > SAMPLE_SEGMENTS:
         chosen = np.linspace(0, len(table) - 1, SAMPLE_SEGMENTS).astype(np.int64)
@@ -139,6 +140,7 @@ def _measure_cached(
     figures: list[Sequence[int]] = []
     unreadable = 0
     began = shown = time.monotonic()
+    # Successive segments to a task: parts of one row group are decoded in order.
     tasks = np.array_split(chosen, min(_TASKS, len(chosen)))
     threads = min(_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="count") as pool:
@@ -152,6 +154,7 @@ def _measure_cached(
                     done = number * 100 // len(tasks)
                     log.warning("Counting the tokens of %s, once: %d %%", root, done)
         except BaseException:
+            # Ctrl-C would otherwise wait until all of the text is read.
             pool.shutdown(cancel_futures=True)
             raise
     result = np.array(figures, dtype=np.int64).reshape(-1, columns)

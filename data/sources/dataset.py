@@ -157,6 +157,7 @@ class Dataset(ABC):
 
     def check_unchanged(self, saved: dict[str, Any]) -> None:
         """Raises DataError, naming the first difference from the `summary` of a checkpoint."""
+        # The fingerprint decides; the details only explain.
         if saved["fingerprint"] == self.fingerprint:
             return
         then, now = _kind_of_files(saved), _kind_of_files(self.details())

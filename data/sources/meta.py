@@ -61,6 +61,7 @@ class Meta:
 
     def record(self, tokens: str) -> FileRecord | None:
         """Returns what it states about a token file beside it, if anything."""
+        # NAME.meta.json is about one file, which it calls "train" whatever its name is.
         is_of_one_file = os.path.basename(self.path) != "meta.json"
         stem, ending = os.path.splitext(os.path.basename(tokens))
         record = self.files.get("train" if is_of_one_file else stem)
@@ -177,6 +178,7 @@ def _sizes(values: dict[str, Any], dtype: np.dtype[Any]) -> dict[str, FileRecord
     return {
         role: FileRecord((".bin", ".ids"), count * dtype.itemsize, None)
         for role, count in tokens.items()
+        # bool is an int in Python, and nothing stops a file from having one.
         if type(count) is int
     }
 

@@ -90,6 +90,7 @@ class ParquetSegments:
 
     def epoch_tokens(self, version: int) -> int:
         """Returns the tokens to train on; version 1 estimated them from the footers."""
+        # The length of a run in epochs was planned with these; it must not change at a resume.
         tokens = self.tokens if version == PLAN_VERSION else self._estimates
         return int(tokens[~self.held_out].sum())
 
@@ -165,6 +166,7 @@ class ParquetDataset(Dataset):
     def fingerprint(self) -> str:
         """Identifies paths, sizes, row groups, column, tokenizer, split and rules."""
         index = self.index
+        # Whatever changes the order of tokens must be in here, or a resume continues other text.
         rules = (_FORMAT_VERSION, _segment_bytes(self.tokenizer), SEGMENT_ROWS, MIN_SEGMENTS)
         name, fraction = self.tokenizer.fingerprint, self.config.test_fraction
         digest = hashlib.blake2b(repr((rules, index.column, name, fraction)).encode())
@@ -317,6 +319,7 @@ def _code_points(index: Index, config: DatasetConfig) -> npt.NDArray[np.uint32]:
     for segment in range(len(table)):
         text, _ = documents.read(segment, 0, 0, False)
         if len(text):
+            # UTF-32 has one number per character, so numpy finds them without a loop.
             points = text_bytes(text).tobytes().decode().encode("utf-32-le")
             seen[np.frombuffer(points, dtype="<u4")] = True
     documents.close()

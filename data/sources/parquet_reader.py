@@ -65,6 +65,7 @@ class RowGroupReader:
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group].slice(first, count)
+        # A segment that is its whole row group is read once per epoch: nothing to keep.
         if count == rows:
             return self._read_whole(group)
         if size > WHOLE_GROUP_BYTES or rows > WHOLE_GROUP_ROWS:
@@ -77,6 +78,7 @@ class RowGroupReader:
     def _read_whole(self, group: int) -> Any:
         number = int(self._group_number[group])
         file = self._open(int(self._group_file[group]))
+        # Without threads of Arrow's: they would compete with the training step for cores.
         table = file.read_row_group(number, columns=[self._index.column], use_threads=False)
         return _one_array(table.column(0).chunks)
 
@@ -102,6 +104,7 @@ class RowGroupReader:
             return self._files[file]
         while len(self._files) >= self._max_files:
             self._close(next(iter(self._files)))
+        # At every opening: a file that changed since the index was read has other rows.
         self._index.check_file(file)
         self._files[file] = pq.ParquetFile(
             self._index.path(file),
@@ -183,6 +186,7 @@ class DocumentReader:
         """
         array = self._read(segment)
         rows = self._used_rows(array)
+        # The order of documents is by the segment's own key: it does not depend on lane or worker.
         rows = rows[document_order(int(self._table.key[segment]), seed, epoch, len(rows), shuffle)]
         # Not pa.array(rows), which imports numpy.ma (50 ms) in search of masked arrays.
         chosen = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
@@ -198,6 +202,7 @@ class DocumentReader:
         first, count = int(self._table.first[segment]), int(self._table.rows[segment])
         try:
             array = self._groups.read(int(self._table.group[segment]), first, count)
+            # Arrow does not check UTF-8 on its own, and a tokenizer would fail far from the cause.
             array.validate(full=True)
             if len(array) != count:  # page headers are not under the checksum
                 raise pa.ArrowInvalid(f"{len(array)} rows, the footer says {count}")
@@ -255,6 +260,7 @@ class ParquetReader:
         Byte 0 is the separator, so NUL bytes in the text become spaces.
         """
         has_nul = not text_bytes(documents).all()
+        # 32-bit offsets end at 2 GB; separators and casts need some room below that.
         large = documents.nbytes > _OFFSET_LIMIT_BYTES or pa.types.is_large_string(documents.type)
         kind = pa.large_binary() if large else pa.binary()
         empty, end = (pa.scalar(value, kind) for value in (b"", bytes([SEPARATOR])))
@@ -276,6 +282,7 @@ class ParquetReader:
         """Returns the row group and rows of the documents that these tokens belong to."""
         documents, rows = self._documents.read(segment, seed, epoch, shuffle)
         if isinstance(self._tokenizer, ByteTokenizer):
+            # Each document and its separator.
             sizes = np.diff(offsets(documents)) + 1
         else:
             each = ([text.as_py()] for text in documents)

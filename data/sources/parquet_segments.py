@@ -64,6 +64,8 @@ def cut_segments(index: Index, segment_bytes: int) -> SegmentTable:
     number = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)  # in its row group
     first = number * rows_each[group]
     taken = np.minimum(rows_each[group], rows[group] - first)
+    # Keys come from names, not from positions: a file that is added leaves the order of the others
+    # as it was.
     file_keys = path_keys(index.paths)[index.group_file]
     group_keys = numbered_keys(file_keys, index.group_number)[group]
     return SegmentTable(

@@ -109,6 +109,7 @@ class TokenDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies sizes, dtypes and samples of the files, tokenizer, split and rules."""
+        # Samples of the content, no names: moving files changes nothing, other tokens do.
         rules = (_FORMAT_VERSION, MAX_SEGMENTS)
         what = (rules, self.tokenizer.fingerprint, self._test_fraction, len(self.train_files))
         files = [(file.size, file.start, str(file.dtype), file.digest) for file in self.files]
@@ -270,6 +271,7 @@ class TokenSegments:
         number, block_size = bisect_right(self.bounds, segment) - 1, self.block_size
         file, first, length, _ = self.spans[number]
         rows, rows_before = self.rows[number], (segment - self.bounds[number]) * self.segment_rows
+        # The same hash for all spans of an epoch; spans differ in what is left over.
         offset = row_offset_hash(seed, epoch, shuffle) % (length - rows * block_size)
         count = min(self.segment_rows, rows - rows_before) * block_size + 1
         return file, first + offset + rows_before * block_size, count

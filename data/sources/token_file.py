@@ -123,6 +123,7 @@ class TokenMaps:
         Raises DataError if the file is gone, changed or damaged, and for a token outside the
         vocabulary.
         """
+        # Not at every read: os.stat costs as much as the read itself.
         if self._reads >= RECHECK_READS or self._bytes >= _RECHECK_BYTES:
             self._recheck()
         pages, tokens = self._maps.get(number) or self._map(number)
@@ -138,6 +139,7 @@ class TokenMaps:
         return tokens
 
     def _check_vocabulary(self, tokens: Tokens, file: TokenFile, first: int) -> None:
+        # Unsigned types need one pass, not two.
         below = tokens.dtype.kind == "i" and int(tokens.min()) < 0
         if int(tokens.max()) < self._vocab_size and not below:
             return
@@ -228,6 +230,7 @@ def _stated_contents(path: str, size: int, meta: Meta) -> Checksums | None:
     if record.crcs is None:
         return None
     checksums = Checksums(record.crcs, meta.path)
+    # The header of .npy lies in the first block and decides how all others are read.
     checksums.verify(path, _bytes_at(path, 0, BLOCK_BYTES), 0, 1)
     return checksums
 

@@ -101,7 +101,7 @@ def test_epochs_end_when_planned_in_all_lanes(tmp_path: Path, kind: Callable[[Pa
     dataset = opened(tmp_path, test_fraction=0.05)
     for sequences, lanes, epochs in ((8, 1, 1), (8, None, 2), (64, 64, 1)):
         if lanes == 64 and kind in (uneven, few):
-            continue  # not so many blocks
+            continue  # not so many row groups
         options = {"block_size": T, "batch_size": sequences, "epochs": epochs}
         config = Config.from_dict({"training": {**options, "max_iters": 10**8}})
         planned = planned_steps(config, 1, dataset.epoch_tokens(T))
