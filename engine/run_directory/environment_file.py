@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from engine.run_directory.environment import describe_session
 from engine.run_directory.manifest import ENVIRONMENT, MAX_BYTES
 from files.atomic import atomic_write_text
 from files.regular import read_regular
@@ -59,6 +58,10 @@ class EnvironmentFile:
         atomic_write_text(folder / ENVIRONMENT, environment_text(self.values))
 
     def _session(self) -> dict[str, Any]:
+        # Imported here because only a run that starts needs it: platform and importlib.metadata
+        # would make `runs.py`, which only reads this file, a tenth slower to start.
+        from engine.run_directory.environment import describe_session
+
         processes = self._facts.get("run", {}).get("processes", 1)
         return describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
 
