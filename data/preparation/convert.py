@@ -84,6 +84,8 @@ def convert(job: Job) -> Generator[Progress, None, None]:
     total = sum(piece.bytes for piece in pieces)
     tokenizer = job.tokenizer
     n_train: list[int | None] = [None] * len(pieces)
+    # Val begins after a share of all characters, and the vocabulary of characters is all that
+    # occur: both are known only after the whole text was read once, before anything is encoded.
     if tokenizer is None or (job.splits_by_position and job.output.has_val):
         lengths, characters = yield from _survey(job, pieces, total)
         tokenizer = tokenizer or char_tokenizer(characters)
@@ -183,6 +185,7 @@ class _PieceEncoder:
         texts = _read_texts(piece, self._column, self._tokenizer)
         try:
             if self._splits_by_position:
+                # Split before it is encoded: no token may reach from train into val.
                 text = "".join(texts)
                 at = len(text) if n_train is None else n_train
                 train, val = self._tokenizer.encode(text[:at]), self._tokenizer.encode(text[at:])
@@ -196,7 +199,14 @@ class _PieceEncoder:
         if is_text(piece.path):  # a document that may consist of many pieces
             documents, empty = int(piece.is_end), 0
         train, val = train.astype(self.dtype), val.astype(self.dtype)
-        counts = Counts(1, piece.bytes, len(train), len(val), documents - empty, empty)
+        counts = Counts(
+            pieces=1,
+            bytes=piece.bytes,
+            train=len(train),
+            val=len(val),
+            documents=documents - empty,
+            empty=empty,
+        )
         return EncodedPiece(train, val, counts)
 
     def _encode_part(self, text: str, piece: Piece) -> tuple[Ids, Ids]:
@@ -204,6 +214,7 @@ class _PieceEncoder:
         ids, separator = self._tokenizer.encode(text), self._tokenizer.separator
         if piece.is_end and separator is not None:
             ids = np.append(ids, np.array([separator], dtype=ids.dtype))
+        # The side is decided by the file, not by this part: all pieces must come to the same one.
         none = ids[:0]
         return (none, ids) if self._is_val(file_sample(piece.path)) else (ids, none)
 
@@ -227,6 +238,8 @@ def _identity(job: Job, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> str:
     """Returns a hash of everything that must be equal for a conversion to be continued."""
     stats = [(os.fspath(path), path.stat()) for path in job.files]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    # PIECE_BYTES, because the state counts pieces; size and time of each file instead of a hash of
+    # its content, which would read everything again.
     rules = _VERSION, PIECE_BYTES, job.column, tokenizer.fingerprint, dtype.name
     data = repr((files, rules, job.output.ending, job.val_fraction)).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -137,8 +137,8 @@ def _find_cut(path: Path, at: int, size: int, tokenizer: Tokenizer | None) -> in
     end = max(start + 1, len(both) - _CUT_CONTEXT)
     # Most vocabularies have no token that reaches from a letter to a blank, so places before a
     # blank come first. Vocabularies differ, so each place is tried: encoding both sides apart must
-    # give the tokens of the text in one. If no place does, the piece is cut at `at`, which costs
-    # at most one token more per megabyte.
+    # give the tokens of the text in one. If no place does, the piece is cut at `at`, and a few
+    # tokens there differ.
     blanks = [i for i in range(start, end) if both[i] == " " and not both[i - 1 : i].isspace()]
     for i in [*blanks, *range(start, end)][:_CUT_TRIALS]:
         left, right = both[max(0, i - _CUT_CONTEXT) : i], both[i : i + _CUT_CONTEXT]
@@ -225,6 +225,7 @@ def _json_text(line: bytes, key: str, path: Path, at: int) -> str:
 
 def _line_name(path: Path, at: int) -> str:
     """Returns file and number of the line at a byte; lines are counted only for an error."""
+    # Workers begin in the middle of a file and do not know the line's number.
     number = 1
     for first in range(0, at, PIECE_BYTES):
         number += _read(path, first, min(first + PIECE_BYTES, at)).count(b"\n")
@@ -237,6 +238,8 @@ def _parquet_rows(piece: Piece, column: str) -> Iterator[str]:
         with pq.ParquetFile(
             piece.path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
         ) as source:
+            # Few rows at a time bound the memory: a row group may hold gigabytes of text. No
+            # threads: the caller has a process for each core.
             for batch in source.iter_batches(256, [piece.group], [column], use_threads=False):
                 if row >= piece.last:
                     return

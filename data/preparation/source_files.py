@@ -73,6 +73,7 @@ def list_files(source: Path) -> list[Path]:
         )
     if kinds:
         print(f"Skipped in {source}: {kinds}", file=sys.stderr)
+    # Bytewise, whatever the locale: the order of the files is the order of the tokens.
     return sorted(files, key=os.fsencode)
 
 

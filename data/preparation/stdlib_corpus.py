@@ -46,6 +46,7 @@ def _library_sources() -> Iterator[Document]:
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     if not found:
         raise DataError(f"{root}: no Python sources; prepare other text: python prepare.py --help")
+    # Sorted by path below the root: os.walk's order differs between file systems.
     for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
         try:
             text = path.read_bytes().decode()

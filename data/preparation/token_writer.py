@@ -147,9 +147,10 @@ class TokenWriter:
             )
 
     def _open(self, role: str, path: Path) -> BinaryIO:
+        # Room for the header of an .npy file is left at its beginning: see _npy_header.
         file = open(self._workspace / path.name, "r+b" if self.counts.pieces else "wb")  # noqa: SIM115
         end = self._file_bytes(role, self.counts)
-        file.truncate(end)
+        file.truncate(end)  # tokens after the last saved state would be written twice
         file.seek(end)
         return file
 

@@ -40,6 +40,8 @@ def starmap_in_order(
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (function,))
     waiting = iter(items)
     try:
+        # Two tasks for each worker: none waits while the caller writes a result, and no more than
+        # these results are in memory.
         with _sigint_blocked():
             futures = deque(pool.submit(_call, item) for item in islice(waiting, 2 * workers))
         while futures:

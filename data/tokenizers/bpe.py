@@ -40,6 +40,7 @@ class Gpt2Tokenizer(ByteTable, Tokenizer):
         self.name, self._tokens = name, tokens
         self.separator = len(tokens)
         self.vocab_size = len(tokens) + 1
+        # With lengths: without them "ab", "c" and "a", "bc" would be the same mapping.
         mapping = b"".join(len(token).to_bytes(4, "little") + token for token in tokens)
         self.fingerprint = f"gpt2-{digest(mapping)}"
         super().__init__([*tokens, b""])
@@ -112,6 +113,7 @@ class JsonTokenizer(Tokenizer):
         self.name, self._text = name, text
         self._inner = inner = _parse(name, text)
         vocabulary = inner.get_vocab(with_added_tokens=True)
+        # Ids may have gaps, and the embedding needs a row for the largest one.
         self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
         found = [inner.token_to_id(token) for token in _SEPARATORS]
         self.separator = next((i for i in found if i is not None), None)
@@ -119,13 +121,15 @@ class JsonTokenizer(Tokenizer):
         self._special_ids = {i for i, token in added.items() if token.special}
         if self.separator is not None:
             self._special_ids.add(self.separator)
+        # Truncation and padding are never applied here, so they do not belong to the mapping.
         values = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding")}
         self.fingerprint = f"json-{digest(json.dumps(values, sort_keys=True).encode())}"
         self._byte_table: ByteTable | None = None
         if (values.get("decoder") or {}).get("type") == "ByteLevel":
+            # Ids in the gaps of a vocabulary keep U+FFFD: a model may still draw them.
             table = [REPLACEMENT.encode()] * self.vocab_size
             for token, i in vocabulary.items():
-                table[i] = b"" if i in self._special_ids else token_bytes(token)
+                table[i] = b"" if i in self._special_ids else _token_bytes(token)
             self._byte_table = ByteTable(table)
 
     def encode(self, text: str) -> Ids:
@@ -239,7 +243,7 @@ def train_bpe(name: str, texts: Iterable[str], vocab_size: int) -> JsonTokenizer
     return JsonTokenizer(name, inner.to_str())
 
 
-def token_bytes(token: str) -> bytes:
+def _token_bytes(token: str) -> bytes:
     """Returns the bytes that a token of a byte-level vocabulary stands for."""
     table = _byte_of_character()
     if all(character in table for character in token):

@@ -37,6 +37,7 @@ class ByteTable:
 
     def count_bytes(self, ids: Ids) -> int | None:
         """Returns the bytes of the ids; ids without a token count as none."""
+        # A padded embedding has rows, and so ids, beyond the vocabulary.
         ids = np.asarray(ids)
         return int(self._lengths[ids[ids < len(self._table)]].sum())
 

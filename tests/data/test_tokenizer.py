@@ -25,7 +25,6 @@ from data.tokenizers.bpe import (
     FILE_NAME,
     Gpt2Tokenizer,
     JsonTokenizer,
-    token_bytes,
     train_bpe,
 )
 from data.tokenizers.build import build_tokenizer, tokenizer_from_dict
@@ -269,14 +268,6 @@ def test_a_file_or_its_folder_is_named_and_its_truncation_not_applied(tmp_path: 
     assert len(unigram().encode("the egg hatches when it is warm")) > 7
     assert unigram().separator == 1
     assert byte_fallback().vocab_size == 314  # with ids beyond a gap
-
-
-@given(st.binary(max_size=20))
-def test_byte_level_characters_are_bytes(data: bytes) -> None:
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    text = data.decode("latin-1")
-    written = "".join(piece for piece, _ in pieces.pre_tokenize_str(text))
-    assert token_bytes(written) == text.encode()
 
 
 def test_an_added_token_stands_for_its_text() -> None:
