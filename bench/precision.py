@@ -1,12 +1,12 @@
-"""Low precision: what each mode costs in loss, what it takes in bytes and in time.
+"""Low precision: the loss, the memory and the time of each mode.
 
     python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--output]
     python -m bench.precision --only loss --models bdh  # loss, longer, emulated, size, time
     python -m bench.precision --gpu --shapes "BDH 25M"    # its tables: bench/precision_gpu.py
 
 Loss: small models trained from the same weights on the same batches, once per mode and seed; gaps
-are of one seed to the mode compared with, their mean is held against a limit. Times: the rivals
-take turns, once a round each; ratios are the median of the rounds' ratios. With CUDA, or --gpu,
+are taken seed by seed to the mode compared with, and their mean is held against a limit. Times: the
+modes take turns, once per round; ratios are the median of the rounds' ratios. With CUDA, or --gpu,
 speed and memory are measured there instead (bench/precision_gpu.py). --output writes
 bench/results/precision-cpu.md, or precision-gpu.md.
 """
@@ -119,7 +119,7 @@ def weights_row(shape: Sections, kind: str) -> list[str]:
 
 
 def take_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in every round; one round more warms up."""
+    """Returns the seconds of each in every round, after one more round to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
@@ -136,9 +136,9 @@ def time(options: argparse.Namespace) -> Iterator[str]:
     rounds = 2 if options.quick else options.rounds
     base = BF16 if supports_fast_bfloat16(CPU) else FLOAT32
     if base is FLOAT32:
-        yield "This CPU has no bf16 products, and the trainer takes float32 for what is not fp8."
-    yield f"Whole training steps, {rounds} rounds, not compiled. 4-bit weights are at work in those"
-    yield "measured, and in the last fifth of a run: the last column is over a whole run."
+        yield "This CPU has no bf16 matmuls: the trainer uses float32 for what is not fp8."
+    yield f"Training steps, {rounds} rounds, not compiled. 4-bit weights are used in the steps"
+    yield "measured, and in the last fifth of a run: the last column is the ratio over a whole run."
     yield ""
     cases = [("BDH, 2 layers, D 64, multiplier 16, 8 x 64", bdh(64, 16), (8, 64), 10)]
     if not options.quick:
@@ -158,7 +158,7 @@ def time(options: argparse.Namespace) -> Iterator[str]:
 def step_times(
     model: dict[str, Any], batch: tuple[int, int], steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of so many steps of each mode, in every round."""
+    """Returns the seconds of `steps` steps of each mode, in every round."""
     shape, fast = shape_of(model, 1e-3, 10_000), supports_fast_bfloat16(CPU)
     weights = [late(kind, 0.0) for kind in KINDS]
     modes = [FLOAT32, *([BF16] if fast else []), *weights]
@@ -172,7 +172,7 @@ def step_times(
     trainers = {mode.title: Trainer(shape, mode, CPU) for mode in modes}
     taken = take_turns({name: partial(run, each) for name, each in trainers.items()}, rounds)
     for trainer in trainers.values():
-        trainer.products_per_step()
+        trainer.fp8_matmuls_per_step()
     return taken
 
 
@@ -197,7 +197,7 @@ def optimizer_times(shape: Sections, rounds: int) -> Iterator[str]:
         )
     taken = take_turns(works, rounds)
     count = trainers["AdamW"].parameters
-    yield f"Optimizer steps, and rounding weights once and back, of {count:,} parameters."
+    yield f"Optimizer steps, and rounding weights once and back, with {count:,} parameters."
     yield ""
     lines = []
     for name, spent in taken.items():
@@ -236,7 +236,7 @@ def versions() -> str:
 
 
 def report(options: argparse.Namespace, device: torch.device) -> None:
-    """Each part is printed and written when it is done."""
+    """Prints and writes each part when it is done."""
     names = ["gpu"] if options.gpu else options.only.split(",")
     whole: list[str] = []
 
@@ -267,15 +267,19 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="of a run for its loss")
-    parser.add_argument("--emulated", type=int, default=60, help="steps of a run beside bf16")
-    parser.add_argument("--models", default="bdh,gpt", help="whose losses are measured")
-    parser.add_argument("--rounds", type=int, default=5, help="of times")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this, not on Python's")
-    parser.add_argument("--only", default=",".join(CPU_PARTS), help="parts of the CPU's")
+    parser.add_argument("--steps", type=int, default=300, help="of each run that measures a loss")
+    parser.add_argument(
+        "--emulated", type=int, default=60, help="steps of the runs with emulated bf16"
+    )
+    parser.add_argument("--models", default="bdh,gpt", help="models whose losses are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this text")
+    parser.add_argument(
+        "--only", default=",".join(CPU_PARTS), help="parts of the measurement on a CPU"
+    )
     parser.add_argument("--gpu", action="store_true", default=torch.cuda.is_available())
-    parser.add_argument("--shapes", help="of the GPU's, by the beginning of their names")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the bench itself")
+    parser.add_argument("--shapes", help="shapes on the GPU, by the beginning of their names")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the bench itself")
     parser.add_argument("--output", action="store_true", help="write bench/results/precision-*.md")
     options = parser.parse_args()
     unknown = set(options.only.split(",")) - set(CPU_PARTS)

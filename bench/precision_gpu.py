@@ -1,8 +1,8 @@
 """Speed and memory of the low-precision modes on a GPU; part of `bench.precision`.
 
-Several of these models do not fit into memory together, so a mode is built anew for its turn in
-each round, warmed up, timed over some steps and let go. Without CUDA the same code runs on the CPU
-at tiny shapes (--gpu --quick), which tries the code and measures nothing.
+The models do not fit into memory together, so each round builds a mode, warms it up, times some
+steps and frees it. Without CUDA the same code runs on the CPU at tiny shapes (--gpu --quick), which
+tests the code and measures nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODES = (
     ADAMW_8BIT,
     ADAMW_4BIT,
 )
-ENOUGH = 1 << 20  # steps; 4-bit weights are at work in all of them
+MANY_STEPS = 1 << 20  # of the run that is timed; 4-bit weights are used from the first
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,11 @@ class Shape:
         return self.batch[0] * self.batch[1]
 
     def sections(self) -> Sections:
-        training = {"batch_size": self.batch[0], "block_size": self.batch[1], "max_iters": ENOUGH}
+        training = {
+            "batch_size": self.batch[0],
+            "block_size": self.batch[1],
+            "max_iters": MANY_STEPS,
+        }
         return {"model": {"dropout": 0.0, **self.model}, "training": training}
 
 
@@ -86,12 +90,12 @@ QUICK = (
 
 
 @dataclass
-class Taken:
-    """What a mode took, a round each; or why it took nothing."""
+class Measurement:
+    """Seconds per step of each round, and the rest; or why the mode was skipped."""
 
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
-    products: float = 0.0
+    fp8_matmuls: float = 0.0
     parameters: int = 0
     compiled: str = ""
     skipped: str = ""
@@ -101,11 +105,11 @@ def gpu(options: argparse.Namespace) -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds, steps = (2, 2) if options.quick else (min(options.rounds, 3), 10)
     if device.type == "cpu":
-        yield "**Tried on a CPU: these are no measurements.**"
-    yield f"Training steps with the optimizer, {rounds} rounds of {steps} steps; a mode is built"
-    yield "anew for each round. Peak memory is that of a step, with weights, gradients and the"
-    yield "optimizer's state. 4-bit weights are at work in every step. Of Transformer Engine the"
-    yield "calls of its modules are counted, each a product forward and two backward."
+        yield "**Run on a CPU to test the code: not a measurement.**"
+    yield f"Training steps with the optimizer, {rounds} rounds of {steps} steps; each round builds"
+    yield "the mode anew. Peak memory includes weights, gradients and the optimizer state."
+    yield "4-bit weights are used in every step. For Transformer Engine, calls of its modules are"
+    yield "counted: each is one matmul forward and two backward."
     wanted = tuple((options.shapes or "").split(","))
     for shape in QUICK if options.quick else SHAPES:
         if shape.title.startswith(wanted):
@@ -114,27 +118,28 @@ def gpu(options: argparse.Namespace) -> Iterator[str]:
 
 def measure(shape: Shape, device: torch.device, rounds: int, steps: int) -> Iterator[str]:
     """The table of one shape."""
-    taken = {mode.title: Taken() for mode in MODES}
+    taken = {mode.title: Measurement() for mode in MODES}
     for _ in range(rounds):
         for mode in MODES:
-            one_turn(shape, mode, (device, steps), taken[mode.title])
+            measure_round(shape, mode, device, steps, taken[mode.title])
     count = max(each.parameters for each in taken.values())
     yield f"### {shape.title}: {count:,} parameters, {shape.batch[0]} x {shape.batch[1]} tokens"
     yield ""
     base = taken[BF16.title]
     lines = [row(name, each, base, shape.tokens) for name, each in taken.items()]
-    columns = "ms per step", "tokens/s", "x bf16's speed", "peak GB", "8-bit products a step"
+    columns = "ms per step", "tokens/s", "x bf16's speed", "peak GB", "FP8 matmuls per step"
     yield from table(("mode", *columns, "compiler"), lines)
 
 
-def one_turn(shape: Shape, mode: Mode, where: tuple[torch.device, int], taken: Taken) -> None:
-    """Adds a round to what the mode took, unless it was found not to run here."""
+def measure_round(
+    shape: Shape, mode: Mode, device: torch.device, steps: int, taken: Measurement
+) -> None:
+    """Adds a round to the measurement, unless the mode does not run here."""
     if taken.skipped:
         return
-    device, steps = where
     try:
-        run(shape, mode, where, taken)
-    except ConfigError as error:  # a library or a GPU that is not there
+        run(shape, mode, device, steps, taken)
+    except ConfigError as error:  # the GPU or a library is missing
         taken.skipped = str(error).strip().splitlines()[-1]
     except torch.OutOfMemoryError:
         taken.skipped = "out of memory"
@@ -143,16 +148,15 @@ def one_turn(shape: Shape, mode: Mode, where: tuple[torch.device, int], taken: T
         torch.cuda.empty_cache()
 
 
-def run(shape: Shape, mode: Mode, where: tuple[torch.device, int], taken: Taken) -> None:
-    device, steps = where
-    torch.compiler.reset()  # else turns would use up the recompiles that a function may have
+def run(shape: Shape, mode: Mode, device: torch.device, steps: int, taken: Measurement) -> None:
+    torch.compiler.reset()  # else the rounds would exceed the recompilations a function may have
     before = held(device)
     trainer = Trainer(shape.sections(), mode, device)
     rows = batch(shape, device)
     taken.compiled = trainer.compile(rows) if device.type == "cuda" else "not compiled"
     for _ in range(3):
         trainer.step(rows)
-    trainer.products_per_step()
+    trainer.fp8_matmuls_per_step()
     reset_peak(device)
 
     def work() -> None:
@@ -161,7 +165,7 @@ def run(shape: Shape, mode: Mode, where: tuple[torch.device, int], taken: Taken)
 
     taken.seconds.append(seconds(work, device) / steps)
     taken.peak = max(taken.peak, held(device, peak=True) - before)
-    taken.products, taken.parameters = trainer.products_per_step(), trainer.parameters
+    taken.fp8_matmuls, taken.parameters = trainer.fp8_matmuls_per_step(), trainer.parameters
 
 
 def batch(shape: Shape, device: torch.device) -> Tensor:
@@ -170,7 +174,7 @@ def batch(shape: Shape, device: torch.device) -> Tensor:
     return torch.randint(shape.model.get("vocab_size", 256), size, device=device)
 
 
-def row(name: str, taken: Taken, base: Taken, tokens: int) -> list[str]:
+def row(name: str, taken: Measurement, base: Measurement, tokens: int) -> list[str]:
     if taken.skipped:
         return [name, *["-"] * 5, f"skipped: {taken.skipped}"]
     each = statistics.median(taken.seconds)
@@ -178,6 +182,6 @@ def row(name: str, taken: Taken, base: Taken, tokens: int) -> list[str]:
     if not base.skipped:
         pairs = zip(base.seconds, taken.seconds, strict=True)
         speed = f"{statistics.median(theirs / own for theirs, own in pairs):.2f}"
-    products = f"{taken.products:.0f}" if taken.products else ""
+    matmuls = f"{taken.fp8_matmuls:.0f}" if taken.fp8_matmuls else ""
     line = [name, f"{each * 1000:.1f}", f"{tokens / each:,.0f}", speed, f"{taken.peak / GB:.2f}"]
-    return [*line, products, taken.compiled]
+    return [*line, matmuls, taken.compiled]

@@ -58,7 +58,7 @@ BOTH = replace(
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: the loss `of`, what it is compared with, and the limit of the gap."""
+    """A row of the table: a loss, what it is compared with, and the limit of their gap."""
 
     of: str
     against: str
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained, and the limit of the gap of AdamW in 4 bits."""
+    """A model to train, and the limit of the gap of AdamW in 4 bits."""
 
     title: str
     shape: dict[str, Any]
@@ -99,7 +99,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a seed share."""
+    """Model, text and seed, which all modes share."""
 
     shape: Sections
     text: Bytes
@@ -123,14 +123,14 @@ class Setting:
 
 
 def losses_of(setting: Setting, mode: Mode, notes: dict[str, str]) -> Iterator[tuple[str, float]]:
-    """Trains, and gives a name and a held-out loss for each view of the result."""
+    """Trains; yields name and held-out loss of the weights as trained, rounded and exported."""
     trainer, batches = setting.train(mode), setting.held_out
     plain, quantized = trainer.loss(batches), trainer.precision.quantized
     if trainer.precision.fp8 is not None:
         made = trainer.precision.metrics()
         share = made.get("train/fp8_clipped")
         extra = "" if share is None else f", {share:.0%} of operands clipped (history {HISTORY})"
-        notes[mode.title] = f"{made['train/fp8_products']:.0f} 8-bit products a step{extra}"
+        notes[mode.title] = f"{made['train/fp8_products']:.0f} FP8 matmuls per step{extra}"
     if quantized is not None:
         low = trainer.loss(batches, quantized.applied())
         exported = loss_of_file(setting, mode, quantized)
@@ -145,7 +145,7 @@ def losses_of(setting: Setting, mode: Mode, notes: dict[str, str]) -> Iterator[t
 
 
 def loss_of_file(setting: Setting, mode: Mode, quantized: QuantizedWeights) -> float:
-    """The held-out loss of a fresh model that read the exported weights."""
+    """Returns the held-out loss of a fresh model with the exported weights."""
     with tempfile.TemporaryDirectory() as folder:
         write_export(Path(folder) / "out", quantized.packed_tensors(), {})
         reader = setting.trainer(mode)
@@ -158,7 +158,7 @@ def fp8_rows(against: str) -> list[Row]:
 
 
 def rows(model: Model, base: str, foil: bool) -> list[Row]:
-    """The table of one model; base: the mode that FP8 is compared with."""
+    """Returns the table of one model; base: the mode that FP8 is compared with."""
     exact, fp4 = FLOAT32.title, f"{late('fp4').title}{IN_FILE}"
     found = [Row(exact, exact), *([Row(base, exact)] if base != exact else []), *fp8_rows(base)]
     found += [Row(ADAMW_4BIT.title, exact, model.limit), Row(ADAMW_8BIT.title, exact)]
@@ -174,7 +174,7 @@ def rows(model: Model, base: str, foil: bool) -> list[Row]:
 def measured(
     model: Model, modes: Sequence[Mode], options: argparse.Namespace, emulated: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The losses of all seeds by name, and what there is to say of modes."""
+    """Returns the losses of all seeds by name, and a note for some modes."""
     steps = options.emulated if emulated else options.steps
     shape, text = shape_of(model.shape, model.rate, steps), read_text(options.text)
     losses: dict[str, list[float]] = {}
@@ -187,17 +187,17 @@ def measured(
 
 
 def loss(options: argparse.Namespace) -> Iterator[str]:
-    """All modes as the trainer computes them here."""
+    """Measures all modes as the trainer computes them here."""
     text, (count, (batch, length)) = read_text(options.text), EVALUATION
     sizes = f"{len(text.train) / 1e6:.1f} MB, and {len(text.held_out) / 1e6:.2f} MB held out"
     yield f"{options.steps} steps of 8 x 64 bytes of {text.title} ({sizes}),"
     yield f"{options.seeds} seeds; loss on {count} fixed batches of {batch} x {length}, in nats per"
     yield "byte. A seed's modes share first weights and batches. 4-bit weights set in for the last"
-    yield "fifth; losses of files are those of a fresh model that read the export, and were found"
-    yield "equal to the run's own in 4 bits."
+    yield "fifth; the loss of a file is that of a fresh model that read the export, and is checked"
+    yield "to equal the run's own in 4 bits."
     fast = supports_fast_bfloat16(CPU)
     if not fast:
-        yield "This CPU has no bf16 products, and the trainer takes float32 for what is not fp8."
+        yield "This CPU has no bf16 matmuls: the trainer uses float32 for what is not fp8."
     foil, base = torchao_mode(), BF16.title if fast else FLOAT32.title
     modes = [FLOAT32, *([BF16] if fast else []), FP8_CURRENT, FP8_DELAYED, BOTH]
     modes += [mode.in_float32() for mode in (ADAMW_4BIT, ADAMW_8BIT, *map(late, KINDS))]
@@ -215,7 +215,7 @@ def loss(options: argparse.Namespace) -> Iterator[str]:
 
 
 def emulated(options: argparse.Namespace) -> Iterator[str]:
-    """FP8 beside bf16 where the CPU has none."""
+    """Measures FP8 against bf16 if the CPU has no bf16 matmuls."""
     if supports_fast_bfloat16(CPU):
         yield "As above: this CPU computes bf16."
         return
@@ -230,7 +230,7 @@ def emulated(options: argparse.Namespace) -> Iterator[str]:
 
 
 def longer(options: argparse.Namespace) -> Iterator[str]:
-    """4-bit weights in runs long enough for rounding to cost something."""
+    """Measures 4-bit weights in runs long enough for rounding to cost something."""
     yield f"As above, {LONG} steps of BDH in float32; the limits are meant for this length."
     model, options = MODELS["bdh"], argparse.Namespace(**vars(options) | {"steps": LONG})
     losses, _ = measured(model, [FLOAT32, *(late(kind).in_float32() for kind in KINDS)], options)

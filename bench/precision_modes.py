@@ -1,4 +1,4 @@
-"""What `bench.precision` compares: modes, and a training loop around the trainer's own parts."""
+"""The modes that `bench.precision` compares, and a training loop of the trainer's own parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Optimizers = Callable[[nn.Module, Config], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Mode:
-    """What sets a run apart; `optimizers` makes one that is not the trainer's."""
+    """The options of a run that are compared; optimizers: builds one that the trainer lacks."""
 
     title: str
     low: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ ADAMW_8BIT = Mode("AdamW 8-bit", optimizer="adamw_8bit")
 
 
 def late(kind: str, begin: float = 0.8) -> Mode:
-    """4-bit weights after this part of the run."""
+    """Returns the mode with 4-bit weights after this share of the run."""
     low = {"use_4bit": True, "quantization_type": kind, "quantize_after": begin}
     return Mode(f"4-bit weights, {kind}", low)
 
@@ -87,10 +87,10 @@ def low_precision(kind: str) -> LowPrecisionConfig:
 
 
 def torchao_mode() -> Mode | str:
-    """torchao's optimizer in 4 bits, for comparison; why not, where it cannot be had."""
+    """Returns the mode with torchao's 4-bit AdamW, or the reason why it cannot be imported."""
     try:
         made = importlib.import_module("torchao.optim").AdamW4bit
-    except Exception as error:  # besides ImportError, what a library for another torch raises
+    except Exception as error:  # one built for another torch raises more than ImportError
         return "not installed" if isinstance(error, ImportError) else type(error).__name__
 
     def optimizers(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -113,9 +113,9 @@ def torchao_mode() -> Mode | str:
 
 
 class Trainer:
-    """A model in a mode, trained step by step as train.py does, without its files and processes.
+    """Trains a model in a mode step by step as train.py does, without files and processes.
 
-    emulated: bf16 is computed also where the trainer would fall back, because it is slow there.
+    emulated: computes bf16 also where the trainer falls back to float32 because bf16 is slow.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def compile(self, rows: Tensor) -> str:
-        """What the trainer says of it."""
+        """Compiles the model; returns the trainer's line about it."""
 
         def trial() -> None:
             with self.precision.autocast():
@@ -158,7 +158,7 @@ class Trainer:
         return compile_model(self.model, True, self.device, trial)[1]
 
     def step(self, rows: Tensor) -> None:
-        """Trains on rows (B, T+1)."""
+        """Takes a step on rows (B, T+1)."""
         self.number += 1
         config, model = self.config, self.model
         with self.precision.training(self.number):
@@ -181,28 +181,28 @@ class Trainer:
     def loss(
         self, batches: Sequence[Tensor], view: AbstractContextManager[None] | None = None
     ) -> float:
-        """Mean over the tokens of all batches (B, T+1); view: of the weights."""
+        """Returns the mean over the tokens of all batches (B, T+1); view: encloses the passes."""
         self.model.eval()
         with torch.inference_mode(), view or contextlib.nullcontext(), self.precision.autocast():
             total = sum(next_token_loss(self.model, rows, self.device) for rows in batches)
         self.model.train()
         return float(total) / sum(map(count_targets, batches))
 
-    def products_per_step(self) -> float:
-        """8-bit products of a step since the last call; checked to be some with FP8, else none."""
+    def fp8_matmuls_per_step(self) -> float:
+        """Returns their mean since the last call; checks that only FP8 has any."""
         made = self.precision.metrics()
-        products = made.get("train/fp8_products", 0.0)
-        assert (products > 0) == (self.precision.fp8 is not None), "FP8 without 8-bit products"
-        return products
+        matmuls = made.get("train/fp8_products", 0.0)
+        assert (matmuls > 0) == (self.precision.fp8 is not None), "FP8 without FP8 matmuls"
+        return matmuls
 
 
 def _alone(values: Tensor) -> Tensor:
-    """The maxima of all processes, of which there is one."""
+    """The maximum over one process."""
     return values
 
 
 def shape_of(model: dict[str, Any], rate: float, steps: int) -> Sections:
-    """A small run: 8 x 64 bytes a step, warm-up, cosine to a tenth."""
+    """Returns a small run: 8 x 64 bytes per step, warm-up, cosine to a tenth."""
     training = {"block_size": 64, "batch_size": 8, "max_iters": steps, "learning_rate": rate}
     return {
         "model": {"n_head": 4, "dropout": 0.0, **model},
@@ -223,7 +223,7 @@ def gpt(width: int, layers: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Text as byte tokens (uint8), to train on and held out."""
+    """Text as byte tokens (uint8): training and held-out part."""
 
     train: Tensor
     held_out: Tensor
@@ -232,7 +232,7 @@ class Bytes:
     def batches(
         self, seed: int, shape: tuple[int, int], held_out: bool = False
     ) -> Iterator[Tensor]:
-        """Rows (B, T+1) from random places, the same for a seed; without end."""
+        """Yields rows (B, T+1) from random positions, which the seed determines, without end."""
         text = self.held_out if held_out else self.train
         generator = torch.Generator().manual_seed(seed)
         offsets = torch.arange(shape[1] + 1)
@@ -242,7 +242,7 @@ class Bytes:
 
 
 def read_text(path: Path | None) -> Bytes:
-    """A file, its last tenth held out; or the embedded corpus, every 20th of its files held out."""
+    """Reads a file, its last tenth held out, or Python's sources, every 20th file held out."""
     if path is not None:
         text = _tokens(path.read_bytes())
         cut = len(text) * 9 // 10

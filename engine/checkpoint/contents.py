@@ -61,7 +61,7 @@ class OptimizerState(TypedDict):
 
 
 class PrecisionState(TypedDict):
-    """The loss scale of float16, and the scales of 8-bit products."""
+    """The loss scale of float16, and the scales of FP8 operands."""
 
     scaler: dict[str, float]
     fp8: dict[str, Any]

@@ -22,7 +22,9 @@ How to add a format
                              in `planning.memory`
     3. Nothing in the trainer: training, evaluation (also with rounded weights, by their `metric`
        and `label`), checkpoints, memory and the lines at the start go through `Precision`.
-    4. Only for files in that format: `export.py --format`, from `packed_tensors`.
+    4. Where it is shown: the precision of a run in `compare/read.py`, the metric's title in
+       `compare/curves.py`. `check_resume.covering` moves the step from which weights are rounded.
+    5. Only for files in that format: `export.py --format`, from `packed_tensors`.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def restore(
 def compile_parts(
     parts: ModelParts, config: Config, document_ids: DocumentIds | None
 ) -> tuple[float | None, str]:
-    """Compiles the model where that is wanted, and proves that 8-bit products are made; returns the
+    """Compiles the model where that is wanted, and verifies that FP8 is used; returns the
     seconds that compiling took, None where nothing was compiled, and what was done in words."""
     trial = partial(try_model, parts.model, parts.precision, config, document_ids)
     device = parts.precision.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,14 @@ def words_of(mode: str, small: list[str]) -> list[str]:
     return words
 
 
-def gone_on_from_step_4(words: list[str], folder: Path) -> Path:
-    """The directory of a run of 10 steps whose later checkpoints were lost once."""
-    words = [*words, f"checkpoint_dir={folder}"]
-    assert run_here(words) == 0
-    run = only_run(folder)
+def resumed_from_step_4(words: list[str], straight: Path, folder: Path) -> Path:
+    """A copy of a run of 10 steps that lost its later checkpoints and was resumed."""
+    run = folder / straight.name
+    shutil.copytree(straight, run)
     for step in (8, 10):
         for end in ("pt", "json"):
             (run / f"checkpoint_{step}.{end}").unlink()
-    assert run_here([*words, f"resume_from_checkpoint={run}"]) == 0
+    assert run_here([*words, f"checkpoint_dir={folder}", f"resume_from_checkpoint={run}"]) == 0
     return run
 
 
@@ -104,7 +104,7 @@ def test_a_mode_is_told_and_an_interrupted_run_equals_the_straight_one(
     for line in MODES[mode][1]:
         assert line in output, line
     straight = only_run(tmp_path / "straight")
-    run = gone_on_from_step_4(words, tmp_path / "stopped")
+    run = resumed_from_step_4(words, straight, tmp_path / "stopped")
     assert "Resumed from checkpoint_4.pt" in capsys.readouterr().out
     one, other = (load_checkpoint(each / "checkpoint_10.pt") for each in (run, straight))
     for state in (one, other):
@@ -262,7 +262,7 @@ def test_adapters_on_4_bit_weights_train_resume_and_load(
     output = capsys.readouterr().out
     assert "Adapters of rank 4 on 8 matrices: " in output and " in nf4 (" in output
     straight = only_run(tmp_path / "straight")
-    run = gone_on_from_step_4(words, tmp_path / "stopped")
+    run = resumed_from_step_4(words, straight, tmp_path / "stopped")
     assert metrics(run) == metrics(straight)
     losses = [record["train/loss"] for record in metrics(run) if "train/loss" in record]
     assert losses[-1] < losses[0]
