@@ -133,7 +133,7 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     dtype=st.sampled_from([BF16, torch.float32]),
     delayed=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_all_three_products_are_those_of_what_the_bits_stand_for(
     sizes: tuple[int, int, int], heads: tuple[int, int], fmt: str, dtype: torch.dtype, delayed: bool
 ) -> None:

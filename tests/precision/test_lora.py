@@ -115,6 +115,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name: str) -> Non
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_a_frozen_number_takes_about_half_a_byte() -> None:
     empty = live_bytes()
     model = build("gpt", n_embd=512)
