@@ -64,6 +64,7 @@ class Layer:
     refused: set[str] = field(default_factory=set)  # options given with a value that is not taken
     unsupported: list[Unsupported] = field(default_factory=list)
     incomplete: bool = False  # a part of the file could not be read
+    native: bool = True  # every name is the own name of one of our options
 
     def put(self, key: str, value: Any, origin: Origin | None = None) -> None:
         """Gives an option a value; without `origin`, at its own line or else that of the file."""
@@ -176,6 +177,8 @@ class _LayerReader:
 
     def _add_option(self, entry: Entry) -> None:
         target = resolve(self._schema, entry.key)
+        own_name = not target.is_alias and target.keys and target.keys[0] in self._schema.options
+        self.layer.native &= bool(own_name)
         if target.ignored:
             self.layer.note(f"{entry.key} is ignored: {target.ignored}")
             return
@@ -251,6 +254,7 @@ class _LayerReader:
             self._add_problem(entry, f"{text}. Join them")
 
     def _add_problem(self, entry: Entry, text: str) -> None:
+        self.layer.native = False
         self.layer.problems.append(Problem(entry.origin, text))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from settings.command_line import COMMAND_LINE, Arguments
 from settings.foreign import fivezeroes_bdh, tmrc
 from settings.foreign.preset_file import read_preset
-from settings.foreign.translate import is_native, translate
+from settings.foreign.translate import translate
 from settings.merge import Layer, read_layer
 from settings.names import is_section
 from settings.schema import Schema
@@ -28,8 +28,10 @@ def read_layers(schema: Schema, arguments: Arguments, default: str) -> list[Laye
     last.problems += problems
     last.style = "command line"
     layers.append(last)
-    # Without a file, the names on the command line may choose one: nanoGPT's for `dataset=...`.
-    if arguments.files and all(is_native(schema, layer) for layer in layers):
+    # A flat file may be nanoGPT's although its names are ours too (`bias: false`). Without a file,
+    # names on the command line may choose one.
+    flat = any(layer.style in ("flat", "preset") for layer in layers)
+    if arguments.files and not flat and all(layer.native for layer in layers):
         return layers
     return translate(schema, layers, arguments, read_source)
 
@@ -50,15 +52,13 @@ def read_source(schema: Schema, number: int, name: str) -> Layer:
 
 
 def _read_yaml(schema: Schema, number: int, name: str, entries: Sequence[Entry]) -> Layer:
+    layer = read_layer(schema, number, name, entries)
     if not any(_stands_for_section(schema, entry) for entry in entries):
-        layer = read_layer(schema, number, name, entries)
         layer.style = "flat"
-    elif tmrc.recognises(entries):
+    elif not layer.native and tmrc.recognises(entries):
         layer = tmrc.read(schema, number, name, entries)
-    elif fivezeroes_bdh.recognises(entries):
+    elif not layer.native and fivezeroes_bdh.recognises(entries):
         layer = fivezeroes_bdh.read(schema, number, name, entries)
-    else:
-        layer = read_layer(schema, number, name, entries)
     return layer
 
 

@@ -23,6 +23,8 @@ def drop_superseded(
     schema: Schema, merged: Merged, rules: Sequence[Rule], sections: Callable[[Merged], Any]
 ) -> None:
     """Replaces superseded values in `merged`; `sections` builds the sections of its values."""
+    if len({given.origin.layer for given in merged.given.values()}) < 2:
+        return  # one layer supersedes nothing
     _drop_token_files(merged)
     _Schedule(schema, merged).shorten()
     # One value at a time: what it becomes can keep another rule, or break it.

@@ -15,13 +15,6 @@ from settings.merge import Layer
 from settings.schema import Schema
 
 
-def is_native(schema: Schema, layer: Layer) -> bool:
-    """Returns whether nothing in a layer needs a translation."""
-    return not (
-        nanogpt.has_its_names(layer) or layer.unsupported or _has_names_of_tmrc(schema, layer)
-    )
-
-
 def translate(
     schema: Schema,
     layers: list[Layer],

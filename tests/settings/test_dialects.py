@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from config import Config, Request, command_line
-from tests.settings.test_presets import S4_FILE, check, differences
+from tests.settings.conftest import ROOT, check, differences
+from tests.settings.test_presets import S4_FILE
 
-ROOT = Path(__file__).resolve().parents[2]
 PATHS = {"dataset.parquet_dir", "training.checkpoint_dir"}
 
 

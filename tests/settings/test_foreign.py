@@ -33,6 +33,8 @@ from tests.model.test_pretrained import (
 from tests.runs import assert_equal, only_run, run_here
 from tests.settings.test_seeds import here as here
 
+pytestmark = pytest.mark.slow  # each trains, or loads weights
+
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 2, 16, 4, 24, 40
 SHAPE = {"n_layer": 3, "n_embd": 8, "n_head": 2, "mlp_internal_dim_multiplier": 4}
 

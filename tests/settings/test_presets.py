@@ -6,8 +6,6 @@ S0 is a flat YAML reference, S1 nanoGPT's Python presets, S2 a script with flags
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable
 from itertools import takewhile
 from math import prod
 from pathlib import Path
@@ -17,51 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config, ConfigError, Request, accumulation_steps, command_line, warmup_steps
+from config import Config, ConfigError, accumulation_steps, command_line, warmup_steps
 from settings.foreign.preset_file import MAX_PRESET_BYTES, PRESETS, read_preset
+from tests.settings.conftest import ROOT, Ask, Complain, check, differences, options
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-Ask = Callable[..., Request]
 
 
-@pytest.fixture
-def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Return command_line for one line of a shell, in a folder with the reference config.yaml."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def reference_file(ask: Ask) -> None:
+    """The config.yaml of the folder is the reference file: nothing but defaults."""
     Path("config.yaml").write_bytes((ROOT / "config.yaml").read_bytes())
-    Path("config").mkdir()
-    return lambda line="": command_line(shlex.split(line))
 
 
 def write(name: str, text: str) -> None:
     Path(name).write_text(text, encoding="utf-8")
-
-
-def complaint(ask: Ask, capsys: pytest.CaptureFixture[str], line: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        ask(line)
-    assert caught.value.code == 2
-    return capsys.readouterr().err.strip()
-
-
-def options(config: Config) -> dict[str, Any]:
-    """The options by 'section.name'."""
-    return {f"{s}.{name}": value for s, o in config.to_dict().items() for name, value in o.items()}
-
-
-def differences(config: Config, other: Config) -> set[str]:
-    ours, others = options(config), options(other)
-    return {key for key in ours if ours[key] != others[key]}
-
-
-def check(config: Config, **expected: Any) -> None:
-    """Options by bare name, or with `__` for the dot."""
-    values = options(config)
-    for name, value in expected.items():
-        dotted = name.replace("__", ".")
-        keys = [key for key in values if key == dotted or key.endswith(f".{dotted}")]
-        assert len(keys) == 1 and values[keys[0]] == value, keys
 
 
 # --- S0: flat names ---------------------------------------------------------------------------
@@ -152,23 +120,17 @@ S0_COMMANDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("file", ["", "train_config.yaml "])
 @pytest.mark.parametrize(("line", "expected"), S0_COMMANDS)
-def test_commands_of_the_flat_reference_work(
-    ask: Ask, line: str, expected: dict[str, Any], file: str
-) -> None:
+def test_commands_of_the_flat_reference_work(ask: Ask, line: str, expected: dict[str, Any]) -> None:
     write("train_config.yaml", S0_FILE)
-    config = ask(file + line).config
-    check(config, **expected)
-    if "learning_rate" in expected:
+    for config in (ask(line).config, ask(f"train_config.yaml {line}").config):
+        check(config, **expected)
         assert type(config.training.learning_rate) is float
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_heads_that_do_not_divide_the_width_are_an_error(complaint: Complain) -> None:
     write("train_config.yaml", S0_FILE)
-    found = complaint(ask, capsys, "train_config.yaml n_head=7")
+    found = complaint("train_config.yaml n_head=7")
     assert found == (
         "command line: model.n_embd=768 is not divisible by model.n_head=7; nearest: 763, 770 "
         "[model.n_embd: train_config.yaml:17]"
@@ -209,10 +171,14 @@ NOT_ON_NANOGPT = [
 ]
 
 
-@pytest.mark.parametrize(("files", "line"), ON_NANOGPT)
-def test_names_of_nanogpt_stand_on_its_defaults(ask: Ask, files: dict[str, str], line: str) -> None:
+def write_all(files: dict[str, str]) -> None:
     for name, text in files.items():
         write(name, text)
+
+
+@pytest.mark.parametrize(("files", "line"), ON_NANOGPT)
+def test_names_of_nanogpt_stand_on_its_defaults(ask: Ask, files: dict[str, str], line: str) -> None:
+    write_all(files)
     request = ask(line)
     assert request.files[0] == NANOGPT
     assert [note for note in request.notes if NANOGPT in note] == [request.notes[0]]
@@ -223,8 +189,7 @@ def test_names_of_nanogpt_stand_on_its_defaults(ask: Ask, files: dict[str, str],
 def test_other_files_and_names_stand_on_our_defaults(
     ask: Ask, files: dict[str, str], line: str
 ) -> None:
-    for name, text in files.items():
-        write(name, text)
+    write_all(files)
     request = ask(line)
     assert not {NANOGPT, TOKEN_FILES} & set(request.files)
     check(request.config, n_embd=256)
@@ -245,20 +210,16 @@ def test_the_line_on_the_base_says_how_to_choose_another(ask: Ask) -> None:
     assert ask("a.py").notes[0] == f"a.py stands on nanoGPT's own defaults, {NANOGPT}"
 
 
-def test_the_base_is_named_as_the_user_would_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    assert command_line(["dataset=x"]).files == ("configs/nanogpt.yaml",)
-
-
-def test_the_base_named_as_a_file_is_the_base(ask: Ask) -> None:
+def test_the_base_may_be_named_or_copied_and_is_shown_as_the_user_would_write_it(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = ask(f"--config {NANOGPT} max_iters=50 dataset=x")
     assert request.files == (NANOGPT,)
     assert request.config == ask("max_iters=50 dataset=x").config
-
-
-def test_a_copy_of_the_base_keeps_its_meaning(ask: Ask) -> None:
     write("my.yaml", Path(NANOGPT).read_text())
     assert ask("my.yaml").config == ask("dataset=openwebtext").config
+    monkeypatch.chdir(ROOT)
+    assert command_line(["dataset=x"]).files == ("configs/nanogpt.yaml",)
 
 
 def test_a_saved_config_reads_back_equal_without_a_base(ask: Ask) -> None:
@@ -319,19 +280,19 @@ def test_the_base_says_what_it_yields(ask: Ask) -> None:
     ],
 )
 def test_what_a_file_says_itself_keeps_our_rules(
-    ask: Ask, capsys: pytest.CaptureFixture[str], text: str, message: str
+    complaint: Complain, text: str, message: str
 ) -> None:
     write("a.py", text)
-    assert complaint(ask, capsys, "a.py").startswith(f"a.py:{len(text.splitlines())}: {message}")
+    assert complaint("a.py").startswith(f"a.py:{len(text.splitlines())}: {message}")
 
 
 def test_a_base_that_is_missing_or_broken_is_an_error(
-    ask: Ask, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    complaint: Complain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("settings.foreign.nanogpt.DEFAULTS", str(tmp_path / "base.yaml"))
-    assert complaint(ask, capsys, "dataset=x") == "base.yaml: not found. Pass --config FILE."
+    assert complaint("dataset=x") == "base.yaml: not found. Pass --config FILE."
     write("base.yaml", "n_layer: x")
-    assert complaint(ask, capsys, "dataset=x").startswith("base.yaml:1: model.n_layer: expected a")
+    assert complaint("dataset=x").startswith("base.yaml:1: model.n_layer: expected a")
 
 
 # --- gradient accumulation, saving, constant rate as nanoGPT means them -------------------------
@@ -361,13 +322,10 @@ ACCUMULATION = [  # files, command line, tokens per step or micro-steps per proc
 def test_accumulation_counts_over_all_processes_in_names_of_nanogpt_only(
     ask: Ask, files: dict[str, str], line: str, count: int
 ) -> None:
-    for name, text in files.items():
-        write(name, text)
+    write_all(files)
     training = ask(line).config.training
-    if count == 4:
-        assert (training.tokens_per_step, training.gradient_accumulation_steps) == (None, 4)
-    else:
-        assert (training.tokens_per_step, training.gradient_accumulation_steps) == (count, 1)
+    found = training.tokens_per_step, training.gradient_accumulation_steps
+    assert found == ((None, 4) if count == 4 else (count, 1))
 
 
 def test_the_formula_of_a_step_is_told(ask: Ask) -> None:
@@ -388,18 +346,13 @@ def test_a_preset_that_says_nothing_of_accumulation_takes_one_micro_step(ask: As
     assert warmup in request.notes
 
 
-def test_accumulation_and_tokens_per_step_in_one_file_exclude_each_other(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
+def test_accumulation_is_refused_with_tokens_per_step_in_one_file_and_if_too_large(
+    complaint: Complain,
 ) -> None:
     write("a.py", "gradient_accumulation_steps = 4\ntokens_per_step = 49152")
-    assert "exclude each other; set one" in complaint(ask, capsys, "a.py")
-
-
-def test_a_step_too_large_to_count_is_an_error(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert "exclude each other; set one" in complaint("a.py")
     write("a.py", "gradient_accumulation_steps = 2**62")
-    assert "gradient_accumulation_steps: must be in [1, 1000000]" in complaint(ask, capsys, "a.py")
+    assert "gradient_accumulation_steps: must be in [1, 1000000]" in complaint("a.py")
 
 
 def test_evaluation_decides_about_saving_as_in_nanogpt(ask: Ask) -> None:
@@ -556,18 +509,15 @@ S1_COMMANDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("line", "expected"), S1_COMMANDS)
-def test_commands_of_nanogpt_work(ask: Ask, line: str, expected: dict[str, Any]) -> None:
-    for name, text in THEIRS.items():
-        write(f"config/{name}", text)
-    check(ask(line).config, **expected)
-
-
-@pytest.mark.parametrize(("line", "expected"), S1_COMMANDS[:1] + S1_COMMANDS[2:])
-def test_commands_of_nanogpt_work_with_our_presets(
+def test_commands_of_nanogpt_work_with_its_presets_and_ours(
     ask: Ask, line: str, expected: dict[str, Any]
 ) -> None:
+    write_all({f"config/{name}": text for name, text in THEIRS.items()})
+    check(ask(line).config, **expected)
     name, *overrides = line.removeprefix("config/").split(" ", 1)
-    check(ask(f"{ROOT}/configs/{PRESETS[name]} {' '.join(overrides)}").config, **expected)
+    if name != "train_gpt2.py":  # ours fixes tokens_per_step
+        ours = ask(f"{ROOT}/configs/{PRESETS[name]} {' '.join(overrides)}")
+        check(ours.config, **expected)
 
 
 CUSTOM = """\
@@ -677,8 +627,6 @@ def test_a_run_named_after_the_time_gets_the_name_of_its_folder(ask: Ask) -> Non
 READ_NOT_RUN = "presets are read, not run: only NAME = a literal or arithmetic on earlier names."
 REFUSED = [  # text, line, statement, reason
     ("import os", 1, "'import os'", READ_NOT_RUN),
-    ("import time as t", 1, "'import time as t'", READ_NOT_RUN),
-    ("from time import time", 1, "'from time import time'", READ_NOT_RUN),
     ("x()", 1, "'x()'", READ_NOT_RUN),
     ("seed = 1\nif seed:\n    seed = 2", 2, "'if seed:'", READ_NOT_RUN),
     ("out_dir = f'out'", 1, "'out_dir = f'out''", READ_NOT_RUN),
@@ -687,28 +635,17 @@ REFUSED = [  # text, line, statement, reason
     ("seed = int('3')", 1, "'seed = int('3')'", READ_NOT_RUN),
     ("seed = n_layer", 1, "'seed = n_layer'", READ_NOT_RUN),
     ("seed += 1", 1, "'seed += 1'", READ_NOT_RUN),
-    ("seed = n_layer = 3", 1, "'seed = n_layer = 3'", READ_NOT_RUN),
     ("seed, n_layer = 3, 4", 1, "'seed, n_layer = 3, 4'", READ_NOT_RUN),
-    ("os.x = 3", 1, "'os.x = 3'", READ_NOT_RUN),
-    ("seed: int", 1, "'seed: int'", READ_NOT_RUN),
     ("seed = 3 if True else 4", 1, "'seed = 3 if True else 4'", READ_NOT_RUN),
-    ("seed = 3 > 2", 1, "'seed = 3 > 2'", READ_NOT_RUN),
     ("seed = 3 | 4", 1, "'seed = 3 | 4'", READ_NOT_RUN),
-    ("seed = ~3", 1, "'seed = ~3'", READ_NOT_RUN),
     ("out_dir = b'x'", 1, "'out_dir = b'x''", READ_NOT_RUN),
-    ("dropout = 1j", 1, "'dropout = 1j'", READ_NOT_RUN),
-    ("dropout = ...", 1, "'dropout = ...'", READ_NOT_RUN),
     ("betas = {0.9, 0.95}", 1, "'betas = {0.9, 0.95}'", READ_NOT_RUN),
     ("betas = ((1, 2), 3)", 1, "'betas = ((1, 2), 3)'", READ_NOT_RUN),
     ("betas = (1, 2)\nbeta1 = (betas, 3)", 2, "'beta1 = (betas, 3)'", "a list inside a list."),
     ("seed = 'a' * 3", 1, "'seed = 'a' * 3'", "arithmetic on 'a'."),
     ("seed = True + 1", 1, "'seed = True + 1'", "arithmetic on true."),
-    ("seed = -None", 1, "'seed = -None'", "arithmetic on null."),
     ("seed = 1 / 0", 1, "'seed = 1 / 0'", "division by zero."),
-    ("seed = 0 ** -1", 1, "'seed = 0 ** -1'", "division by zero."),
     ("seed = 9 ** 9 ** 9", 1, "'seed = 9 ** 9 ** 9'", "larger than 2**63 - 1."),
-    ("seed = 2**62 * 2", 1, "'seed = 2**62 * 2'", "larger than 2**63 - 1."),
-    ("seed = 1e200 ** 1e200", 1, "'seed = 1e200 ** 1e200'", "larger than 2**63 - 1."),
     ("dropout = (-1) ** 0.5", 1, "'dropout = (-1) ** 0.5'", "is not a real number."),
     ("dropout = 1e999 - 1e999", 1, "'dropout = 1e999 - 1e999'", "is not a real number."),
     ("seed = " + "-" * 60 + "1", 1, f"'seed = {'-' * 53}...'", "nested more than 50 levels deep."),
@@ -723,112 +660,67 @@ REFUSED = [  # text, line, statement, reason
 
 @pytest.mark.parametrize(("text", "line", "statement", "reason"), REFUSED)
 def test_anything_else_in_a_preset_is_an_error_with_its_place(
-    ask: Ask, capsys: pytest.CaptureFixture[str], text: str, line: int, statement: str, reason: str
+    complaint: Complain, text: str, line: int, statement: str, reason: str
 ) -> None:
     write("a.py", text)
-    found = complaint(ask, capsys, "a.py").splitlines()
+    found = complaint("a.py").splitlines()
     assert f"a.py:{line}: {statement}: {reason}" in found
     assert not Path("pwned").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("n_layerz = 6", "a.py:1: n_layerz: unknown option. Did you mean model.n_layer?"),
-        ("top_k = 200", "a.py:1: top_k: unknown option. See python train.py --help."),
-        ("seed = 1\nseed = 2", "a.py:2: training.seed: given twice (first at line 1). Keep one."),
-        (
-            "compile = 'False'",
-            'a.py:1: system.compile: expected true, false or auto, got the text "F',
-        ),
-        ("seed = 1.5", "a.py:1: training.seed: expected a whole number, got 1.5. The default is"),
-        ("seed = 1e30", "a.py:1: training.seed: expected a whole number, got 1e30"),
-        (
-            "dropout = None",
-            "a.py:1: model.dropout: expected a number, got null. The default is 0.1.",
-        ),
-        ("dropout = 1e999", "a.py:1: model.dropout: must be finite, got inf."),
-        ("dropout = (1, 2)", "a.py:1: model.dropout: expected a number, got a list of 2."),
-        ("betas = 0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), "),
-        ("dataset = 3", "a.py:1: dataset.name (given as dataset): expected text, got 3."),
-        (
-            "training = 'gpt'",
-            "a.py:1: training: expected a section ('option: value' lines below it), got",
-        ),
-        ("seed = ", "a.py:1:8: not valid Python: invalid syntax: 'seed ='."),
-        ("seed = 1\n  n_layer = 2", "not valid Python: unexpected indent: 'n_layer = 2'."),
-        ("seed = '", "a.py:1:8: not valid Python: unterminated string literal"),
-        ("seed = \0", "a.py: not valid Python: source code string cannot contain null bytes."),
-        ("#" * (MAX_PRESET_BYTES + 1), "a.py: refused: larger than 50 KB."),
-        ("seed = " + "-" * 40_000 + "1", "nested more than 50 levels deep."),
-        ("seed = " + "(" * 300 + ")" * 300, "not valid Python: too many nested paren"),
-        ("seed = 1" + "+1" * 20_000, "nested more than 50 levels deep."),
-        ("seed = " + "9" * 5000, "a.py:1"),
-    ],
-    ids=lambda value: value[:30],
-)
+MISTAKES = [
+    ("n_layerz = 6", "a.py:1: n_layerz: unknown option. Did you mean model.n_layer?"),
+    ("seed = 1\nseed = 2", "a.py:2: training.seed: given twice (first at line 1). Keep one."),
+    ("compile = 'False'", "a.py:1: system.compile: expected true, false or auto, got the text"),
+    ("seed = 1.5", "a.py:1: training.seed: expected a whole number, got 1.5. The default is"),
+    ("dropout = None", "a.py:1: model.dropout: expected a number, got null. The default is 0.1."),
+    ("dropout = (1, 2)", "a.py:1: model.dropout: expected a number, got a list of 2."),
+    ("betas = 0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), "),
+    ("dataset = 3", "a.py:1: dataset.name (given as dataset): expected text, got 3."),
+    ("training = 'gpt'", "a.py:1: training: expected a section ('option: value' lines below it)"),
+    ("seed = ", "a.py:1:8: not valid Python: invalid syntax: 'seed ='."),
+    ("seed = \0", "a.py: not valid Python: source code string cannot contain null bytes."),
+    ("#" * (MAX_PRESET_BYTES + 1), "a.py: refused: larger than 50 KB."),
+    ("seed = " + "-" * 40_000 + "1", "nested more than 50 levels deep."),
+    ("seed = " + "(" * 300 + ")" * 300, "not valid Python: too many nested paren"),
+    ("seed = 1" + "+1" * 20_000, "nested more than 50 levels deep."),
+    ("seed = " + "9" * 5000, "a.py:1"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES, ids=lambda value: value[:30])
 def test_mistakes_in_a_preset_are_named_with_their_place(
-    ask: Ask, capsys: pytest.CaptureFixture[str], text: str, message: str
+    complaint: Complain, text: str, message: str
 ) -> None:
     write("a.py", text)
-    found = complaint(ask, capsys, "a.py")
+    found = complaint("a.py")
     assert message in found and len(found.splitlines()) == 1 and len(found) < 350
 
 
-def test_all_problems_of_a_preset_are_told_in_order(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_problems_of_a_preset_are_told_in_order(complaint: Complain) -> None:
     write("a.py", "import os\nseed = 'x'\nn_layrs = 3\nx()")
-    found = complaint(ask, capsys, "a.py lr=off").splitlines()
+    found = complaint("a.py lr=off").splitlines()
     assert [line.split(": ")[0] for line in found] == [
         *(f"a.py:{n}" for n in range(1, 5)),
         "command line",
     ]
 
 
-def test_a_missing_preset_of_nanogpt_has_its_like_here(
-    ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_preset_of_nanogpt_has_its_like_here(complaint: Complain) -> None:
     for theirs, ours in PRESETS.items():
-        assert complaint(ask, capsys, f"config/{theirs}") == (
+        assert complaint(f"config/{theirs}") == (
             f"config/{theirs}: not found. Pass --config FILE. The same in this project: "
             f"configs/{ours}."
         )
         assert (ROOT / "configs" / ours).is_file()
-    assert complaint(ask, capsys, "no.py") == "no.py: not found. Pass --config FILE."
+    assert complaint("no.py") == "no.py: not found. Pass --config FILE."
 
 
-PIECES = [
-    "seed",
-    "=",
-    "1",
-    "'a'",
-    "(",
-    ")",
-    "[",
-    "]",
-    "-",
-    "**",
-    "+",
-    ",",
-    "\n",
-    ":",
-    " ",
-    "\\",
-    "#",
-]
-PIECES += [
-    "import time",
-    "str(time.time())",
-    "wandb_run_name",
-    "f'{1}'",
-    "9e99",
-    "None",
-    "lambda",
-    "\t",
-]
+PIECES = [*"=1()[]-+,\n: \\#\t", "seed", "'a'", "**", "wandb_run_name", "f'{1}'", "None"]
+PIECES += ["import time", "str(time.time())"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_any_preset_is_read_or_refused_in_words(tmp_path_factory: Any, pieces: list[str]) -> None:
@@ -901,13 +793,13 @@ OTHER: dict[str, Any] = {  # half of the default would not do
 }
 
 
-@pytest.mark.parametrize("flag", S2_DEFAULTS)
-def test_every_flag_is_read_at_its_default_and_at_another_value(ask: Ask, flag: str) -> None:
-    key, default = S2_DEFAULTS[flag]
-    assert ask(f"{IDS} --{flag} {default}").config == ask(IDS).config
-    other = OTHER[flag] if flag in OTHER else default / 2
-    other = round(other) if isinstance(default, int) and flag not in OTHER else other
-    assert options(ask(f"{IDS} --{flag} {other}").config)[key] == other
+def test_every_flag_is_read_at_its_default_and_at_another_value(ask: Ask) -> None:
+    plain = ask(IDS).config
+    for flag, (key, default) in S2_DEFAULTS.items():
+        assert ask(f"{IDS} --{flag} {default}").config == plain
+        other = OTHER[flag] if flag in OTHER else default / 2
+        other = round(other) if isinstance(default, int) and flag not in OTHER else other
+        assert options(ask(f"{IDS} --{flag} {other}").config)[key] == other
 
 
 S2_COMMANDS: list[tuple[str, dict[str, Any]]] = [
@@ -1046,14 +938,16 @@ KERNELS = [
     ("flash: true\n  attention: flash", "", "flash"),
     ("flash: true", "attention=math", "math"),
     ("flash: true", "flash=false --flex", "flex"),
+    ("flash: true", "flash=false", "auto"),
+    ("flex: true", "flash=false", "flex"),
     ("attention: math", "--flash", "flash"),
 ]
 
 
-@pytest.mark.parametrize(("text", "line", "kernel"), KERNELS)
-def test_two_switches_choose_the_kernel(ask: Ask, text: str, line: str, kernel: str) -> None:
-    write("my.yaml", f"model:\n  name: gpt\n  {text}\n")
-    check(ask(f"my.yaml {line}").config, attention=kernel)
+def test_two_switches_choose_the_kernel(ask: Ask) -> None:
+    for text, line, kernel in KERNELS:
+        write("my.yaml", f"model:\n  name: gpt\n  {text}\n")
+        check(ask(f"my.yaml {line}").config, attention=kernel)
 
 
 TMRC_NOTES = [
@@ -1072,10 +966,10 @@ TMRC_NOTES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "line", "note"), TMRC_NOTES)
-def test_what_is_translated_is_told(ask: Ask, text: str, line: str, note: str) -> None:
-    write("my.yaml", text)
-    assert note in ask(f"my.yaml {line}").notes
+def test_what_is_translated_is_told(ask: Ask) -> None:
+    for text, line, note in TMRC_NOTES:
+        write("my.yaml", text)
+        assert note in ask(f"my.yaml {line}").notes
 
 
 TMRC_MISTAKES = [
@@ -1108,10 +1002,10 @@ TMRC_MISTAKES = [
 
 @pytest.mark.parametrize(("text", "message"), TMRC_MISTAKES)
 def test_mistakes_in_the_sections_of_tmrc_name_both_keys(
-    ask: Ask, capsys: pytest.CaptureFixture[str], text: str, message: str
+    complaint: Complain, text: str, message: str
 ) -> None:
     write("my.yaml", text)
-    found = complaint(ask, capsys, "my.yaml")
+    found = complaint("my.yaml")
     assert message in found and len(found.splitlines()) == 1
 
 
@@ -1136,12 +1030,10 @@ TEXTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "line", "expected"), TEXTS)
-def test_the_text_is_where_the_last_word_says(
-    ask: Ask, text: str, line: str, expected: dict[str, Any]
-) -> None:
-    write("my.yaml", text)
-    check(ask(f"my.yaml {line}").config, **expected)
+def test_the_text_is_where_the_last_word_says(ask: Ask) -> None:
+    for text, line, expected in TEXTS:
+        write("my.yaml", text)
+        check(ask(f"my.yaml {line}").config, **expected)
 
 
 LOGS: list[tuple[str, str, bool, str | None]] = [
@@ -1156,12 +1048,10 @@ LOGS: list[tuple[str, str, bool, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "line", "on", "name"), LOGS)
-def test_the_log_is_a_switch_or_a_section(
-    ask: Ask, text: str, line: str, on: bool, name: str | None
-) -> None:
-    write("my.yaml", text)
-    check(ask(f"my.yaml {line}").config, wandb_log=on, wandb_run_name=name)
+def test_the_log_is_a_switch_or_a_section(ask: Ask) -> None:
+    for text, line, on, name in LOGS:
+        write("my.yaml", text)
+        check(ask(f"my.yaml {line}").config, wandb_log=on, wandb_run_name=name)
 
 
 # --- configs/ -----------------------------------------------------------------------------------
@@ -1173,20 +1063,15 @@ def head(path: Path) -> str:
     return "\n".join(line[1:] for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
-def test_the_presets_are_all_there() -> None:
-    assert {path.stem for path in CONFIGS} == {
-        *("quickstart", "bdh-default", "nanogpt", "gpt2-124m", "shakespeare-char"),
-        *("finetune-shakespeare", "eval-gpt2", "eval-gpt2-medium", "eval-gpt2-large"),
-        *("eval-gpt2-xl", "cs336-tinystories", "cs336-large", "tmrc-default"),
-    }
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_preset_is_read_and_says_what_it_is(
     path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    assert len(CONFIGS) == 13
     config = ask(str(path)).config
+    trial = ask(f"{path} max_iters=50").config
+    assert trial.training.max_iters == 50 and warmup_steps(trial) <= 1
     text = head(path)
     assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
     commands = re.findall(r"^ {3}(?:python|torchrun.*?) train\.py (.*)$", text, re.M)
@@ -1205,15 +1090,6 @@ def test_a_preset_is_read_and_says_what_it_is(
         assert sizes[:2] == [training.batch_size, training.block_size]
         assert int(product.replace(",", "")) == step == prod(sizes)
     assert products or training.eval_only
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_preset_takes_a_short_trial(
-    path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    config = ask(f"{path} max_iters=50").config
-    assert config.training.max_iters == 50 and warmup_steps(config) <= 1
 
 
 def test_numbers_in_the_comments_of_presets_are_their_values(ask: Ask) -> None:
@@ -1246,25 +1122,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES.items())
-def test_presets_of_pretrained_models_state_their_shape(
-    ask: Ask, name: str, shape: tuple[int, int, int, str]
-) -> None:
-    path = ROOT / "configs" / f"{name}.yaml"
-    config = ask(str(path)).config
-    n_layer, n_head, n_embd, size = shape
-    check(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True, activation="gelu_tanh")
-    assert f"{size} parameters" in head(path)
-    weights = 12 * n_layer * n_embd**2 + (50257 + 1024) * n_embd
-    assert weights == pytest.approx(int(size[:-1]) * 1e6, rel=0.02)
+def test_presets_of_pretrained_models_state_their_shape(ask: Ask) -> None:
+    for name, (n_layer, n_head, n_embd, size) in SHAPES.items():
+        path = ROOT / "configs" / f"{name}.yaml"
+        config = ask(str(path)).config
+        check(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        check(config, bias=True, activation="gelu_tanh")
+        assert f"{size} parameters" in head(path)
+        weights = 12 * n_layer * n_embd**2 + (50257 + 1024) * n_embd
+        assert weights == pytest.approx(int(size[:-1]) * 1e6, rel=0.02)
 
 
 def test_the_preset_of_bdh_is_the_defaults(ask: Ask) -> None:
     assert ask(str(ROOT / "configs/bdh-default.yaml")).config == Config()
-
-
-def test_help_names_presets(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        ask("--help")
-    text = capsys.readouterr().out
-    assert "config/train_gpt2.py" in text and "never run" in text and "configs/nanogpt.yaml" in text

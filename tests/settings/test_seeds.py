@@ -24,6 +24,8 @@ from engine.checkpoint.trained_model import load_model
 from tests.conftest import ROOT, TEXT
 from tests.runs import assert_equal, metrics, only_run, run_here
 
+pytestmark = pytest.mark.slow  # each trains, or loads weights
+
 SMALL = ["n_layer=2", "n_head=2", "n_embd=16", "block_size=16", "batch_size=4", "device=cpu"]
 TIMES = ["max_iters=20", "lr_decay_iters=20", "warmup_iters=2", "eval_interval=10", "eval_iters=2"]
 

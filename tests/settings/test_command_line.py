@@ -1,0 +1,396 @@
+"""The command line: every spelling, aliases, names without an option, and each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config import Config, ConfigError
+from settings import names
+from settings.foreign import fivezeroes_bdh
+from settings.values import to_text
+from tests.settings.conftest import ROOT, Ask, Complain, options
+
+SPELLINGS = [
+    *("learning_rate=3e-4", "training.learning_rate=3e-4", "--learning_rate=3e-4", "--lr 3e-4"),
+    *("--learning-rate=3e-4", "--learning_rate 3e-4", "--training.learning-rate 3e-4", "lr=3e-4"),
+    *("optimizer.lr=3e-4", "lr=3e-4 --lr 0.0003"),
+]
+
+
+def test_every_spelling_of_an_override_means_the_same(ask: Ask) -> None:
+    for line in SPELLINGS:
+        request = ask(line)
+        assert request.config.training.learning_rate == 3e-4
+        assert Config.from_yaml("config.yaml", line.split()) == request.config
+        assert Config.from_yaml("config.yaml", request.overrides) == request.config
+
+
+SMALL: list[tuple[str, str, Any]] = [  # what is typed, an option, its value
+    *((line, "training.debug", True) for line in ("--debug", "--debug --seed=3", "--debug seed=3")),
+    *((line, "training.debug", True) for line in ("--debug config.yaml", "--debug on")),
+    *((f"test_freq={word}", "training.test_freq", None) for word in ("null", "None", "'~'")),
+    ("\"text_column='no'\"", "dataset.text_column", "no"),
+    *((line, "optimizer.beta2", 0.99) for line in ("betas=[0.8,0.99]", "optimizer.betas=.8,.99")),
+    ("--use_wandb=False low_precision.use_fp8=no", "logging.wandb_log", False),
+]
+
+
+def test_flags_words_quotes_and_lists(ask: Ask) -> None:
+    for line, key, value in SMALL:
+        assert options(ask(line).config)[key] == value, line
+
+
+def test_files_are_applied_in_order_wherever_they_stand(ask: Ask) -> None:
+    Path("lr=2.yml").write_text("seed: 2")
+    request = ask("--config=one.yaml log_freq=7 ./lr=2.yml --dry-run", one__yaml="seed: 1\nlr: 2.0")
+    training = request.config.training
+    assert (training.seed, training.learning_rate, training.log_freq) == (2, 2.0, 7)
+    assert request.files == ("one.yaml", "./lr=2.yml") and request.overrides == ("log_freq=7",)
+    assert request.dry_run and not ask().dry_run
+    assert ask().files == ("config.yaml",)
+
+
+WORDS = [  # what is typed, what it means, what is said of the value
+    ("device=gpu", "system.device=cuda", "system.device=gpu is read as system.device=cuda"),
+    ("dtype=fp32", "compute_dtype=float32", "fp32 is read as low_precision.compute_dtype=float"),
+    ("optimizer=adam", "", "optimizer.name=adam is read as optimizer.name=adamw"),
+    ("--resume", "resume_from_checkpoint=auto", "=true is read as training.resume_from_checkpo"),
+    ("--resume a/b.pt", "resume_from_checkpoint=a/b.pt", "resume is read as training.resume"),
+    ("--resume my.yaml", "my.yaml resume_from_checkpoint=auto", "=true is read as"),
+]
+
+
+def test_words_that_people_type_are_taken_and_what_they_mean_is_said(ask: Ask) -> None:
+    for typed, meant, note in WORDS:
+        request = ask(typed, my__yaml="seed: 3")
+        assert request.config == ask(meant).config
+        assert any(note in line for line in request.notes)
+
+
+def test_the_endings_and_spellings_of_files_and_dry_runs(ask: Ask) -> None:
+    for word in ("--dryrun", "--dry_run", "dry_run=true", "--dry-run=yes"):
+        assert ask(word).dry_run
+    assert not ask("dry_run=false").dry_run
+    Path("config.yaml").unlink()
+    assert ask(config__yml="seed: 3").files == ("config.yml",)
+    assert ask("OTHER.YML", OTHER__YML="seed: 4").config.training.seed == 4
+
+
+TWICE = [
+    ("batch_size=8", "batch_size=16", "training.batch_size: given twice: 8 and 16. The las"),
+    ("lr=1e-4 lr=1e-4", "lr=2e-4", "training.learning_rate: given twice: 1e-4 and 2e-4. The"),
+    (
+        *("lr=1e-4", "learning_rate=2e-4"),
+        "training.learning_rate: given twice as lr and as learning_rate: 1e-4 and 2e-4. The last",
+    ),
+]
+
+
+def test_of_a_flag_given_twice_the_last_is_taken_and_said(ask: Ask) -> None:
+    for first, last, note in TWICE:
+        request = ask(f"{first} {last}")
+        assert sum(line.startswith(note) for line in request.notes) == 1
+        assert request.config == ask(last).config
+        assert Config.from_yaml("config.yaml", request.overrides) == request.config
+
+
+MISTAKES = [
+    ("--lrr 3", "--lrr: unknown option. Did you mean training.learning_rate?"),
+    ("training.learing_rate=3", "training.learing_rate: unknown option. Did you mean learning_"),
+    ("trainin.seed=3", "trainin: unknown section. Did you mean training?"),
+    ("model.seed=3", "model.seed: unknown option. It belongs in section training."),
+    ("--xyzzy", "--xyzzy: unknown option. See python train.py --help."),
+    ("-lr lr=3", "'-lr': unknown option. Did you mean training.learning_rate?"),
+    ("batch_size=", "batch_size=: empty value. Write batch_size=null to clear"),
+    ("--batch_size --debug", "--batch_size: a value is missing. Write --batch_size=VALUE."),
+    ("--weight_decay -1", "training.weight_decay: must be >= 0, got -1"),
+    ("--gpu", "--gpu: unknown option. Write device=cuda."),
+    ("cuda:0", "'cuda:0': not key=value. Write device=cuda."),
+    ("--num_gpus=8", "num_gpus: unknown option. Start it with torchrun --nproc_per_node=N."),
+    ("data=x", "data: unknown option. Write parquet_dir=FOLDER for text, train_data_path=FILE"),
+    ("name=bdh", "name: names several options. Write one of model.name, optimizer.name, sch"),
+    ("training=8", "training: is a section. Write training.OPTION=value."),
+    ("'a b'", "'a b': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    ("''", "'': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    ("\udcff=1", "'\\uDCFF=1': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    ("--config=", "--config: the name of a file is missing."),
+    ("--dry-run=1", "--dry-run takes no value."),
+    ("--check-resume=1", "--check-resume=1: a number of steps, at least 2."),
+    ("--dry-run --check-resume", "--dry-run and --check-resume exclude each other."),
+    (
+        "checkpoint_dir=no",
+        "training.checkpoint_dir: expected text, got the word no. Quote it",
+    ),
+    ("betas=0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), got "),
+    (
+        "max_iters=ten",
+        "training.max_iters: expected a whole number, got 'ten'. The default is",
+    ),
+    ("lr=fast", "training.learning_rate (given as lr): expected a number, got 'fast'."),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=lambda value: value[:30])
+def test_each_mistake_on_the_command_line_has_its_message(
+    complaint: Complain, line: str, message: str
+) -> None:
+    found = complaint(line)
+    assert found.startswith(f"command line: {message}")
+    assert len(found.splitlines()) == 1
+
+
+def test_without_config_yaml_the_message_says_how_to_name_a_file(
+    ask: Ask, complaint: Complain
+) -> None:
+    Path("config.yaml").unlink()
+    assert complaint() == "config.yaml: not found. Pass --config FILE."
+    assert "file is missing" in complaint("--config")
+    for word in ("other.yaml", "--dry-run", "--help"):
+        with pytest.raises(ConfigError, match=f"command line: {word}: not an override"):
+            Config.from_yaml("config.yaml", [word])
+
+
+def test_help_lists_every_option_within_100_columns(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ask("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert max(map(len, text.splitlines())) <= 100
+    for section, own in Config().to_dict().items():
+        assert f"\n{section}: " in text
+        assert all(f"\n  {name} " in text for name in own)
+    assert "config/train_gpt2.py" in text and "never run" in text and "configs/nanogpt.yaml" in text
+
+
+# These mean more than the option: test_presets.py, test_dialects.py.
+MEAN_MORE = ("dataset", "wandb_log.name", *fivezeroes_bdh.MARKS)
+OTHER_VALUES = {  # 512 is not a value of theirs, or is the default
+    "model.name": "gpt",
+    "optimizer.name": "muon",
+    "schedule.name": "linear",
+    "tokenizer.name": "gpt2",
+    "model.n_head": "8",
+    "model.dropout": "0.25",
+    "dataloader.shuffle": "false",
+    "low_precision.compute_dtype": "float32",
+    "training.resume_from_checkpoint": "a/b.pt",
+    "logging.wandb_log": "true",
+    "dataset.test_fraction": "0.25",
+    "distributed.backend": "gloo",
+    "training.block_size": "64",
+}
+
+
+@pytest.mark.parametrize("key", names.ALIASES)
+def test_an_alias_sets_the_option_it_stands_for_and_says_so(ask: Ask, key: str) -> None:
+    value = OTHER_VALUES.get(key, "64" if key.startswith("training.") else "512")
+    for alias in set(names.ALIASES[key]) - set(MEAN_MORE):
+        from_line = ask(f"{alias}={value}", config__yaml="")
+        says_so = () if key.endswith(f".{alias}") else (f"{alias} is read as {key}",)
+        assert from_line.notes == says_so
+        assert from_line.config == ask(f"{key}={value}").config != Config()
+        section, _, name = alias.rpartition(".")
+        text = f"{section}:\n  {name}: {value}" if section else f"{name}: {value}"
+        from_file = ask(config__yaml=text)
+        assert (from_file.config, from_file.notes) == (from_line.config, from_line.notes)
+
+
+def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
+    text = "model: {d_model: 128, num_heads: 2}\ntraining: {lr: 0.5}"
+    config = ask(config__yaml=text).config
+    assert (config.model.n_embd, config.model.n_head) == (128, 2)
+    assert config.training.learning_rate == 0.5
+
+
+def test_every_alias_stands_for_an_option_that_exists() -> None:
+    own, others = set(options(Config())), {*names.UNSUPPORTED, *names.EXTRA_OPTIONS}
+    assert not own & others
+    assert set(names.ALIASES) <= own
+    assert not set(names.TARGETS) & (own | others)
+    assert {"mlp_internal_dim_multiplier", "mlp_scale_factor", "d_ff"}.isdisjoint(names.TARGETS)
+
+
+def test_an_option_that_this_version_lacks_is_refused_unless_it_asks_for_nothing(
+    ask: Ask, complaint: Complain
+) -> None:
+    for key, harmless in names.UNSUPPORTED.items():
+        section, name = key.split(".")
+        message = f"config.yaml:2: {key}: not available in this version. Set it to {harmless[0]}."
+        assert complaint(config__yaml=f"{section}:\n  {name}: something\n") == message
+        for value in harmless:
+            request = ask(config__yaml=f"{section}:\n  {name}: {value}\n")
+            assert request.notes == (f"{key}={value} changes nothing in this version",)
+            assert request.config == Config()
+
+
+LOW_PRECISION = """
+low_precision: {use_fp8: false, use_4bit: true, use_4bit_optimizer: false,
+  quantization_type: "nf4", use_double_quant: true, compute_dtype: "bfloat16"}
+fp8: {format: hybrid, amax_history_len: 1024, amax_compute_algo: max}
+"""
+WISHES: list[tuple[str, str, set[str]]] = [  # a file, the command line, what the user asked for
+    ("", "", set()),
+    (LOW_PRECISION, "", set()),
+    ("low_precision: {use_4bit: auto}", "model.name=gpt", {"model.name"}),
+    (LOW_PRECISION, "model.name=gpt", {"model.name", "low_precision.use_4bit"}),
+    ("", "use_4bit=true model.name=llama", {"model.name", "low_precision.use_4bit"}),
+    ("", "use_4bit=false model.name=llama", {"model.name"}),
+    ("", "use_4bit=false", {"low_precision.use_4bit"}),
+    ("", "tokenizer.name=bytes vocab_size=256", set()),
+    ("", "fp8.recipe=delayed amax_history_len=8", {"fp8.amax_history_len"}),
+    ("dataset: x", "n_layer=12", {"dataset.name"}),  # as its base has it
+    ("dataset: x", "n_layer=6", {"dataset.name", "model.n_layer"}),
+]
+
+
+def test_a_value_that_would_be_the_same_if_left_out_is_no_wish(ask: Ask) -> None:
+    for text, line, given in WISHES:
+        assert ask(f"my.yaml {line}", my__yaml=text).given == given
+    documented = ask("my.yaml", my__yaml=LOW_PRECISION)
+    assert documented.config == Config() and not documented.notes
+
+
+EDITS: list[dict[str, object]] = [
+    {},
+    {"model.name": "llama"},
+    {"model.name": "gpt", "model.bias": True},
+    {"training.init_from": "gpt2"},
+    {"dataset.train_data_path": "a.bin"},
+    {"tokenizer.name": "gpt2"},
+    {"fp8.amax_history_len": 16},
+    {"fp8.recipe": "block"},
+]
+
+
+def test_an_edited_copy_of_the_reference_file_means_its_edits(ask: Ask) -> None:
+    for edits in EDITS:
+        values = yaml.safe_load((ROOT / "config.yaml").read_text())
+        for key, value in edits.items():
+            section, name = key.split(".")
+            values[section][name] = value
+        copy = ask("my.yaml", my__yaml=yaml.safe_dump(values))
+        short = ask(" ".join(f"{key}={value}" for key, value in edits.items()))
+        assert (copy.config, copy.given, copy.notes) == (short.config, short.given, short.notes)
+
+
+SCHEDULE = "schedule: {warmup_iters: 100, lr_decay_iters: 5000}\ntraining: {max_iters: 5000}"
+SUPERSEDED: list[tuple[str, str, dict[str, Any], str]] = [
+    # a file, what comes later, what the file's value becomes, a note
+    (
+        "model: {mlp_internal_dim_multiplier: 64}",
+        "model.name=gpt",
+        {"model.mlp_internal_dim_multiplier": 128},
+        "model.mlp_internal_dim_multiplier=64 of my.yaml yields to model.name=gpt: 128",
+    ),
+    (
+        "model: {name: gpt, bias: true}\nlow_precision: {use_4bit: false}",
+        "model.name=llama",
+        {"model.bias": False, "low_precision.use_4bit": False},
+        "model.bias=true of my.yaml yields to model.name=llama: false",
+    ),
+    (
+        SCHEDULE,
+        "max_iters=50",
+        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": None},
+        "schedule.warmup_iters=100 of my.yaml yields to training.max_iters=50: 1",
+    ),
+    (
+        SCHEDULE,
+        "lr_decay_iters=50",
+        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": 50},
+        "schedule.warmup_iters=100 of my.yaml yields to schedule.lr_decay_iters=50: 1",
+    ),
+    (
+        "schedule: {lr_decay_iters: 1000}",
+        "warmup_iters=2000",
+        {"schedule.warmup_iters": 2000, "schedule.lr_decay_iters": None},
+        "schedule.lr_decay_iters=1000 of my.yaml yields to schedule.warmup_iters=2000: null",
+    ),
+    (
+        "schedule: {min_lr: 1e-4}",
+        "learning_rate=5e-5",
+        {"schedule.min_lr": None},
+        "schedule.min_lr=1e-4 of my.yaml yields to training.learning_rate=5e-5: null",
+    ),
+    (
+        "training: {tokens_per_step: 8192}",
+        "gradient_accumulation_steps=3",
+        {"training.tokens_per_step": None, "training.gradient_accumulation_steps": 3},
+        "training.tokens_per_step=8192 of my.yaml yields to "
+        "training.gradient_accumulation_steps=3: null",
+    ),
+    (
+        "dataset: {train_data_path: a.bin, val_data_path: b.bin}",
+        "dataset.name=x",
+        {"dataset.train_data_path": None, "dataset.val_data_path": None, "dataset.name": "x"},
+        "dataset.train_data_path=a.bin of my.yaml yields to dataset.name=x: null",
+    ),
+    (
+        "model: {vocab_size: 256}",
+        "tokenizer.name=gpt2",
+        {"model.vocab_size": None},
+        "model.vocab_size=256 of my.yaml yields to tokenizer.name=gpt2: null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "word", "expected", "note"), SUPERSEDED)
+def test_what_a_later_layer_contradicts_yields_aloud_and_in_one_layer_it_is_an_error(
+    ask: Ask, complaint: Complain, text: str, word: str, expected: dict[str, Any], note: str
+) -> None:
+    for line in (f"my.yaml {word}", "my.yaml later.yaml"):
+        request = ask(line, my__yaml=text, later__yaml=word.replace("=", ": "))
+        found = options(request.config)
+        assert {key: found[key] for key in expected} == expected
+        assert note in request.notes
+    together = [
+        f"{section}.{name}={to_text(value)}"
+        for section, own in yaml.safe_load(text).items()
+        for name, value in own.items()
+        if name not in word
+    ]
+    complaint(" ".join([*together, word]))
+
+
+def test_names_of_nanogpt_without_a_file_are_said_to_make_a_bdh(ask: Ask) -> None:
+    shape = "n_layer=6 n_head=6 n_embd=384"
+    note = (
+        "n_layer, n_head, n_embd shape a BDH (model.name=bdh, the default); a GPT: model.name=gpt"
+    )
+    assert ask(shape).notes == (note,)
+    for line in (f"{shape} model.name=gpt", f"my.yaml {shape}", "n_layer=2", "init_from=gpt2"):
+        assert note not in ask(line, my__yaml="n_layer: 6").notes
+
+
+def test_hydra_is_ignored_aloud(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "HydraConf is ignored: there is no Hydra here"
+    assert ask(config__yaml='HydraConf:\n  version_base: "1.1"\n').notes == (note,)
+    Config.from_yaml("config.yaml")
+    assert capsys.readouterr().err == f"note: {note}\n"
+
+
+@pytest.mark.slow
+def test_a_process_answers_without_traceback_or_torch() -> None:
+    program = (
+        "import sys\nfrom config import command_line\n"
+        "try: command_line(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+    )
+    for word, code, message in (
+        ("--help", 0, ""),
+        ("no.yaml", 2, "no.yaml: not found. Pass --config FILE.\n"),
+        ("n_embd=250", 2, "command line: model.n_embd=250 is not divisible by model.n_head=4; "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, word], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == bool(message)
