@@ -13,7 +13,7 @@ from model.interface import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the most likely one."""
+    """How the next token is drawn; temperature 0 takes the most likely one."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -28,11 +28,10 @@ def generate(
     generators: Sequence[torch.Generator | None] = (None,),
     context: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields one token of each sample (B,) after another, without end, from a prompt (1, T >= 1).
+    """Yields the next token of each sample, (B,), endlessly, after a prompt (1, T >= 1).
 
-    Each sample draws from its own generator: what it says does not depend on the others. With a
-    `context` the model sees no more tokens than that: whenever it has, it starts anew from the
-    last half of them. Without, it sees all there were, or as many as it can take.
+    There is one sample for each generator, and it does not depend on the others. context: the most
+    tokens the model sees; None: all, or `model.max_context`.
     """
     if model.max_context is not None:
         context = min(context or model.max_context, model.max_context)
@@ -48,13 +47,15 @@ def generate(
         if context is not None:
             seen = torch.cat((seen, following), dim=1)
             if seen.shape[1] > context:
+                # A cache cannot drop its first tokens, on which keys and values of all later ones
+                # depend. It is filled anew with the last half: one prefill per half a context.
                 seen = following = seen[:, -max(1, context // 2) :]
                 cache = model.init_cache(len(generators))
         logits = model.prefill_or_decode(following, cache)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """One token id (B,) from logits (B, V)."""
+    """Returns token ids (B,) drawn from logits (B, V)."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
@@ -68,7 +69,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None =
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zeroes all but the smallest set, of at least one token, whose probability reaches top_p."""
+    """Zeroes all but the most likely tokens that together reach top_p, at least one."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     kept = ordered.masked_fill(before >= top_p, 0.0)

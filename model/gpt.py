@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorms before each part, an MLP, and a head that is the embedding.
+"""GPT-2: learned positions, pre-norm blocks with an MLP, and a head tied to the embedding.
 
     x = dropout(wte(tokens) + wpe(0 .. T-1))
     n_layer times:
@@ -8,7 +8,7 @@
     logits = lm_head(ln_f(x))                           # lm_head = wte where tied
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Weights have
-the names of nanoGPT, whose state dicts load as they are. Biases can be left out one kind at a time.
+the names of nanoGPT, whose state dicts load as they are. Each kind of bias can be left out.
 
 B batch, T tokens, R = B * T, D = n_embd, H = n_head, d = D / H, V vocabulary
 """
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model.attention import Embedding, attention, drop
+from model.attention import Embedding, attention, dropout
 from model.matmul import Linear
-from model.transformer import Pass, Transformer
+from model.transformer import ForwardContext, Transformer
 
 INIT_STD = 0.02
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,19 +37,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _bias(config: ModelConfig, own: bool | None) -> bool:
-    """A bias that is not set by itself follows `model.bias`."""
+    """Returns the option of one kind of bias, which follows `model.bias` if it is null."""
     return config.bias if own is None else own
 
 
 class LayerNorm(nn.LayerNorm):
-    """Over D numbers, with or without bias."""
+    """A layer norm over D numbers, with or without bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.n_embd, eps=1e-5, bias=_bias(config, config.ln_bias))
 
 
 class Attention(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """Multi-head attention: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class Attention(nn.Module):
         self.c_attn = Linear(D, 3 * D, bias=_bias(config, config.attn_bias), n_fused=3)
         self.c_proj = Linear(D, D, bias=_bias(config, config.proj_bias))
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        parts: Tensor = self.c_attn(x).view(*run.shape, 3, self.heads, -1)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        parts: Tensor = self.c_attn(x).view(*ctx.shape, 3, self.heads, -1)
         q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, d)
-        k, v = run.remember(self.layer, k, v)
-        y: Tensor = self.c_proj(attention(q, k, v, run.sight))
+        k, v = ctx.all_keys_values(self.layer, k, v)
+        y: Tensor = self.c_proj(attention(q, k, v, ctx.mask))
         return y
 
 
 class MLP(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """Two linear layers with an activation between them: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """One layer: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        x = x + drop(self.attn(self.ln_1(x), run), run.dropout)
-        return x + drop(self.mlp(self.ln_2(x)), run.dropout)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        x = x + dropout(self.attn(self.ln_1(x), ctx), ctx.dropout)
+        return x + dropout(self.mlp(self.ln_2(x)), ctx.dropout)
 
 
 class Trunk(nn.Module):
-    """All but the head."""
+    """Everything but the head, under the name that nanoGPT and Hugging Face give it."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, block_size: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Trunk(nn.Module):
 
 
 class GPT(Transformer):
-    """The model; `forward(tokens (B, T <= block_size)) -> logits (B, T, V)`."""
+    """GPT-2 for contexts of up to block_size tokens."""
 
     max_context: int
 
@@ -125,8 +125,9 @@ class GPT(Transformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Weights from N(0, 0.02), those that end a branch of the residual stream, of which there
-        are two per layer, from N(0, 0.02 / sqrt(2 n_layer)); biases 0, gains 1."""
+        """Draws weights from N(0, 0.02**2); biases are 0, gains 1."""
+        # Two layers in each block write to the residual stream. They start smaller, so that the
+        # variance of the stream does not grow with depth.
         residual = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -139,7 +140,7 @@ class GPT(Transformer):
         return self.transformer.h
 
     def embed(self, tokens: Tensor, position: int) -> Tensor:
-        """(B, T, D) of tokens (B, T); ValueError beyond the last learned position."""
+        """Returns (B, T, D); raises ValueError beyond the last learned position."""
         end = position + tokens.shape[1]
         if end > self.max_context:
             raise ValueError(f"{end} tokens, but this GPT has learned {self.max_context} positions")

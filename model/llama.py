@@ -1,4 +1,4 @@
-"""Llama: positions by rotation, RMSNorms before each part, a gated MLP, fewer heads of keys.
+"""Llama: rotary positions, RMSNorm, a gated MLP (SwiGLU), and grouped queries.
 
     x = dropout(embed(tokens))
     n_layer times:
@@ -7,9 +7,9 @@
         x = x + dropout(w2(silu(w1 y) * (w3 y))), y = norm(x)
     logits = lm_head(norm(x))                                   # not tied; no biases anywhere
 
-rope turns the pair (i, i + d/2) of a head at position t by the angle t * theta ** (-2 i / d): the
+rope rotates the pair (i, i + d/2) of a head at position t by the angle t * theta ** (-2 i / d): the
 halves of a head are the first and the second members of its pairs, as in GPT-NeoX and Hugging Face.
-w1 and w3 are the halves of one matrix, w13, as q, k, v are parts of wqkv: fewer, larger products.
+w1 and w3 are fused to one matrix, w13, and q, k, v to wqkv: fewer, larger products.
 
 Sources: Touvron et al., arXiv 2302.13971; Shazeer, arXiv 2002.05202 (SwiGLU); Su et al., arXiv
 2104.09864 (RoPE); Ainslie et al., arXiv 2305.13245 (grouped queries).
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model.attention import Embedding, attention, drop
+from model.attention import Embedding, attention, dropout
 from model.matmul import Linear
-from model.transformer import Pass, Transformer
+from model.transformer import ForwardContext, Transformer
 
 EPS = 1e-5
 
@@ -49,7 +49,11 @@ class RMSNorm(nn.Module):
 
 
 class _NormOnCPU(torch.autograd.Function):
-    """torch has no kernel for it there, and its formula takes twenty passes back and keeps more."""
+    """RMSNorm with a backward pass of its own.
+
+    torch has no kernel for it on CPUs. Its formula, differentiated by autograd, takes about twenty
+    passes over the memory and saves more tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ class _NormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """With y = x s: dweight = sum of g y, dx = s (g w - y mean(g w y))."""
+        # With y = x s and out = y w: dw = sum(dout y), dx = s (dout w - y mean(dout w y)).
         x, weight, scale = ctx.saved_tensors
         y = x * scale
         g = gradients[0] * y
@@ -70,24 +74,26 @@ class _NormOnCPU(torch.autograd.Function):
         return g.addcmul_(y, mean, value=-1).mul_(scale).to(x.dtype), weight_gradient
 
 
-def turns(begin: int, end: int, width: int, theta: float) -> Tensor:
-    """Cosines and sines (2, T, d) of positions begin .. end - 1, in float64; the sines are negative
-    in the first half, where the second members of the pairs are subtracted."""
+def rope_angles(begin: int, end: int, width: int, theta: float) -> Tensor:
+    """Returns cosines and sines (2, T, d) of positions begin .. end - 1, in float64.
+
+    Sines are negative in the first half, where the second members of the pairs are subtracted.
+    """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(begin, end, dtype=torch.float64), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
-def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turns x (B, T, heads, d) by a table (2, T, 1, d), in the precision of the table."""
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates x (B, T, heads, d) by a table (2, T, 1, d), in the dtype of the table."""
     cos, sin = table.unbind(0)
     exact = x.to(table.dtype)
     return (exact * cos).addcmul(exact.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """Grouped-query attention: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -98,19 +104,20 @@ class Attention(nn.Module):
         self.wqkv = Linear(D, (H + 2 * kv) * self.width, bias=False, n_fused=H // kv + 2)
         self.wo = Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         H, K, _ = self.parts
-        heads: Tensor = self.wqkv(x).view(*run.shape, H + 2 * K, self.width)
-        turned, v = torch.split(heads, [H + K, K], 2)
-        turned = rope(turned, run.positions).transpose(1, 2)
-        q, k = torch.split(turned, [H, K], 1)  # (B, H or K, T, d)
-        k, v = run.remember(self.layer, k, v.transpose(1, 2))
-        y: Tensor = self.wo(attention(q, k, v, run.sight))
+        heads: Tensor = self.wqkv(x).view(*ctx.shape, H + 2 * K, self.width)
+        assert ctx.rope_table is not None
+        qk, v = torch.split(heads, [H + K, K], 2)  # (B, T, H + K, d), (B, T, K, d)
+        qk = apply_rope(qk, ctx.rope_table).transpose(1, 2)
+        q, k = torch.split(qk, [H, K], 1)  # (B, H or K, T, d)
+        k, v = ctx.all_keys_values(self.layer, k, v.transpose(1, 2))
+        y: Tensor = self.wo(attention(q, k, v, ctx.mask))
         return y
 
 
 class MLP(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """SwiGLU: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -125,12 +132,12 @@ class MLP(nn.Module):
 
 
 def mlp_width(config: ModelConfig) -> int:
-    """d_ff, or 8/3 D rounded up to a multiple of 64: the weights of an MLP of 4 D without gate."""
+    """Returns d_ff, by default 8/3 D rounded up to a multiple of 64, as many weights as GPT."""
     return config.d_ff or -(-8 * config.n_embd // (3 * 64)) * 64
 
 
 class Block(nn.Module):
-    """x (R, D) -> (R, D)."""
+    """One layer: x (R, D) -> (R, D)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -139,13 +146,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        x = x + drop(self.attn(self.attn_norm(x), run), run.dropout)
-        return x + drop(self.mlp(self.mlp_norm(x)), run.dropout)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        x = x + dropout(self.attn(self.attn_norm(x), ctx), ctx.dropout)
+        return x + dropout(self.mlp(self.mlp_norm(x)), ctx.dropout)
 
 
 class Llama(Transformer):
-    """The model; `forward(tokens (B, T)) -> logits (B, T, V)`, at any length."""
+    """Llama for contexts of any length."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -154,17 +161,15 @@ class Llama(Transformer):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(D)
         self.lm_head = Linear(D, V, bias=False)
-        self._turns: dict[tuple[object, ...], Tensor] = {}
+        self._rope_tables: dict[tuple[object, ...], Tensor] = {}
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices (out, in) from N(0, 2 / (in + out)), embeddings from N(0, 1), both without what
-        lies beyond three deviations; gains 1.
-
-        GPT-2's way leaves the embeddings so small that learning starts late: 2.01 against 1.85 nats
-        per byte of Shakespeare after 300 steps of 4 layers of 128.
-        """
+        """Draws matrices (out, in) from N(0, 2 / (in + out)) and embeddings from N(0, 1), both
+        truncated at three standard deviations; gains are 1."""
+        # GPT-2's embeddings of std 0.02 make learning start late: 2.01 instead of 1.85 nats per
+        # byte of Shakespeare after 300 steps of 4 layers of 128.
         fused = {id(weight): n_fused for weight, n_fused in self.hidden_weights()}
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -188,18 +193,18 @@ class Llama(Transformer):
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 
-    def positions(self, begin: int, end: int, x: Tensor) -> Tensor:
-        """The table of `rope`; what was asked for before is kept, and doubled where too short."""
+    def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor:
+        """Returns the table of `apply_rope`; it is cached, and doubled when it is too short."""
         exact = torch.promote_types(x.dtype, torch.float32)
         theta = self.config.rope_theta
-        if torch.compiler.is_compiling():  # it fuses the angles; a table would be a side effect
-            return turns(begin, end, self.width, theta).to(x.device, exact).unsqueeze(2)
+        if torch.compiler.is_compiling():  # which fuses the angles, and forbids side effects
+            return rope_angles(begin, end, self.head_size, theta).to(x.device, exact).unsqueeze(2)
         key = (exact, x.device)
-        if key not in self._turns or self._turns[key].shape[1] < end:
-            with torch.inference_mode(False):  # it is for training too
-                table = turns(0, 1 << (end - 1).bit_length(), self.width, theta)
-                self._turns[key] = table.to(x.device, exact).unsqueeze(2)
-        return self._turns[key][:, begin:end]
+        if key not in self._rope_tables or self._rope_tables[key].shape[1] < end:
+            with torch.inference_mode(False):  # training may use what an evaluation made
+                table = rope_angles(0, 1 << (end - 1).bit_length(), self.head_size, theta)
+                self._rope_tables[key] = table.to(x.device, exact).unsqueeze(2)
+        return self._rope_tables[key][:, begin:end]
 
     def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.embedding.weight, self.lm_head.weight

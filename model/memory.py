@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.attention import is_plain_on_cpu
+from model.attention import uses_math_on_cpu
 from model.bdh.model import BDH
 from model.bdh.tiling import Geometry, Tiling
 from model.gpt import GPT
@@ -148,7 +148,7 @@ class SavedPerToken(NamedTuple):
 def _saved_per_token(model: Transformer) -> SavedPerToken:
     config = model.config
     if isinstance(model, Llama):  # both parts of the gate, its silu and the product
-        rotated, width = config.n_embd + model.kv_heads * model.width, mlp_width(config)
+        rotated, width = config.n_embd + model.n_kv_head * model.head_size, mlp_width(config)
         return SavedPerToken(rotated, 4 * width, 2 * width, 4)
     width = config.mlp_scale_factor * config.n_embd
     hidden = width if config.activation == "relu" else 2 * width  # relu saves its result alone
@@ -196,7 +196,7 @@ def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights:
 
 def _attention_stage(model: Transformer, step: StepShape, saved: SavedPerToken) -> Stage:
     D, size, rows = model.config.n_embd, step.dtype.itemsize, step.tokens
-    keys = model.kv_heads * model.width
+    keys = model.n_kv_head * model.head_size
     branch = _branch_stage(model, step, saved.norm_bytes, 2 * D * (D + keys))
     heads = rows * (D + 2 * keys) * size
     kept, working = branch.saved + heads + rows * D * size, branch.working + heads
@@ -213,13 +213,13 @@ def _keeps_scores(model: Transformer, step: StepShape) -> bool:
     kind, dropout = model.config.attention, model.config.dropout
     if kind == "math":
         return True
-    return step.on_cpu and is_plain_on_cpu(kind, step.block, step.dtype.itemsize, dropout)
+    return step.on_cpu and uses_math_on_cpu(kind, step.block, step.dtype.itemsize, dropout)
 
 
 def _mlp_stage(model: Transformer, step: StepShape, saved: SavedPerToken) -> Stage:
     D, size = model.config.n_embd, step.dtype.itemsize
     layer = sum(weight.numel() for weight, _ in model.hidden_weights()) // model.config.n_layer
-    weights = layer - 2 * D * (D + model.kv_heads * model.width)
+    weights = layer - 2 * D * (D + model.n_kv_head * model.head_size)
     branch = _branch_stage(model, step, saved.norm_bytes, weights)
     return branch._replace(
         saved=branch.saved + step.tokens * saved.hidden * size,

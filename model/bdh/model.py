@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import BDHConfig
-from model.attention import product_dtype
+from model.attention import matmul_dtype
 from model.bdh.dense import DenseArgs, dense_layers
 from model.bdh.elementwise import EAGER, fused_ops
 from model.bdh.fused_layers import fused_layers
@@ -101,7 +101,7 @@ class BDH(LanguageModel):
         # States and counts are for generation and evaluation: no dropout, and eager operations,
         # since the lengths of prompts differ and each would compile anew.
         for_training = states is None and active is None
-        dtype = product_dtype(x)
+        dtype = matmul_dtype(x)
         weights = (self.encoder, self.encoder_v, self.decoder)
         dropout = self.config.dropout if self.training and for_training else 0.0
         if self.projections is not None and for_training:
@@ -163,7 +163,7 @@ class BDH(LanguageModel):
             cache.rotate_to_position()
             last = self._layers(x, states=cache.sums)[:, -1]
             # The last chunk is padded, and the states are left rotated to its end.
-            tiling = self._tiling(x, product_dtype(x))
+            tiling = self._tiling(x, matmul_dtype(x))
             cache.frame += tiling.padded(tokens.shape[1])
         cache.position += tokens.shape[1]
         return last @ self.lm_head

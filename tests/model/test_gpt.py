@@ -126,12 +126,14 @@ def as_options(model_config: ModelConfig) -> dict[str, Any]:
 def test_blocks_of_flex_attention_hide_what_the_boolean_mask_hides(
     masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_flex", lambda: flex_attention)  # its definition, which is slow
+    monkeypatch.setattr(
+        layers, "_flex_attention", lambda: flex_attention
+    )  # its definition, which is slow
     documents = some_documents(2, 160) if masked else None
     q, k, v = torch.randn(4, 160, 8).expand(2, 4, 160, 8), *torch.randn(2, 2, 2, 160, 8)
     blocks = layers._block_mask(documents, (2, 160), q.device)
-    flex = layers.attention(q, k, v, layers.Sight("flex", causal=False, blocks=blocks))
-    bias = layers.look("auto", q, (2, 160), documents, 0.0)
+    flex = layers.attention(q, k, v, layers.AttentionMask("flex", is_causal=False, blocks=blocks))
+    bias = layers.training_mask("auto", q, (2, 160), documents, 0.0)
     torch.testing.assert_close(flex, layers.attention(q, k, v, bias), rtol=1e-4, atol=1e-5)
 
 
@@ -376,8 +378,8 @@ def test_dropout_acts_in_training_only_on_embedding_probabilities_and_branches()
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("layers", "transformer", "gpt"):
-            patch.setattr(f"model.{module}.drop", noted)
+        for module in ("attention", "transformer", "gpt"):
+            patch.setattr(f"model.{module}.dropout", noted)
         model.train()(tokens)
     assert shares == [0.5] * (1 + 2 * 3)
 
@@ -385,17 +387,17 @@ def test_dropout_acts_in_training_only_on_embedding_probabilities_and_branches()
 def test_dropped_probabilities_keep_their_mean() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 6, 4)
-    whole = layers.attention(q, k, v, layers.look("math", q, (1, 6), None, 0.0))
-    sight = layers.look("auto", q, (1, 6), None, 0.3)
+    whole = layers.attention(q, k, v, layers.training_mask("math", q, (1, 6), None, 0.0))
+    sight = layers.training_mask("auto", q, (1, 6), None, 0.3)
     mean = sum(layers.attention(q, k, v, sight) for _ in range(4000)) / 4000
     torch.testing.assert_close(mean, whole, rtol=0, atol=0.06)
 
 
 def test_causal_attention_makes_no_mask() -> None:
     x = torch.zeros(1)
-    assert layers.look("auto", x, (2, 1 << 20), None, 0.0).bias is None
-    assert layers.look_back("auto", x, 1, 1 << 20).bias is None
-    assert layers.look_back("auto", x, 1 << 20, 1 << 20).bias is None
+    assert layers.training_mask("auto", x, (2, 1 << 20), None, 0.0).bias is None
+    assert layers.decoding_mask("auto", x, 1, 1 << 20).bias is None
+    assert layers.decoding_mask("auto", x, 1 << 20, 1 << 20).bias is None
 
 
 def test_a_run_is_told_where_attention_is_not_as_asked() -> None:
@@ -442,6 +444,7 @@ def test_a_transformer_has_no_silent_neurons_to_tell_of(name: str) -> None:
     assert small(name).activation_sparsity(torch.zeros(1, 3, dtype=torch.long)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_compiled_steps_equal_eager_ones_in_few_graphs(name: str) -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import Config, ModelConfig
 from model import build_model
-from model.llama import Llama, RMSNorm, mlp_width, rope, turns
+from model.llama import Llama, RMSNorm, apply_rope, mlp_width, rope_angles
 from tests.model.transformers import check_parity, slow_attention, small, some_documents
 
 
@@ -31,7 +31,7 @@ def slow_logits(model: Any, tokens: Tensor, documents: Tensor | None) -> Tensor:
         y: Tensor = scaled * weights[f"{name}.weight"]
         return y
 
-    def turned(x: Tensor) -> Tensor:  # (T, heads, d)
+    def rope(x: Tensor) -> Tensor:  # (T, heads, d)
         rows = []
         for t, row in enumerate(x):
             first, second = [], []
@@ -52,7 +52,7 @@ def slow_logits(model: Any, tokens: Tensor, documents: Tensor | None) -> Tensor:
             q, k, v = parts.split([H * d, K * d, K * d], -1)
             q, k, v = (each.reshape(len(row), -1, d) for each in (q, k, v))
             numbers = None if documents is None else documents[b]
-            y = slow_attention(turned(q), turned(k), v, numbers)
+            y = slow_attention(rope(q), rope(k), v, numbers)
             x = x + y @ weights[f"{name}.attn.wo.weight"].T
             y = norm(x, f"{name}.mlp_norm")
             w1, w3 = weights[f"{name}.mlp.w13.weight"].chunk(2)
@@ -100,16 +100,16 @@ def test_the_angles_are_exact_under_autocast_and_at_a_million() -> None:
     torch.manual_seed(0)
     model = llama()
     with torch.autocast("cpu", torch.bfloat16):
-        lowered = model.positions(0, 20, model.embed(torch.zeros(1, 20, dtype=torch.long), 0))
+        lowered = model.rope_table(0, 20, model.embed(torch.zeros(1, 20, dtype=torch.long), 0))
     assert lowered.dtype is torch.float32
     x = torch.randn(1, 1, 2, 8, dtype=torch.float64)
-    table = turns(1_000_000, 1_000_001, 8, 10_000.0).unsqueeze(2)
+    table = rope_angles(1_000_000, 1_000_001, 8, 10_000.0).unsqueeze(2)
     angle = 1_000_000 * 10_000.0 ** (-2 / 8)
     expected = x[..., 1] * math.cos(angle) - x[..., 5] * math.sin(angle)
-    torch.testing.assert_close(rope(x, table)[..., 1], expected, rtol=1e-9, atol=1e-9)
-    lowered = rope(x.bfloat16(), table.float())
+    torch.testing.assert_close(apply_rope(x, table)[..., 1], expected, rtol=1e-9, atol=1e-9)
+    lowered = apply_rope(x.bfloat16(), table.float())
     assert lowered.dtype is torch.bfloat16
-    torch.testing.assert_close(lowered.double(), rope(x, table), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lowered.double(), apply_rope(x, table), rtol=0.02, atol=0.02)
 
 
 def test_scores_depend_on_distances_alone() -> None:
@@ -118,7 +118,7 @@ def test_scores_depend_on_distances_alone() -> None:
     scores = []
     for begin in (0, 5, 1000):
         q, k = (
-            rope(each, turns(begin + shift, begin + shift + 1, 8, 100.0).unsqueeze(2))
+            apply_rope(each, rope_angles(begin + shift, begin + shift + 1, 8, 100.0).unsqueeze(2))
             for each, shift in zip(x, (3, 0), strict=True)
         )
         scores.append((q * k).sum())
@@ -130,7 +130,7 @@ def test_tables_grow_as_needed_and_stay_out_of_the_state_dict() -> None:
     tokens = torch.randint(256, (1, 70))
     with torch.inference_mode():
         model(tokens[:, :8])
-    assert not any("turn" in name for name in model.state_dict())
+    assert not any("rope" in name for name in model.state_dict())
     logits = model(tokens)
     torch.autograd.backward(logits.sum())  # tables made under inference are for training too
     torch.testing.assert_close(llama_of(model)(tokens), logits)
