@@ -121,8 +121,8 @@ def _data_lines(runs: Sequence[Run]) -> list[str]:
     lines = _section(runs, "Data", data)
     if ledger:
         lines += ["", "Data, as said at the start"]
-        for label, told in zip(labels(runs), ledger, strict=True):
-            lines += [f"  {label}: {line}" for line in told]
+        for label, own in zip(labels(runs), ledger, strict=True):
+            lines += [f"  {label}: {line}" for line in own]
     return lines
 
 

@@ -50,7 +50,8 @@ def shared_start(known: Sequence[str]) -> str:
 def labels(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     """Returns a unique label for each run, such as `llama, lr 0.004`.
 
-    A run's short name stands for missing options, and after options that another run has too.
+    The short name of a run is added if another run has the same options, and stands alone if no
+    option differs.
     """
     described = descriptions(runs, longest)
     counts = Counter(described)

@@ -84,7 +84,7 @@ function cell(column, index) {
   const shown = column.states ? make("span", {class: `state ${column.states[index]}`}, text) : text || "\u2013";
   return make("td", {class: classes.filter(Boolean).join(" ") || null}, shown,
     column.notes && column.notes[index] ? make("small", {}, column.notes[index]) : null,
-    best ? make("span", {class: "unseen"}, " (best)") : null);
+    best ? make("span", {class: "visually-hidden"}, " (best)") : null);
 }
 const heading = column => [column.section && column.section !== column.title ? make("small", {}, column.section) : null, column.title];
 
@@ -108,17 +108,17 @@ function asColumns(columns) {
   const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runTitle(index))));
   const rows = columns.flatMap((column, number) => {
     const starts = number > 0 && columns[number - 1].group !== column.group;
-    return make("tr", {class: starts ? "starts" : null},
+    return make("tr", {class: starts ? "group-start" : null},
       make("th", {scope: "row"}, heading(column)), runs.map((_, index) => cell(column, index)));
   });
-  return make("table", {class: "upright"}, make("thead", {}, head), make("tbody", {}, rows));
+  return make("table", {class: "run-columns"}, make("thead", {}, head), make("tbody", {}, rows));
 }
 
 function asRows(columns) {
   const rows = runs.map((_, index) => make("tr", {},
     make("th", {scope: "row"}, runTitle(index)), columns.map(column => cell(column, index))));
   const name = {title: "Run", texts: runs.map(run => run.label), values: runs.map(() => null)};
-  return sortable("lying", rows, [name, ...columns]);
+  return sortable("run-rows", rows, [name, ...columns]);
 }
 
 // A table that a click on a heading sorts. A column has `texts` and `values` (null: sort by text), one
@@ -468,7 +468,7 @@ function drawContexts() {
   const rows = data.contexts.map(([key, values]) => make("tr", {}, make("th", {scope: "row"}, key),
     values.map(value => make("td", {class: value === "" ? "none" : null}, value || "\u2013"))));
   const head = make("tr", {}, make("td"), runs.map((_, index) => make("th", {scope: "col"}, runTitle(index))));
-  reveal("contexts", scrolled(make("table", {class: "upright wordy"}, make("thead", {}, head), make("tbody", {}, rows))));
+  reveal("contexts", scrolled(make("table", {class: "run-columns long-text"}, make("thead", {}, head), make("tbody", {}, rows))));
 }
 
 const folded = (title, pairs) => (pairs.length ? make("details", {}, make("summary", {}, title),
@@ -480,8 +480,8 @@ function drawRuns() {
     const body = [make("div", {class: "command"}, make("code", {tabindex: 0}, run.command), copyButton(run.command, run.name)),
       make("p", {class: "path"}, run.path),
       folded(`All ${run.settings.length} settings`, run.settings), folded("Environment", run.environment)];
-    return runs.length > MAX_COLUMNS ? make("details", {class: "again"}, make("summary", {}, title), body)
-      : make("article", {class: "again"}, make("h3", {}, title), body);
+    return runs.length > MAX_COLUMNS ? make("details", {class: "run-details"}, make("summary", {}, title), body)
+      : make("article", {class: "run-details"}, make("h3", {}, title), body);
   }));
 }
 
