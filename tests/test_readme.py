@@ -118,7 +118,7 @@ def test_every_command_means_something(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copy(ROOT / "config.yaml", tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    for name in ("_run", "_train_tokenizer"):
+    for name in ("write_parquet", "write_tokens", "train_tokenizer"):
         monkeypatch.setattr(prepare, name, lambda _: None)
     assert len(commands()) >= 5
     for program, *arguments in commands():
