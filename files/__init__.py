@@ -1,1 +1,1 @@
-"""Files that are whole or absent, and files that are opened only if they are files."""
+"""Writing files so that they are complete or absent, and opening nothing but regular files."""

@@ -1,7 +1,7 @@
-"""Files that are opened only if they are files.
+"""Opening regular files, and nothing else.
 
-A FIFO blocks whoever opens it, a device never ends, and writing through a link changes what
-somebody else owns. Each of them may stand where a file of a run is expected.
+Where a file of a run is expected there may be a FIFO, which blocks whoever opens it, a device,
+which never ends, or a link, through which a write changes a file that somebody else owns.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ _WRITING = os.O_WRONLY | os.O_RDWR
 
 
 def open_regular(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
-    """Return a descriptor of a regular file; OSError for anything else, without waiting for it.
+    """Returns a descriptor of a regular file; raises OSError for anything else, without waiting.
 
     A link is followed to be read, never to be written. Folders above the file may be links.
     """
-    flags |= os.O_CLOEXEC | os.O_NONBLOCK  # a regular file takes no notice of the second
+    # O_NONBLOCK: opening a FIFO would wait for its other end. It does nothing to a regular file.
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK
     if flags & _WRITING:
         flags |= os.O_NOFOLLOW
     try:
@@ -39,7 +40,7 @@ def open_regular(path: str | os.PathLike[str], flags: int, mode: int = 0o666) ->
 
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Return the content of a regular file; OSError where it is none, or larger than that."""
+    """Returns the content of a regular file; raises OSError for another kind or a larger one."""
     with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:

@@ -1,5 +1,9 @@
-"""What is inside a checkpoint, as types that are checked before anything of it is used: tensors and
-plain values, and no NaN in weights that are saved."""
+"""The content of a checkpoint, described as types.
+
+`check_type` compares a loaded checkpoint with `Content` before anything of it is used, so that a
+damaged or foreign file is one message that names the entry and not an error deep in torch. Before a
+save, `check_plain` and `check_finite` refuse what could not be loaded or should not be kept.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ _MISFITS = (ValueError, TypeError, IndexError, AttributeError, ArithmeticError, 
 
 
 class ShapeOptions(TypedDict):
-    """Options that every model has. Others may be missing: they have defaults since they exist."""
+    """Options that every model has. Others may be missing: later ones have defaults."""
 
     name: str
     n_layer: int
@@ -33,7 +37,7 @@ class ShapeOptions(TypedDict):
 
 
 class RunOptions(TypedDict):
-    """Options that say which steps were made."""
+    """Options that decide which steps were made."""
 
     block_size: int
     batch_size: int
@@ -41,14 +45,14 @@ class RunOptions(TypedDict):
 
 
 class SavedConfig(TypedDict):
-    """The config of the run, by sections; the reader of configs checks the rest of it."""
+    """The config of the run, by sections; `Config.from_dict` checks the rest of it."""
 
     model: ShapeOptions
     training: RunOptions
 
 
 class ParameterGroup(TypedDict):
-    """Hyperparameters are not read: the config of the present run has them."""
+    """Its hyperparameters are not read: those of the present config count."""
 
     params: list[int]
 
@@ -68,7 +72,7 @@ class PrecisionState(TypedDict):
 
 
 class DeviceGenerators(TypedDict, total=False):
-    """Of the device where it was not the CPU."""
+    """State of the device's generator, if the device was not the CPU."""
 
     cuda: Tensor
     mps: Tensor
@@ -141,7 +145,7 @@ _NAMES = {
 
 
 def check_type(value: object, hint: Any, place: str = "") -> None:
-    """Raises ValueError, which names the entry, where `value` is not what the type `hint` says."""
+    """Raises ValueError, which names the entry, if `value` is not of the type `hint`."""
     kind, inner = get_origin(hint), get_args(hint)
     if is_typeddict(hint) or is_dataclass(hint):
         _check_fields(value, hint, place)
@@ -164,7 +168,7 @@ def check_type(value: object, hint: Any, place: str = "") -> None:
 
 @contextlib.contextmanager
 def as_checkpoint_error(path: Path) -> Iterator[None]:
-    """Turns what content of another kind can raise into a CheckpointError that names it."""
+    """Turns the exceptions that unexpected content raises into a CheckpointError."""
     try:
         yield
     except KeyError as error:
@@ -207,7 +211,7 @@ def _described(value: object) -> str:
 
 
 def check_plain(value: object, place: str = "checkpoint") -> None:
-    """Asserts that `value` loads with `weights_only=True` anywhere; names the offending place.
+    """Asserts that `value` can be loaded with `weights_only=True`; names the offending place.
 
     Types are compared exactly: numpy.float64 is a float, but pickles as a numpy object.
     """
@@ -232,7 +236,7 @@ def _type_name(value: object) -> str:
 
 
 def tensors(value: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(dotted place, tensor) of every tensor inside nested dicts and lists."""
+    """Yields (dotted place, tensor) of every tensor inside nested dicts and lists."""
     if isinstance(value, Tensor):
         yield place, value
     elif isinstance(value, dict | list | tuple):
@@ -242,11 +246,9 @@ def tensors(value: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def check_finite(weights: dict[str, Any], step: int) -> None:
-    """Raises NonFiniteError naming the first tensor with NaN or infinity.
-
-    A sum shows at memory speed that all is well; only a sum that is not finite, which may also
-    have overflowed, makes every number be looked at.
-    """
+    """Raises NonFiniteError naming the first tensor with NaN or infinity."""
+    # One sum over all weights runs at memory speed. It may overflow without a NaN in them, so each
+    # number is looked at only if the sum is not finite.
     floating = [(n, t) for n, t in tensors(weights) if t.is_floating_point()]
     total = torch.zeros(())
     for _, tensor in floating:
@@ -263,6 +265,6 @@ def check_finite(weights: dict[str, Any], step: int) -> None:
 
 
 def tensor_bytes(content: object) -> int:
-    """Bytes of all storages once each: what `torch.save` writes, headers aside."""
+    """Returns the bytes of all storages, shared ones once: what `torch.save` writes."""
     storages = (tensor.untyped_storage() for _, tensor in tensors(content))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

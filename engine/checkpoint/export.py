@@ -5,8 +5,8 @@
     config.yaml         the run's config, which builds the model
     vocabulary.json     what makes text of tokens
 
-The one idea: such a folder is whole or absent. Reading trusts nothing in it: a tensor too many, too
-few, of another shape or with a broken description is an error that names file and tensor.
+Such a folder is complete or absent. Reading trusts nothing in it: a missing or surplus tensor, one
+of another shape or with a broken description is an error that names file and tensor.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ STATE = ".quant_state.bitsandbytes__"
 
 
 def is_export(path: Path) -> bool:
-    """Whether a path means a folder of weights, or the weights in it."""
+    """Returns whether a path means a folder of weights, or the weights in it."""
     return path.name == WEIGHTS or (path / WEIGHTS).is_file()
 
 
 def has_config(path: Path) -> bool:
-    """Whether the config of this trainer's exports stands beside weights."""
+    """Returns whether a config lies beside weights, as in exports of this trainer."""
     return ((path.parent if path.name == WEIGHTS else path) / CONFIG).is_file()
 
 
 def write_export(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> int:
-    """Makes the new folder `out` of weights and further files; returns the bytes of the weights.
+    """Makes a new folder of weights and further files; returns the bytes of the weights.
 
     Raises WriteError, also where `out` exists; nothing is left then.
     """
@@ -87,15 +87,17 @@ def _safetensors(path: Path) -> tuple[Any, Any]:
 
 
 def description(config: Config, tokenizer: Mapping[str, Any]) -> dict[str, str]:
-    """The files beside the weights."""
+    """Returns the texts of the files beside the weights."""
     return {CONFIG: config.to_yaml(), VOCABULARY: json.dumps(tokenizer)}
 
 
 def open_export(
     path: Path, build: Callable[[Config], LanguageModel]
 ) -> tuple[LanguageModel, Config, dict[str, Any]]:
-    """The model that `build` makes for the config, with the export's weights, in eval mode; the
-    config; what makes text of tokens. Raises CheckpointError."""
+    """Returns the model in eval mode, its config, and the description of its tokenizer.
+
+    build: returns a model for a config. Raises CheckpointError.
+    """
     folder = path.parent if path.name == WEIGHTS else path
     for name in (CONFIG, VOCABULARY):
         if not (folder / name).is_file():
@@ -124,8 +126,10 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def read_weights(path: Path, model: nn.Module) -> None:
-    """Fills a model with the weights of a file, those in 4 bits unpacked on the model's device into
-    its dtype; raises CheckpointError."""
+    """Fills a model with the weights of a file, those in 4 bits unpacked into the model's dtype.
+
+    Raises CheckpointError.
+    """
     own = unique_tensors(model)
     device = next(iter(own.values())).device
     found = _load(path, device)
@@ -159,8 +163,9 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _unpacked(path: Path, name: str, weight: Tensor, found: dict[str, Tensor]) -> Tensor:
-    """Takes a weight's parts out of `found`; they are checked first, since bitsandbytes reads as
-    far as the description says, past the end of a tensor too."""
+    """Takes a 4-bit weight's parts out of `found` and returns the weight."""
+    # The parts are checked first: bitsandbytes reads as far as the description says, also past the
+    # end of a tensor.
     import_bitsandbytes(f"{path}: its 4-bit weights")
     names = [other for other in found if other == name or other.startswith(f"{name}.")]
     parts = {"weight" + other.removeprefix(name): found.pop(other) for other in names}
@@ -197,7 +202,7 @@ def _check_parts(parts: dict[str, Tensor], shape: tuple[int, ...]) -> None:
 
 
 def _layout(count: int, nested: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what bitsandbytes makes of so many numbers."""
+    """Returns shape and dtype of the parts that bitsandbytes makes of `count` numbers."""
     blocks = -(-count // BLOCK)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "weight": ((-(-count // 2), 1), torch.uint8),

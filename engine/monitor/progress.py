@@ -1,8 +1,8 @@
-"""Where the time of a run goes, how long it still takes, and the line of a terminal that shows it.
+"""Where the time of a run goes, how long it still takes, and the live line of a terminal.
 
-The one idea: steps, evaluations and saves have each their own pace, so that the time left is right
-before the first evaluation as after it. The live line stands below the plain lines, on a terminal
-only; what is written to a file is the same without it.
+Steps, evaluations and saves are timed apart, so that the time left is right before the first
+evaluation as well as after it. The live line stands below the plain lines, on a terminal only; what
+is written to a file is the same without it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from engine.monitor import console
 from settings.formatting import format_duration
 
 REFRESHES_PER_S = 4
-KNOWN_S = 5.0  # of steps, after the first one, from which a run's time is forecast
+FORECAST_AFTER_S = 5.0  # of steps, without the first one, which starts up caches
 
 
 @dataclass
 class Clock:
-    """Seconds of some kind of work and how often it was done."""
+    """Seconds spent on one kind of work, and how often it was done."""
 
     seconds: float = 0.0
     count: int = 0
@@ -35,13 +35,13 @@ class Clock:
 
     @property
     def mean(self) -> float:
-        """Seconds each; 0 before the first."""
+        """Seconds each time; 0 before the first."""
         return self.seconds / max(1, self.count)
 
 
 @dataclass
 class Pace:
-    """The clocks of one session: what the log lines say of time."""
+    """The clocks of one session."""
 
     first: Clock = field(default_factory=Clock)
     """The first step, which starts up caches and threads."""
@@ -49,36 +49,36 @@ class Pace:
     evaluations: Clock = field(default_factory=Clock)
     saves: Clock = field(default_factory=Clock)
     waited_s: float = 0.0
-    """For data, since the last log line."""
+    """Seconds of waiting for data since the last log line."""
     _logged: Clock = field(default_factory=Clock)
     _told: bool = False
 
     def step(self, seconds: float, waited_s: float) -> None:
-        """Counts a step, of which `waited_s` went by until the data was there."""
+        """Counts a step, `waited_s` of which it waited for data."""
         (self.steps if self.first.count else self.first).add(seconds)
         self._logged.add(seconds)
         self.waited_s += waited_s
 
     def take(self) -> tuple[float, float]:
-        """Seconds per step since the last call, and the share of them spent waiting for data."""
+        """Returns seconds per step since the last call, and the fraction spent waiting for data."""
         seconds, share = self._logged.mean, self.waited_s / max(self._logged.seconds, 1e-9)
         self._logged, self.waited_s = Clock(), 0.0
         return seconds, share
 
     def has_become_known(self) -> bool:
         """Returns True once: when enough steps are timed to say how long the run takes."""
-        if self._told or self.steps.count < 3 or self.steps.seconds < KNOWN_S:
+        if self._told or self.steps.count < 3 or self.steps.seconds < FORECAST_AFTER_S:
             return False
         self._told = True
         return True
 
     @property
     def step_s(self) -> float:
-        """Seconds per step, without the first where there are others."""
+        """Seconds per step; without the first one, unless there is no other."""
         return self.steps.mean or self.first.mean
 
     def describe(self, compile_s: float | None) -> str:
-        """Where the time went, in words."""
+        """Returns where the time went, for the closing lines."""
         steps = format_duration(self.first.seconds + self.steps.seconds)
         evaluations, saves = (
             format_duration(self.evaluations.seconds),
@@ -88,14 +88,16 @@ class Pace:
         return f"steps {steps}, evaluations {evaluations}, saves {saves}{compiling}"
 
     def left(self, steps: int, evaluations: int, saves: int, evaluation_steps: float) -> float:
-        """Seconds that so much work will take. An evaluation that was never made is taken for
-        `evaluation_steps` steps."""
+        """Returns the seconds that steps, evaluations and saves will take.
+
+        evaluation_steps: how many steps an evaluation is assumed to take before the first one.
+        """
         evaluation = self.evaluations.mean or evaluation_steps * self.step_s
         return steps * self.step_s + evaluations * evaluation + saves * self.saves.mean
 
 
 class LiveLine:
-    """A bar with step, loss, speed and time left; nothing where there is no terminal."""
+    """A bar with step, loss, speed and time left; does nothing without a terminal."""
 
     def __init__(self, shown: bool, steps: int) -> None:
         self._bar: Any = None
@@ -109,7 +111,7 @@ class LiveLine:
 
     @property
     def due(self) -> bool:
-        """Whether a terminal shows it, and has not shown it a moment ago."""
+        """Whether a terminal shows it, and its last update is long enough ago."""
         return self._bar is not None and time.monotonic() >= self._next
 
     def __enter__(self) -> LiveLine:
@@ -122,20 +124,20 @@ class LiveLine:
         self._held.close()
 
     def show(self, step: int, loss: float, tokens_per_s: float, left_s: float) -> None:
-        """After a step."""
+        """Shows the state after a step."""
         if self._bar is not None:
             self._next = time.monotonic() + 1 / REFRESHES_PER_S
             note = f"{format_duration(left_s)} left  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
 
     def tell(self, what: str) -> None:
-        """What goes on between steps."""
+        """Shows what happens between steps."""
         if self._bar is not None:
             self._bar.update(self._task, note=what)
 
 
 def _bar() -> Any:
-    """rich's bar, or None where the terminal cannot redraw a line or rich is missing."""
+    """Returns rich's bar; None if the terminal cannot redraw a line or rich is missing."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -161,5 +163,5 @@ def _bar() -> Any:
 
 
 def _above(terminal: Any) -> Any:
-    """Prints a line above the bar as it is: not wrapped, coloured or read as markup."""
+    """Returns a function that prints a line above the bar: not wrapped, coloured or marked up."""
     return lambda line: terminal.print(line, soft_wrap=True, markup=False, highlight=False)

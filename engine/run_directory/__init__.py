@@ -1,1 +1,1 @@
-"""The folder of a run and the files in it. Imports no torch."""
+"""The directory of a run and the files in it. Imports no torch."""

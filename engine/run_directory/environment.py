@@ -1,4 +1,7 @@
-"""Where and with what a run was made: for `environment.json`. Reads no environment variable."""
+"""The machine, versions and command line of a session, for environment.json.
+
+Reads no environment variable: they hold keys and tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 
 def describe_session(device: str) -> dict[str, Any]:
-    """One session of a run: time, command line and where it was given, versions, machine, revision
-    of this project."""
+    """Returns one session of a run: time, command line, working directory, versions, machine and
+    revision of this project."""
     return {
         "time": now(),
         "command": sys.argv,
@@ -35,7 +38,7 @@ def describe_session(device: str) -> dict[str, Any]:
 
 
 def now() -> str:
-    """Local time with its zone, to the second."""
+    """Returns the local time with its zone, to the second."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
@@ -47,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Commit, with `-dirty` where tracked files differ; None outside a git checkout."""
+    """Returns the commit, with `-dirty` if tracked files differ; None outside a git checkout."""
     revision = _git("rev-parse", "HEAD")
     if not revision:
         return None

@@ -1,4 +1,4 @@
-"""Which folders are run directories, and which run a part of a name means. Imports no torch."""
+"""Finding run directories, and the run meant by a part of its name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def is_run(folder: Path, names: Iterable[str] | None = None) -> bool:
 
 
 def find_by_name(word: str | Path, folder: Path = FOLDER) -> Path:
-    """Returns the path that a word means: itself where it exists, else the run it names.
+    """Returns the path that a word means: itself if it exists, else the run it names.
 
     `145754` and `run_20251108_145754` are looked for in `folder`, then in all folders beside it
     that hold runs; `out/145754` in `out`; `145754/checkpoint_500.pt` is a file in such a run. A
-    word that names no run comes back as it is. Raises DataError where several runs match.
+    word that names no run comes back as it is. Raises DataError if several runs match.
     """
     path = Path(word)
     if path.exists() or not path.name:

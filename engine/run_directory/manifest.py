@@ -1,9 +1,9 @@
-"""Which checkpoints a run directory holds, and which of them are whole. Imports no torch.
+"""Which checkpoints a run directory holds, and which of them are complete. Imports no torch.
 
-The one idea: `checkpoint_500.pt` exists as a checkpoint if and only if `checkpoint_500.json` does
-and says its size and sha256. The manifest is written last and removed first. It carries a checksum
-of itself and is compared byte for byte with what it would be written as, so that one flipped bit
-in either file is noticed.
+`checkpoint_500.pt` counts as a checkpoint if and only if its manifest `checkpoint_500.json` exists
+and states its size and sha256. The manifest is written last and removed first. It carries a
+checksum of itself and is compared byte for byte with the text that its fields give, so that one
+flipped bit in either file is noticed.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 """Locked by the process that writes the directory."""
 MAX_BYTES = 1 << 30
-"""What is read of one file of a run at most, checkpoints aside."""
+"""The most that is read of one file of a run, except checkpoints."""
 _NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(?:pt|json)")
 _LARGEST_MANIFEST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMeta:
-    """What a checkpoint says about itself without being opened."""
+    """What is known of a checkpoint without opening it."""
 
     step: int
     tokens: int
     loss: float | None
-    """Training loss; None where it was not measured."""
+    """Loss on the evaluated training rows; None if not measured at this step."""
     val_loss: float | None
-    """Held-out loss measured at this very step, else None."""
+    """Held-out loss; None if not measured at this step."""
     fingerprint: str
-    """Of the data."""
+    """Identity of the training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(CheckpointMeta):
-    """CheckpointMeta of a finished checkpoint and how to recognise its bytes."""
+    """What is known of a finished checkpoint, and how its bytes are recognised."""
 
     size: int
     sha256: str
@@ -57,17 +57,21 @@ class Manifest(CheckpointMeta):
 
 
 def data_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Returns the path of a step's checkpoint."""
     return folder / f"checkpoint_{step}.pt"
 
 
 def manifest_path(path: Path) -> Path:
-    """The manifest beside a checkpoint."""
+    """Returns the path of the manifest beside a checkpoint."""
     return path.with_suffix(".json")
 
 
 def render(manifest: Manifest) -> str:
-    """The manifest as JSON text; later formats keep this form, so that damage is told from age."""
+    """Returns the manifest as JSON text.
+
+    Later formats keep `checksum` and `format`, so that a damaged manifest can be told from that of
+    a newer version.
+    """
     return _render(asdict(manifest))
 
 
@@ -78,7 +82,7 @@ def _render(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest beside checkpoint `path`; raises CheckpointError with the reason."""
+    """Returns the manifest beside checkpoint `path`; raises CheckpointError with the reason."""
     place = manifest_path(path)
     try:
         raw = read_regular(place, _LARGEST_MANIFEST)
@@ -92,6 +96,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads(raw)
         del fields["checksum"]
+        # Not only the checksum: also a changed blank or an exchanged order of keys is damage.
         intact = _render(fields).encode() == raw
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise damaged from None
@@ -116,7 +121,8 @@ def _check_name(path: Path, manifest: Manifest) -> None:
 
 
 def verify(path: Path) -> Manifest:
-    """Reads the whole file and compares it with its manifest; raises CheckpointError saying why."""
+    """Reads the whole file, compares it with its manifest and returns that; raises CheckpointError
+    with the reason."""
     if not path.is_file():
         raise CheckpointError(_not_found(path))
     manifest = read_manifest(path)
@@ -137,7 +143,7 @@ def verify(path: Path) -> Manifest:
 
 
 def size_matches(path: Path, manifest: Manifest) -> bool:
-    """Whether the file has the manifest's size: the cheap half of `verify`."""
+    """Returns whether the file has the manifest's size: the part of `verify` that costs nothing."""
     return path.is_file() and path.stat().st_size == manifest.size
 
 
@@ -157,13 +163,13 @@ def _sha256(path: Path) -> str:
 
 
 def steps_in(folder: Path, suffix: str = "json") -> list[int]:
-    """Steps that have a manifest (or, with suffix `pt`, data), ascending."""
+    """Returns the steps that have a manifest (or, with suffix `pt`, data), ascending."""
     found = (_NAME.fullmatch(path.name) for path in folder.glob(f"checkpoint_*.{suffix}"))
     return sorted(int(match[1]) for match in found if match)
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
-    """Step -> manifest of the checkpoints that pass the cheap check, ascending."""
+    """Returns step -> manifest of the checkpoints whose size is right, ascending."""
     complete = {}
     for step in steps_in(folder):
         path = data_path(folder, step)
@@ -177,7 +183,8 @@ def complete_checkpoints(folder: Path) -> dict[int, Manifest]:
 
 
 def best_step(complete: Mapping[int, Manifest]) -> int | None:
-    """The step of lowest held-out loss; None where no checkpoint was evaluated."""
+    """Returns the step of lowest held-out loss; None if no checkpoint was evaluated."""
     losses = {step: manifest.val_loss for step, manifest in complete.items()}
+    # NaN, which is not equal to itself, would win every comparison.
     known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
     return min(known, key=known.__getitem__, default=None)
