@@ -120,10 +120,10 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
             dry_run(request, world)
             return 0
         if request.check_resume is not None:
-            stop.armed = True
+            stop.training_started = True
             return check_resume(request, world, stop, train)
         trainer = build(request, world, stack)
-        stop.armed = True
+        stop.training_started = True
         if training.eval_only:
             trainer.evaluate(stop)
             return stop.exit_code

@@ -1,8 +1,7 @@
-"""Signals become a flag that the loops poll: finish the step, save, leave.
+"""Signals set a flag that the training loop polls: it finishes the step, saves and ends.
 
-Ctrl-C (SIGINT), SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP ask for a stop; a second Ctrl-C ends the
-process at once. Before training there is nothing to save, and a signal ends the start as an
-exception does.
+Ctrl-C (SIGINT), SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP request a stop; a second Ctrl-C ends the
+process at once. Before training there is nothing to save, so a signal raises SystemExit.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from config import STOP_EXIT_CODES
 
 
 class StopRequest:
-    """Context that takes the signals; truth value: whether a stop was asked for.
+    """Context that handles the signals; true once a stop was requested.
 
-    Once `armed`, a signal only sets the flag. Until then it raises SystemExit with its exit code.
-    Signals that the process was started to ignore (nohup) stay ignored.
+    From `training_started` on a signal only sets the flag; before, it raises SystemExit with its
+    exit code. Signals that the process was started to ignore (nohup) stay ignored.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.armed = False
-        self.quiet = False  # of several processes one speaks
+        self.training_started = False
+        self.quiet = False  # ranks other than 0 print nothing
         self._interrupts = 0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -56,23 +55,24 @@ class StopRequest:
         """The signal's name, such as SIGTERM; empty when none came."""
         return "" if self.signal is None else self.signal.name
 
-    def join(self) -> None:
-        """Takes part in a stop that another process was asked for."""
+    def follow(self) -> None:
+        """Marks a stop that another process was asked for."""
         self.signal = self.signal or signal.SIGTERM
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if not self.quiet:
+            # Not `print`: the signal may have interrupted one, and buffers cannot be entered twice.
             os.write(2, text.encode())
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if not self.armed:
-            self._say("Stopped before training began; nothing was saved.\n")
+        if not self.training_started:
+            self._print("Stopped before training began; nothing was saved.\n")
             raise SystemExit(STOP_EXIT_CODES[signal.Signals(number)])
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
-            self._say("\nSecond Ctrl-C: stopped without saving.\n")
+            self._print("\nSecond Ctrl-C: stopped without saving.\n")
             os._exit(STOP_EXIT_CODES[signal.SIGINT])
         self.signal = signal.Signals(number)
         note = f"\n{self.signal.name}: finishing the step and saving"
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-        self._say(f"{note}{again}.\n")
+        self._print(f"{note}{again}.\n")

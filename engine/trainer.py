@@ -55,6 +55,8 @@ class Trainer:
     saver: CheckpointSaver
     optimizer_step_in_progress: bool = False
     """True while the optimizer runs; if it raises, weights are inconsistent and not saved."""
+    stop_after: int | None = None
+    """Steps after which the loop ends as if a stop had been requested; None: never."""
     _overflows: int = 0
     _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last brought up
     _waited_s: float = 0.0
@@ -75,9 +77,13 @@ class Trainer:
 
     def should_stop(self, stop: StopRequest) -> bool:
         """Returns whether some process was asked to stop: all of them stop after the same step."""
+        # A run that ends by itself at that step still makes its last evaluation.
+        ended = self.state.finished(self.config.training)
+        if self.stop_after is not None and self.state.step >= self.stop_after and not ended:
+            return True
         agreed = self.world.any_rank(bool(stop))
         if agreed:
-            stop.join()
+            stop.follow()
         return agreed  # not `stop`: a signal may have come since they asked each other
 
     def check_finite(self, batch: StepBatch, loss: float, grad_norm: float) -> None:

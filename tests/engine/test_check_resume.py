@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engine.precision.precision import Precision
-from engine.setup.check_resume import compared
+from engine.setup.check_resume import first_difference
 from tests.runs import only_run, run_here, start, wait_for
 
 
@@ -63,7 +63,7 @@ def test_what_a_checkpoint_forgets_is_named(
     assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}", "--check-resume=6"]) == 1
     told = capsys.readouterr().out
     assert "Not the same after 6 steps: model.encoder differs in " in told
-    assert "Two straight runs are the same: what a checkpoint holds or puts back" in told
+    assert "Two uninterrupted runs match, so the checkpoint is missing some state." in told
     assert not (tmp_path / "runs").exists()
 
 
@@ -89,7 +89,7 @@ def test_a_device_that_computes_differently_each_time_is_told_from_that(
     monkeypatch.setattr(Precision, "training", training)
     monkeypatch.setattr(Precision, "step", step)
     assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}", "--check-resume=4"]) == 1
-    assert "Two straight runs differ as well (model." in capsys.readouterr().out
+    assert "Two uninterrupted runs differ as well (model." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_micro_batch_is_settled_once_for_all_runs_of_a_check(
 ) -> None:
     sizes = iter(([6, 3], [3], [2]))
     monkeypatch.setattr(
-        "engine.setup.build.largest_batch", lambda needs, room: (next(sizes), "found")
+        "engine.setup.build.predict_batch_sizes", lambda estimator, budget: (next(sizes), "found")
     )
     options = ["batch_size=auto", "tokens_per_step=192", f"checkpoint_dir={tmp_path / 'runs'}"]
     assert run_here([*tiny, *options, "--check-resume=4"]) == 0
@@ -186,7 +186,7 @@ def test_comparing_tells_negative_zero_from_zero_and_nan_equals_itself(
     monkeypatch.setattr(
         "engine.setup.check_resume.load_checkpoint", lambda path: content(values[path.name])
     )
-    assert compared(Path("nan"), Path("nan"))[1] is None
-    assert compared(Path("zero"), Path("zero")) == (2, None)
-    difference = compared(Path("zero"), Path("minus"))[1]
+    assert first_difference(Path("nan"), Path("nan"))[1] is None
+    assert first_difference(Path("zero"), Path("zero")) == (2, None)
+    difference = first_difference(Path("zero"), Path("minus"))[1]
     assert difference is not None and difference.startswith("model.weight differs in 1 of 2 number")

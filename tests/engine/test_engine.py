@@ -112,7 +112,7 @@ def test_float16_skips_an_overflowed_step_and_lowers_the_scale() -> None:
 def test_signals_become_a_flag_and_handlers_come_back(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        stop.armed = True
+        stop.training_started = True
         assert not stop and stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop and stop.exit_code == code
@@ -140,7 +140,7 @@ def test_second_ctrl_c_ends_the_process_at_once() -> None:
     child = os.fork()
     if child == 0:
         with StopRequest() as stop:
-            stop.armed = True
+            stop.training_started = True
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
         os._exit(0)
