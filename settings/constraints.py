@@ -18,6 +18,7 @@ TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of tokenizers that need no fi
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 Complain = Callable[[Any], "str | None"]
+Condition = Callable[[Any], bool]
 RULES: list[Rule] = []
 """Every rule below, in order."""
 
@@ -67,8 +68,10 @@ def derived_values(c: Any) -> dict[str, dict[str, Any]]:
     if four_bit == "auto":
         four_bit = name == "bdh" or low.lora_rank is not None
     if recipe == "auto":
-        history = is_default(c, "fp8.amax_history_len") and is_default(c, "fp8.amax_compute_algo")
-        recipe = "current" if history else "delayed"  # only delayed scaling has a history
+        # Asking for a history is asking for delayed scaling, the only recipe that has one.
+        own = ("fp8.amax_history_len", "fp8.amax_compute_algo")
+        no_history = all(is_default(c, key) for key in own)
+        recipe = "current" if no_history else "delayed"
     if form == "auto":
         form = "e4m3" if recipe in ("block", "mxfp8") else "hybrid"  # what these are made for
     return {
@@ -93,6 +96,7 @@ def _derive_tokenizer(c: Any) -> str:
 
 
 def _derive_vocab_size(c: Any, tokenizer: str) -> int | None:
+    # Other weights than fresh ones bring their own vocabulary; other tokenizers have to be opened.
     size: int | None = c.model.vocab_size
     if size is None and tokenizer == "bytes" and c.training.init_from in ("scratch", "resume"):
         multiple = c.tokenizer.vocab_multiple
@@ -110,14 +114,15 @@ def rule(*keys: str, gives_way: tuple[str, ...] = ()) -> Callable[[Complain], Co
     return add
 
 
-def only_with(key: str, other: str, text: str) -> Callable[[Callable[[Any], bool]], None]:
+def only_with(key: str, other: str, text: str) -> Callable[[Condition], Condition]:
     """Adds a rule: `key` keeps its default unless the decorated condition on `other` holds."""
 
-    def add(holds: Callable[[Any], bool]) -> None:
+    def add(holds: Condition) -> Condition:
         def complain(c: Any) -> str | None:
             return None if is_default(c, key) or holds(c) else text
 
         RULES.append(Rule((key, other), complain, gives_way=(key,)))
+        return holds
 
     return add
 
@@ -279,6 +284,7 @@ def _step_is_whole_micro_steps(c: Any) -> str | None:
     return "{0} is not a multiple of {1} * {2}; " + nearest_multiples(tokens, micro_step)
 
 
+# Two rules for one need: their remedies differ.
 @rule("training.test_freq", "dataset.test_fraction")
 def _evaluations_need_held_out_text(c: Any) -> str | None:
     if c.training.test_freq is None or holds_out(c.dataset):
@@ -323,15 +329,11 @@ def _native_fp8_has_two_recipes(c: Any) -> str | None:
     *("fp8.amax_history_len", "fp8.recipe"),
     "{0} is for delayed scaling, but {1}; set fp8.recipe to delayed",
 )
-def _has_an_amax_history(c: Any) -> bool:
-    return bool(c.fp8.recipe == "delayed")
-
-
 @only_with(
     *("fp8.amax_compute_algo", "fp8.recipe"),
     "{0} is for delayed scaling, but {1}; set fp8.recipe to delayed",
 )
-def _chooses_from_an_amax_history(c: Any) -> bool:
+def _has_an_amax_history(c: Any) -> bool:
     return bool(c.fp8.recipe == "delayed")
 
 
@@ -400,15 +402,9 @@ def _muon_is_for_whole_matrices(c: Any) -> str | None:
     return "{0} trains adapters, but {1} is for whole matrices"
 
 
-@rule("low_precision.lora_rank", "low_precision.quantize_embedding")
-def _adapters_leave_the_embedding(c: Any) -> str | None:
-    if c.low_precision.lora_rank is None or not c.low_precision.quantize_embedding:
+@rule("low_precision.lora_rank", "low_precision.quantize_embedding", "low_precision.quantize_head")
+def _adapters_leave_embedding_and_head(c: Any) -> str | None:
+    low = c.low_precision
+    if low.lora_rank is None or not (low.quantize_embedding or low.quantize_head):
         return None
-    return "{0} freezes hidden matrices in 4 bits, but {1} is for training all weights"
-
-
-@rule("low_precision.lora_rank", "low_precision.quantize_head")
-def _adapters_leave_the_head(c: Any) -> str | None:
-    if c.low_precision.lora_rank is None or not c.low_precision.quantize_head:
-        return None
-    return "{0} freezes hidden matrices in 4 bits, but {1} is for training all weights"
+    return "{0} freezes hidden matrices only, but {1} and {2}; set both to false"

@@ -119,7 +119,7 @@ def merge(layers: Sequence[Layer]) -> Merged:
     """Returns the last value given for each option, with all problems and notes."""
     merged = Merged()
     for layer in layers:
-        merged.given |= layer.given
+        merged.given |= layer.given  # a later layer wins
         merged.problems += layer.problems
         merged.refused |= layer.refused
         merged.incomplete |= layer.incomplete
@@ -177,6 +177,7 @@ class _LayerReader:
 
     def _add_option(self, entry: Entry) -> None:
         target = resolve(self._schema, entry.key)
+        # Only names of other trainers send a layer through settings.foreign.
         own_name = not target.is_alias and target.keys and target.keys[0] in self._schema.options
         self.layer.native &= bool(own_name)
         if target.ignored:
@@ -201,6 +202,7 @@ class _LayerReader:
             known = (key, key.split(".")[1])
             name = key if entry.key in known else f"{key} (given as {entry.key})"
             raise RefusedError(f"{name}: {error}") from None
+        # By option, not by name: `lr` and `training.learning_rate` are one option given twice.
         first = self._options.setdefault(key, entry)
         if first is not entry:
             self._add_second_value(key, first, entry, value)
@@ -240,6 +242,7 @@ class _LayerReader:
 
     def _should_be_section(self, entry: Entry) -> bool:
         """Returns whether an entry without a mapping names a section."""
+        # `training=8` in a shell is an override with a wrong key, not a section without a body.
         from_shell = isinstance(entry.value, Scalar) and entry.value.shell
         empty = isinstance(entry.value, Scalar) and entry.value.is_null
         names_option = entry.key in TARGETS and not empty  # 'dataset: openwebtext'

@@ -44,6 +44,7 @@ def check_rules(
     for rule in rules:
         text = "" if any(key in refused for key in rule.keys) else rule.complaint(sections)
         if text:
+            # The last value given is the one that made the rule break: the place to look at first.
             places = {key: (origins or {}).get(key, Origin()) for key in rule.keys}
             last = max(places.values())
             others = [
@@ -65,10 +66,12 @@ def find_superseded(
     and that other option; None if there is none that may give way."""
     for rule in rules:
         candidates = [k for k in rule.gives_way if k in origins and not is_default(sections, k)]
+        # A value that is wrong by itself is reported; nothing may follow from it.
         if not candidates or any(key in refused for key in rule.keys):
             continue
         if not rule.complaint(sections):
             continue
+        # The oldest value gives way, and only to a newer layer: within one layer it is an error.
         layers = {key: origins.get(key, Origin()).layer for key in rule.keys}
         key, later = min(candidates, key=layers.__getitem__), max(layers, key=layers.__getitem__)
         if layers[key] < layers[later]:

@@ -215,5 +215,6 @@ def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:
     choices = tuple(c for part in parts if get_origin(part) is Literal for c in get_args(part))
     kinds = [part for part in parts if part in (bool, int, float, str)]
     optional = type(None) in parts
+    # Any other annotation would silently lose a part: it is a mistake in config.py.
     assert len(kinds) + bool(choices) + optional == len(parts) and len(kinds) <= 1, hint
     return (kinds[0] if kinds else None), choices, optional

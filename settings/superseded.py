@@ -59,9 +59,12 @@ class _Schedule:
     def shorten(self) -> None:
         """Replaces `lr_decay_iters` by null and `warmup_iters` by 3 % of the run, where needed."""
         steps = self._value(_MAX_ITERS)
+        # A warm-up that gives way itself, below, does not hold up the end of the decay.
         warmup = 0 if self._gives_way(_WARMUP) else (self._value(_WARMUP) or 0)
         if not warmup <= (self._value(_DECAY_END) or steps) <= steps:
             self._replace(_DECAY_END, None, f"{_MAX_ITERS}={steps}")
+        # Up to a quarter of the run, a warm-up may be what the user wants. Above it is surely a
+        # leftover of the longer run. 3 % is what `warmup_iters: null` means.
         end = self._value(_DECAY_END) or steps
         if (self._value(_WARMUP) or 0) > min(end, steps) // 4:
             key, end = (_DECAY_END, end) if end < steps else (_MAX_ITERS, steps)

@@ -51,11 +51,13 @@ class Scalar:
 def read_scalar(option: Option, scalar: Scalar) -> Any:
     """Returns the value that `scalar` means for `option`; raises RefusedError."""
     text = scalar.text
+    # Choices first: `none` is a scheduler in some files, and null everywhere else.
     if text.lower() in option.choices:
         return text.lower()
     if scalar.is_null:
         return check_value(option, None)
     if option.kind is str:
+        # YAML 1.1 reads `no` as false. As a folder's name it must be quoted, else it is a mistake.
         if not scalar.quoted and text.lower() in TRUE_WORDS | FALSE_WORDS:
             remedy = f"'\"{text}\"'" if scalar.shell else f'"{text}"'
             raise RefusedError(f"expected text, got the word {text}. Quote it: {remedy}")
@@ -76,6 +78,7 @@ def check_value(option: Option, value: Any) -> Any:
         return value
     if option.kind is float and type(value) is int and abs(value) <= LARGEST_INT:
         value = float(value)
+    # `type`, not isinstance: True is an int to Python, and `batch_size: true` is a mistake.
     if type(value) is not option.kind:
         raise RefusedError(_wrong_type(option, value))
     if isinstance(value, str):
@@ -116,6 +119,7 @@ def to_text(value: Any) -> str:
     if isinstance(value, float):
         return _float_text(value)
     if isinstance(value, str):
+        # Only what no YAML reader takes for a date, a number or a boolean stays unquoted.
         plain = _PLAIN_TEXT.fullmatch(value) and value.lower() not in _WORDS | {"y", "n"}
         return value if plain else '"' + "".join(map(_escaped, value)) + '"'
     return str(value)
@@ -139,6 +143,7 @@ def _parse(option: Option, text: str) -> bool | int | float | None:
         return float(text)
     if _WHOLE.fullmatch(text):
         return int(text)
+    # 1e3 is a whole number to people. Decimal, because a float would round 2**53 + 1.
     number = Decimal(text)
     whole = "e" in text.lower() and number == number.to_integral_value()
     return int(number) if whole else None

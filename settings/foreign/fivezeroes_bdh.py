@@ -57,6 +57,7 @@ def read(schema: Schema, number: int, source: str, entries: Sequence[Entry]) -> 
     name = {"tokenizer.name": extra_option("tokenizer.name", str | None)}
     theirs = Schema(schema.sections, {**schema.options, **name}, {**schema.extra, **_OPTIONS})
     layer = read_layer(theirs, number, source, entries)
+    # Aliases are told last: first what the file as a whole means.
     told, layer.notes = layer.notes, [f"{source} is read as a config of fivezeroes/bdh"]
     why = "event files go into the run's directory, without histograms"
     ignore(layer, ["tensorboard.log_dir", *_HISTOGRAMS], why)

@@ -81,6 +81,7 @@ def _count_over_all_processes(
     if "auto" in sizes:
         return  # a rule asks for tokens_per_step
     factors, origin = [steps, *sizes], giver.given[_STEPS].origin
+    # The sizes may come from a later layer than the accumulation: the product is of the last ones.
     _drop(layers, _TOKENS)
     giver.put(_TOKENS, prod(factors), origin)
     giver.put(_STEPS, 1)

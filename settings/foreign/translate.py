@@ -28,6 +28,7 @@ def translate(
     for number, layer in enumerate(layers):
         if _has_names_of_tmrc(schema, layer):
             tmrc.translate_names(layer, layers[:number])
+    # A file decides on its base before the command line does.
     path, note = _base_of_files(layers)
     if not arguments.files and not path and _gives_nothing(schema, layers[0]):
         path, note = _base_of_overrides(arguments)

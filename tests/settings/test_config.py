@@ -245,13 +245,11 @@ RULES: list[tuple[dict[str, dict[str, Any]], str]] = [  # values -> the message
         {"low_precision": {"lora_rank": 4}, "optimizer": {"name": "muon"}, **PRETRAINED},
         "low_precision.lora_rank=4 trains adapters, but optimizer.name=muon is for whole matrices.",
     ),
-    *(
-        (
-            {"low_precision": {"lora_rank": 4, name: True}, **UNTIED},
-            "low_precision.lora_rank=4 freezes hidden matrices in 4 bits, but "
-            f"low_precision.{name}=true is for training all weights.",
-        )
-        for name in ("quantize_embedding", "quantize_head")
+    (
+        {"low_precision": {"lora_rank": 4, "quantize_head": True}, **UNTIED},
+        "low_precision.lora_rank=4 freezes hidden matrices only, but "
+        "low_precision.quantize_embedding=false and low_precision.quantize_head=true; set both to "
+        "false.",
     ),
     *(
         (
