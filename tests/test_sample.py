@@ -100,12 +100,11 @@ def test_speed_goes_to_standard_error(runs: str, capsys: pytest.CaptureFixture[s
     assert re.fullmatch(r"14 tokens in \d+\.\d s: \d+ tokens/s\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("temperature", ["1e-42", "1e-30", "1e-7"])
-def test_a_tiny_temperature_is_greedy(
-    runs: str, capsys: pytest.CaptureFixture[str], temperature: str
-) -> None:
+def test_a_tiny_temperature_is_greedy(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--max-new-tokens", "8", "--device", "cpu", "--temperature"]
-    assert written(capsys, runs, *options, temperature) == written(capsys, runs, *options, "0")
+    greedy = written(capsys, runs, *options, "0")
+    assert written(capsys, runs, *options, "1e-42") == greedy
+    assert written(capsys, runs, *options, "1e-7") == greedy
 
 
 @pytest.mark.slow

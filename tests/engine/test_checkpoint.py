@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
 import resource
@@ -80,12 +81,15 @@ def test_losses_of_another_step_are_not_in_the_manifest(tmp_path: Path) -> None:
         assert verify(save_checkpoint(run, state, 3)).val_loss is None
 
 
-def test_a_step_is_saved_once(tmp_path: Path) -> None:
+def test_a_step_is_saved_once_unless_it_is_damaged(tmp_path: Path) -> None:
     with new_run(tmp_path, 5) as run:
         path = data_path(run.prepare(), 5)
         before = path.stat().st_ino
         assert save_checkpoint(run, make_state(5), 3) == path
         assert path.stat().st_ino == before
+        path.write_bytes(b"damaged")
+        save_checkpoint(run, make_state(5), 3)
+        verify(path)
 
 
 def test_a_step_saved_again_after_its_evaluation_is_not_lost_by_a_full_disk(tmp_path: Path) -> None:
@@ -98,14 +102,6 @@ def test_a_step_saved_again_after_its_evaluation_is_not_lost_by_a_full_disk(tmp_
             assert verify(path).val_loss is None
         save_checkpoint(run, make_state(5, val_loss=2.5), 3)
         assert verify(path).val_loss == 2.5
-
-
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    with new_run(tmp_path, 5) as run:
-        path = data_path(run.prepare(), 5)
-        path.write_bytes(b"damaged")
-        save_checkpoint(run, make_state(5), 3)
-        verify(path)
 
 
 def test_data_is_durable_before_its_manifest_exists(
@@ -171,10 +167,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_largest_finite_weights_are_finite(dtype: torch.dtype) -> None:
-    weights = {"w": torch.full((9,), torch.finfo(dtype).max, dtype=dtype), "i": torch.ones(2).int()}
-    check_finite(weights | {"empty": torch.ones(0)}, 1)
+def test_largest_finite_weights_are_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
+        check_finite({"w": largest, "i": torch.ones(2).int(), "empty": torch.ones(0)}, 1)
     check_finite({}, 1)
 
 
@@ -192,33 +188,26 @@ def flipped(data: bytes, place: int, bit: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt", ".json"])
-def test_a_flipped_bit_is_always_noticed(tmp_path: Path, suffix: str) -> None:
+def test_a_flipped_bit_and_a_cut_are_always_noticed(tmp_path: Path, suffix: str) -> None:
     folder = finished_run(tmp_path, 10, 20)
     victim = data_path(folder, 20).with_suffix(suffix)
-    whole = victim.read_bytes()
-    draw = random.Random(1)
-    for _ in range(100):
-        victim.write_bytes(flipped(whole, draw.randrange(len(whole)), draw.randrange(8)))
+    whole, draw = victim.read_bytes(), random.Random(1)
+    damages = [flipped(whole, draw.randrange(len(whole)), draw.randrange(8)) for _ in range(100)]
+    lengths = {*draw.sample(range(len(whole)), 100), 0, len(whole) - 1}
+    for damaged in [*damages, *(whole[:length] for length in lengths)]:
+        victim.write_bytes(damaged)
         resume, rejects = newest_valid(folder)
         assert resume is not None
         assert resume.step == 10
         assert len(rejects) == 1
-        assert rejects[0].startswith("checkpoint_20.pt: ")
+        assert rejects[0].startswith("checkpoint_20.pt")
     victim.write_bytes(whole)
     assert newest(folder) == 20
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".json"])
-def test_a_truncated_file_is_always_noticed(tmp_path: Path, suffix: str) -> None:
-    folder = finished_run(tmp_path, 10, 20)
-    victim = data_path(folder, 20).with_suffix(suffix)
-    whole = victim.read_bytes()
-    for length in {*random.Random(2).sample(range(len(whole)), 100), 0, len(whole) - 1}:
-        victim.write_bytes(whole[:length])
-        assert newest(folder) == 10
-
-
+@pytest.mark.slow
 def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
     path = data_path(finished_run(tmp_path, 10), 10)
     raw = manifest_path(path).read_bytes()
@@ -261,12 +250,12 @@ def test_files_put_in_place_of_each_other_are_noticed(tmp_path: Path) -> None:
         verify(data_path(folder, 20))
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 10_000, '{"checksum": 1}', "\ud800"])
-def test_a_strange_manifest_is_damaged(tmp_path: Path, text: str) -> None:
+def test_a_strange_manifest_is_damaged(tmp_path: Path) -> None:
     path = data_path(finished_run(tmp_path, 10), 10)
-    manifest_path(path).write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(CheckpointError, match="damaged"):
-        verify(path)
+    for text in ("[]", "null", "{", "[" * 10_000, '{"checksum": 1}', "\ud800"):
+        manifest_path(path).write_bytes(text.encode(errors="surrogatepass"))
+        with pytest.raises(CheckpointError, match="damaged"):
+            verify(path)
 
 
 # ---- faults while saving
@@ -292,6 +281,7 @@ def sweep(folder: Path, attempt: Callable[[int], bool]) -> None:
     pytest.fail(f"the sweep in {folder} did not end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_an_error_at_any_call_of_a_save_loses_nothing(tmp_path: Path, code: int) -> None:
     with new_run(tmp_path, 10, 20) as run:
@@ -314,6 +304,7 @@ def test_an_error_at_any_call_of_a_save_loses_nothing(tmp_path: Path, code: int)
         sweep(folder, attempt)
 
 
+@pytest.mark.slow
 def test_death_at_any_call_of_a_save_loses_nothing(tmp_path: Path) -> None:
     last = 20
     finished_run(tmp_path, 10, 20)
@@ -387,18 +378,14 @@ def test_the_newest_the_best_and_the_resumed_one_stay(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
-    with new_run(tmp_path, 10, 20, 30, 40) as run:
+    with new_run(tmp_path, 10, 20, 30, 40) as run:  # keep_last is null
         folder = run.prepare()
+        assert steps_in(folder) == [10, 20, 30, 40]
         data_path(folder, 30).write_bytes(b"short")
         assert prune_checkpoints(folder, 2, set()) == [10]
         assert steps_in(folder) == [20, 30, 40]
-
-
-def test_keep_last_null_keeps_all_and_one_keeps_one(tmp_path: Path) -> None:
-    with new_run(tmp_path, 10, 20, 30) as run:
-        assert steps_in(run.prepare()) == [10, 20, 30]
-        save_steps(run, 40, keep_last=1)
-        assert steps_in(run.prepare()) == [40]
+        save_steps(run, 50, keep_last=1)
+        assert steps_in(folder) == [30, 50]
 
 
 # ---- strangers' files
@@ -416,28 +403,20 @@ def with_manifest(path: Path) -> Path:
     facts = {"step": 1, "tokens": 1, "loss": None, "val_loss": None, "fingerprint": "", "time": ""}
     manifest = Manifest(**facts, size=path.stat().st_size, sha256="")  # type: ignore[arg-type]
     manifest_path(path).write_text(render(manifest))
-    try:
-        verify(path)
-    except CheckpointError as error:
-        assert "sha256" in str(error)
-    import hashlib
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest_path(path).write_text(render(replace(manifest, sha256=digest)))
     return path
 
 
-@pytest.mark.parametrize("completed", [False, True])
-def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, completed: bool) -> None:
+def test_a_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pt", tmp_path / "executed"
     torch.save({"format": 3, "model": Evil(marker)}, path)
-    if completed:
+    for _ in range(2):  # without a manifest, and with one
+        with pytest.raises(CheckpointError) as caught:
+            load_model(path)
+        assert "checkpoint holds a Python object (posix.mkdir); refused." in str(caught.value)
+        assert not marker.exists()
         with_manifest(path)
-    with pytest.raises(CheckpointError) as caught:
-        load_model(path)
-    assert "checkpoint holds a Python object (posix.mkdir); refused." in str(caught.value)
-    assert "weights_only" not in str(caught.value)
-    assert not marker.exists()
 
 
 def write_bomb(path: Path) -> None:
@@ -572,17 +551,16 @@ def small_model() -> tuple[Config, torch.nn.Module]:
     return config, build_model(config)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 2])
-def test_a_model_comes_back_ready_to_use(tmp_path: Path, levels: int) -> None:
+def test_a_model_comes_back_ready_to_use(tmp_path: Path) -> None:
     config, model = small_model()
     state = make_state(5) | {"model": model.state_dict(), "config": config.to_dict()}
     with new_run(tmp_path) as run:
         path = save_checkpoint(run, state, 3)
-    loaded, loaded_config = load_model(str([path, *path.parents][levels]))
-    assert loaded_config == config
-    assert not loaded.training
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    for place in (path, *path.parents[:2]):
+        loaded, loaded_config = load_model(str(place))
+        assert loaded_config == config
+        assert not loaded.training
+        assert_equal(dict(loaded.state_dict()), dict(model.state_dict()), "model")
 
 
 def losing_run(folder: Path, always: bool) -> Path:

@@ -164,6 +164,7 @@ SAME: list[Damage] = [
 ]
 
 
+@pytest.mark.slow
 def test_wrong_content_is_refused_by_one_message_that_names_it(
     saved: tuple[Path, Request],
 ) -> None:
@@ -204,6 +205,7 @@ def test_content_that_is_not_read_changes_nothing(saved: tuple[Path, Request]) -
     rewritten(path, content)
 
 
+@pytest.mark.slow
 def test_every_command_ends_with_exit_code_3(
     saved: tuple[Path, Request],
     tmp_path: Path,
@@ -218,7 +220,7 @@ def test_every_command_ends_with_exit_code_3(
         assert sample.main() == 3
         assert f"{path}: its tokenizer{message}" in capsys.readouterr().err
     parquet = {"parquet_dir": content["data"]["parquet_dir"]}
-    for data, message in (({}, "of a kind not known here"), (parquet, "does not tell")):
+    for data, message in (({}, "of an unknown kind"), (parquet, "does not tell")):
         rewritten(path, content | {"data": {"fingerprint": "x", **data}}, fingerprint="x")
         assert run_here([*request.files, f"resume_from_checkpoint={path.parent}"]) == 3
         assert message in capsys.readouterr().err

@@ -51,6 +51,7 @@ def test_a_word_of_two_runs_is_refused_and_the_folder_of_a_config_comes_first(he
     assert find_by_name("20251108", Path("out")) == Path(RUNS[1])
 
 
+@pytest.mark.slow
 def test_training_sampling_and_export_take_the_name_of_a_run(
     tiny: list[str],
     tmp_path: Path,

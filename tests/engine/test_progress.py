@@ -99,6 +99,7 @@ def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_live_line_below_the_same_plain_lines(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_terminal_shows_a_live_line_below_the_same_plain_lines(
     assert not [line for line in lines if line.startswith("Iter ") and "ETA" not in line]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_redraw_gets_plain_lines_alone(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines_alone(
     assert "\x1b" not in shown and "left" not in shown and "Iter     30" in shown
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_no_live_line(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +130,7 @@ def test_a_pipe_gets_no_live_line(
     assert "\x1b" not in told and "\r" not in told and "tokens/s " not in told
 
 
+@pytest.mark.slow
 def test_a_sample_at_each_evaluation_is_recorded_and_changes_no_step(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +145,7 @@ def test_a_sample_at_each_evaluation_is_recorded_and_changes_no_step(
     assert f"Sample:\n  {printable(samples[0].splitlines()[0])}" in told
 
 
+@pytest.mark.slow
 def test_the_sample_is_what_sample_py_writes(tiny: list[str], tmp_path: Path) -> None:
     options = ["sample_prompt=dragon", "sample_tokens=20", "seed=5"]
     assert run_here([*tiny, f"checkpoint_dir={tmp_path / 'runs'}", *options]) == 0
@@ -152,6 +157,7 @@ def test_the_sample_is_what_sample_py_writes(tiny: list[str], tmp_path: Path) ->
     assert done.stdout.decode() == f"{last}\n"
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_writes_samples_too(tiny: list[str], tmp_path: Path) -> None:
     sizes = ["n_embd=32", "mlp_internal_dim_multiplier=16", "use_fp8=true", "max_iters=10"]
     options = ["sample_prompt=the", "sample_tokens=5", f"checkpoint_dir={tmp_path / 'runs'}"]

@@ -25,6 +25,7 @@ def into(folder: Path) -> str:
     return f"checkpoint_dir={folder}"
 
 
+@pytest.mark.slow
 def test_killed_five_times_and_resumed_it_is_the_same_run(tiny: list[str], tmp_path: Path) -> None:
     tiny = [*tiny, "log_freq=1"]
     assert run_here([*tiny, into(tmp_path / "straight")]) == 0
@@ -42,6 +43,7 @@ def test_killed_five_times_and_resumed_it_is_the_same_run(tiny: list[str], tmp_p
     assert_same_run(run, only_run(tmp_path / "straight"), step=30)
 
 
+@pytest.mark.slow
 def test_an_evaluation_made_up_after_the_end_is_kept(tiny: list[str], tmp_path: Path) -> None:
     words = [*tiny, into(tmp_path / "runs"), "max_iters=10"]
     words = [word for word in words if not word.startswith("test_freq")]
@@ -54,6 +56,7 @@ def test_an_evaluation_made_up_after_the_end_is_kept(tiny: list[str], tmp_path: 
     assert json.loads((run / "checkpoint_10.json").read_text())["val_loss"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_to_the_whole_group_saves_that_step_and_resumes_equal(
     tiny: list[str], tmp_path: Path, workers: int
@@ -74,6 +77,7 @@ def test_sigterm_to_the_whole_group_saves_that_step_and_resumes_equal(
     assert_same_run(run, only_run(tmp_path / "straight"), step=80)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler_for(torch.device("cpu")) is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
 def test_a_compiled_run_with_dropout_and_documents_resumes_equal(
@@ -92,6 +96,7 @@ def test_a_compiled_run_with_dropout_and_documents_resumes_equal(
     assert_same_run(only_run(tmp_path / "parts"), only_run(tmp_path / "straight"), step=8)
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_the_printed_command_goes_on(tiny: list[str], tmp_path: Path) -> None:
     child = start([*tiny, into(tmp_path / "runs"), "max_iters=100000"])
     wait_for(child, "Iter     15")
@@ -105,6 +110,7 @@ def test_ctrl_c_exits_130_and_the_printed_command_goes_on(tiny: list[str], tmp_p
     assert (only_run(tmp_path / "runs") / f"checkpoint_{step + 5}.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_during_evaluation_is_made_up_at_resume(tiny: list[str], tmp_path: Path) -> None:
     tiny = [*tiny, "eval_iters=20", "batch_size=1"]
     assert run_here([*tiny, into(tmp_path / "straight")]) == 0
@@ -119,6 +125,7 @@ def test_a_stop_during_evaluation_is_made_up_at_resume(tiny: list[str], tmp_path
     assert_same_run(run, only_run(tmp_path / "straight"), step=30)
 
 
+@pytest.mark.slow
 def test_resuming_twice_in_a_row_and_over_an_epoch_end_is_the_same_run(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -137,6 +144,7 @@ def test_resuming_twice_in_a_row_and_over_an_epoch_end_is_the_same_run(
         assert_equal(straight[part], resumed[part], part)
 
 
+@pytest.mark.slow
 def test_workers_accumulation_and_other_frequencies_do_not_change_the_run(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -150,6 +158,7 @@ def test_workers_accumulation_and_other_frequencies_do_not_change_the_run(
     assert records[0] == records[1]
 
 
+@pytest.mark.slow
 def test_the_saved_config_starts_the_same_run(tiny: list[str], tmp_path: Path) -> None:
     assert run_here([*tiny, into(tmp_path / "a")]) == 0
     saved = only_run(tmp_path / "a") / "config.yaml"
@@ -174,6 +183,7 @@ def test_what_may_not_differ_is_refused_and_what_may_is_printed(
     assert "Resumed from checkpoint_30.pt: 30 steps done" in output
 
 
+@pytest.mark.slow
 def test_auto_takes_another_learning_rate_for_another_experiment(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +196,7 @@ def test_auto_takes_another_learning_rate_for_another_experiment(
     assert "Already finished at step 30: nothing to do." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_by_name(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +208,7 @@ def test_changed_data_is_refused_by_name(
     assert "part_1.parquet is gone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_evaluation_and_a_kill_after_it_give_one_record_each(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -212,6 +224,7 @@ def test_a_stop_in_an_evaluation_and_a_kill_after_it_give_one_record_each(
     assert_same_run(only_run(tmp_path / "stopped"), only_run(tmp_path / "straight"), step=30)
 
 
+@pytest.mark.slow
 def test_running_a_finished_run_again_changes_nothing(tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, into(tmp_path / "runs"), AUTO]
     assert run_here(arguments) == 0
@@ -221,6 +234,7 @@ def test_running_a_finished_run_again_changes_nothing(tiny: list[str], tmp_path:
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_another_step_size_is_another_experiment_that_can_be_asked_for(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

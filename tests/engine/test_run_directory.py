@@ -46,7 +46,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
 # ---- creation
 
 
-def test_nothing_exists_before_the_first_checkpoint(tmp_path: Path) -> None:
+def test_nothing_exists_before_the_first_checkpoint_and_nothing_stays_without(
+    tmp_path: Path,
+) -> None:
+    with RunDirectory.start(make_config(tmp_path / "short")) as run:
+        run.prepare()
+    assert os.listdir(tmp_path / "short" / "checkpoints") == []
+    (tmp_path / "short" / "checkpoints").rmdir()
+    (tmp_path / "short").rmdir()
     with RunDirectory.start(make_config(tmp_path)) as run:
         run.append_metrics({"step": 1, "train/loss": 2.0})
         assert os.listdir(tmp_path) == []
@@ -61,12 +68,6 @@ def test_nothing_exists_before_the_first_checkpoint(tmp_path: Path) -> None:
         "environment.json",
         "metrics.jsonl",
     ]
-
-
-def test_a_run_without_any_checkpoint_leaves_nothing(tmp_path: Path) -> None:
-    with RunDirectory.start(make_config(tmp_path)) as run:
-        run.prepare()
-    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 def test_a_run_that_trained_for_a_minute_stays_and_shows_how_it_is(tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_a_name_that_another_run_of_the_same_second_took_is_told_anew(
     second.close()
 
 
+@pytest.mark.slow
 def test_the_closing_line_has_the_time_of_a_run_that_saves_and_logs_nothing(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_run_that_ends_by_a_loss_or_a_disk_keeps_what_is_known(
     assert left.end_reason == f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_run_that_fails_unexpectedly_keeps_its_metrics_only_if_it_trained_long
     assert attempt(tmp_path / "long") == [1, 5, 10]
 
 
+@pytest.mark.slow
 def test_a_failed_creation_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
     for at in range(1, 100):
         with RunDirectory.start(make_config(tmp_path)) as run, failing(at) as faults:
@@ -225,6 +229,7 @@ def told_of(run: Path) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow
 def test_a_list_of_runs_finds_config_sizes_data_and_end_in_the_environment(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -283,6 +288,7 @@ def test_the_revision_is_null_without_git(monkeypatch: pytest.MonkeyPatch) -> No
     assert describe_session("cpu")["git"] is None
 
 
+@pytest.mark.slow
 def test_eight_processes_of_one_second_get_eight_directories(tmp_path: Path) -> None:
     run = RunDirectory.start(make_config(tmp_path))  # the children inherit its start time
     children = []
@@ -310,6 +316,7 @@ def test_a_checkpoint_dir_that_is_a_file_is_refused_early(tmp_path: Path) -> Non
 # ---- the lock
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     folder = finished_run(tmp_path, 10)
     reading, writing = os.pipe()
@@ -425,12 +432,10 @@ def block_metrics(run: RunDirectory) -> None:
 
 
 def test_metrics_that_cannot_be_written_at_the_end_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="cannot append to "), new_run(tmp_path, 10) as run:
+    with pytest.raises(WriteError, match="cannot append to "), new_run(tmp_path / "a", 10) as run:
         block_metrics(run)
-
-
-def test_an_earlier_error_is_not_hidden_by_lost_metrics(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="first"), new_run(tmp_path, 10) as run:
+    # An earlier error is not hidden by it.
+    with pytest.raises(ValueError, match="first"), new_run(tmp_path / "b", 10) as run:
         block_metrics(run)
         raise ValueError("first")
 
@@ -454,24 +459,18 @@ def test_a_run_goes_on_in_its_directory(tmp_path: Path) -> None:
     assert [record["step"] for record in records(folder)] == [10, 20, 30, 40, 50]
 
 
-def test_an_unreadable_environment_file_does_not_stop_a_run(tmp_path: Path) -> None:
+def test_a_run_is_not_continued_through_what_is_no_file(tmp_path: Path) -> None:
     folder = finished_run(tmp_path, 10)
-    (folder / "environment.json").write_text("[")
-    reopen(folder, tmp_path).close()
-    assert len(json.loads((folder / "environment.json").read_text())["resumed"]) == 1
-
-
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.yaml"])
-@pytest.mark.parametrize("kind", ["fifo", "folder", "/dev/zero"])
-def test_a_run_is_not_continued_through_what_is_no_file(
-    tmp_path: Path, name: str, kind: str
-) -> None:
-    folder = finished_run(tmp_path, 10)
-    stand_in(folder / name, kind)
-    with pytest.raises(WriteError, match=f"cannot continue in .*{name}: .*in its place") as caught:
-        reopen(folder, tmp_path)
-    assert caught.value.exit_code == 5
-    assert steps_in(folder) == [10]
+    for name in (".lock", "metrics.jsonl", "config.yaml"):
+        (folder / name).rename(tmp_path / "kept")
+        for kind in ("fifo", "/dev/zero", "folder"):
+            stand_in(folder / name, kind)
+            message = f"cannot continue in .*{name}: .*in its place"
+            with pytest.raises(WriteError, match=message):
+                reopen(folder, tmp_path)
+            assert steps_in(folder) == [10]
+        (folder / name).rmdir()
+        (tmp_path / "kept").rename(folder / name)
 
 
 def test_the_target_of_a_lock_that_is_a_link_is_not_written(tmp_path: Path) -> None:
@@ -537,6 +536,7 @@ def test_a_config_cut_short_does_not_stand_for_its_run(tmp_path: Path) -> None:
     assert notes == [f"{folder.name}: config.yaml: {NOT_SAVED}"]
 
 
+@pytest.mark.slow
 def test_no_damage_of_a_config_is_taken_for_what_the_run_saved(tmp_path: Path) -> None:
     folder, draw = other_run(tmp_path), random.Random(1)
     place = folder / "config.yaml"
@@ -630,6 +630,7 @@ def whole_copies(folder: Path, step: int) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadly", [False, True])
 def test_a_fault_at_any_call_of_a_resume_loses_nothing(tmp_path: Path, deadly: bool) -> None:
     for at in range(1, 200):
@@ -683,6 +684,7 @@ def train(directory: RunDirectory, weights: torch.Tensor, first: int, stop: int)
             save_checkpoint(directory, state, 2)
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_ends_like_one_never_killed(tmp_path: Path) -> None:
     with RunDirectory.start(make_config(tmp_path / "whole")) as run:
         train(run, torch.ones(8), 1, 20)

@@ -96,11 +96,6 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return captured.err.splitlines()
 
 
-def test_wandb_is_not_imported_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert Wandb.start(Config(), "run", None, None) is None
-
-
 def test_every_record_arrives_under_its_keys_at_its_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,14 +103,14 @@ def test_every_record_arrives_under_its_keys_at_its_step(
     tracker = started()
     tracker.log({"step": 5, "train/loss": 1.5, "train/mfu": None})
     tracker.log({"step": 5, "eval/active_s": [0.1, 0.3], "eval/empty": []})
-    tracker.close()
+    tracker.close(exit_code=4)
     (run,) = wandb.runs
     assert run.records == [
         {"step": 5, "train/loss": 1.5},
         {"step": 5, "eval/active_s": pytest.approx(0.2)},
     ]
     assert run.metrics == [("*", "step")]
-    assert run.exit_code == 0
+    assert run.exit_code == 4
     assert warnings(capsys) == []
 
 
@@ -147,12 +142,6 @@ def test_a_resumed_run_keeps_its_id_and_new_runs_have_their_own(
     assert {run.options["resume"] for run in wandb.runs} == {"allow"}
 
 
-def test_a_failed_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = fake(monkeypatch)
-    started().close(exit_code=4)
-    assert wandb.runs[0].exit_code == 4
-
-
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
@@ -177,38 +166,35 @@ def test_without_key_or_network_records_wait_on_the_disk(
     ]
 
 
-def test_a_missing_package_is_told_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_whatever_fails_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    for verb, reason in (
+        ("init", "no such host"),
+        ("define_metric", "define_metric broke"),
+        ("log", "log broke"),
+        ("finish", "finish broke"),
+    ):
+        fake(monkeypatch, breaks=verb)
+        tracker = Wandb.start(CONFIG, "run", None, None)
+        assert (tracker is None) == (verb in ("init", "define_metric"))
+        if tracker is not None:
+            for step in range(3):
+                tracker.log({"step": step})
+            tracker.close()
+            tracker.close()
+        assert warnings(capsys) == [f"wandb: {reason}; training goes on without it."]
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("engine.monitor.tensorboard_tracker.find_spec", lambda name: None)
     assert Wandb.start(CONFIG, "run", None, None) is None
+    assert TensorBoard.start(BOARD, lambda: None, 1) is None
     assert warnings(capsys) == [
-        "wandb is not installed; training goes on without it. Install: pip install wandb"
+        f"{name} is not installed; training goes on without it. Install: pip install {name}"
+        for name in ("wandb", "tensorboard")
     ]
-
-
-@pytest.mark.parametrize(
-    ("verb", "reason"), [("init", "no such host"), ("define_metric", "define_metric broke")]
-)
-def test_a_start_that_fails_costs_one_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, reason: str
-) -> None:
-    fake(monkeypatch, breaks=verb)
-    assert Wandb.start(CONFIG, "run", None, None) is None
-    assert warnings(capsys) == [f"wandb: {reason}; training goes on without it."]
-
-
-@pytest.mark.parametrize("verb", ["log", "finish"])
-def test_a_run_that_fails_later_costs_one_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
-) -> None:
-    fake(monkeypatch, breaks=verb)
-    tracker = started()
-    for step in range(3):
-        tracker.log({"step": step})
-    tracker.close()
-    tracker.close()
-    assert warnings(capsys) == [f"wandb: {verb} broke; training goes on without it."]
+    assert Wandb.start(Config(), "run", None, None) is None  # neither asked for nor imported
+    assert TensorBoard.start(Config(), lambda: tmp_path, 1) is None
+    assert warnings(capsys) == [] and not list(tmp_path.iterdir())
 
 
 OFFLINE = """
@@ -224,37 +210,28 @@ tracker.close()
 """
 
 
+@pytest.mark.slow
 def test_the_real_package_keeps_all_records_offline_and_in_silence(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, os.fspath(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"WANDB_MODE": "offline"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (kept,) = tmp_path.glob("wandb/offline-run-*-a1b2c3/run-a1b2c3.wandb")
-    sync = f"to send the records later: wandb sync {kept.parent}"
-    assert (done.stdout, done.stderr) == ("", f"wandb: offline; {sync}\n")
-    content = kept.read_bytes()
-    assert content.count(b"train/loss") >= 4
-    assert b"0.375" in content  # the mean of the list
-
-
-def test_the_real_package_writes_where_its_own_variable_says(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    place = tmp_path / "elsewhere"
-    subprocess.run(
-        [sys.executable, "-c", OFFLINE, os.fspath(tmp_path / "runs")],
-        cwd=ROOT,
-        env=os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": os.fspath(place)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=True,
-    )
-    assert list(place.glob("wandb/offline-run-*-a1b2c3")) and not (tmp_path / "runs").exists()
+    for folder, variables in (
+        ("runs", {}),
+        ("other", {"WANDB_DIR": os.fspath(tmp_path / "other")}),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", OFFLINE, os.fspath(tmp_path / "runs")],
+            cwd=ROOT,
+            env=os.environ | {"WANDB_MODE": "offline", **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (kept,) = (tmp_path / folder).glob("wandb/offline-run-*-a1b2c3/run-a1b2c3.wandb")
+        sync = f"to send the records later: wandb sync {kept.parent}"
+        assert (done.stdout, done.stderr) == ("", f"wandb: offline; {sync}\n")
+        content = kept.read_bytes()
+        assert content.count(b"train/loss") >= 4
+        assert b"0.375" in content  # the mean of the list
 
 
 # TensorBoard.
@@ -278,11 +255,7 @@ def scalars(folder: Path, key: str) -> dict[int, float]:
     return {event.step: event.value for event in events(folder).Scalars(key)}
 
 
-def test_without_being_asked_for_there_is_no_tensorboard(tmp_path: Path) -> None:
-    assert TensorBoard.start(Config(), lambda: tmp_path, 1) is None
-    assert not list(tmp_path.iterdir())
-
-
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_the_same_names_steps_and_values_and_the_config(
     tiny: list[str], tmp_path: Path
@@ -307,6 +280,7 @@ def test_tensorboard_has_the_same_names_steps_and_values_and_the_config(
         assert scalars(run, key) == pytest.approx(means, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_a_resumed_run_makes_again_is_shown_once(tiny: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
@@ -338,19 +312,19 @@ def test_a_sample_that_a_resumed_run_writes_again_is_there_once(tmp_path: Path) 
     assert [*scalars(tmp_path, "train/loss")] == [*range(1, 41)]
 
 
-@pytest.mark.parametrize("stays", [False, True])
 def test_the_files_that_wandb_keeps_of_a_run_without_checkpoint_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    stays: bool,
 ) -> None:
     fake(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "place" / "offline-run").mkdir(parents=True)
-    started().report_files(unless=lambda: stays)
+    started().report_files(unless=lambda: True)
+    assert capsys.readouterr().out == ""
+    started().report_files(unless=lambda: False)
     named = "No checkpoint was saved; wandb keeps its files of this run in place/offline-run\n"
-    assert capsys.readouterr().out == ("" if stays else named)
+    assert capsys.readouterr().out == named
 
 
 def test_an_aborted_run_leaves_no_event_files(tmp_path: Path) -> None:
@@ -358,17 +332,6 @@ def test_an_aborted_run_leaves_no_event_files(tmp_path: Path) -> None:
     tracker.log({"step": 1, "train/loss": 2.0})
     tracker.close()
     assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_that_is_not_installed_is_one_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("engine.monitor.tensorboard_tracker.find_spec", lambda name: None)
-    assert TensorBoard.start(BOARD, lambda: None, 1) is None
-    assert warnings(capsys) == [
-        "tensorboard is not installed; training goes on without it. "
-        "Install: pip install tensorboard"
-    ]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
