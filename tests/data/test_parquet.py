@@ -34,6 +34,12 @@ from tests.data.parquet_folder import (
 )
 
 
+def refused(message: str, folder: Path, **options: Any) -> None:
+    """A folder cannot be opened, and the error says why."""
+    with pytest.raises(DataError, match=message):
+        opened(folder, **options)
+
+
 def test_all_string_types_and_codecs(tmp_path: Path) -> None:
     texts = ["one", "two", "zw\u00f6lf", "two"] * 5
     dictionary = pa.dictionary(pa.int32(), pa.string())
@@ -173,15 +179,14 @@ def test_memory_returns_to_what_the_segments_hold(tmp_path: Path) -> None:
 
 # Errors: what, where, found value, remedy.
 
-PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-
-
 BROKEN: list[tuple[bytes | slice, str]] = [
     (b"", r"b\.parquet: empty \(interrupted download\?\)"),
-    (PAGE, r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
+    (b"<!DOCTYPE html><html>404</html>", r"b\.parquet starts with '<!DOCTYPE html>.*error page"),
     (b'{"error": 404}', r"starts with '\{\"error\": 404\}'"),
-    (POINTER, r"b\.parquet is a Git LFS pointer.*git lfs pull"),
+    (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        r"b\.parquet is a Git LFS pointer.*git lfs pull",
+    ),
     (slice(0, -9), r"b\.parquet: no footer; 0\.0 MB present"),
     (b"some text", r"b\.parquet: not a parquet file"),
     (b"PAR1" + b"\xff" * 99 + b"PAR1", r"its footer is damaged"),
@@ -196,8 +201,7 @@ def test_a_file_that_is_not_parquet_is_named_or_skipped(
     for content, message in BROKEN:
         broken = good[content] if isinstance(content, slice) else content
         (tmp_path / "b.parquet").write_bytes(broken)
-        with pytest.raises(DataError, match=message):
-            opened(tmp_path)
+        refused(message, tmp_path)
         caplog.clear()
         assert texts_of(opened(tmp_path, on_bad_shard="skip")) == ["good"]
         assert re.search(message, caplog.text)
@@ -205,52 +209,37 @@ def test_a_file_that_is_not_parquet_is_named_or_skipped(
 
 def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match="none of its 1 parquet files can be read: .*empty"):
-        opened(tmp_path, on_bad_shard="skip")
+    refused("none of its 1 parquet files can be read: .*empty", tmp_path, on_bad_shard="skip")
 
 
 def test_a_missing_or_wrong_folder_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'nowhere': not found \(working directory: .*prepare"):
-        opened(Path("nowhere"))
+    refused(r"'nowhere': not found \(working directory: .*prepare", Path("nowhere"))
     for name in ("a.jsonl", "b.jsonl", "c.tmp"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"holds no \*\.parquet \(found 2 \*\.jsonl, 1 \*\.tmp\)"):
-        opened(tmp_path)
-    with pytest.raises(DataError, match="is a file; give its folder"):
-        opened(tmp_path / "c.tmp")
+    refused(r"holds no \*\.parquet \(found 2 \*\.jsonl, 1 \*\.tmp\)", tmp_path)
+    refused("is a file; give its folder", tmp_path / "c.tmp")
 
 
 def test_the_text_column_must_be_there_and_hold_strings(tmp_path: Path) -> None:
     table = pa.table({"content": ["x"], "id": [1], "tags": [["y"]]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="no column 'text'; columns: content, id, tags"):
-        opened(tmp_path)
-    with pytest.raises(DataError, match="'id' is int64, not string; string columns: content"):
-        opened(tmp_path, text_column="id")
-    with pytest.raises(DataError, match="'tags' is list<.*>, not string"):
-        opened(tmp_path, text_column="tags")
+    refused("no column 'text'; columns: content, id, tags", tmp_path)
+    refused("'id' is int64, not string; string columns: content", tmp_path, text_column="id")
+    refused("'tags' is list<.*>, not string", tmp_path, text_column="tags")
     assert texts_of(opened(tmp_path, text_column="content")) == ["x"]
-
-
-def test_only_the_text_column_has_to_agree_between_files(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"id": ["s"], "text": ["y"]}), tmp_path / "b.parquet")
-    assert texts_of(opened(tmp_path)) == ["x", "y"]
-    pq.write_table(pa.table({"text": [1]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r"c\.parquet: column 'text' is int64"):
-        opened(tmp_path)
+    pq.write_table(pa.table({"id": ["s"], "content": ["y"]}), tmp_path / "b.parquet")
+    assert texts_of(opened(tmp_path, text_column="content")) == ["x", "y"]  # others may differ
+    pq.write_table(pa.table({"content": [1]}), tmp_path / "c.parquet")
+    refused(r"c\.parquet: column 'content' is int64", tmp_path, text_column="content")
 
 
 def test_mostly_null_or_no_rows_or_one_row(tmp_path: Path) -> None:
     write(tmp_path / "a" / "a.parquet", ["x", None, None])
-    with pytest.raises(DataError, match="'text' is null in 2 of 3 rows"):
-        opened(tmp_path / "a")
+    refused("'text' is null in 2 of 3 rows", tmp_path / "a")
     write(tmp_path / "b" / "a.parquet", [])
-    with pytest.raises(DataError, match="1 parquet files hold no rows"):
-        opened(tmp_path / "b")
+    refused("1 parquet files hold no rows", tmp_path / "b")
     write(tmp_path / "c" / "a.parquet", ["x"])
-    with pytest.raises(DataError, match="1 row cannot be split.*test_fraction: 0"):
-        opened(tmp_path / "c", test_fraction=0.1)
+    refused("1 row cannot be split.*test_fraction: 0", tmp_path / "c", test_fraction=0.1)
 
 
 def test_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:

@@ -27,8 +27,7 @@ from data.sources.dataset import segments_of_split
 from data.sources.meta import FileRecord, meta_path, write_meta
 from data.sources.token_dataset import TokenSegments, TokenSpan, count_rows
 from data.sources.token_file import TokenFile
-from data.tokenizers.build import build_tokenizer
-from data.tokenizers.simple import IdTokenizer, char_tokenizer
+from data.tokenizers.simple import ByteTokenizer, IdTokenizer, char_tokenizer
 from tests.data.batches import T, read, spec
 from tests.data.parquet_folder import write
 from tests.data.token_files import VOCABULARY, ids, put, tokens_of
@@ -36,6 +35,12 @@ from tests.data.token_files import open_tokens as opened
 from tests.engine.forks import in_child
 
 STEPS = 40
+
+
+def refused(message: str, train: Path, *arguments: Any, **options: Any) -> None:
+    """Token files cannot be opened, and the error says why."""
+    with pytest.raises(DataError, match=message):
+        opened(train, *arguments, **options)
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**63))
@@ -126,60 +131,62 @@ def test_npy_files_of_any_integers_are_read(tmp_path: Path) -> None:
         assert tokens_of(opened(path)) == (ids(700) % 120).tolist()
 
 
+often_zero = np.where(ids(900) % 2, 0, ids(900))  # every second token
+DETECTED: list[tuple[str, str, npt.ArrayLike, tuple[int, ...]]] = [
+    # written as, read as, tokens, vocabularies
+    ("uint16", "uint16", np.arange(600) * 7919 % 50257, (50257,)),
+    ("uint16", "uint16", np.arange(601) * 7919 % 256, (256,)),
+    ("uint16", "uint16", np.arange(600) * 7919 % 65536, (65536,)),
+    ("uint32", "uint32", np.arange(601) * 7919 % 50257, (50257,)),
+    ("uint32", "uint32", np.arange(600) * 7919 % 256, (256,)),
+    ("uint32", "uint32", np.arange(601) * 7919 % 65537, (65537,)),
+    ("uint32", "uint32", np.arange(600) % 4, (65537,)),
+    # what numpy writes by default, and what could be taken for it
+    ("int64", "int64", ids(900), (VOCABULARY, 100_000)),
+    ("int32", "uint32", ids(900), (VOCABULARY, 100_000)),
+    ("int64", "int64", often_zero, (VOCABULARY, 100_000)),
+    ("uint32", "uint32", np.append(often_zero[:-1], 7), (VOCABULARY, 100_000)),
+    ("uint16", "uint16", np.append(often_zero[:-1], 7), (VOCABULARY,)),
+    ("int64", "int64", ids(20), (VOCABULARY, 100_000)),
+    ("uint32", "uint32", [5, 0, 7, 0], (VOCABULARY, 100_000)),  # too few to tell
+    ("uint32", "uint32", np.zeros(900), (VOCABULARY, 100_000)),
+    # an odd number of bytes; one token among zeros, in one of the samples
+    ("uint8", "uint8", ids(701) % 250, (256,)),
+    ("uint16", "uint16", np.arange(400_000) == 170_001, (VOCABULARY,)),
+]
+
+
 def test_types_are_detected(tmp_path: Path) -> None:
-    for dtype, vocab_size, highest in (
-        ("uint16", 50257, 50256),
-        ("uint16", 256, 255),
-        ("uint16", 65536, 65535),
-        ("uint32", 50257, 50256),
-        ("uint32", 256, 255),
-        ("uint32", 65537, 65536),
-        ("uint32", 65537, 3),
-    ):
-        for count in (600, 601):
-            values = np.arange(count) * 7919 % (highest + 1)
-            path = put(tmp_path / "a.bin", values, dtype)
+    for number, (written, expected, tokens, vocabularies) in enumerate(DETECTED):
+        path = put(tmp_path / f"{number}.bin", tokens, written)
+        for vocab_size in vocabularies:
             dataset = opened(path, vocab_size=vocab_size)
-            assert f"Token type of {path}: {dtype}, detected" in dataset.lines()[-1]
-            assert tokens_of(dataset) == values.tolist()
+            assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1], number
+            assert tokens_of(dataset) == np.asarray(tokens).astype(int).tolist(), number
 
 
-def test_numbers_of_numpys_default_type_are_read_and_no_others_taken_for_them(
-    tmp_path: Path,
-) -> None:
-    values = ids(900)
-    often_zero = np.where(ids(900) % 2, 0, values)  # every second token, but for one
-    cases: list[tuple[str, npt.ArrayLike, str, str]] = [
-        ("a", values, "int64", "int64"),
-        ("b", values, "int32", "uint32"),
-        ("c", often_zero, "int64", "int64"),
-        ("d", np.append(often_zero[:-1], 7), "uint32", "uint32"),
-        ("e", np.append(often_zero[:-1], 7), "uint16", "uint16"),
-        ("f", values[:20], "int64", "int64"),
-        ("g", [5, 0, 7, 0], "uint32", "uint32"),  # too few to tell
-        ("h", np.zeros(900), "uint32", "uint32"),
-    ]
-    for vocab_size in (VOCABULARY, 100_000):
-        for name, numbers, dtype, expected in cases:
-            path = put(tmp_path / f"{name}.bin", numbers, dtype)
-            if dtype == "uint16" and vocab_size > 1 << 16:
-                continue
-            dataset = opened(path, vocab_size=vocab_size)
-            assert f"Token type of {path}: {expected}, detected" in dataset.lines()[-1]
-            assert tokens_of(dataset) == np.asarray(numbers).astype(int).tolist(), name
-    assert opened(tmp_path / "a.bin", token_dtype="uint32").stats.tokens == 1800  # as stated
-    assert opened(tmp_path / "c.bin", token_dtype="int64").stats.tokens == 900
-    with pytest.raises(DataError, match=r"token -1 .* is below 0"):
-        opened(put(tmp_path / "i.bin", -np.arange(900), "int64"), token_dtype="int64")
-    with pytest.raises(DataError, match=r"token -7 .* is below 0.* if its tokens are not int64"):
-        opened(put(tmp_path / "i.bin", np.append(ids(900), -7), "int64"))
-
-
-def test_files_of_several_types_are_not_read_as_one(tmp_path: Path) -> None:
+def test_a_type_that_is_stated_or_cannot_be_is_taken_or_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.bin", ids(900), "int64")
+    assert opened(path, token_dtype="uint32").stats.tokens == 1800
+    dataset = opened(path, token_dtype="int64")
+    assert (dataset.stats.tokens, "Token type" in "".join(dataset.lines())) == (900, False)
+    put(path, -np.arange(900), "int64")
+    refused(r"token -1 .* is below 0", path, token_dtype="int64")
+    put(path, np.append(ids(900), -7), "int64")
+    refused(r"token -7 .* is below 0.* if its tokens are not int64", path)
+    put(path, ids(701) % 250, "uint8")
+    refused(r"a\.bin: 701 bytes, an odd number.*50,257 tokens", path, vocab_size=50257)
+    put(tmp_path / "b.bin", ids(700) % 250, "uint8")
+    assert opened(tmp_path, vocab_size=256).stats.tokens == 1401
     for name, dtype in (("a", "uint16"), ("b", "int64")):
         put(tmp_path / f"{name}.bin", ids(900), dtype)
-    with pytest.raises(DataError, match=r"a\.bin looks like uint16, .*b\.bin like int64"):
-        opened(tmp_path)
+    refused(r"a\.bin looks like uint16, .*b\.bin like int64", tmp_path)
+    put(path, [1] * 301)
+    message = r"a\.bin: 602 bytes are not a multiple of 4 \(uint32\)"
+    refused(message, path, token_dtype="uint32")
+    refused(message, path, vocab_size=100_000)
+    path = put(tmp_path / "a.npy", [1] * 301)
+    refused(r"holds uint16 by its header, .*token_dtype is uint32", path, token_dtype="uint32")
 
 
 def test_a_pickle_that_says_no_type_does_not_hide_a_wider_one(tmp_path: Path) -> None:
@@ -189,25 +196,6 @@ def test_a_pickle_that_says_no_type_does_not_hide_a_wider_one(tmp_path: Path) ->
         dataset = opened(path, vocab_size=None)
         assert tokens_of(dataset) == (ids(600) % 3).tolist()
         assert any("int64, detected" in line for line in dataset.lines()) == (dtype == "int64")
-
-
-def test_bytes_are_detected_by_their_odd_number(tmp_path: Path) -> None:
-    path = put(tmp_path / "a.bin", ids(701) % 250, "uint8")
-    assert tokens_of(opened(path, vocab_size=256)) == ((ids(701) % 250).tolist())
-    with pytest.raises(DataError, match=r"a\.bin: 701 bytes, an odd number.*50,257 tokens"):
-        opened(path, vocab_size=50257)
-    put(tmp_path / "b.bin", ids(700) % 250, "uint8")
-    assert opened(tmp_path, vocab_size=256).stats.tokens == 1401
-
-
-def test_zeros_alone_do_not_make_a_file_wide(tmp_path: Path) -> None:
-    values = np.zeros(400_000, dtype=np.uint16)
-    values[170_001] = 7  # in one of the samples
-    path = put(tmp_path / "a.bin", values)
-    assert "uint16" in opened(path).lines()[-1]
-    stated = opened(put(path, ids(600) % 200, "uint8"), token_dtype="uint8")
-    assert not [line for line in stated.lines() if "Token type" in line]
-    assert stated.stats.tokens == 600
 
 
 # Tokenizers and meta files.
@@ -229,63 +217,41 @@ def test_the_meta_file_tells_tokenizer_and_type(tmp_path: Path) -> None:
         ]
 
 
-def test_the_model_tells_how_many_tokens_there_are_where_nothing_else_does(tmp_path: Path) -> None:
-    train = put(tmp_path / "train.bin", ids(600))
+def test_the_tokenizer_is_that_of_the_meta_file_of_the_config_or_of_the_model(
+    tmp_path: Path,
+) -> None:
+    train = put(tmp_path / "a" / "train.bin", ids(600) % 3)
     dataset = opened(train, vocab_size=VOCABULARY)
     assert (dataset.tokenizer.name, dataset.vocab_size) == ("ids", VOCABULARY)
-    with pytest.raises(DataError, match=r"train\.bin: no meta file .* state model\.vocab_size"):
-        opened(train, vocab_size=None)
-
-
-def test_a_stated_tokenizer_must_be_that_of_the_meta_file(tmp_path: Path) -> None:
-    train = put(tmp_path / "train.bin", ids(600) % 3)
+    refused(r"train\.bin: no meta file .* state model\.vocab_size", train, vocab_size=None)
     assert opened(train, tokenizer="bytes").vocab_size == 256
-    with pytest.raises(DataError, match=r"train\.bin: .*char, but no meta file .*prepare\.py"):
-        opened(train, tokenizer="char")
-    characters_meta(tmp_path)
-    message = r"bytes \(bytes-1\) by tokenizer\.name=bytes, char \(char-\w+\) by .*meta\.json"
-    with pytest.raises(DataError, match=message):
-        opened(train, tokenizer="bytes")
-    write_meta(
-        tmp_path / "meta.json",
-        build_tokenizer(TokenizerConfig(name="bytes")),
-        np.dtype(np.uint16),
-        {},
-    )
-    with pytest.raises(DataError, match=r"char, but the tokens are of bytes by .*meta\.json"):
-        opened(train, tokenizer="char")
-
-
-def test_both_texts_must_be_of_one_tokenizer(tmp_path: Path) -> None:
-    train = put(tmp_path / "a" / "train.bin", ids(600) % 3)
-    val = put(tmp_path / "b" / "val.bin", ids(600) % 3)
+    refused(r"train\.bin: .*char, but no meta file .*prepare\.py", train, tokenizer="char")
     characters_meta(train.parent)
+    message = r"bytes \(bytes-1\) by tokenizer\.name=bytes, char \(char-\w+\) by .*meta\.json"
+    refused(message, train, tokenizer="bytes")
+    val = put(tmp_path / "b" / "val.bin", ids(600) % 3)
     assert opened(train, val).tokenizer.name == "char"
     characters_meta(val.parent, "abcd")
-    with pytest.raises(DataError, match=r"tokens of two tokenizers: char .*a/meta\.json, char "):
-        opened(train, val)
+    refused(r"tokens of two tokenizers: char .*a/meta\.json, char ", train, val)
+    write_meta(train.parent / "meta.json", ByteTokenizer(), np.dtype(np.uint16), {})
+    refused(r"char, but the tokens are of bytes by .*meta\.json", train, tokenizer="char")
 
 
-def test_a_folder_of_nanogpt_without_meta_holds_the_tokens_of_gpt2(
+def test_a_name_is_a_folder_of_data_and_without_meta_file_of_gpt2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for part in ("train", "val"):
-        put(tmp_path / "data" / "web" / f"{part}.bin", ids(600))
-    dataset = data.open_dataset(DatasetConfig(name="web"), TokenizerConfig(name="auto"))
-    assert dataset.vocab_size == 50257
-    assert "No meta file in data/web: GPT-2's 50,257 tokens" in "".join(dataset.lines())
-
-
-def test_a_name_is_a_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = DatasetConfig(name="songs")
     with pytest.raises(DataError, match=r"dataset\.name=songs 'data/songs/train\.bin': not found"):
         data.open_dataset(config, TokenizerConfig(name="auto"))
     put(Path("data/songs/train.bin"), ids(600) % 3)
     put(Path("data/songs/val.bin"), ids(300) % 3)
+    dataset = data.open_dataset(config, TokenizerConfig(name="auto"))
+    assert dataset.vocab_size == 50257
+    assert "No meta file in data/songs: GPT-2's 50,257 tokens" in "".join(dataset.lines())
     characters_meta(Path("data/songs"))
     dataset = data.open_dataset(config, TokenizerConfig(name="auto"))
+    assert dataset.vocab_size == 3
     assert (dataset.stats.train_tokens, dataset.stats.test_tokens) == (600, 300)
 
 
@@ -310,8 +276,7 @@ def test_a_token_out_of_range_is_named(
             r"if its tokens are not u?int\d\d, set dataset\.token_dtype"
         )
         if not large:
-            with pytest.raises(DataError, match=message):
-                opened(path, vocab_size=50257)
+            refused(message, path, vocab_size=50257)
             continue
         dataset = opened(path, vocab_size=50257)
         first = dataset.lines()[3]
@@ -326,8 +291,7 @@ def test_a_token_out_of_range_is_named(
         with pytest.raises(DataError, match=message):
             read(dataset, STEPS, spec())
     path = put(tmp_path / "b.npy", [-1] * 300, "int16")
-    with pytest.raises(DataError, match=r"token -1 at offset \d+ \(token number 0\) is below 0"):
-        opened(path)
+    refused(r"token -1 at offset \d+ \(token number 0\) is below 0", path)
 
 
 # Checksums.
@@ -416,26 +380,24 @@ def test_a_file_of_another_size_than_stated_is_refused(tmp_path: Path) -> None:
     path = protected(tmp_path)
     os.truncate(path, 2 * BLOCK_BYTES)
     message = rf"train\.bin: {2 * BLOCK_BYTES} bytes, and .*meta\.json states {3 * BLOCK_BYTES}"
-    with pytest.raises(DataError, match=message):
-        opened(path, vocab_size=None)
+    refused(message, path, vocab_size=None)
     values = {"format": 1, "tokenizer": {"kind": "bytes"}, "vocab_size": 256, "dtype": "uint16"}
     (tmp_path / "meta.json").write_text(json.dumps(values | {"tokens": {"train": 20_000}}))
-    with pytest.raises(DataError, match=r"32768 bytes, and .*meta\.json states 40000: .* cut"):
-        opened(path, vocab_size=None)
+    refused(r"32768 bytes, and .*meta\.json states 40000: .* cut", path, vocab_size=None)
 
 
 def test_every_file_of_a_folder_has_its_own_description(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer(TokenizerConfig(name="bytes"))
     for name, dtype in (("a", "uint8"), ("b", "uint16")):
         path = put(tmp_path / f"{name}.ids", ids(300) % 200, dtype)
         record = FileRecord((".ids",), path.stat().st_size, file_checksums(path))
-        write_meta(meta_path(path), tokenizer, np.dtype(dtype), {"train": 300}, {"train": record})
+        write_meta(
+            meta_path(path), ByteTokenizer(), np.dtype(dtype), {"train": 300}, {"train": record}
+        )
     dataset = opened(tmp_path, vocab_size=None)
     assert tokens_of(dataset) == (ids(300) % 200).tolist() * 2
     assert not [line for line in dataset.lines() if "No checksums" in line]
     write_meta(meta_path(path), char_tokenizer("ab"), np.dtype(dtype), {})
-    with pytest.raises(DataError, match=r"tokens of two tokenizers: bytes .*b\.meta\.json"):
-        opened(tmp_path, vocab_size=None)
+    refused(r"tokens of two tokenizers: bytes .*b\.meta\.json", tmp_path, vocab_size=None)
 
 
 def save(path: Path, array: npt.NDArray[Any], **options: Any) -> Path:
@@ -483,38 +445,21 @@ def test_a_file_that_holds_no_tokens_is_named(tmp_path: Path) -> None:
     for number, (make, message) in enumerate(NO_TOKENS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with pytest.raises(DataError, match=message):
-            opened(make(folder))
+        refused(message, make(folder))
     path = tmp_path / "a.bin"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
-    with pytest.raises(DataError, match=r"a\.bin is a Git LFS pointer.*git lfs pull"):
-        opened(path)
+    refused(r"a\.bin is a Git LFS pointer.*git lfs pull", path)
     path.write_bytes(b"<!DOCTYPE html><html><body>404</body></html>")
-    with pytest.raises(DataError, match=r"a\.bin: a download error page"):
-        opened(path)
-
-
-def test_a_size_that_does_not_fit_the_type_is_named(tmp_path: Path) -> None:
-    path = put(tmp_path / "a.bin", [1] * 301)
-    with pytest.raises(DataError, match=r"a\.bin: 602 bytes are not a multiple of 4 \(uint32\)"):
-        opened(path, token_dtype="uint32")
-    with pytest.raises(DataError, match=r"602 bytes are not a multiple of 4 \(uint32\)"):
-        opened(path, vocab_size=100_000)
-    path = put(tmp_path / "a.npy", [1] * 301)
-    with pytest.raises(DataError, match=r"holds uint16 by its header, .*token_dtype is uint32"):
-        opened(path, token_dtype="uint32")
+    refused(r"a\.bin: a download error page", path)
 
 
 def test_a_split_that_cannot_be_is_explained(tmp_path: Path) -> None:
     train = put(tmp_path / "train.bin", ids(90))
-    with pytest.raises(DataError, match=r"train\.bin: 90 tokens are too few to hold out .* 0\.98"):
-        opened(train, test_fraction=0.98)
+    refused(r"train\.bin: 90 tokens are too few to hold out .* 0\.98", train, test_fraction=0.98)
     small = put(tmp_path / "small.bin", ids(2))
-    with pytest.raises(DataError, match=r"small\.bin: 2 tokens are too few to hold out"):
-        opened(small, test_fraction=0.1)
+    refused(r"small\.bin: 2 tokens are too few to hold out", small, test_fraction=0.1)
     (tmp_path / "link.bin").symlink_to(train)
-    with pytest.raises(DataError, match=r"train\.bin: both trained on and held out"):
-        opened(train, tmp_path / "link.bin")
+    refused(r"train\.bin: both trained on and held out", train, tmp_path / "link.bin")
 
 
 def test_a_file_that_vanishes_or_changes_stops_the_run(tmp_path: Path) -> None:
