@@ -72,8 +72,8 @@ def predicted(words: list[str]) -> Forecast:
                 MemoryBudget.of(world),
                 build_model,
             )
-            rates = measure(model, optimizer, precision, trial, watch)
-        return forecast(config, rates, model, range(steps), world.size)
+            times = measure(model, optimizer, precision, trial, watch)
+        return forecast(config, times, model, range(steps), world.size)
 
 
 def taken(words: list[str], folder: Path) -> float:

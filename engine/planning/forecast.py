@@ -1,18 +1,18 @@
-"""How long a run will take, from what its parts take here and now.
+"""How long a run will take, from measured times of its parts.
 
-Nothing is assumed of the device, disks aside. The run's own model computes the run's own
-micro-steps, an optimizer step and an evaluation's forward pass, for about a second each; the run is
-that many times as long. Micro-steps of more than a second are timed in a smaller size and scaled by
-FLOPs.
+The run's own model computes micro-steps, an optimizer step and an evaluation's forward pass, for
+about a second each; the run is that many times as long. Micro-steps of more than a second are timed
+in a smaller size and scaled by FLOPs. The trainer's own loop would need whole steps for that, which
+take minutes for a large model on a CPU, and it cannot tell the steps of a run from its start.
 
-Left out: starting, reading data, and the exchange of gradients between processes.
+Not counted: starting, reading data, and the exchange of gradients between processes. Saves are
+assumed to write 500 MB/s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,13 +32,13 @@ from settings.formatting import format_duration, format_plural, format_si
 BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
 TRIAL_S = 1.0  # micro-steps grow until one takes so long
 _EACH_S = 0.3  # of timing one size on the way there
-_MOST_PARAMETERS = 50_000_000  # on a CPU, where one more is drawn in 10 ns and updated in 5
+_MAX_PARAMETERS = 50_000_000  # of a trial on a CPU: one is drawn in 10 ns and updated in 5
 _DISK_RATE = 500e6  # bytes per second; nothing is written to find it out
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Measured seconds of the parts of a run."""
+class PartTimes:
+    """Seconds of each part of a run."""
 
     micro_step: float
     """Forward and backward of one micro-batch."""
@@ -46,13 +46,13 @@ class Rates:
     """Gradient norm, clipping and the optimizer's step."""
     evaluation_batch: float
     rounding: float
-    """Taking weights to 4 bits and back, once; 0 where they are not."""
-    matmul: float
-    """FLOP/s of plain products in the run's dtype."""
+    """Quantizing the weights to 4 bits and restoring them, once; 0 in a run without them."""
+    matmul_flops: float
+    """FLOP/s of plain matrix products in the run's dtype."""
     tokens: int
-    """Of the micro-step that was timed."""
+    """Tokens of the micro-step that was timed."""
     sample: float = 0.0
-    """Writing `training.sample_prompt` on."""
+    """Continuing `training.sample_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class TrialStep:
     """The run's; with fewer layers where its model is too large to be built for a trial."""
     sizes: list[tuple[int, int]]
     """Sequences, and tokens of each: the smallest first, only what fits into memory."""
-    work: float = 1.0
-    """FLOPs per token of the run's model per FLOP of the trial's."""
-    weights: float = 1.0
-    """Parameters of the run's model per parameter of the trial's."""
+    flops_ratio: float = 1.0
+    """FLOPs per token of the run's model / those of the trial's."""
+    parameter_ratio: float = 1.0
+    """Parameters of the run's model / those of the trial's."""
 
 
 def choose_trial(
@@ -119,11 +119,8 @@ def choose_trial(
 ) -> TrialStep:
     """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
     config, model, length = estimator.config, estimator.model, estimator.config.training.block_size
-    while (
-        estimator.world.on_cpu
-        and _parameters(model) > _MOST_PARAMETERS
-        and config.model.n_layer > 1
-    ):
+    limit = _MAX_PARAMETERS if estimator.world.on_cpu else math.inf
+    while _parameters(model) > limit and config.model.n_layer > 1:
         config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
         with torch.device("meta"):
             model = build(config)
@@ -174,64 +171,78 @@ def _parameters(model: LanguageModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@dataclass
+class StepParts:
+    """The parts of a run's work, each as a function that can be timed; the weights change."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    rows: Tensor
+    """Tokens (B, T + 1)."""
+    document_ids: DocumentIds | None = None
+
+    def _mean_loss(self) -> Tensor:
+        with self.precision.autocast():
+            device = self.precision.device
+            total = next_token_loss(self.model, self.rows, device, self.document_ids)
+        return total / self.rows.numel()
+
+    def micro_step(self) -> None:
+        # Steps count from 1, so that step 0 is never one with 4-bit weights.
+        with self.precision.training(0):
+            self.precision.backward(self._mean_loss())
+
+    def update(self) -> None:
+        clip_gradients(self.model, gradient_norm(self.model), limit=1.0)
+        self.precision.step(self.optimizer, lambda values: values)
+
+    def evaluation_batch(self) -> None:
+        with torch.inference_mode(), evaluating(self.model):
+            self._mean_loss().item()
+
+    def rounding(self) -> None:
+        assert self.precision.quantized is not None
+        with self.precision.quantized.applied():
+            pass
+
+
 def measure(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     trial: TrialStep,
     watch: Stopwatch,
-    documents: DocumentIds | None = None,
-) -> Rates:
-    """Returns the rates of the run of which `trial` is a part, by the run's own objects on random
+    document_ids: DocumentIds | None = None,
+) -> PartTimes:
+    """Times the parts of the run that `trial` stands for, by the run's own objects on random
     tokens; the weights change.
 
     Micro-steps grow until one takes long enough; a line through the last two gives the run's own.
     """
     vocab = trial.config.model.vocab_size
     assert vocab is not None
-    rows: Tensor
-
-    def loss() -> Tensor:
-        with precision.autocast():
-            total = next_token_loss(model, rows, precision.device, documents)
-        return total / rows.numel()
-
-    def forward() -> None:
-        with torch.inference_mode(), evaluating(model):
-            loss().item()
-
-    def update() -> None:
-        clip_gradients(model, gradient_norm(model), limit=1.0)
-        precision.step(optimizer, lambda values: values)
-
-    def rounding() -> None:
-        with nullcontext() if precision.quantized is None else precision.quantized.applied():
-            pass
-
-    def micro_step() -> None:
-        # 0: a step is counted from 1, and none of these is one with rounded weights
-        with precision.training(0):
-            precision.backward(loss())
-
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     whole = _flops(model, micro_batch(trial.config), trial.config.training.block_size)
+    parts = StepParts(model, optimizer, precision, torch.empty(0), document_ids)
     before, flops, seconds = (0, 0.0), 0, 0.0
     for number, (batch, length) in enumerate(trial.sizes):
-        rows = torch.randint(vocab, (batch, length + 1))
+        parts.rows = torch.randint(vocab, (batch, length + 1))
         before, flops = (flops, seconds), _flops(model, batch, length)
-        seconds = watch.fastest(micro_step, _EACH_S, warm_up=number == 0)
+        seconds = watch.fastest(parts.micro_step, _EACH_S, warm_up=number == 0)
         if seconds > TRIAL_S * watch.scale or watch.is_over:
             break
-    grown = _on_line(before, (flops, seconds), whole) / seconds
-    update_s = watch.fastest(update)
+    # An evaluation's forward pass is assumed to grow with the tokens as a micro-step does.
+    growth = _on_line(before, (flops, seconds), whole) / seconds * trial.flops_ratio
+    update_s = watch.fastest(parts.update)
     optimizer.zero_grad(set_to_none=True)
-    return Rates(
-        micro_step=seconds * grown * trial.work,
-        update=update_s * trial.weights,
-        evaluation_batch=watch.fastest(forward) * grown * trial.work,
-        rounding=0.0 if precision.quantized is None else watch.fastest(rounding) * trial.weights,
-        matmul=watch.matmul_rate(precision.dtype),
+    evaluation_s = watch.fastest(parts.evaluation_batch)
+    rounding_s = 0.0 if precision.quantized is None else watch.fastest(parts.rounding)
+    return PartTimes(
+        micro_step=seconds * growth,
+        update=update_s * trial.parameter_ratio,
+        evaluation_batch=evaluation_s * growth,
+        rounding=rounding_s * trial.parameter_ratio,
+        matmul_flops=watch.matmul_rate(precision.dtype),
         tokens=batch * length,
     )
 
@@ -249,31 +260,33 @@ def _on_line(first: tuple[int, float], second: tuple[int, float], flops: int) ->
 
 
 def forecast(
-    config: Config, rates: Rates, model: LanguageModel, span: range, world_size: int
+    config: Config, times: PartTimes, model: LanguageModel, span: range, world_size: int
 ) -> Forecast:
-    """The times of a run that makes the steps after `span.start` until `span.stop`, by the rates of
-    its parts; of none with `training.eval_only`."""
+    """Returns the times of a run that makes the steps after `span.start` until `span.stop`, or none
+    with `training.eval_only`."""
     training, low = config.training, config.low_precision
     if training.eval_only:
         span = range(span.start, span.start)
     micro_steps = accumulation_steps(config, world_size)
     tokens = micro_steps * micro_batch(config) * training.block_size  # of this process
-    plain = micro_steps * rates.micro_step + rates.update
+    plain = micro_steps * times.micro_step + times.update
     late = max(0, span.stop - max(span.start, int(span.stop * low.quantize_after)))
-    rounded = late / max(1, len(span))  # share of the steps
-    splits = 2 if rates.rounding == 0 else 3
-    batches = splits * math.ceil(training.eval_iters / world_size) + 1  # neurons are counted
+    rounded = late / max(1, len(span))  # share of the steps with 4-bit weights
+    # Both splits, the held-out one in 4 bits again, and a batch whose active neurons are counted.
+    splits = 2 if times.rounding == 0 else 3
+    batches = splits * math.ceil(training.eval_iters / world_size) + 1
     flops = tokens * model.flops_per_token(training.block_size) / plain
-    evaluated = eval_batch(config) / micro_batch(config)  # as many at a time
+    # Evaluations go through their batch in micro-batches.
+    evaluated = eval_batch(config) / micro_batch(config)
     found = Forecast(
         steps=len(span),
-        step=plain + rounded * rates.rounding,
+        step=plain + rounded * times.rounding,
         evaluations=training.eval_only or times_due(span.start, span.stop, training.test_freq),
-        evaluation=batches * evaluated * rates.evaluation_batch + rates.rounding + rates.sample,
+        evaluation=batches * evaluated * times.evaluation_batch + times.rounding + times.sample,
         saves=0,
         save=(sum(p.nbytes for p in model.parameters()) + optimizer_state_bytes(model, config))
         / _DISK_RATE,
         flops=flops,
-        share=flops / rates.matmul,
+        share=flops / times.matmul_flops,
     )
     return replace(found, saves=saves_due(training, span.start, span.stop, found.total))

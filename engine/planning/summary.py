@@ -17,11 +17,9 @@ from config import (
     sequences_per_step,
     warmup_steps,
 )
-from engine.hardware.distributed import World
 from engine.optim.build import optimizer_lines
 from engine.planning.batch_size import memory_lines
 from engine.planning.memory import MemoryBudget, MemoryEstimator
-from engine.precision.precision import Precision
 from engine.schedule import learning_rate
 from model.interface import LanguageModel
 from settings.formatting import format_count
@@ -155,19 +153,6 @@ def tokens_line(config: Config, world_size: int) -> str:
 def training_flops(model: LanguageModel, config: Config) -> int:
     """FLOPs per token of a training step, by the model's own count."""
     return model.flops_per_token(config.training.block_size)
-
-
-def model_lines(
-    config: Config,
-    world: World,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-) -> list[str]:
-    """The same as `cost_lines`, of a run that is not compiled, with the memory that is free now."""
-    return cost_lines(
-        MemoryEstimator(config, model, precision, world), MemoryBudget.of(world), optimizer
-    )
 
 
 def cost_lines(

@@ -88,10 +88,10 @@ def dry_run(request: Request, world: World) -> None:
 def time_lines(
     estimator: MemoryEstimator, budget: MemoryBudget, span: range, setup: RunSetup | None
 ) -> Iterator[str]:
-    """Yields how long the steps after `span.start` will take, by timing some of the run's own on
-    weights that are thrown away.
+    """Yields how long the steps after `span.start` will take, by timing parts of the run on a model
+    that is thrown away.
 
-    Nothing is compiled for it: that alone would take longer than all trials together.
+    Nothing is compiled: that alone would take longer than all trials together.
     """
     config, world = estimator.config, estimator.world
     documents = None if setup is None else document_id_function(setup.dataset, config)
@@ -104,18 +104,21 @@ def time_lines(
     precision.prepare(model, span.stop)
     optimizer = new_optimizer(model, trial.config)
     with stopwatch(world.device, BUDGET_S) as watch:
-        rates = measure(model, optimizer, precision, trial, watch, documents)
+        times = measure(model, optimizer, precision, trial, watch, documents)
         if setup is not None and config.training.sample_prompt is not None:
             sample = _sample_s(trial.config, setup, model, precision, watch)
-            rates = replace(rates, sample=sample * trial.work)
-    found = forecast(config, rates, estimator.model, span, world.size)
+            times = replace(times, sample=sample * trial.flops_ratio)
+    found = forecast(config, times, estimator.model, span, world.size)
     yield found.line(world.size, ", before what compiling takes off" if estimator.compiled else "")
-    timed, whole = [f"Timed on {world.device_name}", precision.name], config.training.block_size
-    if rates.tokens < (whole := whole * micro_batch(config)):
-        timed.append(f"by {rates.tokens:,} of the {whole:,} tokens of a micro-step")
+    whole = micro_batch(config) * config.training.block_size
+    timed = [f"Timed on {world.device_name}", precision.name]
+    if times.tokens < whole:
+        timed.append(f"by {times.tokens:,} of the {whole:,} tokens of a micro-step")
     if trial.config is not config:
         timed.append(f"by {trial.config.model.n_layer} of {config.model.n_layer} layers")
-    yield " | ".join([*timed, *([f"from step {span.start}"] if span.start else [])])
+    if span.start:
+        timed.append(f"from step {span.start}")
+    yield " | ".join(timed)
     if watch.busy >= BUSY:
         yield (
             f"Other programs use {watch.busy:.1f} of {os.cpu_count()} cores: the time is that of a "
@@ -126,7 +129,7 @@ def time_lines(
 def _sample_s(
     config: Config, setup: RunSetup, model: LanguageModel, precision: Precision, watch: Stopwatch
 ) -> float:
-    """Returns what writing `training.sample_prompt` on takes, by the first few tokens of it."""
+    """Returns the seconds of continuing `training.sample_prompt`, from those of a few tokens."""
     wanted, few = config.training.sample_tokens, min(8, config.training.sample_tokens)
     took = []
     for count in (1, few):

@@ -41,6 +41,7 @@ def test_a_run_that_resumes_exactly_is_called_the_same_and_leaves_nothing(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_that_was_there_stays_as_it_was(tiny: list[str], tmp_path: Path) -> None:
     place = f"checkpoint_dir={tmp_path / 'runs'}"
     assert run_here([*tiny, place]) == 0
@@ -52,6 +53,7 @@ def test_a_folder_of_runs_that_was_there_stays_as_it_was(tiny: list[str], tmp_pa
     assert list((tmp_path / "runs").iterdir()) == [run]
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_forgets_is_named(
     tiny: list[str],
     tmp_path: Path,
@@ -67,6 +69,7 @@ def test_what_a_checkpoint_forgets_is_named(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_device_that_computes_differently_each_time_is_told_from_that(
     tiny: list[str],
     tmp_path: Path,
@@ -116,6 +119,7 @@ def test_a_run_of_one_step_cannot_be_interrupted(
     assert "nothing to interrupt in a run of 1 (training.max_iters)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_its_data_ends_is_checked_to_its_end(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +131,7 @@ def test_a_run_that_its_data_ends_is_checked_to_its_end(
     assert made is not None and 2 <= int(made[1]) < 500
 
 
+@pytest.mark.slow
 def test_4_bit_weights_set_in_and_an_evaluation_falls_due_within_the_check(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +143,7 @@ def test_4_bit_weights_set_in_and_an_evaluation_falls_due_within_the_check(
     assert "The same: 8 steps straight" in told
 
 
+@pytest.mark.slow
 def test_what_a_killed_check_left_behind_is_removed_by_the_next(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -151,6 +157,7 @@ def test_what_a_killed_check_left_behind_is_removed_by_the_next(
     assert not left.exists() and other.exists()
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_settled_once_for_all_runs_of_a_check(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +170,7 @@ def test_the_micro_batch_is_settled_once_for_all_runs_of_a_check(
     assert next(sizes) == [3]  # asked once
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_check_and_leaves_nothing(tiny: list[str], tmp_path: Path) -> None:
     options = [f"checkpoint_dir={tmp_path / 'runs'}", "max_iters=100000", "log_freq=1"]
     child = start([*tiny, *options, "--check-resume=90000"])

@@ -91,6 +91,7 @@ def numbers(run: Path, *names: str) -> list[list[float]]:
 LOSSES = "train/loss", "train/grad_norm", "eval/train_loss", "eval/val_loss"
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, *COMMON, "tokens_per_step=512", "batch_size=2"]
     assert run_here([*arguments, f"checkpoint_dir={tmp_path / '1'}"]) == 0
@@ -104,6 +105,7 @@ def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path:
         assert states[0]["cursor"] == states[1]["cursor"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
         assert theirs == pytest.approx(mine, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_whole_run_soon(tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, "log_freq=1", f"checkpoint_dir={tmp_path / 'runs'}"]
     child = torchrun(2, [*arguments, "max_iters=100000"], start_new_session=True)
@@ -140,6 +143,7 @@ def test_a_killed_process_ends_the_whole_run_soon(tiny: list[str], tmp_path: Pat
     assert run_here([*arguments, f"max_iters={newest + 2}", f"resume_from={run}"]) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_and_two_processes_resume(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -177,6 +181,7 @@ def test_torchrun_closes_with_the_cause_of_an_error(
         assert cause in last and len(last.splitlines()) <= 4, closing
 
 
+@pytest.mark.slow
 def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
     (np.arange(2000) % 256).astype(np.uint16).tofile(tmp_path / "train.bin")
     words = ["model.name=gpt", "n_layer=1", "n_head=2", "n_embd=8", "block_size=32", "batch_size=2"]
@@ -188,41 +193,32 @@ def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
     assert list(only_run(tmp_path / "runs").glob("checkpoint_*.json"))
 
 
-def test_processes_started_by_hand_are_told_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="RANK, .*torchrun --standalone --nproc_per_node=2"):
-        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
-
-
-def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(ConfigError, match="distributed.backend=nccl needs CUDA"):
-        enter_world(SystemConfig(device="cpu"), DistributedConfig(backend="nccl")).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "limits"),
-    [
+def test_what_a_launcher_sets_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = "{}={!r} is not a whole number {}"
+    cases: list[tuple[str, str | None, str]] = [
+        ("RANK", None, "RANK.* is not set.*torchrun --standalone --nproc_per_node=2"),
         ("WORLD_SIZE", "abc", "from 1 to"),
         ("WORLD_SIZE", "0", "from 1 to"),
         ("RANK", "-1", "from 0 to 1"),
         ("RANK", "2", "from 0 to 1"),
         ("LOCAL_RANK", "", "from 0 to 1"),
         ("MASTER_PORT", "http", "from 0 to 65535"),
-    ],
-)
-def test_what_a_launcher_sets_wrongly_is_named(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, limits: str
-) -> None:
+    ]
     good = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
-    for key, text in (good | {"MASTER_ADDR": "localhost", name: value}).items():
+    for name, value, message in cases:
+        for key, text in (good | {"MASTER_ADDR": "localhost"}).items():
+            monkeypatch.setenv(key, text)
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+            message = number.format(name, value, message)
+        with pytest.raises(ConfigError, match=message):
+            enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+    for key, text in good.items():
         monkeypatch.setenv(key, text)
-    with pytest.raises(ConfigError, match=f"{name}='{value}' is not a whole number {limits}"):
-        enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
+    with pytest.raises(ConfigError, match="distributed.backend=nccl needs CUDA"):
+        enter_world(SystemConfig(device="cpu"), DistributedConfig(backend="nccl")).__enter__()
 
 
 @pytest.fixture

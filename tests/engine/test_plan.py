@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from engine.hardware.distributed import World
 from engine.optim.build import build_optimizer
-from engine.planning.forecast import Forecast, Rates, TrialStep, choose_trial, forecast, measure
-from engine.planning.memory import MemoryBudget, MemoryEstimator
+from engine.planning.forecast import Forecast, PartTimes, TrialStep, choose_trial, forecast, measure
+from engine.planning.memory import MemoryBudget
 from engine.planning.stopwatch import Stopwatch, busy_cores, stopwatch
 from engine.planning.summary import (
     BARS,
+    cost_lines,
     learning_rate_plot,
     length_lines,
-    model_lines,
     planned_tokens,
     ratio_line,
 )
@@ -29,26 +28,26 @@ from engine.precision.precision import Precision
 from engine.schedule import learning_rate
 from engine.train_state import saves_due
 from model import LanguageModel, build_model
+from tests.engine.planned_runs import CPU, configured, estimator_of
 
-CPU = World(0, 1, torch.device("cpu"))
-RATES = Rates(micro_step=0.5, update=0.1, evaluation_batch=0.2, rounding=0.0, matmul=1e12, tokens=1)
-
-
-def configured(**sections: dict[str, Any]) -> Config:
-    defaults: dict[str, dict[str, Any]] = {
-        "model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "mlp_internal_dim_multiplier": 4},
-        "training": {"block_size": 32, "batch_size": 4, "learning_rate": 1e-3},
-        "low_precision": {"use_4bit": False},
-        "system": {"device": "cpu"},
-    }
-    if sections.get("model", {}).get("name", "bdh") != "bdh":
-        del defaults["model"]["mlp_internal_dim_multiplier"]
-    names = defaults.keys() | sections.keys()
-    return Config.from_dict({n: defaults.get(n, {}) | sections.get(n, {}) for n in names})
+TIMES = PartTimes(
+    micro_step=0.5, update=0.1, evaluation_batch=0.2, rounding=0.0, matmul_flops=1e12, tokens=1
+)
 
 
-def predicted(config: Config, steps: int, rates: Rates = RATES, world_size: int = 1) -> Forecast:
-    return forecast(config, rates, build_model(config), range(steps), world_size)
+def small(**sections: dict[str, Any]) -> Config:
+    """Returns the config of a run whose step is as small as can be."""
+    model = {"n_embd": 32, "n_head": 2} | sections.pop("model", {})
+    if model.get("name", "bdh") == "bdh":
+        model.setdefault("mlp_internal_dim_multiplier", 4)
+    training = {"block_size": 32, "learning_rate": 1e-3} | sections.pop("training", {})
+    return configured(model=model, training=training, **sections)
+
+
+def predicted(
+    config: Config, steps: int, times: PartTimes = TIMES, world_size: int = 1
+) -> Forecast:
+    return forecast(config, times, build_model(config), range(steps), world_size)
 
 
 def bars(line: str) -> str:
@@ -56,61 +55,51 @@ def bars(line: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 300, 100_000])
-def test_the_plot_of_the_learning_rate_is_as_high_as_the_rate(name: str, steps: int) -> None:
-    config = configured(training={"max_iters": steps}, schedule={"name": name})
-    lines = learning_rate_plot(config, steps, width=40, height=5)
-    rows = [bars(line).ljust(40) for line in lines if "│" in line]
-    assert len(rows) == 5 and all(len(row) == 40 for row in rows)
-    peak = max(learning_rate(step, config, steps) for step in range(1, min(steps, 9999) + 1))
-    heights = [sum(BARS.index(row[place]) for row in rows) / 40 for place in range(40)]
-    for place, height in enumerate(heights):
-        rate = learning_rate(1 + (steps - 1) * place // 39, config, steps)
-        assert height == pytest.approx(rate / peak, abs=1 / 40)
+def test_the_plot_of_the_learning_rate_is_as_high_as_the_rate(name: str) -> None:
+    for steps in (1, 2, 7, 300, 100_000):
+        config = small(training={"max_iters": steps}, schedule={"name": name})
+        lines = learning_rate_plot(config, steps, width=40, height=5)
+        rows = [bars(line).ljust(40) for line in lines if "│" in line]
+        assert len(rows) == 5 and all(len(row) == 40 for row in rows)
+        peak = max(learning_rate(step, config, steps) for step in range(1, min(steps, 9999) + 1))
+        heights = [sum(BARS.index(row[place]) for row in rows) / 40 for place in range(40)]
+        for place, height in enumerate(heights):
+            rate = learning_rate(1 + (steps - 1) * place // 39, config, steps)
+            assert height == pytest.approx(rate / peak, abs=1 / 40)
 
 
 def test_the_plot_names_peak_end_and_warm_up() -> None:
-    config = configured(training={"max_iters": 1000}, schedule={"warmup_iters": 250})
-    lines = learning_rate_plot(config, 1000, width=41)
-    assert (
-        lines[0]
-        == "Learning rate: 1.00e-03 at its peak, 1.00e-04 at the end, warm-up over 250 steps"
+    lines = learning_rate_plot(
+        small(training={"max_iters": 1000}, schedule={"warmup_iters": 250}), 1000, width=41
+    )
+    assert lines[0] == (
+        "Learning rate: 1.00e-03 at its peak, 1.00e-04 at the end, warm-up over 250 steps"
     )
     assert lines[-1].split() == ["1", "1,000", "steps"]
     assert lines[-2].index("┴") - lines[-2].index("└") - 1 == 10  # a quarter of the way
     assert {len(line) for line in lines[-2:]} == {51}
-
-
-def test_the_plot_of_a_run_without_warm_up_marks_none() -> None:
-    config = configured(training={"max_iters": 100}, schedule={"warmup_iters": 0})
-    lines = learning_rate_plot(config, 100)
+    lines = learning_rate_plot(small(schedule={"warmup_iters": 0}), 100)
     assert "no warm-up" in lines[0] and "┴" not in "".join(lines)
-
-
-def test_a_rate_that_never_reaches_the_peak_is_drawn_against_the_highest_one() -> None:
-    config = configured(training={"max_iters": 1000}, schedule={"warmup_iters": 1000})
-    lines = learning_rate_plot(config, 10)  # the data ends first
+    # The data ends a run before its peak: bars are drawn against the highest rate that it reaches.
+    config = small(training={"max_iters": 1000}, schedule={"warmup_iters": 1000})
+    lines = learning_rate_plot(config, 10)
     assert "1.00e-05 at its peak" in lines[0] and bars(lines[1])[-1] == "█"
 
 
-@pytest.mark.parametrize(
-    "options, count",
-    [
+def test_saves_are_counted_as_the_run_makes_them() -> None:
+    cases: list[tuple[dict[str, Any], int]] = [
         ({"checkpoint_freq": 40}, 3),
         ({"checkpoint_freq": None}, 1),
         ({"checkpoint_freq": None, "save_every": 60.0}, 10),
         ({"save_model": False}, 0),
         ({"always_save_checkpoint": False, "test_freq": 25}, 4),
-    ],
-)
-def test_saves_are_counted_as_the_run_makes_them(options: dict[str, Any], count: int) -> None:
-    assert saves_due(configured(training=options).training, 0, 100, seconds=600) == count
+    ]
+    for options, count in cases:
+        assert saves_due(small(training=options).training, 0, 100, seconds=600) == count, options
 
 
 def test_the_time_of_a_run_is_that_of_its_parts() -> None:
-    config = configured(
-        training={"gradient_accumulation_steps": 3, "test_freq": 50, "eval_iters": 5}
-    )
+    config = small(training={"gradient_accumulation_steps": 3, "test_freq": 50, "eval_iters": 5})
     found = predicted(config, 100)
     assert found.step == pytest.approx(3 * 0.5 + 0.1)
     assert found.evaluation == pytest.approx((2 * 5 + 1) * 0.2)  # and one to count neurons
@@ -119,7 +108,7 @@ def test_the_time_of_a_run_is_that_of_its_parts() -> None:
 
 def test_several_processes_share_steps_and_evaluations() -> None:
     training = {"tokens_per_step": 32 * 4 * 6, "test_freq": 50, "eval_iters": 5}
-    config = configured(training=training)
+    config = small(training=training)
     alone, shared = predicted(config, 100), predicted(config, 100, world_size=2)
     assert alone.step - 0.1 == pytest.approx(2 * (shared.step - 0.1))
     assert shared.evaluation == pytest.approx((2 * 3 + 1) * 0.2)
@@ -128,9 +117,9 @@ def test_several_processes_share_steps_and_evaluations() -> None:
 
 
 def test_rounded_weights_take_longer_in_the_part_of_the_run_that_has_them() -> None:
-    config = configured(low_precision={"use_4bit": True, "quantize_after": 0.75})
-    rates = replace(RATES, rounding=0.4)
-    found = predicted(config, 100, rates)
+    config = small(low_precision={"use_4bit": True, "quantize_after": 0.75})
+    times = replace(TIMES, rounding=0.4)
+    found = predicted(config, 100, times)
     assert found.step == pytest.approx(0.6 + 0.25 * 0.4)
     assert found.evaluation == pytest.approx((3 * 50 + 1) * 0.2 + 0.4)
 
@@ -146,22 +135,22 @@ def test_the_line_names_every_part_and_the_share_of_a_plain_product() -> None:
     )
 
 
-@pytest.mark.parametrize("use_4bit", [False, True])
+@pytest.mark.parametrize("use_4bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_parts_of_a_run_are_measured_on_its_own_objects(
     use_4bit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if use_4bit:
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("engine.planning.stopwatch.ENOUGH_S", 0.0)
-    config = configured(low_precision={"use_4bit": use_4bit})
+    config = small(low_precision={"use_4bit": use_4bit})
     model, precision = build_model(config), Precision(config.low_precision, CPU.device)
     precision.prepare(model, 10)
     optimizer = build_optimizer(model, config.optimizer, 0.1)
-    rates = measure(
+    times = measure(
         model, optimizer, precision, TrialStep(config, [(4, 32)]), Stopwatch(CPU.device)
     )
-    assert min(rates.micro_step, rates.update, rates.evaluation_batch, rates.matmul) > 0
-    assert (rates.rounding > 0) is use_4bit
+    assert min(times.micro_step, times.update, times.evaluation_batch, times.matmul_flops) > 0
+    assert (times.rounding > 0) is use_4bit
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -200,38 +189,32 @@ def test_plain_products_have_a_rate() -> None:
 
 
 def trial_of(config: Config, free: int | None = None) -> TrialStep:
-    with torch.device("meta"):
-        model = build_model(config)
-    needs = MemoryEstimator(config, model, Precision(config.low_precision, CPU.device), CPU, base=0)
-    return choose_trial(needs, MemoryBudget(0, free), build_model)
+    return choose_trial(estimator_of(config, base=0), MemoryBudget(0, free), build_model)
 
 
 def test_micro_steps_grow_in_length_then_in_number_up_to_the_runs_own() -> None:
-    config = configured(training={"batch_size": 6, "block_size": 256})
+    config = small(training={"batch_size": 6, "block_size": 256})
     assert trial_of(config).sizes == [(1, 64), (1, 128), (1, 256), (2, 256), (4, 256), (6, 256)]
-    assert trial_of(configured()).sizes == [(2, 32), (4, 32)]
-    one = configured(training={"batch_size": 1, "block_size": 100})
+    assert trial_of(small()).sizes == [(2, 32), (4, 32)]
+    one = small(training={"batch_size": 1, "block_size": 100})
     assert trial_of(one).sizes == [(1, 100)]
 
 
 def test_only_what_fits_into_memory_is_timed() -> None:
-    config = configured(training={"batch_size": 6, "block_size": 256})
-    with torch.device("meta"):
-        model = build_model(config)
-    precision = Precision(config.low_precision, CPU.device)
-    whole = MemoryEstimator(config, model, precision, CPU, base=0).memory().peak
+    config = small(training={"batch_size": 6, "block_size": 256})
+    whole = estimator_of(config, base=0).memory().peak
     assert trial_of(config, whole).sizes[-1] == (6, 256)
     assert trial_of(config, whole - 1).sizes[-1] == (4, 256)
     assert trial_of(config, 1).sizes == []
 
 
 def test_a_model_of_many_weights_is_timed_with_fewer_layers_on_a_cpu() -> None:
-    config = configured(model={"name": "gpt", "n_layer": 64, "n_embd": 1024, "n_head": 8})
+    config = small(model={"name": "gpt", "n_layer": 64, "n_embd": 1024, "n_head": 8})
     found = trial_of(config)
     layers = found.config.model.n_layer
     assert layers <= 4
-    assert found.work == pytest.approx(64 / layers, rel=0.05)
-    assert found.weights == pytest.approx(64 / layers, rel=0.05)
+    assert found.flops_ratio == pytest.approx(64 / layers, rel=0.05)
+    assert found.parameter_ratio == pytest.approx(64 / layers, rel=0.05)
 
 
 class FakeModel(LanguageModel):
@@ -257,19 +240,19 @@ def test_a_slow_micro_step_is_timed_in_a_smaller_size_and_scaled_by_its_flops(
     monkeypatch.setattr("engine.planning.stopwatch.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("engine.planning.forecast.TRIAL_S", 8.0)
     monkeypatch.setattr(Stopwatch, "matmul_rate", lambda *_: 1.0)
-    config, model = configured(training={"batch_size": 64}), FakeModel(clock)
+    config, model = small(training={"batch_size": 64}), FakeModel(clock)
     precision = Precision(config.low_precision, CPU.device)
     optimizer = build_optimizer(model, config.optimizer, 0.1)
     watch = Stopwatch(CPU.device, clock=lambda: clock[0])
-    trial = TrialStep(config, [(1, 32), (2, 32), (4, 32), (64, 32)], work=2.0)
-    rates = measure(model, optimizer, precision, trial, watch)
-    assert rates.tokens == 4 * 32, "9 seconds are enough"
-    assert rates.micro_step == pytest.approx(2.0 * (5 + 64), rel=0.15)
-    assert rates.evaluation_batch == pytest.approx(2.0 * (5 + 64), rel=0.15)
+    trial = TrialStep(config, [(1, 32), (2, 32), (4, 32), (64, 32)], flops_ratio=2.0)
+    times = measure(model, optimizer, precision, trial, watch)
+    assert times.tokens == 4 * 32, "9 seconds are enough"
+    assert times.micro_step == pytest.approx(2.0 * (5 + 64), rel=0.15)
+    assert times.evaluation_batch == pytest.approx(2.0 * (5 + 64), rel=0.15)
 
 
 def test_the_plan_tells_tokens_per_parameter() -> None:
-    config = configured()
+    config = small()
     model = build_model(config)
     count = sum(p.numel() for p in model.parameters())
     line = ratio_line(planned_tokens(config, 2, 100), model)
@@ -277,16 +260,15 @@ def test_the_plan_tells_tokens_per_parameter() -> None:
 
 
 def test_a_plan_counts_the_tokens_of_steps_before_a_resume_as_they_were() -> None:
-    config = configured(training={"batch_size": 8, "max_iters": 60})
+    config = small(training={"batch_size": 8, "max_iters": 60})
     line = length_lines(config, 1, 100_000, done=(40, 40 * 128))[-1]
     assert line == "Max iterations: 60 = 10.2 k tokens, about 0.10 epochs"
 
 
 def test_a_start_tells_parameters_memory_and_work() -> None:
-    config = configured()
-    model, precision = build_model(config), Precision(config.low_precision, CPU.device)
-    optimizer = build_optimizer(model, config.optimizer, 0.1)
-    lines = model_lines(config, CPU, model, optimizer, precision)
+    estimator = estimator_of(small())
+    optimizer = build_optimizer(estimator.model, estimator.config.optimizer, 0.1)
+    lines = cost_lines(estimator, MemoryBudget.of(CPU), optimizer)
     beginnings = ["Total parameters", "Trainable parameters", "Memory of a step", "Work"]
     assert [line.split(":")[0] for line in lines] == beginnings
     for part in ("weights", "gradients", "optimizer", "activations", "the process itself"):

@@ -11,56 +11,56 @@ from hypothesis import strategies as st
 from config import Config, ScheduleConfig, TrainingConfig
 from engine.schedule import learning_rate
 
-
-def rate(step: int, config: Config) -> float:
-    return learning_rate(step, config, config.training.max_iters)
+PEAK = 1e-3
 
 
-def config_with(max_iters: int = 1000, peak: float = 1e-3, **schedule: Any) -> Config:
-    training = TrainingConfig(max_iters=max_iters, learning_rate=peak)
+def config_with(max_iters: int = 1000, **schedule: Any) -> Config:
+    training = TrainingConfig(max_iters=max_iters, learning_rate=PEAK)
     return Config(training=training, schedule=ScheduleConfig(**schedule))
 
 
-def test_warm_up_is_the_peak_times_step_over_warmup() -> None:
-    config = config_with(100_000, 6e-4, warmup_iters=2000)
-    assert f"{rate(100, config):.2e}" == "3.00e-05"
-    assert f"{rate(200, config):.2e}" == "6.00e-05"
-    assert rate(2000, config) == pytest.approx(6e-4)
+# Options, steps of the run, step, and its learning rate.
+RATES: list[tuple[dict[str, Any], int, int, float]] = [
+    ({"warmup_iters": 2000}, 100_000, 100, PEAK / 20),
+    ({"warmup_iters": 2000}, 100_000, 2000, PEAK),
+    ({}, 1000, 1000, PEAK / 10),  # the floor, by default
+    *(
+        (
+            {"name": name, "warmup_iters": 10, "min_lr": 1e-5, "lr_decay_iters": 500},
+            1000,
+            step,
+            1e-5,
+        )
+        for name in ("cosine", "linear", "wsd")
+        for step in (500, 5000)
+    ),
+    ({"warmup_iters": 0, "min_lr": 0.0}, 1000, 500, PEAK / 2),  # cosine, half way
+    ({}, 100, 3, PEAK),  # the data ends the run after 100 of its `max_iters`
+    ({}, 100, 100, PEAK / 10),
+    (
+        {"name": "wsd", "warmup_iters": 10, "min_lr": 0.0, "wsd_decay_fraction": 0.2},
+        1000,
+        800,
+        PEAK,
+    ),
+    (
+        {"name": "wsd", "warmup_iters": 10, "min_lr": 0.0, "wsd_decay_fraction": 0.2},
+        1000,
+        900,
+        PEAK / 2,
+    ),
+    ({"warmup_iters": 10, "decay_lr": False}, 1000, 5, PEAK / 2),
+    ({"warmup_iters": 10, "decay_lr": False}, 1000, 10_000, PEAK),
+    ({"warmup_iters": 10, "name": "constant"}, 1000, 10_000, PEAK),
+]
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
-def test_decay_ends_at_the_floor_and_stays_there(name: str) -> None:
-    config = config_with(name=name, warmup_iters=10, min_lr=1e-5, lr_decay_iters=500)
-    assert rate(500, config) == pytest.approx(1e-5)
-    assert rate(5000, config) == pytest.approx(1e-5)
-
-
-def test_the_floor_is_a_tenth_of_the_peak_by_default() -> None:
-    assert rate(1000, config_with()) == pytest.approx(1e-4)
-
-
-def test_cosine_is_half_way_in_the_middle() -> None:
-    config = config_with(warmup_iters=0, min_lr=0.0)
-    assert rate(500, config) == pytest.approx(5e-4)
-
-
-def test_a_run_that_epochs_ends_early_decays_to_its_own_end() -> None:
-    config = config_with(100_000)
-    assert learning_rate(3, config, 100) == pytest.approx(1e-3)
-    assert learning_rate(100, config, 100) == pytest.approx(1e-4)
-
-
-def test_wsd_holds_the_peak_until_its_last_fraction() -> None:
-    config = config_with(name="wsd", warmup_iters=10, min_lr=0.0, wsd_decay_fraction=0.2)
-    assert rate(800, config) == 1e-3
-    assert rate(900, config) == pytest.approx(5e-4)
-
-
-@pytest.mark.parametrize("schedule", [{"decay_lr": False}, {"name": "constant"}])
-def test_without_decay_the_peak_stays(schedule: dict[str, Any]) -> None:
-    config = config_with(warmup_iters=10, **schedule)
-    assert rate(5, config) == pytest.approx(5e-4)
-    assert rate(10_000, config) == 1e-3
+@pytest.mark.parametrize(("options", "total", "step", "rate"), RATES, ids=str)
+def test_the_rate_follows_the_schedule(
+    options: dict[str, Any], total: int, step: int, rate: float
+) -> None:
+    config = config_with(100_000 if total in (100, 100_000) else total, **options)
+    assert learning_rate(step, config, total) == pytest.approx(rate)
 
 
 @settings(deadline=None)
@@ -75,4 +75,4 @@ def test_rate_is_positive_and_never_above_the_peak(
 ) -> None:
     warmup = None if warmup is None else min(warmup, max_iters)
     config = config_with(max_iters, name=name, warmup_iters=warmup)
-    assert 0.0 < rate(step, config) <= 1e-3
+    assert 0.0 < learning_rate(step, config, max_iters) <= PEAK
