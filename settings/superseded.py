@@ -16,7 +16,8 @@ from settings.values import to_text
 
 _MAX_ITERS = "training.max_iters"
 _WARMUP, _DECAY_END = "schedule.warmup_iters", "schedule.lr_decay_iters"
-_FOLDER, _TOKEN_FILES = "dataset.parquet_dir", ("name", "train_data_path", "val_data_path")
+_NAME, _TRAIN, _HELD_OUT = "dataset.name", "dataset.train_data_path", "dataset.val_data_path"
+_FOLDER = "dataset.parquet_dir"
 
 
 def drop_superseded(
@@ -37,8 +38,10 @@ def drop_superseded(
 
 
 def _drop_token_files(merged: Merged) -> None:
-    """A folder of text given later takes the place of token files."""
-    for key in (f"dataset.{name}" for name in _TOKEN_FILES):
+    """A folder of text given later takes the place of token files; any text, of a base's."""
+    if merged.layer(_NAME) == 0 and _TRAIN in merged.given and merged.given[_TRAIN].value:
+        merged.given.pop(_NAME, None)
+    for key in (_NAME, _TRAIN, _HELD_OUT):
         given = merged.given.get(key)
         if given and given.value and given.origin.layer < merged.layer(_FOLDER):
             del merged.given[key]
