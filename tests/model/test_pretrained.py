@@ -214,6 +214,7 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
         read(os.fspath(tmp_path))
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_logits(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -305,16 +306,12 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded(
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type: llama is not gpt2"),
-        ({"model_type": ...}, "model_type: None is not gpt2"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: 1e-06 cannot be computed here"),
         ({"scale_attn_weights": False}, "only True can"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx: True cannot be"),
-        ({"add_cross_attention": True}, "add_cross_attention: True cannot"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"activation_function": "silu"}, "silu is none of gelu_new"),
         ({"n_inner": 13}, "n_inner: 13 is not a multiple of n_embd: 12"),
         ({"n_layer": 0}, "n_layer: 0 is not a whole number above 0"),
-        ({"n_head": "3"}, "n_head: 3 is not a whole number"),
         ({"vocab_size": True}, "vocab_size: True is not a whole number"),
         ({"n_embd": ...}, "no n_embd"),
         ({"n_positions": ...}, "no n_ctx"),
@@ -394,7 +391,6 @@ ARGUMENTS = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 9, "block_siz
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no complete zip archive"),
         (b"no archive", "no complete zip archive"),
         (saved({"model": {}})[:-40], "no complete zip archive"),
         (compressed(), "is compressed"),
@@ -477,6 +473,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_cache_and_the_offline_variable_of_the_hub_are_respected(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     variables = os.environ | {"HF_HOME": os.fspath(tmp_path), "HF_HUB_OFFLINE": "1"}
