@@ -1,4 +1,4 @@
-"""torch.compile where it pays and where it works; said at the start, never fatal."""
+"""torch.compile where it pays off and where it works. A failure is printed and never fatal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import nn
 from config import SystemConfig
 from engine.hardware.device import compiler_for
 
-PAYS_FLOPS = 2e13  # a minute on two cores: compiling takes 13 s, and a quarter (small) to half off
+# Of a run on a CPU: about a minute on two cores. Compiling takes 13 s there, and makes steps of
+# small models a quarter and of large ones a half shorter.
+PAYS_FLOPS = 2e13
 
 
 def compile_wanted(
     system: SystemConfig, device: torch.device, run_flops: float, before: bool | None
 ) -> bool:
-    """Whether `system.compile` asks for it; `auto`: on CUDA, and on a CPU where the run is long.
+    """Returns whether `system.compile` asks to compile; `auto`: on CUDA, and on a CPU in long runs.
 
-    run_flops: FLOPs of the whole run. before: what a run that is resumed did, which `auto` follows,
-    because compiled and eager steps round differently.
+    run_flops: FLOPs of the whole run. before: whether the run that is resumed was compiled, None
+    for a new run. `auto` follows it, because compiled and eager steps round differently.
     """
     if system.compile != "auto":
         return system.compile
@@ -32,11 +34,12 @@ def compile_wanted(
 def compile_model(
     model: nn.Module, wanted: bool, device: torch.device, trial: Callable[[], object]
 ) -> tuple[float | None, str]:
-    """Compiles in place, so that saved weights keep their names; the seconds it took, None where it
-    did not, and in words.
+    """Compiles the model in place; returns the seconds it took, None where it is not compiled, and
+    what happened in words.
 
-    `trial` runs the model once: compilers fail then, and the run goes on without. It must leave no
-    trace but draws of torch's generators, which are put back.
+    In place, because a wrapped model would save its weights under other names. trial: runs the
+    model once, for compilers fail only then; the run goes on without. It may draw random numbers,
+    which are put back, and leave nothing else behind.
     """
     if not wanted:
         return None, "not compiled"
@@ -51,7 +54,7 @@ def compile_model(
             trial()
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
         model.compile(disable=True)
-        model.zero_grad(set_to_none=True)  # a backward pass that failed leaves some behind
+        model.zero_grad(set_to_none=True)  # the failed backward pass may have made some gradients
         reason = str(error).strip().splitlines()[0]
         return None, f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
     seconds = time.monotonic() - began

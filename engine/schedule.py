@@ -8,10 +8,10 @@ from config import Config, warmup_steps
 
 
 def learning_rate(step: int, config: Config, total: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 1, in a run of `total` steps.
+    """Returns the learning rate of optimizer step `step`, counted from 1, of `total` steps.
 
-    Warm-up is `learning_rate * step / warmup_iters`. From there to `lr_decay_iters` it follows
-    `schedule.name`, then it stays at the floor.
+    During warm-up it is `learning_rate * step / warmup_iters`. It then follows `schedule.name`
+    until `lr_decay_iters` and stays at `min_lr`.
     """
     schedule, peak = config.schedule, config.training.learning_rate
     warmup = warmup_steps(config, total)
@@ -20,6 +20,7 @@ def learning_rate(step: int, config: Config, total: int) -> float:
     if not schedule.decay_lr or schedule.name == "constant":
         return peak
     floor = peak / 10 if schedule.min_lr is None else schedule.min_lr
+    # By default the decay ends with the run, also where the data ends it before `max_iters`.
     end = schedule.lr_decay_iters or total
     start = warmup
     if schedule.name == "wsd":

@@ -47,12 +47,12 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it; 0 when none came."""
+        """The exit code of a process stopped by the signal; 0 without a signal."""
         return 0 if self.signal is None else STOP_EXIT_CODES[self.signal]
 
     @property
     def name(self) -> str:
-        """The signal's name, such as SIGTERM; empty when none came."""
+        """The signal's name, such as SIGTERM; empty without a signal."""
         return "" if self.signal is None else self.signal.name
 
     def follow(self) -> None:

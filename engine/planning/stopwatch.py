@@ -1,9 +1,9 @@
-"""Times work on a device as it would take with the device to itself.
+"""Times work on a device as if no other program used it.
 
-Other programs on a CPU slow a parallel product down many times over: each of torch's threads waits
-for the slowest one. So as many threads are used as there are idle cores, and the time is scaled to
-all of them; where only one core is left, its CPU seconds are counted. Of several trials the fastest
-one counts: whatever else happens only makes them slower.
+Other programs slow a parallel matrix product on a CPU down many times over, because each of torch's
+threads waits for the slowest one. So as many threads are used as there are idle cores, and the time
+is scaled to all of them; with one idle core, CPU seconds are counted instead of elapsed ones. Of
+several trials the fastest one counts: other programs only make them slower.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 
 import torch
 
-ENOUGH_S = 1.2  # of timing one thing, after a first time that does not count
+ENOUGH_S = 1.2  # of timing one thing, after a warm-up
 _MATMUL_S = 0.3
-_LOOK_S = 0.2  # at what other programs do
+_SAMPLE_S = 0.2  # of watching the use of the cores
 _IDLE_FIELDS = slice(3, 5)  # idle and waiting for disks, in a line of /proc/stat
 
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """How work is timed on a device; made by `stopwatch`."""
+    """Times work on a device; made by `stopwatch`."""
 
     device: torch.device
     until: float = math.inf
-    """When no further trial is begun, by `time.perf_counter`."""
+    """No further trial begins after this, by `time.perf_counter`."""
     clock: Callable[[], float] = time.perf_counter
     scale: float = 1.0
-    """Seconds with all threads per second with those used here."""
+    """Seconds that all of torch's threads take per second of the threads used here."""
     busy: float = 0.0
     """Cores that other programs use."""
 
@@ -56,8 +56,10 @@ class Stopwatch:
     def fastest(
         self, trial: Callable[[], object], enough_s: float = ENOUGH_S, warm_up: bool = True
     ) -> float:
-        """Returns the fastest of several times of `trial`, after a first one that does not count:
-        it chooses kernels and starts caches."""
+        """Returns the fastest of several times of `trial`.
+
+        warm_up: run it once before, for kernels to be chosen and caches to be filled.
+        """
         if warm_up:
             self.once(trial)
         best, began = math.inf, time.perf_counter()
@@ -68,9 +70,9 @@ class Stopwatch:
         return best
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
-        """Returns the FLOP/s of square products, of the largest size that takes a few hundredths
-        of a second."""
+        """Returns the FLOP/s of products of square matrices."""
         size, began = 256, time.perf_counter()
+        # Small products are slower per FLOP, so sizes are doubled until one takes 0.02 s.
         while True:
             a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
             multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
@@ -86,7 +88,7 @@ class Stopwatch:
 
 @contextmanager
 def stopwatch(device: torch.device, budget_s: float) -> Iterator[Stopwatch]:
-    """Looks at what other programs do and times with what they leave, for about `budget_s`."""
+    """Gives a stopwatch for about `budget_s` that uses the cores that other programs leave."""
     until = time.perf_counter() + budget_s
     if device.type != "cpu":
         yield Stopwatch(device, until)
@@ -105,10 +107,10 @@ def stopwatch(device: torch.device, budget_s: float) -> Iterator[Stopwatch]:
 
 
 def busy_cores(stat: Path = Path("/proc/stat")) -> float:
-    """Returns how many cores other programs use now; 0 where the system does not tell."""
+    """Returns how many cores are in use now; 0 where the system does not tell."""
     try:
         before = _jiffies(stat)
-        time.sleep(_LOOK_S)
+        time.sleep(_SAMPLE_S)
         after = _jiffies(stat)
     except (OSError, ValueError, IndexError):
         return 0.0
@@ -117,6 +119,6 @@ def busy_cores(stat: Path = Path("/proc/stat")) -> float:
 
 
 def _jiffies(stat: Path) -> tuple[int, int]:
-    """Returns the clock ticks of all cores since the system started, and the idle ones of them."""
+    """Returns the clock ticks of all cores since the system started: all, and the idle ones."""
     ticks = [int(word) for word in stat.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
     return sum(ticks), sum(ticks[_IDLE_FIELDS])

@@ -1,5 +1,5 @@
-"""What a run is made of, said before it starts: vocabulary, parameters, memory, work, steps, and
-the learning rate over them."""
+"""The plan of a run, printed before it starts: vocabulary, parameters, memory, work, length, and a
+plot of the learning rate."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from settings.formatting import format_count
 BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
 
 
-def settle(config: Config, vocab_size: int, tokenizer: str) -> tuple[Config, list[str]]:
-    """The config with the vocabulary as a number, and lines that tell of it.
+def resolve_vocab_size(config: Config, vocab_size: int, tokenizer: str) -> tuple[Config, list[str]]:
+    """Returns the config with `model.vocab_size` as a number, and lines that tell of it.
 
-    vocab_size: tokens of the text, made by `tokenizer`. Raises ConfigError for a vocabulary that is
-    too small.
+    vocab_size: of the tokenizer of that name. Raises ConfigError for a model whose vocabulary is
+    smaller.
     """
     model, lines = config.model, list[str]()
     from_weights = config.training.init_from != "scratch"
@@ -57,7 +57,7 @@ def _used(used: int, size: int | None) -> str:
 
 
 def origin_lines(request: Request) -> list[str]:
-    """The files and overrides this config came from."""
+    """Returns the files and overrides that the config was read from."""
     files = f"Config: {', '.join(request.files)}"
     return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
 
@@ -65,9 +65,9 @@ def origin_lines(request: Request) -> list[str]:
 def planned_steps(
     config: Config, world_size: int, epoch_tokens: int, done: tuple[int, int] = (0, 0)
 ) -> int:
-    """Optimizer steps until `max_iters` or, by the tokens of each, the end of `epochs`.
+    """Returns the optimizer steps of the whole run: `max_iters`, or fewer where `epochs` ends it.
 
-    done: steps and tokens of the run so far, whose steps may have been larger or smaller.
+    done: steps and tokens before a resume, whose steps may have had another size.
     """
     training = config.training
     if training.epochs is None or training.use_oracle:  # the first batch never ends an epoch
@@ -84,9 +84,9 @@ def length_lines(
     error: float = 0.0,
     done: tuple[int, int] = (0, 0),
 ) -> list[str]:
-    """Tokens per step, and how long the run is in steps, tokens and passes over the data, whose
-    tokens are estimated where `error`, the share by which they may be off, is not 0.
+    """Returns the tokens per step, and the length of the run in steps, tokens and epochs.
 
+    error: the share by which `epoch_tokens` may be off where they are estimated; 0 where counted.
     done: steps and tokens before a resume, whose steps may have had another size.
     """
     steps = planned_steps(config, world_size, epoch_tokens, done)
@@ -108,11 +108,11 @@ def planned_tokens(
 
 
 def parameter_lines(model: LanguageModel) -> list[str]:
-    """Total and trainable parameters, and the part of each weight or module at the top, or below
-    it where all of them lie in one."""
+    """Returns total and trainable parameters, with the part of each top-level module."""
     total, frozen = parameter_counts(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     named = dict(model.named_parameters())
+    # A single top-level module, such as `transformer`, says nothing: its children are listed.
     level = 0 if len({name.split(".")[0] for name in named}) > 1 else 1
     parts: dict[str, int] = {}
     for name, parameter in named.items():
@@ -128,19 +128,20 @@ def parameter_lines(model: LanguageModel) -> list[str]:
 
 
 def parameter_counts(model: LanguageModel) -> tuple[int, int]:
-    """Of parameters, and of matrices that are frozen and so no parameters to torch."""
+    """Returns the number of parameters, and that of the weights that adapters have replaced, which
+    are no parameters to torch."""
     hidden = [weight for weight, _ in model.hidden_weights()]
     frozen = sum(weight.numel() for weight in hidden if not isinstance(weight, nn.Parameter))
     return sum(p.numel() for p in model.parameters()), frozen
 
 
 def tokens_per_step(config: Config, world_size: int) -> int:
-    """Tokens of one optimizer step over all processes."""
+    """Returns the tokens of one optimizer step over all processes."""
     return sequences_per_step(config, world_size) * config.training.block_size
 
 
 def tokens_line(config: Config, world_size: int) -> str:
-    """Tokens per optimizer step, with the formula."""
+    """Returns the tokens per optimizer step and how they are made up."""
     training, count = config.training, tokens_per_step(config, world_size)
     accumulation = accumulation_steps(config, world_size)
     plural = "process" if world_size == 1 else "processes"
@@ -151,14 +152,14 @@ def tokens_line(config: Config, world_size: int) -> str:
 
 
 def training_flops(model: LanguageModel, config: Config) -> int:
-    """FLOPs per token of a training step, by the model's own count."""
+    """Returns the FLOPs per token of a training step, as the model counts them."""
     return model.flops_per_token(config.training.block_size)
 
 
 def cost_lines(
     estimator: MemoryEstimator, budget: MemoryBudget, optimizer: torch.optim.Optimizer
 ) -> list[str]:
-    """Parameters, the size of low-bit moments, and what a step takes: memory at its peak, work."""
+    """Returns parameters, the size of low-bit moments, the peak memory of a step, and its FLOPs."""
     flops = training_flops(estimator.model, estimator.config)
     return [
         *parameter_lines(estimator.model),
@@ -179,11 +180,12 @@ def ratio_line(tokens: int, model: LanguageModel) -> str:
 
 
 def learning_rate_plot(config: Config, steps: int, width: int = 60, height: int = 6) -> list[str]:
-    """The learning rate over a run of so many steps, as text; from zero to its peak."""
+    """Returns a bar chart of the learning rate over a run, with a line of its values above."""
     columns = [1 + (steps - 1) * place // max(1, width - 1) for place in range(width)]
     rates = [learning_rate(step, config, steps) for step in columns]
     warmup, final = warmup_steps(config, steps), learning_rate(steps, config, steps)
     peak = max(*rates, learning_rate(max(1, min(warmup, steps)), config, steps))
+    # Each column is one bar; a character has eight levels of height.
     eighths = [round(rate / peak * 8 * height) for rate in rates]
     lines = [
         f"Learning rate: {peak:.2e} at its peak, {final:.2e} at the end"

@@ -30,7 +30,7 @@ from engine.hardware.distributed import World
 from engine.loss import count_targets, next_token_loss
 from engine.monitor import console
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, load_optimizer
-from engine.planning.summary import planned_steps, settle
+from engine.planning.summary import planned_steps, resolve_vocab_size
 from engine.precision.precision import Precision
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, restore_rng, rng_state
@@ -276,7 +276,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
 def test_the_vocabulary_is_the_tokenizers_rounded_up_or_what_the_config_says() -> None:
     def settled(**options: dict[str, Any]) -> tuple[int | None, list[str]]:
         config = Config.from_dict({"tokenizer": {"name": "char"}, **options})
-        config, lines = settle(config, 65, "char")
+        config, lines = resolve_vocab_size(config, 65, "char")
         return config.model.vocab_size, lines
 
     assert settled() == (65, ["Vocabulary: 65 (the tokenizer's)"])
