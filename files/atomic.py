@@ -24,7 +24,7 @@ from files.regular import open_regular
 TEMPORARY = ".tmp-"
 """How names of temporary files and folders begin; the process id and the target's name follow."""
 _CHUNK_BYTES = 1 << 23
-_SYNC_EVERY_BYTES = 1 << 25
+SYNC_EVERY_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class HashedFile:
             hashed.result()
         self.size += chunk.nbytes
         self._unsynced += chunk.nbytes
-        if self._unsynced >= _SYNC_EVERY_BYTES:
+        if self._unsynced >= SYNC_EVERY_BYTES:
             self._unsynced = 0
             self._syncs.append(self._syncer.submit(os.fsync, self._descriptor))
 

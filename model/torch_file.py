@@ -60,7 +60,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
-        size = path.stat().st_size
+        size = path.stat().st_size if path.is_file() else 0
         raise CheckpointError(
             f"{path} ({size} bytes) is not a checkpoint: no complete zip archive."
         ) from None

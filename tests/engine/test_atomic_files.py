@@ -147,7 +147,7 @@ def test_an_error_of_an_early_sync_is_not_lost(
             raise error
         real(descriptor)
 
-    monkeypatch.setattr("files.atomic._SYNC_EVERY_BYTES", 1)
+    monkeypatch.setattr("files.atomic.SYNC_EVERY_BYTES", 1)
     monkeypatch.setattr(os, "fsync", failing_once)
     with pytest.raises(OSError, match="Input/output error"):
         atomic_write(tmp_path / "file", lambda out: out.write(b"data"))

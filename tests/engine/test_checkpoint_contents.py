@@ -220,7 +220,7 @@ def test_every_command_ends_with_exit_code_3(
         assert sample.main() == 3
         assert f"{path}: its tokenizer{message}" in capsys.readouterr().err
     parquet = {"parquet_dir": content["data"]["parquet_dir"]}
-    for data, message in (({}, "of an unknown kind"), (parquet, "does not tell")):
+    for data, message in (({}, "of an unknown kind"), (parquet, "does not say which data")):
         rewritten(path, content | {"data": {"fingerprint": "x", **data}}, fingerprint="x")
         assert run_here([*request.files, f"resume_from_checkpoint={path.parent}"]) == 3
         assert message in capsys.readouterr().err
