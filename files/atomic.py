@@ -42,8 +42,8 @@ class HashedFile:
     """
 
     # Two threads, because hashing, copying to the page cache and writing to the disk take about as
-    # long as each other: a save takes 1.2 to 1.8 times as long as torch.save, and 1.9 to 3.3 times
-    # with one of these threads or none (bench/checkpoint.py on 2 busy cores).
+    # long as each other: without one of them, or both, a save took 1.3 to 2.4 times as long
+    # (bench/checkpoint.py on 2 busy cores).
     def __init__(self, descriptor: int) -> None:
         self.size = 0
         self.error: BaseException | None = None
