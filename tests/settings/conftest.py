@@ -1,15 +1,17 @@
-"""What the tests of settings share: a command line in an empty folder, and its complaints."""
+"""What the tests of settings share: a command line in an empty folder, its messages, tables."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from config import Config, Request, command_line
+from settings.values import to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 Ask = Callable[..., Request]
@@ -20,16 +22,15 @@ Complain = Callable[..., str]
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Returns command_line for one line of a shell, in a folder with an empty config.yaml.
 
-    Files to be written first are keyword arguments, `__` in place of the dot: my__yaml="seed: 3".
+    The second argument holds files to be written first, by name.
     """
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").touch()
     Path("config").mkdir()
 
-    def ask_line(line: str = "", **files: str | bytes) -> Request:
-        for name, text in files.items():
-            content = text if isinstance(text, bytes) else text.encode()
-            Path(name.replace("__", ".")).write_bytes(content)
+    def ask_line(line: str = "", files: Mapping[str, str | bytes] | None = None) -> Request:
+        for name, text in (files or {}).items():
+            Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return command_line(shlex.split(line))
 
     return ask_line
@@ -39,9 +40,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
 def complaint(ask: Ask, capsys: pytest.CaptureFixture[str]) -> Complain:
     """Returns the message of a command line that is refused with exit code 2."""
 
-    def complain(line: str = "", **files: str | bytes) -> str:
+    def complain(line: str = "", files: Mapping[str, str | bytes] | None = None) -> str:
         with pytest.raises(SystemExit) as caught:
-            ask(line, **files)
+            ask(line, files)
         output = capsys.readouterr()
         assert caught.value.code == 2 and output.out == ""
         return output.err.strip()
@@ -59,10 +60,16 @@ def differences(config: Config, other: Config) -> set[str]:
     return {key for key in ours if ours[key] != others[key]}
 
 
-def check(config: Config, **expected: Any) -> None:
-    """Options by bare name, or with `__` for the dot."""
+def check(config: Config, expected: str) -> None:
+    """Compares options with words such as 'n_layer=6 dataset.name=null lr=1e-3', as in YAML."""
     values = options(config)
-    for name, value in expected.items():
-        dotted = name.replace("__", ".")
-        keys = [key for key in values if key == dotted or key.endswith(f".{dotted}")]
-        assert len(keys) == 1 and values[keys[0]] == value, (keys, values[keys[0]], value)
+    for name, text in (word.split("=", 1) for word in expected.split()):
+        keys = [key for key in values if key == name or key.endswith(f".{name}")]
+        found = [f"{key}={to_text(values[key])}" for key in keys]
+        assert found == [f"{key}={text}" for key in keys] and len(keys) == 1, (name, text, found)
+
+
+def table(text: str) -> list[tuple[str, str]]:
+    """Rows of a text: a line at the margin, and the indented lines below it, joined."""
+    blocks = re.split(r"\n(?=\S)", text.strip())
+    return [(head, " ".join(rest.split())) for head, _, rest in (b.partition("\n") for b in blocks)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +12,7 @@ import yaml
 from config import Config, ConfigError
 from settings import names
 from settings.foreign import fivezeroes_bdh
-from settings.values import to_text
-from tests.settings.conftest import ROOT, Ask, Complain, options
+from tests.settings.conftest import ROOT, Ask, Complain, check, options
 
 SPELLINGS = [
     *("learning_rate=3e-4", "training.learning_rate=3e-4", "--learning_rate=3e-4", "--lr 3e-4"),
@@ -26,34 +24,38 @@ SPELLINGS = [
 def test_every_spelling_of_an_override_means_the_same(ask: Ask) -> None:
     for line in SPELLINGS:
         request = ask(line)
-        assert request.config.training.learning_rate == 3e-4
+        check(request.config, "learning_rate=3e-4")
         assert Config.from_yaml("config.yaml", line.split()) == request.config
         assert Config.from_yaml("config.yaml", request.overrides) == request.config
 
 
-SMALL: list[tuple[str, str, Any]] = [  # what is typed, an option, its value
-    *((line, "training.debug", True) for line in ("--debug", "--debug --seed=3", "--debug seed=3")),
-    *((line, "training.debug", True) for line in ("--debug config.yaml", "--debug on")),
-    *((f"test_freq={word}", "training.test_freq", None) for word in ("null", "None", "'~'")),
-    ("\"text_column='no'\"", "dataset.text_column", "no"),
-    *((line, "optimizer.beta2", 0.99) for line in ("betas=[0.8,0.99]", "optimizer.betas=.8,.99")),
-    ("--use_wandb=False low_precision.use_fp8=no", "logging.wandb_log", False),
+SMALL = [  # what is typed, a value
+    *((line, "debug=true") for line in ("--debug", "--debug --seed=3", "--debug seed=3")),
+    *((line, "debug=true") for line in ("--debug config.yaml", "--debug on")),
+    *((f"test_freq={word}", "test_freq=null") for word in ("null", "None", "'~'")),
+    ("\"text_column='no'\"", 'text_column="no"'),
+    *((line, "beta1=0.8 beta2=0.99") for line in ("betas=[0.8,0.99]", "optimizer.betas=.8,.99")),
+    ("--use_wandb=False low_precision.use_fp8=no", "wandb_log=false use_fp8=false"),
 ]
 
 
 def test_flags_words_quotes_and_lists(ask: Ask) -> None:
-    for line, key, value in SMALL:
-        assert options(ask(line).config)[key] == value, line
+    for line, value in SMALL:
+        check(ask(line).config, value)
 
 
 def test_files_are_applied_in_order_wherever_they_stand(ask: Ask) -> None:
-    Path("lr=2.yml").write_text("seed: 2")
-    request = ask("--config=one.yaml log_freq=7 ./lr=2.yml --dry-run", one__yaml="seed: 1\nlr: 2.0")
-    training = request.config.training
-    assert (training.seed, training.learning_rate, training.log_freq) == (2, 2.0, 7)
+    files = {"one.yaml": "seed: 1\nlr: 2.0", "lr=2.yml": "seed: 2", "OTHER.YML": "seed: 4"}
+    request = ask("--config=one.yaml log_freq=7 ./lr=2.yml --dry-run", files)
+    check(request.config, "training.seed=2 learning_rate=2.0 log_freq=7")
     assert request.files == ("one.yaml", "./lr=2.yml") and request.overrides == ("log_freq=7",)
-    assert request.dry_run and not ask().dry_run
+    assert request.dry_run and not ask().dry_run and not ask("dry_run=false").dry_run
+    for word in ("--dryrun", "--dry_run", "dry_run=true", "--dry-run=yes"):
+        assert ask(word).dry_run
+    check(ask("OTHER.YML").config, "training.seed=4")
     assert ask().files == ("config.yaml",)
+    Path("config.yaml").unlink()
+    assert ask("", {"config.yml": "seed: 3"}).files == ("config.yml",)
 
 
 WORDS = [  # what is typed, what it means, what is said of the value
@@ -68,23 +70,13 @@ WORDS = [  # what is typed, what it means, what is said of the value
 
 def test_words_that_people_type_are_taken_and_what_they_mean_is_said(ask: Ask) -> None:
     for typed, meant, note in WORDS:
-        request = ask(typed, my__yaml="seed: 3")
+        request = ask(typed, {"my.yaml": "seed: 3"})
         assert request.config == ask(meant).config
         assert any(note in line for line in request.notes)
 
 
-def test_the_endings_and_spellings_of_files_and_dry_runs(ask: Ask) -> None:
-    for word in ("--dryrun", "--dry_run", "dry_run=true", "--dry-run=yes"):
-        assert ask(word).dry_run
-    assert not ask("dry_run=false").dry_run
-    Path("config.yaml").unlink()
-    assert ask(config__yml="seed: 3").files == ("config.yml",)
-    assert ask("OTHER.YML", OTHER__YML="seed: 4").config.training.seed == 4
-
-
 TWICE = [
-    ("batch_size=8", "batch_size=16", "training.batch_size: given twice: 8 and 16. The las"),
-    ("lr=1e-4 lr=1e-4", "lr=2e-4", "training.learning_rate: given twice: 1e-4 and 2e-4. The"),
+    ("batch_size=8", "batch_size=16", "training.batch_size: given twice: 8 and 16. The last one"),
     (
         *("lr=1e-4", "learning_rate=2e-4"),
         "training.learning_rate: given twice as lr and as learning_rate: 1e-4 and 2e-4. The last",
@@ -98,6 +90,8 @@ def test_of_a_flag_given_twice_the_last_is_taken_and_said(ask: Ask) -> None:
         assert sum(line.startswith(note) for line in request.notes) == 1
         assert request.config == ask(last).config
         assert Config.from_yaml("config.yaml", request.overrides) == request.config
+    notes = ask("lr=1e-4 lr=1e-4 lr=2e-4").notes
+    assert sum("given twice" in note for note in notes) == 1
 
 
 MISTAKES = [
@@ -119,38 +113,25 @@ MISTAKES = [
     ("'a b'", "'a b': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
     ("''", "'': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
     ("\udcff=1", "'\\uDCFF=1': neither a config file (*.yaml, *.yml, *.py) nor key=value."),
+    ("--config", "--config: the name of a file is missing."),
     ("--config=", "--config: the name of a file is missing."),
     ("--dry-run=1", "--dry-run takes no value."),
     ("--check-resume=1", "--check-resume=1: a number of steps, at least 2."),
     ("--dry-run --check-resume", "--dry-run and --check-resume exclude each other."),
-    (
-        "checkpoint_dir=no",
-        "training.checkpoint_dir: expected text, got the word no. Quote it",
-    ),
+    ("checkpoint_dir=no", "training.checkpoint_dir: expected text, got the word no. Quote it"),
     ("betas=0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), got "),
-    (
-        "max_iters=ten",
-        "training.max_iters: expected a whole number, got 'ten'. The default is",
-    ),
+    ("max_iters=ten", "training.max_iters: expected a whole number, got 'ten'. The default is"),
     ("lr=fast", "training.learning_rate (given as lr): expected a number, got 'fast'."),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=lambda value: value[:30])
-def test_each_mistake_on_the_command_line_has_its_message(
-    complaint: Complain, line: str, message: str
-) -> None:
-    found = complaint(line)
-    assert found.startswith(f"command line: {message}")
-    assert len(found.splitlines()) == 1
+def test_each_mistake_on_the_command_line_has_its_message(complaint: Complain) -> None:
+    for line, message in MISTAKES:
+        found = complaint(line)
+        assert found.startswith(f"command line: {message}") and len(found.splitlines()) == 1
 
 
-def test_without_config_yaml_the_message_says_how_to_name_a_file(
-    ask: Ask, complaint: Complain
-) -> None:
-    Path("config.yaml").unlink()
-    assert complaint() == "config.yaml: not found. Pass --config FILE."
-    assert "file is missing" in complaint("--config")
+def test_files_and_switches_are_no_overrides_of_a_file(ask: Ask) -> None:
     for word in ("other.yaml", "--dry-run", "--help"):
         with pytest.raises(ConfigError, match=f"command line: {word}: not an override"):
             Config.from_yaml("config.yaml", [word])
@@ -170,44 +151,35 @@ def test_help_lists_every_option_within_100_columns(
     assert "config/train_gpt2.py" in text and "never run" in text and "configs/nanogpt.yaml" in text
 
 
-# These mean more than the option: test_presets.py, test_dialects.py.
+# These mean more than the option: test_nanogpt.py, test_dialects.py.
 MEAN_MORE = ("dataset", "wandb_log.name", *fivezeroes_bdh.MARKS)
-OTHER_VALUES = {  # 512 is not a value of theirs, or is the default
-    "model.name": "gpt",
-    "optimizer.name": "muon",
-    "schedule.name": "linear",
-    "tokenizer.name": "gpt2",
-    "model.n_head": "8",
-    "model.dropout": "0.25",
-    "dataloader.shuffle": "false",
-    "low_precision.compute_dtype": "float32",
-    "training.resume_from_checkpoint": "a/b.pt",
-    "logging.wandb_log": "true",
-    "dataset.test_fraction": "0.25",
-    "distributed.backend": "gloo",
-    "training.block_size": "64",
-}
+OTHERS = """
+    model.name=gpt optimizer.name=muon schedule.name=linear tokenizer.name=gpt2 model.n_head=8
+    model.dropout=0.25 dataloader.shuffle=false training.block_size=64 logging.wandb_log=true
+    low_precision.compute_dtype=float32 training.resume_from_checkpoint=a/b.pt
+    dataset.test_fraction=0.25 distributed.backend=gloo
+"""  # 64 and 512 are not values of theirs, or are the default
 
 
-@pytest.mark.parametrize("key", names.ALIASES)
-def test_an_alias_sets_the_option_it_stands_for_and_says_so(ask: Ask, key: str) -> None:
-    value = OTHER_VALUES.get(key, "64" if key.startswith("training.") else "512")
-    for alias in set(names.ALIASES[key]) - set(MEAN_MORE):
-        from_line = ask(f"{alias}={value}", config__yaml="")
-        says_so = () if key.endswith(f".{alias}") else (f"{alias} is read as {key}",)
-        assert from_line.notes == says_so
-        assert from_line.config == ask(f"{key}={value}").config != Config()
-        section, _, name = alias.rpartition(".")
-        text = f"{section}:\n  {name}: {value}" if section else f"{name}: {value}"
-        from_file = ask(config__yaml=text)
-        assert (from_file.config, from_file.notes) == (from_line.config, from_line.notes)
+def test_an_alias_sets_the_option_it_stands_for_and_says_so(ask: Ask) -> None:
+    values = dict(word.split("=") for word in OTHERS.split())
+    for alias, key in names.TARGETS.items():
+        if alias not in MEAN_MORE:
+            value = values.get(key, "64" if key.startswith("training.") else "512")
+            meant = ask(f"{key}={value}").config
+            assert meant != Config()
+            notes = () if key.endswith(f".{alias}") else (f"{alias} is read as {key}",)
+            from_line = ask(f"{alias}={value}")
+            assert (from_line.config, from_line.notes) == (meant, notes)
+            section, _, name = alias.rpartition(".")
+            text = f"{section}:\n  {name}: {value}" if section else f"{name}: {value}"
+            from_file = ask("my.yaml", {"my.yaml": text})
+            assert (from_file.config, from_file.notes) == (meant, notes)
 
 
 def test_an_alias_may_stand_in_the_section_of_its_option(ask: Ask) -> None:
     text = "model: {d_model: 128, num_heads: 2}\ntraining: {lr: 0.5}"
-    config = ask(config__yaml=text).config
-    assert (config.model.n_embd, config.model.n_head) == (128, 2)
-    assert config.training.learning_rate == 0.5
+    check(ask("my.yaml", {"my.yaml": text}).config, "n_embd=128 n_head=2 learning_rate=0.5")
 
 
 def test_every_alias_stands_for_an_option_that_exists() -> None:
@@ -222,11 +194,11 @@ def test_an_option_that_this_version_lacks_is_refused_unless_it_asks_for_nothing
     ask: Ask, complaint: Complain
 ) -> None:
     for key, harmless in names.UNSUPPORTED.items():
-        section, name = key.split(".")
-        message = f"config.yaml:2: {key}: not available in this version. Set it to {harmless[0]}."
-        assert complaint(config__yaml=f"{section}:\n  {name}: something\n") == message
+        text = f"{key.replace('.', ':' + chr(10) + '  ')}: "
+        message = f"my.yaml:2: {key}: not available in this version. Set it to {harmless[0]}."
+        assert complaint("my.yaml", {"my.yaml": f"{text}something\n"}) == message
         for value in harmless:
-            request = ask(config__yaml=f"{section}:\n  {name}: {value}\n")
+            request = ask("my.yaml", {"my.yaml": text + value})
             assert request.notes == (f"{key}={value} changes nothing in this version",)
             assert request.config == Config()
 
@@ -253,126 +225,99 @@ WISHES: list[tuple[str, str, set[str]]] = [  # a file, the command line, what th
 
 def test_a_value_that_would_be_the_same_if_left_out_is_no_wish(ask: Ask) -> None:
     for text, line, given in WISHES:
-        assert ask(f"my.yaml {line}", my__yaml=text).given == given
-    documented = ask("my.yaml", my__yaml=LOW_PRECISION)
+        assert ask(f"my.yaml {line}", {"my.yaml": text}).given == given
+    documented = ask("my.yaml", {"my.yaml": LOW_PRECISION})
     assert documented.config == Config() and not documented.notes
 
 
-EDITS: list[dict[str, object]] = [
-    {},
-    {"model.name": "llama"},
-    {"model.name": "gpt", "model.bias": True},
-    {"training.init_from": "gpt2"},
-    {"dataset.train_data_path": "a.bin"},
-    {"tokenizer.name": "gpt2"},
-    {"fp8.amax_history_len": 16},
-    {"fp8.recipe": "block"},
+EDITS = [
+    *("", "model.name=llama", "model.name=gpt model.bias=true", "training.init_from=gpt2"),
+    *("dataset.train_data_path=a.bin", "tokenizer.name=gpt2", "fp8.amax_history_len=16"),
+    "fp8.recipe=block",
 ]
 
 
 def test_an_edited_copy_of_the_reference_file_means_its_edits(ask: Ask) -> None:
     for edits in EDITS:
         values = yaml.safe_load((ROOT / "config.yaml").read_text())
-        for key, value in edits.items():
+        for word in edits.split():
+            key, value = word.split("=")
             section, name = key.split(".")
-            values[section][name] = value
-        copy = ask("my.yaml", my__yaml=yaml.safe_dump(values))
-        short = ask(" ".join(f"{key}={value}" for key, value in edits.items()))
+            values[section][name] = yaml.safe_load(value)
+        copy, short = ask("my.yaml", {"my.yaml": yaml.safe_dump(values)}), ask(edits)
         assert (copy.config, copy.given, copy.notes) == (short.config, short.given, short.notes)
 
 
-SCHEDULE = "schedule: {warmup_iters: 100, lr_decay_iters: 5000}\ntraining: {max_iters: 5000}"
-SUPERSEDED: list[tuple[str, str, dict[str, Any], str]] = [
-    # a file, what comes later, what the file's value becomes, a note
+SUPERSEDED = [  # a file, what comes later, what the file's values become, what is said to yield
     (
-        "model: {mlp_internal_dim_multiplier: 64}",
-        "model.name=gpt",
-        {"model.mlp_internal_dim_multiplier": 128},
-        "model.mlp_internal_dim_multiplier=64 of my.yaml yields to model.name=gpt: 128",
+        *("model.mlp_internal_dim_multiplier=64", "model.name=gpt"),
+        *("mlp_internal_dim_multiplier=128", "model.mlp_internal_dim_multiplier=64 128"),
     ),
     (
-        "model: {name: gpt, bias: true}\nlow_precision: {use_4bit: false}",
-        "model.name=llama",
-        {"model.bias": False, "low_precision.use_4bit": False},
-        "model.bias=true of my.yaml yields to model.name=llama: false",
+        *("model.name=gpt model.bias=true low_precision.use_4bit=false", "model.name=llama"),
+        *("bias=false use_4bit=false", "model.bias=true false"),
     ),
     (
-        SCHEDULE,
-        "max_iters=50",
-        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": None},
-        "schedule.warmup_iters=100 of my.yaml yields to training.max_iters=50: 1",
+        *("schedule.warmup_iters=100 training.max_iters=5000", "training.max_iters=50"),
+        *("warmup_iters=1", "schedule.warmup_iters=100 1"),
     ),
     (
-        SCHEDULE,
-        "lr_decay_iters=50",
-        {"schedule.warmup_iters": 1, "schedule.lr_decay_iters": 50},
-        "schedule.warmup_iters=100 of my.yaml yields to schedule.lr_decay_iters=50: 1",
+        "schedule.warmup_iters=100 schedule.lr_decay_iters=5000 training.max_iters=5000",
+        *("training.max_iters=50", "warmup_iters=1 lr_decay_iters=null"),
+        "schedule.warmup_iters=100 1",
     ),
     (
-        "schedule: {lr_decay_iters: 1000}",
-        "warmup_iters=2000",
-        {"schedule.warmup_iters": 2000, "schedule.lr_decay_iters": None},
-        "schedule.lr_decay_iters=1000 of my.yaml yields to schedule.warmup_iters=2000: null",
+        *("schedule.warmup_iters=100 training.max_iters=5000", "schedule.lr_decay_iters=50"),
+        *("warmup_iters=1 lr_decay_iters=50", "schedule.warmup_iters=100 1"),
     ),
     (
-        "schedule: {min_lr: 1e-4}",
-        "learning_rate=5e-5",
-        {"schedule.min_lr": None},
-        "schedule.min_lr=1e-4 of my.yaml yields to training.learning_rate=5e-5: null",
+        *("schedule.lr_decay_iters=1000", "schedule.warmup_iters=2000"),
+        *("warmup_iters=2000 lr_decay_iters=null", "schedule.lr_decay_iters=1000 null"),
     ),
     (
-        "training: {tokens_per_step: 8192}",
-        "gradient_accumulation_steps=3",
-        {"training.tokens_per_step": None, "training.gradient_accumulation_steps": 3},
-        "training.tokens_per_step=8192 of my.yaml yields to "
-        "training.gradient_accumulation_steps=3: null",
+        *("schedule.min_lr=0.1", "training.learning_rate=0.05"),
+        *("min_lr=null", "schedule.min_lr=0.1 null"),
     ),
     (
-        "dataset: {train_data_path: a.bin, val_data_path: b.bin}",
-        "dataset.name=x",
-        {"dataset.train_data_path": None, "dataset.val_data_path": None, "dataset.name": "x"},
-        "dataset.train_data_path=a.bin of my.yaml yields to dataset.name=x: null",
+        *("training.tokens_per_step=8192", "training.gradient_accumulation_steps=3"),
+        "tokens_per_step=null gradient_accumulation_steps=3",
+        "training.tokens_per_step=8192 null",
     ),
     (
-        "model: {vocab_size: 256}",
-        "tokenizer.name=gpt2",
-        {"model.vocab_size": None},
-        "model.vocab_size=256 of my.yaml yields to tokenizer.name=gpt2: null",
+        "dataset.train_data_path=a.bin dataset.val_data_path=b.bin",
+        *("dataset.name=x", "train_data_path=null val_data_path=null dataset.name=x"),
+        "dataset.train_data_path=a.bin null",
+    ),
+    (
+        *("model.vocab_size=256", "tokenizer.name=gpt2", "vocab_size=null"),
+        "model.vocab_size=256 null",
     ),
 ]
 
 
-@pytest.mark.parametrize(("text", "word", "expected", "note"), SUPERSEDED)
+@pytest.mark.parametrize(("earlier", "later", "values", "yields"), SUPERSEDED)
 def test_what_a_later_layer_contradicts_yields_aloud_and_in_one_layer_it_is_an_error(
-    ask: Ask, complaint: Complain, text: str, word: str, expected: dict[str, Any], note: str
+    ask: Ask, complaint: Complain, earlier: str, later: str, values: str, yields: str
 ) -> None:
-    for line in (f"my.yaml {word}", "my.yaml later.yaml"):
-        request = ask(line, my__yaml=text, later__yaml=word.replace("=", ": "))
-        found = options(request.config)
-        assert {key: found[key] for key in expected} == expected
-        assert note in request.notes
-    together = [
-        f"{section}.{name}={to_text(value)}"
-        for section, own in yaml.safe_load(text).items()
-        for name, value in own.items()
-        if name not in word
-    ]
-    complaint(" ".join([*together, word]))
+    sections: dict[str, list[str]] = {}
+    for word in earlier.split():
+        section, name = word.replace("=", ": ").split(".", 1)
+        sections.setdefault(section, []).append(name)
+    text = "\n".join(f"{name}: {{{', '.join(own)}}}" for name, own in sections.items())
+    was, now = yields.split()
+    for line in (f"my.yaml {later}", "my.yaml later.yaml"):
+        request = ask(line, {"my.yaml": text, "later.yaml": later.replace("=", ": ")})
+        check(request.config, values)
+        assert f"{was} of my.yaml yields to {later}: {now}" in request.notes
+    key = later.split("=")[0]
+    complaint(" ".join([later, *(w for w in earlier.split() if w.split("=")[0] != key)]))
 
 
-def test_names_of_nanogpt_without_a_file_are_said_to_make_a_bdh(ask: Ask) -> None:
-    shape = "n_layer=6 n_head=6 n_embd=384"
-    note = (
-        "n_layer, n_head, n_embd shape a BDH (model.name=bdh, the default); a GPT: model.name=gpt"
-    )
-    assert ask(shape).notes == (note,)
-    for line in (f"{shape} model.name=gpt", f"my.yaml {shape}", "n_layer=2", "init_from=gpt2"):
-        assert note not in ask(line, my__yaml="n_layer: 6").notes
-
-
-def test_hydra_is_ignored_aloud(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_is_ignored_and_a_note_goes_to_stderr(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
     note = "HydraConf is ignored: there is no Hydra here"
-    assert ask(config__yaml='HydraConf:\n  version_base: "1.1"\n').notes == (note,)
+    assert ask("", {"config.yaml": 'HydraConf:\n  version_base: "1.1"\n'}).notes == (note,)
     Config.from_yaml("config.yaml")
     assert capsys.readouterr().err == f"note: {note}\n"
 
