@@ -68,7 +68,7 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     precision, optimizer, training = trainer.precision, trainer.optimizer, trainer.config.training
     model, document_ids = trainer.ddp_model, trainer.data.document_ids
     if state.evaluation_due(training):
-        trainer.evaluate(stop)  # a stop had cut it short
+        trainer.evaluate(stop)  # a resumed run: its stop had cut this evaluation short
     while not trainer.should_stop(stop) and not state.finished(training):
         began = time.monotonic()
         batch = trainer.next_batch()
@@ -76,25 +76,28 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
         step_loss = torch.zeros((), device=world.device)
         with precision.training(state.step + 1):
             for number, rows in enumerate(batch.micro_batches, 1):
-                # Gradients add up over micro-batches; the last one exchanges them across ranks.
+                # Gradients add up over micro-batches; the backward pass of the last one also
+                # exchanges them between ranks.
                 with no_sync_until_last(model, last=number == len(batch.micro_batches)):
                     with precision.autocast():
                         inputs, targets, ids = inputs_and_targets(rows, world.device, document_ids)
                         logits = model(inputs, ids)
                         loss_sum = cross_entropy_sum(logits, targets)
-                    # By the tokens of the whole step on all processes, so that the gradient does
-                    # not depend on how the step is cut.
+                    # Divided by the tokens of the whole step on all processes, so that the
+                    # gradient does not depend on how the step is cut.
                     loss = loss_sum / step_targets
                     precision.backward(scale_loss_for_ddp(loss, world))
                 step_loss += loss.detach()
 
-        # The norm is of all gradients, before clipping: what is logged, and what shows NaN.
+        # DDP has averaged the gradients, so their norm is equal on all ranks. Loss and norm come
+        # to the CPU together: each wait for the device costs time.
         precision.unscale(optimizer)
-        norm = gradient_norm(trainer.model)
-        loss_value, grad_norm = torch.stack((world.all_reduce_sum(step_loss), norm)).tolist()
+        norm_on_device = gradient_norm(trainer.model)
+        summed_loss = world.all_reduce_sum(step_loss)
+        loss_value, grad_norm = torch.stack((summed_loss, norm_on_device)).tolist()
         trainer.check_finite(batch, loss_value, grad_norm)
         if 0.0 < config.optimizer.grad_clip < grad_norm:
-            clip_gradients(trainer.model, norm, config.optimizer.grad_clip)
+            clip_gradients(trainer.model, norm_on_device, config.optimizer.grad_clip)
         rate = learning_rate(state.step + 1, config, trainer.size.steps)
         set_learning_rate(optimizer, rate)
         trainer.optimizer_step()
@@ -127,6 +130,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
         if training.eval_only:
             trainer.evaluate(stop)
             return stop.exit_code
+        # Not `finished`: after the last step, its evaluation may still be missing.
         if not trainer.state.has_work(trainer.config.training):
             console.info(
                 f"Already finished at step {trainer.state.step}: nothing to do. "
@@ -138,7 +142,7 @@ def run_to_the_end(request: Request, stop: StopRequest) -> int:
                 train(trainer, stop)
         except Exception as error:
             if isinstance(error, (DataError, OSError)) or ran_out(error):
-                trainer.save_on_error()
+                trainer.save_on_error()  # errors of an evaluation do so themselves
             raise
         console.info(*skipped_lines(trainer.batches))
         if not trainer.state.has_work(trainer.config.training):
@@ -155,7 +159,7 @@ def skipped_lines(batches: Iterator[StepBatch]) -> list[str]:
 
 
 def main(request: Request) -> int:
-    """The exit code; an error a user can act on becomes one message without a traceback."""
+    """Returns the exit code; an error a user can act on becomes one message, no traceback."""
     try:
         with StopRequest() as stop:
             return run_to_the_end(request, stop)

@@ -1,6 +1,6 @@
 """The training loss: cross-entropy of the next token, as a sum over tokens.
 
-Sums, not means: the trainer divides by the tokens of the whole optimizer step, so a gradient does
+Sums, not means: `train.py` divides by the tokens of the whole optimizer step, so a gradient does
 not depend on how the step is cut into micro-batches and processes.
 """
 
@@ -27,7 +27,7 @@ def inputs_and_targets(
     With `document_ids`, the last token of a document has no target: it would be the first token of
     another document. Without, tokens see all tokens before them, and the third value is None.
     """
-    # int32 or int64 on the device: rows arrive in the smallest type that holds the vocabulary.
+    # Rows travel to the device in the smallest type that holds the vocabulary.
     rows = rows.to(device, non_blocking=True).long()
     inputs, targets = rows[:, :-1], rows[:, 1:]
     if document_ids is None:

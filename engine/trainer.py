@@ -46,7 +46,7 @@ class Trainer:
     data: RunData
     batches: Iterator[StepBatch]
     data_state: Callable[[], dict[str, Any]]
-    """Where the data stands after the last batch trained on."""
+    """Returns where the data stands after the last batch trained on; saved as `cursor`."""
     state: TrainState
     size: RunSize
     directory: RunDirectory
@@ -58,7 +58,7 @@ class Trainer:
     stop_after: int | None = None
     """Steps after which the loop ends as if a stop had been requested; None: never."""
     _overflows: int = 0
-    _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last brought up
+    _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last updated
     _waited_s: float = 0.0
 
     def next_batch(self) -> StepBatch:
@@ -71,13 +71,13 @@ class Trainer:
     def count_targets(self, batch: StepBatch) -> int:
         """Returns the tokens that the loss of a step is the mean over, in all processes."""
         own = sum(count_targets(rows, self.data.document_ids) for rows in batch.micro_batches)
-        if self.data.document_ids is None:  # all processes have as many: nothing to exchange
+        if self.data.document_ids is None:  # the same number on each process: nothing to exchange
             return max(1, own * self.world.size)
         return max(1, round(self.world.all_reduce_number(own)))
 
     def should_stop(self, stop: StopRequest) -> bool:
         """Returns whether some process was asked to stop: all of them stop after the same step."""
-        # A run that ends by itself at that step still makes its last evaluation.
+        # `should_stop` also cuts evaluations short; a finished run still makes its last one.
         ended = self.state.finished(self.config.training)
         if self.stop_after is not None and self.state.step >= self.stop_after and not ended:
             return True
@@ -89,8 +89,8 @@ class Trainer:
     def check_finite(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
         """Raises NonFiniteError before a loss or gradient that is not finite reaches the weights.
 
-        With float16, gradients that overflow are routine: the step is skipped and the loss scale
-        halved. Many in a row are not.
+        With float16, gradients that overflow are routine: `precision.step` skips the update and
+        halves the loss scale. Many in a row are not.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._overflows = 0
@@ -114,11 +114,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def count_step(self, batch: StepBatch, loss: float, seconds: float) -> None:
-        """Counts a step, also one that float16 skipped."""
+        """Counts a step. A step that float16 skipped counts too: its data has been used."""
         state = self.state
         state.step += 1
         state.tokens += self.size.tokens_per_step
-        state.epoch = self.world.all_reduce_min(batch.epoch)  # some processes read shorter lanes
+        # The lanes of one process may end an epoch a little before those of another.
+        state.epoch = self.world.all_reduce_min(batch.epoch)
         state.loss_sum += loss
         state.loss_steps += 1
         self.data_state = batch.data_state
