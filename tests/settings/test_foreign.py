@@ -215,14 +215,29 @@ def trained_elsewhere(here: Path) -> tuple[dict[str, Tensor], str]:
     return state, open_tokenizer(meta["tokenizer"]).fingerprint
 
 
-def test_what_a_resume_of_nanogpt_would_drop_is_said(
+def test_nanogpts_checkpoint_starts_a_run_which_then_continues_in_nanogpts_way(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained_elsewhere(here)
-    assert run_here(["dataset.name=dragon", "init_from=resume", "checkpoint_dir=out"]) == 3
+    words = ["dataset.name=dragon", "device=cpu", "block_size=16", "batch_size=4", "test_freq=null"]
+    assert run_here([*words, "init_from=resume", "checkpoint_dir=out"]) == 3
     said = capsys.readouterr().err
     assert "training.init_from=out/ckpt.pt starts a new run with its weights, from step 0" in said
     assert "without its optimizer moments" in said
+    start = [*words, "checkpoint_dir=next", "max_iters=3"]
+    assert run_here([*start, "init_from=out/ckpt.pt"]) == 0
+    run = only_run(here / "next")
+    assert "n_layer: 2" in (run / "config.yaml").read_text()
+    # resumed, the weights' file is not needed any more
+    (here / "out" / "ckpt.pt").unlink()
+    saved = [f"resume_from={run}", "max_iters=5"]
+    assert run_here([os.fspath(run / "config.yaml"), *saved]) == 0
+    capsys.readouterr()
+    # in nanoGPT's way too, with a config that does not tell the shape
+    assert run_here([*words, "init_from=resume", "checkpoint_dir=next", "max_iters=6"]) == 0
+    assert "Starting training from iteration 5..." in capsys.readouterr().out
+    assert "init_from: out/ckpt.pt" in (run / "config.yaml").read_text()
+    assert (run / "checkpoint_6.pt").exists()
 
 
 @pytest.mark.parametrize(("name", "place"), [("bdh", "."), ("llama", "checkpoint_1.pt")])
@@ -235,7 +250,7 @@ def test_a_run_of_ones_own_is_trained_on_with_other_data(
     words = [*shape, *common, "dataset.name=dragon", "max_iters=1", "checkpoint_dir=first"]
     assert run_here(words) == 0
     source = only_run(here / "first") / place
-    write_text_corpus(here / "other")
+    write_corpus(here / "other", documents=60, seed=5)
     words = [*common, "dataset.parquet_dir=other", "learning_rate=1e-12", f"init_from={source}"]
     assert run_here([*words, "max_iters=1", "checkpoint_dir=next"]) == 0
     then, _, tokenizer = open_model(source, "cpu")
@@ -248,28 +263,22 @@ def test_a_run_of_ones_own_is_trained_on_with_other_data(
     assert "1 steps done" in capsys.readouterr().out
 
 
-def write_text_corpus(folder: Path) -> None:
-    write_corpus(folder, documents=60, seed=5)
-
-
 REFUSED = [
-    (["model.n_layer=5"], "has n_layer 2, and model.n_layer=5; leave it out"),
-    (["n_layer=6"], "has n_layer 2, and model.n_layer=6"),  # the default, but asked for
-    (["model.name=llama"], "has name gpt, and model.name=llama"),
-    (["model.vocab_size=300"], "has vocab_size 256, and model.vocab_size=300"),
-    (["block_size=64"], "has learned 16 positions, and training.block_size=64"),
+    ("model.n_layer=5", "has n_layer 2, and model.n_layer=5; leave it out"),
+    ("n_layer=6", "has n_layer 2, and model.n_layer=6"),  # the default, but asked for
+    ("model.name=llama", "has name gpt, and model.name=llama"),
+    ("model.vocab_size=300", "has vocab_size 256, and model.vocab_size=300"),
+    ("block_size=64", "has learned 16 positions, and training.block_size=64"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), REFUSED)
 def test_a_shape_that_is_not_that_of_the_weights_is_refused_naming_both(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = bytes_gpt(tmp_path)
-    assert (
-        run_here([*words, f"init_from={path}", "device=cpu", "--dry-run", *corpus(tmp_path)]) == 2
-    )
-    assert f"training.init_from={path} {message}" in capsys.readouterr().err
+    path, text = bytes_gpt(tmp_path), corpus(tmp_path)
+    for word, message in REFUSED:
+        assert run_here([word, f"init_from={path}", "device=cpu", "--dry-run", *text]) == 2
+        assert f"training.init_from={path} {message}" in capsys.readouterr().err
 
 
 def bytes_gpt(folder: Path) -> Path:
@@ -284,7 +293,7 @@ def bytes_gpt(folder: Path) -> Path:
 
 
 def corpus(folder: Path) -> list[str]:
-    write_text_corpus(folder / "text")
+    write_corpus(folder / "text", documents=60, seed=5)
     return [f"dataset.parquet_dir={folder / 'text'}", "batch_size=2", "max_iters=2"]
 
 
