@@ -31,7 +31,7 @@ from config import (
     token_paths,
     warmup_steps,
 )
-from settings.schema import Effect, OnResume, Option, Section, section_options
+from settings.schema import Effect, OnResume, Option, Section
 from settings.values import check_value, to_text
 from tests.settings.conftest import ROOT, Ask, Complain, check, table
 
@@ -399,36 +399,22 @@ def value_of(option: Option) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    """Draw configs whose values are extreme on their own and agree with each other."""
+    """Draw configs whose values are extreme; one that breaks a rule with those before is left."""
     values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    config = Config()
     for option in OPTIONS:
-        values[option.section][option.name] = draw(value_of(option))
-    model, training, dataset = values["model"], values["training"], values["dataset"]
-    heads = model["n_head"] % 2**31 + 1
-    model.update(n_embd=heads * 2, n_head=heads, n_kv_head=None)
-    if model["mask"] == "causal_document" and model["attention"] == "flash":
-        model["attention"] = "flex"
-    for option in section_options(ModelConfig):
-        if model["name"] not in OWNED.get(option.name, (model["name"],)):
-            model[option.name] = option.default
-    model["vocab_size"] = model["vocab_size"] and max(50257, model["vocab_size"])
-    training.update(tokens_per_step=None, test_freq=None, eval_only=False, init_from="scratch")
-    training.update(sample_prompt=None, sample_tokens=100, save_model=True)
-    if training["batch_size"] == "auto":
-        training.update(tokens_per_step=training["block_size"], gradient_accumulation_steps=1)
-    dataset.update(draw(st.sampled_from([{"name": None}, {"train_data_path": None}])))
-    dataset.update({} if dataset["train_data_path"] else {"val_data_path": None})
-    values["schedule"].update(warmup_iters=0, lr_decay_iters=None, min_lr=0.0)
-    low, fp8 = values["low_precision"], values["fp8"]
-    low.update(use_fp8=False, use_4bit_optimizer=False, lora_rank=None)
-    low.update(quantize_embedding=low["quantize_head"])
-    fp8.update(backend="auto", recipe="delayed")
-    return Config.from_dict(values)
+        own, value = values[option.section], draw(value_of(option))
+        try:
+            config = Config.from_dict({**values, option.section: {**own, option.name: value}})
+            own[option.name] = value
+        except ConfigError:
+            pass
+    return config
 
 
 @pytest.mark.slow
 @given(configs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_what_is_written_reads_back_equal(tmp_path_factory: Any, config: Config) -> None:
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), "utf-8")

@@ -13,7 +13,6 @@ from tests.settings.conftest import ROOT, Ask, Complain, check, differences
 NANOGPT, TOKEN_FILES = (
     str(ROOT / "configs" / f"{n}.yaml") for n in ("nanogpt", "cs336-tinystories")
 )
-Files = dict[str, str]
 
 # Every name of its configurator, at the default of its train.py.
 NAMES = """
@@ -36,15 +35,14 @@ VALUES = """
     compile=true tokenizer.name=auto vocab_size=null optimizer.name=adamw
 """
 LINES = "\n".join(NAMES.split())
-FLAT = {"flat.yaml": LINES.replace("=", ": ")}
 
 
 def test_its_names_mean_the_same_in_a_flat_file_a_preset_and_flags_and_are_the_base(
     ask: Ask,
 ) -> None:
-    config = ask("flat.yaml", FLAT).config
+    config = ask("flat.yaml").config
     check(config, VALUES)
-    assert ask("a.py", {"a.py": LINES}).config == config
+    assert ask("all.py").config == config
     assert ask(" ".join(f"--{word}" for word in NAMES.split())).config == config
     # The base finds the device and the backend.
     base = ask("dataset=austen").config
@@ -53,52 +51,70 @@ def test_its_names_mean_the_same_in_a_flat_file_a_preset_and_flags_and_are_the_b
 
 # --- the base ---------------------------------------------------------------------------------
 
-LAYERS = {"a.py": "n_layer = 6"}
-REFERENCE = {"config.yaml": (ROOT / "config.yaml").read_text(encoding="utf-8")}
-STANDS = f"a.py stands on nanoGPT's own defaults, {NANOGPT}"
+REFERENCE = (ROOT / "config.yaml").read_text(encoding="utf-8")
+FILES = {
+    "flat.yaml": LINES.replace("=", ": "),
+    "all.py": LINES,
+    "layers.py": "n_layer = 6",
+    "layers.yaml": "n_layer: 6",
+    "small.py": "batch_size = 4\nblock_size = 8\nmax_iters = 5000\n",
+    "batch.py": "batch_size = 8",
+    "forty.py": "gradient_accumulation_steps = 5 * 8",
+    "tokens.py": "tokens_per_step = 24576",
+    "seed.py": "seed = 3",
+    "seed.yaml": "seed: 3",
+    "cpu.yaml": "system: {device: cpu}",
+    "bias.yaml": "bias: true",
+    "dataset.yaml": "dataset: x",
+    "three.yaml": "gradient_accumulation_steps: 3",
+    "dataset-three.yaml": "dataset: x\ngradient_accumulation_steps: 3",
+    "sections.yaml": "model: {name: gpt, bias: true}",
+    "sections-dataset.yaml": "model: {name: gpt}\ndataset: {name: x}",
+    "section-and-name.yaml": "model:\ndataset: x",
+    "each-process.yaml": "training: {gradient_accumulation_steps: 4}",
+}
+STANDS = f"stands on nanoGPT's own defaults, {NANOGPT}"
 STARTS = f"without a file starts from {NANOGPT}; to start from another file: --config FILE"
-ON_NANOGPT: list[tuple[Files, str, str]] = [  # files, command line, first note
-    (LAYERS, "a.py", STANDS),
-    (LAYERS, "--config a.py", STANDS),
-    ({**LAYERS, "b.yaml": "system: {device: cpu}"}, "b.yaml a.py", STANDS),
-    ({"a.yaml": "dataset: x"}, "a.yaml", STANDS.replace("py", "yaml", 1)),
-    ({"a.yaml": "bias: true"}, "a.yaml", STANDS.replace("py", "yaml", 1)),
-    ({"a.yaml": "bias: true", "b.yaml": "seed: 3"}, "b.yaml a.yaml", f"a.yaml{STANDS[4:]}"),
-    ({"config.yaml": "dataset: x"}, "", f"config.yaml{STANDS[4:]}"),
-    ({}, "dataset=openwebtext", f"dataset=openwebtext {STARTS}"),
+ON_NANOGPT = [  # config.yaml, command line, first note
+    ("", "layers.py", f"layers.py {STANDS}"),
+    ("", "--config layers.py", f"layers.py {STANDS}"),
+    ("", "cpu.yaml layers.py", f"layers.py {STANDS}"),
+    ("", "dataset.yaml", f"dataset.yaml {STANDS}"),
+    ("", "bias.yaml", f"bias.yaml {STANDS}"),
+    ("", "seed.yaml bias.yaml", f"bias.yaml {STANDS}"),
+    ("dataset: x", "", f"config.yaml {STANDS}"),
+    ("", "dataset=openwebtext", f"dataset=openwebtext {STARTS}"),
     (REFERENCE, "--dataset openwebtext", f"dataset=openwebtext {STARTS}"),
-    ({"config.yaml": "training: {seed: 1337}"}, "dataset=x", f"dataset=x {STARTS}"),
+    ("training: {seed: 1337}", "dataset=x", f"dataset=x {STARTS}"),  # the default
 ]
-NOT_ON_NANOGPT: list[tuple[Files, str]] = [
-    ({}, ""),
-    ({"a.yaml": "n_layer: 6"}, "a.yaml"),
-    ({"a.yaml": "model: {name: gpt, bias: true}"}, "a.yaml"),
-    ({"a.yaml": "model: {name: gpt}\ndataset: {name: x}"}, "a.yaml"),
-    ({"a.yaml": "model:\ndataset: x"}, "a.yaml"),
-    ({"a.yaml": "dataset: x", "b.yaml": "system: {device: cpu}"}, "b.yaml a.yaml"),
-    ({"a.yaml": "seed: 3"}, "a.yaml dataset=openwebtext"),
-    ({"config.yaml": "training: {seed: 3}"}, "dataset=openwebtext"),
-    ({}, "dataset.name=openwebtext"),
-    ({}, "dataset=null"),
-    ({}, "--train_data_path a.ids"),
-    ({}, "--train_data_path a.bin --val_data_path b.bin"),
-    ({}, "dataset.train_data_path=a.ids dataset.val_data_path=b.ids"),
+NOT_ON_NANOGPT = [
+    *("", "layers.yaml", "sections.yaml", "sections-dataset.yaml", "section-and-name.yaml"),
+    *("cpu.yaml dataset.yaml", "seed.yaml dataset=openwebtext"),
+    *("dataset.name=openwebtext", "dataset=null", "--train_data_path a.ids"),
+    "--train_data_path a.bin --val_data_path b.bin",
+    "dataset.train_data_path=a.ids dataset.val_data_path=b.ids",
 ]
 
 
-@pytest.mark.parametrize(("files", "line", "note"), ON_NANOGPT)
-def test_its_names_stand_on_its_defaults(ask: Ask, files: Files, line: str, note: str) -> None:
-    request = ask(line, files)
+@pytest.fixture(autouse=True)
+def files(ask: Ask) -> None:
+    for name, text in FILES.items():
+        Path(name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(("config", "line", "note"), ON_NANOGPT)
+def test_its_names_stand_on_its_defaults(ask: Ask, config: str, line: str, note: str) -> None:
+    request = ask(line, {"config.yaml": config})
     assert request.files[0] == NANOGPT
     assert [told for told in request.notes if NANOGPT in told] == [note] == [request.notes[0]]
     check(request.config, "model.name=gpt n_embd=768")
 
 
-@pytest.mark.parametrize(("files", "line"), NOT_ON_NANOGPT)
-def test_other_files_and_names_stand_on_our_defaults(ask: Ask, files: Files, line: str) -> None:
-    request = ask(line, files)
-    assert not {NANOGPT, TOKEN_FILES} & set(request.files)
-    check(request.config, "n_embd=256")
+def test_other_files_and_names_stand_on_our_defaults(ask: Ask) -> None:
+    changed = ask("dataset=openwebtext", {"config.yaml": "training: {seed: 3}"})
+    for request in (changed, *(ask(line, {"config.yaml": ""}) for line in NOT_ON_NANOGPT)):
+        assert not {NANOGPT, TOKEN_FILES} & set(request.files)
+        check(request.config, "n_embd=256")
 
 
 def test_the_base_may_be_named_or_copied_and_is_shown_as_the_user_would_write_it(
@@ -138,111 +154,88 @@ def test_a_base_that_is_missing_or_broken_is_an_error(
 
 # --- what its names mean, and what the base yields to -------------------------------------------
 
-SMALL_STEPS = {"a.py": "batch_size = 4\nblock_size = 8\nmax_iters = 5000\n"}
-SECTIONS = "training: {gradient_accumulation_steps: 4}"
-OF_EACH_PROCESS = "tokens_per_step=null gradient_accumulation_steps=4"
-MEANINGS: list[tuple[Files, str, str, str]] = [  # files, command line, values, a note
-    (
-        FLAT,
-        "flat.yaml dtype=float16 backend=gloo",
-        "compute_dtype=float16 distributed.backend=gloo",
-        "",
+MEANINGS = [  # command line, values
+    ("flat.yaml dtype=float16 backend=gloo", "compute_dtype=float16 distributed.backend=gloo"),
+    ("flat.yaml device=mps eval_only=True", "device=mps eval_only=true"),
+    ("init_from=gpt2-large", "init_from=gpt2-large model.name=gpt"),
+    ("layers.py", "keep_last=3"),
+    ("layers.py keep_last=null", "keep_last=null"),
+    # a shorter run, another rate
+    ("layers.py max_iters=50", "warmup_iters=1 lr_decay_iters=null min_lr=6e-5"),
+    ("layers.py max_iters=50 warmup_iters=7", "warmup_iters=7"),
+    ("layers.py max_iters=100000", "warmup_iters=2000 lr_decay_iters=null"),
+    ("layers.py max_iters=700000", "warmup_iters=2000 lr_decay_iters=600000"),
+    ("layers.py max_iters=900000 warmup_iters=700000", "lr_decay_iters=null warmup_iters=700000"),
+    ("layers.py lr_decay_iters=1000", "warmup_iters=30 lr_decay_iters=1000"),
+    ("layers.py learning_rate=3e-5", "min_lr=null learning_rate=3e-5"),
+    # a constant rate is constant from the start
+    ("flat.yaml decay_lr=False max_iters=50", "warmup_iters=0 decay_lr=false"),
+    ("decay_lr=False warmup_iters=9", "warmup_iters=9"),
+    # another text
+    ("layers.py train_data_path=a.bin", "dataset.name=null train_data_path=a.bin"),
+    ("layers.py parquet_dir=a", "dataset.name=null parquet_dir=a tokenizer.name=bytes"),
+    # it saves when it evaluates
+    ("dataset=x", "test_freq=2000 checkpoint_freq=2000"),
+    ("dataset=x eval_interval=5", "test_freq=5 checkpoint_freq=5"),
+    ("dataset=x test_freq=null", "test_freq=null checkpoint_freq=null"),
+    ("dataset=x checkpoint_freq=70", "test_freq=2000 checkpoint_freq=70"),
+    ("eval_interval=5", "test_freq=5 checkpoint_freq=500"),
+    # accumulation in its names counts over all processes; in sections it is each process's
+    ("forty.py batch_size=16", "tokens_per_step=655360 gradient_accumulation_steps=1"),
+    ("batch.py gradient_accumulation_steps=16", "tokens_per_step=131072"),
+    ("small.py", "tokens_per_step=32 warmup_iters=150"),
+    ("dataset.yaml", "tokens_per_step=491520 gradient_accumulation_steps=1"),
+    ("dataset.yaml three.yaml", "tokens_per_step=36864 gradient_accumulation_steps=1"),
+    ("dataset-three.yaml", "tokens_per_step=36864 gradient_accumulation_steps=1"),
+    ("dataset=x gradient_accumulation_steps=2 block_size=64", "tokens_per_step=1536"),
+    ("dataset=x tokens_per_step=null", "tokens_per_step=491520"),
+    ("layers.py tokens_per_step=24576", "tokens_per_step=24576 gradient_accumulation_steps=1"),
+    ("tokens.py gradient_accumulation_steps=4", "tokens_per_step=49152"),
+    *(
+        (line, "tokens_per_step=null gradient_accumulation_steps=4")
+        for line in ("seed.yaml gradient_accumulation_steps=4", "each-process.yaml")
     ),
-    (FLAT, "flat.yaml device=mps eval_only=True", "device=mps eval_only=true", ""),
-    ({}, "init_from=gpt2-large", "init_from=gpt2-large model.name=gpt", ""),
-    (LAYERS, "a.py", "keep_last=3", ""),
-    (LAYERS, "a.py keep_last=null", "keep_last=null", ""),
-    # the schedule
+    ("each-process.yaml seed.py", "tokens_per_step=null gradient_accumulation_steps=4"),
+]
+
+
+@pytest.mark.parametrize(("line", "values"), MEANINGS)
+def test_its_names_mean_what_they_mean_there_and_the_base_yields(
+    ask: Ask, line: str, values: str
+) -> None:
+    check(ask(line).config, values)
+
+
+NOTES = [  # command line, the last notes
     (
-        *(LAYERS, "a.py max_iters=50", "max_iters=50 warmup_iters=1 min_lr=6e-5"),
+        "dataset=x max_iters=50 learning_rate=1e-5",
         f"schedule.lr_decay_iters=600000 of {NANOGPT} yields to training.max_iters=50: null",
-    ),
-    (
-        *({}, "dataset=x max_iters=50", "lr_decay_iters=null"),
         f"schedule.warmup_iters=2000 of {NANOGPT} yields to training.max_iters=50: 1",
-    ),
-    (
-        *(LAYERS, "a.py lr_decay_iters=1000", "warmup_iters=30 lr_decay_iters=1000"),
-        f"schedule.warmup_iters=2000 of {NANOGPT} yields to schedule.lr_decay_iters=1000: 30",
-    ),
-    (
-        *(LAYERS, "a.py learning_rate=1e-5", "min_lr=null learning_rate=1e-5"),
         f"schedule.min_lr=6e-5 of {NANOGPT} yields to training.learning_rate=1e-5: null",
     ),
     (
-        *(SMALL_STEPS, "a.py", "tokens_per_step=32 warmup_iters=150"),
-        f"schedule.warmup_iters=2000 of {NANOGPT} yields to training.max_iters=5000: 150",
+        "dataset=x lr_decay_iters=1000",
+        f"schedule.warmup_iters=2000 of {NANOGPT} yields to schedule.lr_decay_iters=1000: 30",
     ),
-    (LAYERS, "a.py max_iters=100000", "warmup_iters=2000 lr_decay_iters=null", ""),
-    (LAYERS, "a.py max_iters=700000", "warmup_iters=2000 lr_decay_iters=600000", ""),
-    (LAYERS, "a.py max_iters=900000 warmup_iters=700000", "lr_decay_iters=null", ""),
-    (LAYERS, "a.py max_iters=50 warmup_iters=7", "warmup_iters=7", ""),
     (
-        *(FLAT, "flat.yaml decay_lr=False max_iters=50", "warmup_iters=0 decay_lr=false"),
-        "schedule.decay_lr=false means no warm-up either, as in nanoGPT",
+        "dataset=x tokens_per_step=12288",
+        "training.tokens_per_step takes the place of gradient_accumulation_steps=40",
     ),
-    ({}, "decay_lr=False warmup_iters=9", "warmup_iters=9", ""),
-    # the text
-    (LAYERS, "a.py train_data_path=a.bin", "dataset.name=null train_data_path=a.bin", ""),
-    (LAYERS, "a.py parquet_dir=a", "dataset.name=null parquet_dir=a tokenizer.name=bytes", ""),
-    # it saves when it evaluates
-    ({}, "dataset=x", "test_freq=2000 checkpoint_freq=2000", ""),
-    ({}, "dataset=x eval_interval=5", "test_freq=5 checkpoint_freq=5", ""),
-    ({}, "dataset=x test_freq=null", "test_freq=null checkpoint_freq=null", ""),
-    ({}, "dataset=x checkpoint_freq=70", "test_freq=2000 checkpoint_freq=70", ""),
-    ({}, "eval_interval=5", "test_freq=5 checkpoint_freq=500", ""),
-    # accumulation in its names counts over all processes; in sections it is each process's
     (
-        *({"a.py": "gradient_accumulation_steps = 5 * 8"}, "a.py batch_size=16"),
-        "tokens_per_step=655360 gradient_accumulation_steps=1",
+        "forty.py batch_size=16",
         "gradient_accumulation_steps=40 is over all processes, as in nanoGPT: "
         "training.tokens_per_step = 40 * 16 * 1024 = 655360",
     ),
     (
-        *({}, "dataset=x tokens_per_step=12288", "tokens_per_step=12288"),
-        "training.tokens_per_step takes the place of gradient_accumulation_steps=40",
+        "flat.yaml decay_lr=False max_iters=600000",
+        "schedule.decay_lr=false means no warm-up either, as in nanoGPT",
     ),
-    (
-        {"a.py": "batch_size = 8"},
-        "a.py gradient_accumulation_steps=16",
-        "tokens_per_step=131072",
-        "",
-    ),
-    (
-        {"a.yaml": "dataset: x"},
-        "a.yaml",
-        "tokens_per_step=491520 gradient_accumulation_steps=1",
-        "",
-    ),
-    (
-        {"a.yaml": "dataset: x\ngradient_accumulation_steps: 3"},
-        "a.yaml",
-        "tokens_per_step=36864",
-        "",
-    ),
-    (
-        *({"a.yaml": "dataset: x", "b.yaml": "gradient_accumulation_steps: 3"}, "a.yaml b.yaml"),
-        *("tokens_per_step=36864", ""),
-    ),
-    ({}, "dataset=x gradient_accumulation_steps=2 block_size=64", "tokens_per_step=1536", ""),
-    ({}, "dataset=x tokens_per_step=null", "tokens_per_step=491520", ""),
-    (
-        *({"a.py": "tokens_per_step = 24576"}, "a.py gradient_accumulation_steps=4"),
-        *("tokens_per_step=49152 gradient_accumulation_steps=1", ""),
-    ),
-    ({"a.yaml": "seed: 3"}, "a.yaml gradient_accumulation_steps=4", OF_EACH_PROCESS, ""),
-    ({"a.yaml": SECTIONS}, "a.yaml", OF_EACH_PROCESS, ""),
-    ({"a.yaml": SECTIONS, "b.py": "seed = 3"}, "a.yaml b.py", OF_EACH_PROCESS, ""),
 ]
 
 
-@pytest.mark.parametrize(("files", "line", "values", "note"), MEANINGS)
-def test_its_names_mean_what_they_mean_there_and_the_base_yields_aloud(
-    ask: Ask, files: Files, line: str, values: str, note: str
-) -> None:
-    request = ask(line, files)
-    check(request.config, values)
-    assert not note or note in request.notes
+def test_each_value_that_means_something_else_is_told(ask: Ask) -> None:
+    for line, *notes in NOTES:
+        assert list(ask(line).notes[-len(notes) :]) == notes
 
 
 def test_the_tokens_of_a_step_are_shared_by_the_processes(ask: Ask) -> None:
@@ -251,28 +244,19 @@ def test_the_tokens_of_a_step_are_shared_by_the_processes(ask: Ask) -> None:
 
 
 REFUSED = [  # text of a.py, message
-    (
-        "max_iters = 50\nwarmup_iters = 60",
-        "a.py:2: schedule.warmup_iters=60 is above training.max_it",
-    ),
-    (
-        "learning_rate = 1e-4\nmin_lr = 1e-3",
-        "a.py:2: schedule.min_lr=1e-3 is above training.learning",
-    ),
+    ("max_iters = 50\nwarmup_iters = 60", "a.py:2: schedule.warmup_iters=60 is above training.ma"),
+    ("learning_rate = 1e-4\nmin_lr = 1e-3", "a.py:2: schedule.min_lr=1e-3 is above training.lea"),
     ("warmup_iters = 600001", "a.py:1: schedule.warmup_iters=600001 is above training.max_iters=6"),
     ("n_embd = 100", "a.py:1: model.n_embd=100 is not divisible by model.n_head=12; nearest: 96, "),
     ("gradient_accumulation_steps = 4\ntokens_per_step = 49152", "exclude each other; set one"),
-    (
-        "gradient_accumulation_steps = 2**62",
-        "gradient_accumulation_steps: must be in [1, 1000000]",
-    ),
+    ("gradient_accumulation_steps = 2**62", "gradient_accumulation_steps: must be in [1, 1000000]"),
 ]
 
 
 def test_what_a_file_says_itself_keeps_our_rules(complaint: Complain) -> None:
     for text, message in REFUSED:
         assert message in complaint("a.py", {"a.py": text})
-    assert complaint("flat.yaml n_head=7", FLAT) == (
+    assert complaint("flat.yaml n_head=7") == (
         "command line: model.n_embd=768 is not divisible by model.n_head=7; nearest: 763, 770 "
         "[model.n_embd: flat.yaml:17]"
     )
@@ -284,29 +268,20 @@ def test_a_shape_in_its_names_without_a_file_is_said_to_make_a_bdh(ask: Ask) -> 
         "n_layer, n_head, n_embd shape a BDH (model.name=bdh, the default); a GPT: model.name=gpt"
     )
     assert ask(shape).notes == (note,)
-    for line in (f"{shape} model.name=gpt", f"my.yaml {shape}", "n_layer=2", "init_from=gpt2"):
-        assert note not in ask(line, {"my.yaml": "n_layer: 6"}).notes
+    for line in (f"{shape} model.name=gpt", f"layers.yaml {shape}", "n_layer=2", "init_from=gpt2"):
+        assert note not in ask(line).notes
 
 
 # --- its presets ----------------------------------------------------------------------------------
 
 TRAIN_GPT2 = """\
 # config for training GPT-2 (124M): 12 batch size * 1024 block size * 5 gradaccum * 8 GPUs = 491,520
-wandb_log = True
-wandb_project = 'owt'
+wandb_log = True; wandb_project = 'owt'
 wandb_run_name='gpt2-124M'
 
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8
-
+batch_size = 12; block_size = 1024; gradient_accumulation_steps = 5 * 8
 max_iters = 600000; lr_decay_iters = 600000
-
-eval_interval = 1000
-eval_iters = 200
-log_interval = 10
-
-weight_decay = 1e-1
+eval_interval = 1000; eval_iters = 200; log_interval = 10; weight_decay = 1e-1
 """
 SHAKESPEARE_CHAR = """\
 out_dir = 'out-shakespeare-char'
