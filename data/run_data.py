@@ -29,9 +29,6 @@ from data.loading.packing import document_ids
 from data.preparation import stdlib_corpus
 from data.sources.dataset import Dataset
 
-DocumentIds = Callable[[Tensor], Tensor]
-"""Numbers the documents in rows (B, T) of tokens."""
-
 
 class RunData:
     """A dataset as one run reads it (Lightning: a DataModule).
@@ -43,7 +40,8 @@ class RunData:
     def __init__(self, dataset: Dataset, config: Config) -> None:
         self._dataset, self._config = dataset, config
         self.document_ids = document_id_function(dataset, config)
-        """None if tokens may attend to all tokens before them."""
+        """Maps tokens (B, T) to the number of each token's document (B, T). None if tokens may
+        attend to all tokens before them."""
         self.evaluation = _evaluation_batches(dataset, config)
         """Rows (n, T + 1) of the training and of the held-out text, in batches; () without any."""
         self.bytes_per_token = self._count_bytes()
@@ -86,7 +84,7 @@ def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) ->
     )
 
 
-def check_data_state(
+def check_data_continues(
     dataset: Dataset, config: Config, data_state: DataState, world_size: int
 ) -> None:
     """Raises DataError unless a run can continue from the data state of a checkpoint."""
@@ -132,7 +130,7 @@ def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor,
     return tuple(torch.split(each, size) for each in rows)
 
 
-def document_id_function(dataset: Dataset, config: Config) -> DocumentIds | None:
+def document_id_function(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:
     """Returns a function that numbers documents; None if tokens may attend to all before them.
 
     Raises ConfigError if no token separates documents.

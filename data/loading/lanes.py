@@ -19,12 +19,12 @@ from data.loading.order import Integers, Keys, segment_order
 def assign_lanes(keys: Keys, lanes: int) -> Integers:
     """Returns the lane of each segment, given the shuffle keys in the order of the epoch.
 
-    Runs of equal keys go to the lanes in turn, so a row group is read by one lane.
+    Neighbours with equal keys are a group; groups go to the lanes in turn.
     """
-    # Numbering runs instead of segments: a row group in two lanes would be decoded twice.
-    starts = np.ones(len(keys), dtype=np.int64)
-    starts[1:] = keys[1:] != keys[:-1]
-    return (np.cumsum(starts) - 1) % lanes
+    # Groups, not segments: a row group whose segments are in two lanes would be decoded twice.
+    begins_group = np.ones(len(keys), dtype=np.int64)
+    begins_group[1:] = keys[1:] != keys[:-1]
+    return (np.cumsum(begins_group) - 1) % lanes
 
 
 def tokens_per_lane(tokens: int, lanes: int, epoch: int) -> list[int]:
@@ -32,7 +32,8 @@ def tokens_per_lane(tokens: int, lanes: int, epoch: int) -> list[int]:
 
     Where `tokens` is no multiple of `lanes`, other lanes get the remainder in each epoch. So over
     n epochs no lane reads more than ceil(n * tokens / lanes), and none falls behind by more than
-    one token, however many epochs a run has.
+    one token, however many epochs a run has. For 10 tokens and 4 lanes, epoch 0 has [2, 2, 3, 3]
+    and epoch 1 has [3, 3, 2, 2].
     """
     # Differences of cumulative counts, so that roundings cannot add up over epochs.
     before, after = epoch * tokens, (epoch + 1) * tokens
@@ -41,11 +42,11 @@ def tokens_per_lane(tokens: int, lanes: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Ranges of tokens, read one after the other: [first[i], last[i]) of segment[i]."""
+    """Ranges of tokens, read one after the other: [begin[i], end[i]) of segment[i]."""
 
     segment: Integers
-    first: Integers
-    last: Integers
+    begin: Integers
+    end: Integers
 
     @classmethod
     def whole(cls, segments: Integers, tokens: Integers) -> Spans:
@@ -58,39 +59,36 @@ class Spans:
         """Returns several lists of spans as one."""
         return cls(
             np.concatenate([part.segment for part in parts]),
-            np.concatenate([part.first for part in parts]),
-            np.concatenate([part.last for part in parts]),
+            np.concatenate([part.begin for part in parts]),
+            np.concatenate([part.end for part in parts]),
         )
 
     @property
     def tokens(self) -> int:
         """The number of tokens in all spans."""
-        return int((self.last - self.first).sum())
+        return int((self.end - self.begin).sum())
 
-    def part(self, begin: int, end: int) -> Spans:
-        """Returns tokens [begin, end) of the joined spans, cutting at most the outer two.
+    def part(self, start: int, stop: int) -> Spans:
+        """Returns tokens [start, stop) of the joined spans, cutting at most the outer two.
 
-        An empty span comes along with the span before it: positions in checkpoints count spans, so
-        which part an empty one belongs to must not change.
+        With `start` above 0 and not below the number of tokens there are none: a lane at or below
+        its target has no surplus. In all other cases start < stop, or both are 0.
         """
-        if 0 < begin >= end:
-            return Spans(self.segment[:0], self.first[:0], self.last[:0])
-        # ends[i]: the tokens in spans up to and including the i-th.
-        ends = np.cumsum(self.last - self.first)
-        # From begin = 0 on, leading empty spans are taken along; a search would pass over them.
-        start = int(np.searchsorted(ends, begin, "right")) if begin else 0
-        stop = int(np.searchsorted(ends, end, "right"))  # spans before it end at or before `end`
-        is_cut = stop < len(ends) and (ends[stop - 1] if stop else 0) < end
-        chosen = slice(start, stop + 1 if is_cut else stop)
-        segment, first, last = self.segment[chosen], self.first[chosen], self.last[chosen]
-        # Copies: these may be views of the spans of another lane.
-        first, last = first.copy(), last.copy()
-        if is_cut:
-            last[-1] -= ends[stop] - end
-        # After the end, not before: both may cut the same span, of which only the end is known.
-        if begin and len(first):
-            first[0] += begin - (ends[start - 1] if start else 0)
-        return Spans(segment, first, last)
+        # Of the joined tokens, span i has [left[i], right[i]).
+        edges = np.concatenate(([0], np.cumsum(self.end - self.begin)))
+        left, right = edges[:-1], edges[1:]
+        overlaps = (right > start) & (left < stop)
+        # A segment may have no tokens, by count or by estimate. Its empty span is in the part that
+        # has the token before it, or in one that starts at 0. Positions in checkpoints count spans,
+        # so another choice would resume them elsewhere.
+        empty = (left == right) & (right <= stop) & ((right > start) | (start == 0))
+        chosen = overlaps | empty
+        left, right, begin = left[chosen], right[chosen], self.begin[chosen]
+        return Spans(
+            self.segment[chosen],
+            begin + np.maximum(start - left, 0),
+            begin + np.minimum(stop, right) - left,
+        )
 
 
 def balance_lanes(lanes: list[Integers], tokens: Integers, targets: list[int]) -> list[Spans]:
@@ -125,10 +123,10 @@ def balance_lanes(lanes: list[Integers], tokens: Integers, targets: list[int]) -
 
 
 class Share(NamedTuple):
-    """Tokens [first, last) of a segment that is planned to have `planned` tokens."""
+    """Tokens [begin, end) of a segment that is planned to have `planned` tokens."""
 
-    first: int
-    last: int
+    begin: int
+    end: int
     planned: int
 
     def of(self, count: int) -> slice:
@@ -137,10 +135,10 @@ class Share(NamedTuple):
         Where the plan only had estimates, all lanes that share the segment scale their bounds by
         the same factor, so each token still belongs to exactly one of them.
         """
-        return slice(self.first * count // self.planned, self.last * count // self.planned)
+        return slice(self.begin * count // self.planned, self.end * count // self.planned)
 
 
-WHOLE_SEGMENT = Share(0, 1, 1)
+WHOLE_SEGMENT = Share(0, 1, 1)  # of(count) is slice(0, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +157,11 @@ class LanePlan:
         keys: the shuffle key of every segment.
         segments: the numbers of the segments to read, such as those of the training split.
         lanes: the number of lanes.
-        seed: of the shuffle, as `shuffle` says whether there is one.
-        tokens: the size of every segment, by which lanes are balanced. None deals segments in turn
-            and no more: token files, whose segments are equal, and plans of version 1.
+        seed: the seed of the shuffle.
+        shuffle: whether segments and documents are shuffled; if not, they keep their stored order.
+        tokens: the tokens of every segment, by which lanes are balanced; estimates will do, since
+            each lane then reads its share of what the segment has. None deals segments in turn
+            without balancing: token files, whose segments are equal, and plans of version 1.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class LanePlan:
         tokens: Integers | None = None,
     ) -> None:
         self.lanes, self.seed, self.shuffle = lanes, seed, shuffle
+        # _keys goes by index in `segments`, _tokens by segment number.
         self._segments, self._keys, self._tokens = segments, keys[segments], tokens
         self.epoch_tokens = None if tokens is None else int(tokens[segments].sum())
         """The sum by which lanes are balanced; a checkpoint keeps it to notice another count."""
@@ -208,9 +209,9 @@ class LanePlan:
         for spans in balance_lanes(dealt, self._tokens, targets):
             # Only shared segments are listed: a few per lane, of possibly 100,000.
             planned = self._tokens[spans.segment]
-            shared = np.flatnonzero((spans.first > 0) | (spans.last < planned)).tolist()
+            shared = np.flatnonzero((spans.begin > 0) | (spans.end < planned)).tolist()
             shares = {
-                i: Share(int(spans.first[i]), int(spans.last[i]), int(planned[i])) for i in shared
+                i: Share(int(spans.begin[i]), int(spans.end[i]), int(planned[i])) for i in shared
             }
             result.append(_LaneEpoch(spans.segment, shares))
         return result

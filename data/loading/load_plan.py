@@ -2,6 +2,9 @@
 
 The batch of a step is a fixed list of rows, lane after lane. A process takes its slice of it,
 so neither the number of processes nor an interruption changes a batch.
+
+BatchSpec is what the config says of a batch. With a LanePlan (lanes.py: the segments of every lane)
+it makes the LoadPlan of one process: its rows, its lanes, and the position where each begins.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from data.sources.dataset import Dataset, Segments, segments_of_split
 from data.tokenizers.base import row_dtype
 
 DataState: TypeAlias = dict[str, Any]
-"""Where the training text stands, as plain values: the positions of some lanes and what they depend
-on. `LoadPlan.data_state` lists the keys, which stand in checkpoints."""
+"""How far the training text has been read, as plain values: the positions of some lanes and what
+they depend on. `LoadPlan.data_state` lists the keys. Checkpoints keep it as `cursor`."""
 
 CHUNK_BYTES = 1 << 18
 """About how much a worker sends at once: a message costs more than the bytes of a small batch."""
@@ -43,7 +46,7 @@ class BatchSpec:
     block_size: int
     """T: rows have T + 1 tokens."""
     sequences_per_step: int
-    """The rows of all processes."""
+    """The rows of all processes in one step."""
     micro_batches: int
     """Equal tensors that this process gets its rows in."""
     seed: int
@@ -88,10 +91,15 @@ class LoadPlan:
         step_tokens = len(self.lanes) * self.rows_per_lane * (self.spec.block_size + 1)
         return max(1, CHUNK_BYTES // (step_tokens * self.dtype.itemsize))
 
-    def own_rows(self, lane: int) -> tuple[int, int]:
-        """Returns the rows [first, last) of a lane's step that belong to this process."""
-        begin = lane * self.rows_per_lane
-        return max(self.rows.start - begin, 0), min(self.rows.stop - begin, self.rows_per_lane)
+    def own_rows(self, lane: int) -> range:
+        """Returns which of the rows that a step takes from a lane this process gets.
+
+        All of them, unless there are fewer lanes than processes.
+        """
+        first = lane * self.rows_per_lane  # the number of the lane's first row in the batch
+        return range(
+            max(self.rows.start - first, 0), min(self.rows.stop - first, self.rows_per_lane)
+        )
 
     def data_state(self, positions: Sequence[Position]) -> DataState:
         """Returns the data state of this process, whose lanes stand at these positions."""
@@ -122,10 +130,10 @@ def plan_loading(
     total = spec.sequences_per_step
     assert total % (spec.world_size * spec.micro_batches) == 0
     if data_state is not None:
-        _check_shape(data_state, segments, spec, shuffle)
+        _check_continuable(data_state, segments, spec, shuffle)
     # A run keeps the rule it began with: another one would repeat and skip text from here on.
     version = PLAN_VERSION if data_state is None else data_state["version"]
-    # Without sizes the plan deals segments in turn, which is the rule of version 1.
+    # Without `tokens` the plan deals segments in turn, which is the rule of version 1.
     tokens = segments.tokens if version > 1 else None
     keys = segments.shuffle_keys
     wanted = spec.lanes if data_state is None else data_state["lanes"]
@@ -165,13 +173,15 @@ def check_data_state(
     data_state: DataState, segments: Segments, spec: BatchSpec, shuffle: bool
 ) -> None:
     """Raises DataError unless a run can continue from the merged data state of its processes."""
-    _check_shape(data_state, segments, spec, shuffle)
+    _check_continuable(data_state, segments, spec, shuffle)
     _lane_positions(data_state, range(data_state["lanes"]))
 
 
-def _check_shape(data_state: DataState, segments: Segments, spec: BatchSpec, shuffle: bool) -> None:
-    """Raises DataError unless batches of this shape can continue the data state, so that no text is
-    skipped or read twice.
+def _check_continuable(
+    data_state: DataState, segments: Segments, spec: BatchSpec, shuffle: bool
+) -> None:
+    """Raises DataError unless such batches can continue the data state without skipping text or
+    reading it twice.
 
     A lane continues at its next token, so a step may take more or fewer rows of each lane, and
     packed rows may have another length. Rows of token files are cut by their length.
@@ -205,7 +215,7 @@ def _check_shape(data_state: DataState, segments: Segments, spec: BatchSpec, shu
 
 
 def _check_epoch_tokens(data_state: DataState, plan: LanePlan) -> None:
-    """Raises DataError if lanes were balanced by another count of tokens: spans then differ."""
+    """Raises DataError if lanes were balanced by another count of tokens: shares then differ."""
     then = data_state.get("epoch_tokens")  # version 1 has none
     if then != plan.epoch_tokens:
         raise DataError(

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
 from data.loading.load_plan import BatchSpec, DataState, LoadPlan, plan_loading
-from data.loading.packing import Lane, LaneReader, PackedLane, Position, Provenance, RowLane
+from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
 from data.loading.prefetch import Prefetcher
 from data.sources.dataset import Dataset
 
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Chunk:
-    """Some steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1)."""
+    """Successive steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1)."""
 
     rows: Tensor
-    provenance: list[Provenance] = field(default_factory=list)
+    position_maps: list[PositionMap] = field(default_factory=list)
     """Of each lane."""
     skipped_counts: dict[str, int] = field(default_factory=dict)
     error: str | None = None
@@ -81,8 +81,8 @@ class ChunkDataset(IterableDataset[Chunk]):
         plan = self._plan
         shape = (plan.chunk_steps, len(lanes), plan.rows_per_lane, plan.spec.block_size + 1)
         rows = np.empty(shape, dtype=plan.dtype)
-        provenance = [lane.fill(rows[:, i]) for i, lane in enumerate(lanes)]
-        return Chunk(torch.from_numpy(rows), provenance)
+        position_maps = [lane.fill(rows[:, i]) for i, lane in enumerate(lanes)]
+        return Chunk(torch.from_numpy(rows), position_maps)
 
 
 def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
@@ -96,14 +96,14 @@ def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
     lanes, workers = sum(part.rows.shape[1] for part in parts), len(parts)
     shape = (steps, lanes, rows_per_lane, width)
     rows = torch.empty(shape, dtype=parts[0].rows.dtype, pin_memory=pin)
-    provenance = [Provenance(packed=True)] * lanes
+    position_maps = [PositionMap(packed=True)] * lanes
     skipped = Counter[str]()
     # Worker w has lanes w, w + n, ...: interleaving puts them in order, whatever n is.
     for worker, part in enumerate(parts):
         rows[:, worker::workers] = part.rows
-        provenance[worker::workers] = part.provenance
+        position_maps[worker::workers] = part.position_maps
         skipped.update(part.skipped_counts)
-    return Chunk(rows, provenance, dict(skipped))
+    return Chunk(rows, position_maps, dict(skipped))
 
 
 class StepBatch:
@@ -113,17 +113,17 @@ class StepBatch:
     """Tensors (B, T + 1) of uint8 or int32: inputs [:, :-1], targets [:, 1:]."""
 
     def __init__(
-        self, plan: LoadPlan, rows: Tensor, provenance: list[Provenance], step: int
+        self, plan: LoadPlan, rows: Tensor, position_maps: list[PositionMap], step: int
     ) -> None:
         """Takes rows (micro-batches, B, T + 1) and the number of the step in its chunk."""
-        self._plan, self._provenance, self._step = plan, provenance, step
+        self._plan, self._position_maps, self._step = plan, position_maps, step
         self.micro_batches = rows.unbind(0)
 
     def _positions(self) -> list[Position]:
         """Returns the position of each lane after this batch."""
         # After this batch, not after the chunk: what is read ahead does not count as seen.
         token = (self._step + 1) * self._plan.lane_step_tokens
-        return [provenance.position(token) for provenance in self._provenance]
+        return [positions.position(token) for positions in self._position_maps]
 
     @property
     def epoch(self) -> int:
@@ -142,11 +142,12 @@ class StepBatch:
         plan, found = self._plan, defaultdict[str, list[range]](list)
         reader = plan.segments.open_reader()
         source = LaneReader(reader, plan.lane_plan)
-        for lane, provenance in zip(plan.lanes, self._provenance, strict=True):
-            # Provenance counts tokens from the begin of the chunk.
+        for lane, positions in zip(plan.lanes, self._position_maps, strict=True):
+            # A PositionMap counts tokens from the begin of the chunk.
             begin = self._step * plan.lane_step_tokens
-            first, last = (begin + row * plan.spec.block_size for row in plan.own_rows(lane))
-            for position, length in provenance.runs(first, last):
+            own, block_size = plan.own_rows(lane), plan.spec.block_size
+            first, last = begin + own.start * block_size, begin + own.stop * block_size
+            for position, length in positions.pieces(first, last):
                 name, numbers = source.locate(lane, position, length)
                 found[name] += numbers
         reader.close()
@@ -220,10 +221,10 @@ class TrainLoader:
         self.skipped_counts.update(chunk.skipped_counts)
         plan = self.plan
         # With fewer lanes than processes, the chunk also has rows of other processes.
-        first, _ = plan.own_rows(plan.lanes.start)
+        first = plan.own_rows(plan.lanes.start).start
         rows = chunk.rows.flatten(1, 2)[:, first : first + len(plan.rows)]
         steps = rows.view(len(rows), plan.spec.micro_batches, -1, rows.shape[-1]).unbind(0)
-        return (StepBatch(plan, rows, chunk.provenance, step) for step, rows in enumerate(steps))
+        return (StepBatch(plan, rows, chunk.position_maps, step) for step, rows in enumerate(steps))
 
     def first_data_state(self) -> DataState:
         """Returns the data state before the first batch of this loader."""

@@ -11,16 +11,22 @@ every process can compute the order of every other.
                  lane 1:  s1 s2 s4 ...     =  t t t t t t t t t t ...
     rows         lane 0:  [ T+1 tokens ]          each begins with the last token of the one before
                                     [ T+1 tokens ]
-    batch        [ lane 0: G/V rows | lane 1: G/V rows | ... ]          G rows in each step
+    batch        [ lane 0: G/L rows | lane 1: G/L rows | ... ]          G rows in each step
     ranks        [ rank 0: G/W rows       | rank 1: G/W rows | ... ]
+
+    T = training.block_size   G = sequences_per_step   L = lanes   W = world_size
 
 Segment: what is read at once: successive documents of one row group, or rows of a token file.
 Shuffle key: the name that a segment is sorted by. The segments of one row group share it and stay
     together (s1 and s2 above), because reading them one after the other is cheaper.
-Lane: one of V endless token streams. A batch takes the same number of rows from each, lane after
+Own key: the name of one segment alone, by which its documents are shuffled.
+Lane: one of L endless token streams. A batch takes the same number of rows from each, lane after
     lane, so its rows do not depend on which process or worker reads which lane.
-Row: T + 1 tokens, T of them inputs; T is training.block_size.
+Row: one sequence of a batch: T + 1 tokens, since the T targets are the T inputs shifted by one.
 Epoch: one pass over the training text. Each epoch has its own order of segments and documents.
+Share (lanes.py): the tokens of a segment that one lane reads, where several lanes share it.
+Position (packing.py): the next token of a lane. The positions of all lanes are what a resume needs.
+Chunk (loader.py): the rows of some successive steps, which the loader reads ahead as one.
 """
 
 from __future__ import annotations
@@ -89,6 +95,7 @@ def path_keys(paths: Iterable[str]) -> Keys:
 
 def numbered_keys(keys: Keys, numbers: npt.NDArray[np.integer]) -> Keys:
     """Returns a key for number i of a thing with key k, such as row group 3 of a file."""
+    # The keys are hashed first: two that differ in low bits only could meet, k ^ 1 == k' ^ 2.
     return hash_array(hash_array(keys) ^ numbers.astype(np.uint64))
 
 
@@ -123,8 +130,8 @@ def choose_held_out(keys: Keys, sizes: Integers, fraction: float) -> Booleans:
     """Marks the segments held out for testing: about `fraction` of the bytes, for every seed.
 
     Segments with the same shuffle key are held out together. With a fraction above 0 at least one
-    key is held out and never all; a key that would raise the held-out share above one half (or
-    above `fraction`) is passed over. With fewer than two keys nothing is held out.
+    key is held out and never all; a key that would raise the held-out share above
+    max(1/2, fraction) is passed over. With fewer than two keys nothing is held out.
     """
     names, inverse = np.unique(keys, return_inverse=True)
     if fraction <= 0 or len(names) < 2:

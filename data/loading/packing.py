@@ -69,8 +69,10 @@ class LaneReader:
         return self._reader.locate(segment, *order, range(token, token + length))
 
 
-class Provenance:
-    """Where the tokens of some successive rows of one lane come from.
+class PositionMap:
+    """The position of each token in some successive rows of one lane.
+
+    A resume begins at one of them, and an error names the text that it finds through them.
 
     Tokens are counted over all rows, T of each: token row * T + t is the t-th input of a row.
 
@@ -95,14 +97,15 @@ class Provenance:
         epoch, index, offset = self._positions[i]
         return Position(epoch, index, offset + token - self._starts[i])
 
-    def runs(self, first: int, last: int) -> list[tuple[Position, int]]:
-        """Returns (position, length) of the stored runs that hold tokens [first, last) and the
+    def pieces(self, begin: int, end: int) -> list[tuple[Position, int]]:
+        """Returns (position, length) of the stored pieces that hold tokens [begin, end) and the
         last target of their rows."""
         if self._packed:
-            last += 1
-        # Cut at the starts inside, so that each run is stored in one piece.
-        edges = [first, *(start for start in self._starts if first < start < last), last]
-        target = 0 if self._packed else 1  # each run of whole rows is followed by its own target
+            end += 1
+        # Cut at the starts inside, so that each piece is stored without a gap.
+        edges = [begin, *(start for start in self._starts if begin < start < end), end]
+        # Each piece of whole rows is followed by its own target.
+        target = 0 if self._packed else 1
         return [(self.position(a), b - a + target) for a, b in pairwise(edges) if a < b]
 
 
@@ -119,7 +122,7 @@ class Lane(ABC):
             self._refuse(f"segment {self._index} of {self._count}")
 
     @abstractmethod
-    def fill(self, rows: Tokens) -> Provenance:
+    def fill(self, rows: Tokens) -> PositionMap:
         """Fills `rows` (..., T + 1) with the next rows; raises DataError if there is no text."""
 
     @property
@@ -143,28 +146,28 @@ class Lane(ABC):
 class PackedLane(Lane):
     """Rows that run across documents, segments and epochs."""
 
-    def fill(self, rows: Tokens) -> Provenance:
+    def fill(self, rows: Tokens) -> PositionMap:
         """Fills `rows` with the next rows."""
         block_size = rows.shape[-1] - 1
         # One array for all rows, as neighbours share a token; it is copied once, below.
         flat = np.empty(rows.size // (block_size + 1) * block_size + 1, dtype=rows.dtype)
-        provenance = self._read(flat)
+        positions = self._read(flat)
         rows[...] = windows(flat, block_size).reshape(rows.shape)
-        return provenance
+        return positions
 
-    def _read(self, out: Tokens) -> Provenance:
+    def _read(self, out: Tokens) -> PositionMap:
         """Fills `out` with the next tokens; the last of them will be read again."""
-        provenance, filled = Provenance(packed=True), 0
+        positions, filled = PositionMap(packed=True), 0
         while filled < len(out):
             part = self._load()[self._token :][: len(out) - filled]
-            provenance.add(filled, self._position)
+            positions.add(filled, self._position)
             out[filled : filled + len(part)] = part
             filled += len(part)
             self._token += len(part)
             del part  # frees a finished segment before the next one is read
         # The last token was a target only; as an input it begins the next row.
         self._token -= 1
-        return provenance
+        return positions
 
     def _load(self) -> Tokens:
         """Returns the segment of the next token; passes over finished and empty segments."""
@@ -194,12 +197,12 @@ class PackedLane(Lane):
 class RowLane(Lane):
     """Rows of segments that are whole rows; no row crosses the end of its segment."""
 
-    def fill(self, rows: Tokens) -> Provenance:
+    def fill(self, rows: Tokens) -> PositionMap:
         """Fills `rows` with the next rows."""
-        block_size, provenance, filled = rows.shape[-1] - 1, Provenance(packed=False), 0
+        block_size, positions, filled = rows.shape[-1] - 1, PositionMap(packed=False), 0
         for index in product(*map(range, rows.shape[:-1])):
             tokens = self._load(block_size)
-            provenance.add(filled, self._position)
+            positions.add(filled, self._position)
             rows[index] = tokens[self._token : self._token + block_size + 1]
             filled += block_size
             self._token += block_size
@@ -207,8 +210,8 @@ class RowLane(Lane):
                 self._next_segment()
                 if self._index >= self._count:
                     self._next_epoch()
-        provenance.add(filled, self._position)
-        return provenance
+        positions.add(filled, self._position)
+        return positions
 
     def _load(self, block_size: int) -> Tokens:
         if self._tokens is None:

@@ -86,8 +86,8 @@ class Generators(DeviceGenerators):
     numpy: tuple[str, list[int], int, int, float]
 
 
-class DataState(TypedDict):
-    """Where the training text stands (data/loading/load_plan.py)."""
+class SavedDataState(TypedDict):
+    """The data state of all processes (`LoadPlan.data_state` in data/loading/load_plan.py)."""
 
     version: int
     lanes: int
@@ -97,7 +97,7 @@ class DataState(TypedDict):
     shuffle: bool
     first_lane: int
     positions: list[tuple[int, int, int]]
-    """Of each lane: epoch, unit, token."""
+    """Of each lane: epoch, segment_index, token (`Position` in data/loading/packing.py)."""
 
 
 class SavedData(TypedDict):
@@ -121,7 +121,8 @@ class Content(TypedDict):
     precision: PrecisionState
     train: TrainState
     """As a dict."""
-    cursor: DataState
+    cursor: SavedDataState
+    """The data state, under the name that it had when format 3 was made."""
     rng: list[Generators]
     """Of each process."""
     config: SavedConfig
@@ -131,7 +132,7 @@ class Content(TypedDict):
 
 _OPEN = (
     *(ShapeOptions, RunOptions, SavedConfig, ParameterGroup),
-    *(DataState, SavedData, SavedTokenizer),
+    *(SavedDataState, SavedData, SavedTokenizer),
 )
 """May have entries that are not named here."""
 _NAMES = {

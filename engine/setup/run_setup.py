@@ -9,7 +9,7 @@ from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, open_dataset
 from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
-from data.run_data import check_data_state, embedded_is_missing
+from data.run_data import check_data_continues, embedded_is_missing
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import (
     adapt_to_world_size,
@@ -149,7 +149,7 @@ def check_fits(
     path, processes = str(start.resume.path), len(saved["rng"])
     lines = check_resumable(before, config, path, processes, world_size)
     dataset.check_unchanged(saved["data"])
-    check_data_state(dataset, config, saved["cursor"], world_size)
+    check_data_continues(dataset, config, saved["cursor"], world_size)
     documents = not dataset.segments(config.training.block_size).whole_rows
     earlier = documents and saved["cursor"]["version"] < PLAN_VERSION
     if earlier and config.training.epochs is not None:

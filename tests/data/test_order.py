@@ -85,7 +85,7 @@ def test_balanced_lanes_have_equal_tokens_and_each_token_once(
     for segments, spans, target in zip(dealt, balanced, targets, strict=True):
         assert spans.tokens == target
         own = [segment for segment in segments.tolist() if sizes[segment]]
-        table = zip(spans.segment.tolist(), spans.first, spans.last, strict=True)
+        table = zip(spans.segment.tolist(), spans.begin, spans.end, strict=True)
         for index, (segment, first, last) in enumerate(table):
             assert 0 <= first < last <= sizes[segment] or first == last == sizes[segment] == 0
             seen[starts[segment] + first : starts[segment] + last] += 1

@@ -18,7 +18,7 @@ from data.loading.packing import (
     LaneReader,
     PackedLane,
     Position,
-    Provenance,
+    PositionMap,
     RowLane,
     document_ids,
     windows,
@@ -51,12 +51,12 @@ class Counted(LaneReader):
 
 def filled(
     lane: Lane, count: int, block_size: int, dtype: type = np.uint8
-) -> tuple[Array, Provenance]:
+) -> tuple[Array, PositionMap]:
     """The next rows (count, T + 1), written between others, and where they came from."""
     out: Array = np.zeros((count, 3, block_size + 1), dtype=dtype)
-    provenance = lane.fill(out[:, 1])
+    positions = lane.fill(out[:, 1])
     assert not out[:, ::2].any()
-    return out[:, 1], provenance
+    return out[:, 1], positions
 
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
@@ -71,11 +71,11 @@ def test_packed_rows_are_windows_of_the_stream_and_every_position_continues_it(
     expected = source.stream(epochs=(sum(counts) + 4) * T + 2)
     lane, done = PackedLane(source, 0), 0
     for count in counts:
-        rows, provenance = filled(lane, count, T)
+        rows, positions = filled(lane, count, T)
         assert np.array_equal(rows, windows(expected[done : done + count * T + 1], T))
-        assert sum(length for _, length in provenance.runs(0, count * T)) == count * T + 1
+        assert sum(length for _, length in positions.pieces(0, count * T)) == count * T + 1
         token = draw.draw(st.integers(0, count * T))
-        again, _ = filled(PackedLane(source, 0, provenance.position(token)), 1, T)
+        again, _ = filled(PackedLane(source, 0, positions.position(token)), 1, T)
         assert np.array_equal(again[0], expected[done + token :][: T + 1])
         done += count * T
 
@@ -98,16 +98,16 @@ def test_rows_of_segments_of_whole_rows_cross_no_end_and_every_row_can_begin(
     ]
     lane, done = RowLane(source, 0), 0
     for count in counts:
-        rows, provenance = filled(lane, count, T)
+        rows, positions = filled(lane, count, T)
         for i in range(count):
             position, row = expected[done + i]
-            assert provenance.position(i * T) == position
-            assert provenance.runs(i * T, (i + 1) * T) == [(position, T + 1)]
+            assert positions.position(i * T) == position
+            assert positions.pieces(i * T, (i + 1) * T) == [(position, T + 1)]
             assert np.array_equal(rows[i], row)
             again, _ = filled(RowLane(source, 0, position), 1, T)
             assert np.array_equal(again[0], row)
         done += count
-        assert provenance.position(count * T) == expected[done][0]
+        assert positions.position(count * T) == expected[done][0]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
