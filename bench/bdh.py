@@ -349,7 +349,7 @@ def models(bench: Bench, longest: int) -> Iterator[tuple[str, BDH, Tensor]]:
 def activity(model: BDH, prompt: Tensor) -> str:
     """Of all neurons, the mean over layers: s = relu(x E), and z after the gate."""
     with torch.autocast(prompt.device.type, torch.bfloat16):
-        shares = model.activation_sparsity(prompt[None, :512])
+        shares = model.active_fraction(prompt[None, :512])
     s, z = (statistics.mean(shares[name]) for name in ("s", "z"))
     return f", active: s {s:.1%}, z {z:.1%}"
 

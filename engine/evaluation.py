@@ -117,7 +117,7 @@ class Evaluator:
         document_ids = self.data.document_ids
         ids = None if document_ids is None else document_ids(rows)[:, :-1]
         with self.precision.autocast():
-            return self.model.activation_sparsity(rows[:, :-1], ids)
+            return self.model.active_fraction(rows[:, :-1], ids)
 
 
 @torch.inference_mode()

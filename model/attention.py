@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    if TYPE_CHECKING:  # nn.Module declares calls as Any
+
+        def __call__(self, tokens: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

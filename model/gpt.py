@@ -54,16 +54,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D = config.n_embd
-        self.layer, self.heads = layer, config.n_head
+        self.layer, self.n_head = layer, config.n_head
         self.c_attn = Linear(D, 3 * D, bias=_bias(config, config.attn_bias), n_fused=3)
         self.c_proj = Linear(D, D, bias=_bias(config, config.proj_bias))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        parts: Tensor = self.c_attn(x).view(*ctx.shape, 3, self.heads, -1)
+        parts = self.c_attn(x).view(*ctx.shape, 3, self.n_head, -1)
         q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, d)
         k, v = ctx.all_keys_values(self.layer, k, v)
-        y: Tensor = self.c_proj(attention(q, k, v, ctx.mask))
-        return y
+        return self.c_proj(attention(q, k, v, ctx.mask))  # of rows (R, D)
 
 
 class MLP(nn.Module):
@@ -78,8 +77,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.c_proj(self.activation(self.c_fc(x)))
-        return y
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -144,12 +142,10 @@ class GPT(Transformer):
         end = position + tokens.shape[1]
         if end > self.max_context:
             raise ValueError(f"{end} tokens, but this GPT has learned {self.max_context} positions")
-        x: Tensor = self.transformer.wte(tokens)
-        return x + self.transformer.wpe.weight[position:end]
+        return self.transformer.wte(tokens) + self.transformer.wpe.weight[position:end]
 
     def head(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(self.transformer.ln_f(x))
-        return logits
+        return self.lm_head(self.transformer.ln_f(x))
 
     def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.transformer.wte.weight, self.lm_head.weight

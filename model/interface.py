@@ -19,7 +19,8 @@ class HiddenWeight(NamedTuple):
     4-bit weights, adapters."""
 
     weight: Tensor
-    """2-D or 3-D. An `nn.Parameter`, but where adapters have replaced it, its shape on "meta"."""
+    """2-D or 3-D: an `nn.Parameter`, or where adapters have replaced it, an empty tensor of its
+    shape on the device "meta"."""
     n_fused: int
     """Matrices of equal size stacked along dimension 0: 3 for query, key and value in one."""
 
@@ -34,11 +35,13 @@ class LanguageModel(nn.Module):
     """The longest context the model can take, in tokens; None: any."""
     n_layer: int
 
+    # A model with `Linear` modules leaves these two alone: each module has a replaceable function.
     matmul_backend: MatmulBackend | None = None
-    """What computes the products with the hidden weights of a model with fused layers; None where
-    these weights are in `Linear` modules, which have a replaceable function each."""
+    """What computes the products of fused layers (BDH) with the hidden weights; None without fused
+    layers."""
     projections: ProjectionFactory | None = None
-    """Replaces `matmul_backend` by modules that bring their own backward pass; None: not used."""
+    """Modules that compute the same products in place of `matmul_backend`, with a backward pass of
+    their own (Transformer Engine, for BDH); None: not used."""
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns logits (B, T, V) of the next token at each position of tokens (B, T).
@@ -91,7 +94,7 @@ class LanguageModel(nn.Module):
         """Returns the memory of the cache of one sample of this many tokens."""
         raise NotImplementedError
 
-    def activation_sparsity(
+    def active_fraction(
         self, tokens: Tensor, documents: Tensor | None = None
     ) -> dict[str, list[float]]:
         """Returns the fraction of neurons that are active on tokens (B, T), by kind and layer;

@@ -3,9 +3,12 @@
     x = dropout(embed(tokens))
     n_layer times:
         q, k, v = split(wqkv(norm(x)))
-        x = x + dropout(wo(attention(rope(q), rope(k), v)))     # H / K heads share one of K keys
-        x = x + dropout(w2(silu(w1 y) * (w3 y))), y = norm(x)
+        x = x + dropout(wo(attention(rope(q), rope(k), v)))     # H / K queries to a key
+        y = norm(x)
+        x = x + dropout(w2(silu(w1 y) * (w3 y)))
     logits = lm_head(norm(x))                                   # not tied; no biases anywhere
+
+B batch, T tokens, R = B * T, D = n_embd, H = n_head, K = n_kv_head, d = D / H, V vocabulary
 
 rope rotates the pair (i, i + d/2) of a head at position t by the angle t * theta ** (-2 i / d): the
 halves of a head are the first and the second members of its pairs, as in GPT-NeoX and Hugging Face.
@@ -13,8 +16,6 @@ w1 and w3 are fused to one matrix, w13, and q, k, v to wqkv: fewer, larger produ
 
 Sources: Touvron et al., arXiv 2302.13971; Shazeer, arXiv 2002.05202 (SwiGLU); Su et al., arXiv
 2104.09864 (RoPE); Ainslie et al., arXiv 2305.13245 (grouped queries).
-
-B batch, T tokens, R = B * T, D = n_embd, H = n_head, K = n_kv_head, d = D / H, V vocabulary
 """
 
 from __future__ import annotations
@@ -75,10 +76,8 @@ class _NormOnCPU(torch.autograd.Function):
 
 
 def rope_angles(begin: int, end: int, width: int, theta: float) -> Tensor:
-    """Returns cosines and sines (2, T, d) of positions begin .. end - 1, in float64.
-
-    Sines are negative in the first half, where the second members of the pairs are subtracted.
-    """
+    """Returns cosines (cos, cos) and sines (-sin, sin) of positions begin .. end - 1, (2, T, d) in
+    float64: each twice, for both halves of a head; `apply_rope` tells the reason for the minus."""
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(begin, end, dtype=torch.float64), frequencies)
     cos, sin = angles.cos(), angles.sin()
@@ -86,7 +85,11 @@ def rope_angles(begin: int, end: int, width: int, theta: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates x (B, T, heads, d) by a table (2, T, 1, d), in the dtype of the table."""
+    """Rotates x (B, T, heads, d) by a table (2, T, 1, d), in the dtype of the table.
+
+    The halves (a, b) of a head become (a cos - b sin, b cos + a sin). `roll` makes (b, a) of them,
+    and the minus is in the table.
+    """
     cos, sin = table.unbind(0)
     exact = x.to(table.dtype)
     return (exact * cos).addcmul(exact.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -98,22 +101,22 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, H = config.n_embd, config.n_head
-        kv = config.n_kv_head or H
-        self.layer, self.parts, self.width = layer, (H, kv, kv), D // H
-        # In square blocks of the size of k: q has one for each head that shares a head of k.
-        self.wqkv = Linear(D, (H + 2 * kv) * self.width, bias=False, n_fused=H // kv + 2)
+        K, d = config.n_kv_head or H, D // H
+        self.layer, self.n_head, self.n_kv_head, self.head_size = layer, H, K, d
+        # To n_fused, it is a stack of matrices of equal size, (K d, D): H / K of them are q, the
+        # next one is k, the last one v.
+        self.wqkv = Linear(D, (H + 2 * K) * d, bias=False, n_fused=H // K + 2)
         self.wo = Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        H, K, _ = self.parts
-        heads: Tensor = self.wqkv(x).view(*ctx.shape, H + 2 * K, self.width)
+        H, K = self.n_head, self.n_kv_head
+        heads = self.wqkv(x).view(*ctx.shape, H + 2 * K, self.head_size)
         assert ctx.rope_table is not None
         qk, v = torch.split(heads, [H + K, K], 2)  # (B, T, H + K, d), (B, T, K, d)
         qk = apply_rope(qk, ctx.rope_table).transpose(1, 2)
         q, k = torch.split(qk, [H, K], 1)  # (B, H or K, T, d)
         k, v = ctx.all_keys_values(self.layer, k, v.transpose(1, 2))
-        y: Tensor = self.wo(attention(q, k, v, ctx.mask))
-        return y
+        return self.wo(attention(q, k, v, ctx.mask))  # of rows (R, D)
 
 
 class MLP(nn.Module):
@@ -127,8 +130,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w13(x).chunk(2, -1)
-        y: Tensor = self.w2(F.silu(gate) * value)
-        return y
+        return self.w2(F.silu(gate) * value)
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -167,7 +169,11 @@ class Llama(Transformer):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draws matrices (out, in) from N(0, 2 / (in + out)) and embeddings from N(0, 1), both
-        truncated at three standard deviations; gains are 1."""
+        truncated at three standard deviations; gains are 1.
+
+        A fused matrix is drawn as the `n_fused` matrices that it stacks. With grouped queries q is
+        several of them, and its numbers are larger than those of one (D, D) matrix would be.
+        """
         # GPT-2's embeddings of std 0.02 make learning start late: 2.01 instead of 1.85 nats per
         # byte of Shakespeare after 300 steps of 4 layers of 128.
         fused = {id(weight): n_fused for weight, n_fused in self.hidden_weights()}
@@ -186,12 +192,10 @@ class Llama(Transformer):
         return self.layers
 
     def embed(self, tokens: Tensor, position: int) -> Tensor:
-        x: Tensor = self.embedding(tokens)
-        return x
+        return self.embedding(tokens)
 
     def head(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(self.norm(x))
-        return logits
+        return self.lm_head(self.norm(x))
 
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor:
         """Returns the table of `apply_rope`; it is cached, and doubled when it is too short."""

@@ -22,7 +22,7 @@ heads of the other operand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_fn(x, self.weight, self.bias)
+
+    if TYPE_CHECKING:  # nn.Module declares calls as Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class OperandId(NamedTuple):
@@ -181,13 +185,13 @@ class Projections(Protocol):
     """
 
     def encode(self, x: Tensor, layer: int) -> Tensor:
-        """Returns x E: (B, T, D) -> (B, H, T, N)."""
+        """Returns x encoder: (B, T, D) -> (B, H, T, N)."""
 
     def encode_v(self, a: Tensor, layer: int) -> Tensor:
-        """Returns a G, each head by its own matrix: (B, H, T, D) -> (B, H, T, N)."""
+        """Returns a encoder_v, each head by its own matrix: (B, H, T, D) -> (B, H, T, N)."""
 
     def decode(self, z: Tensor, layer: int) -> Tensor:
-        """Returns z F, summed over heads: (B, H, T, N) -> (B, T, D)."""
+        """Returns z decoder, summed over heads: (B, H, T, N) -> (B, T, D)."""
 
 
 ProjectionFactory = Callable[[tuple[Tensor, Tensor, Tensor]], Projections]

@@ -87,24 +87,26 @@ def _bdh_bytes(model: BDH, step: StepShape) -> int:
 def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     """Returns what forward keeps, and what backward needs on top at the last layer."""
     H, D, N = model.shape
-    tiling, half = _tiling(model, step), step.dtype.itemsize
-    full = max(half, 4)  # sums are in float32 at least
+    tiling, size = _tiling(model, step), step.dtype.itemsize
+    sum_size = max(size, 4)  # bytes of a number; sums are in float32 at least
     sizes = Geometry.of(torch.Size((step.batch, step.block, D)), H, N, tiling)
     C, X, M, g = sizes.C, sizes.X, sizes.M, sizes.g
     n = 2 * max(pairs.stop - pairs.start for pairs in sizes.tiles)
 
-    packed = 3 * H * D * N * half  # the weights, cut into tiles
-    kept = 2 * M * D * full + H * (M * C * half + M * D * half + M * full)
+    packed = 3 * H * D * N * size  # the weights, cut into tiles
+    kept = 2 * M * D * sum_size + H * (M * C * size + M * D * size + M * sum_size)
 
-    # Tiles of neurons: two kept ones for all neurons of the heads in hand, or two more of one tile.
-    wide = (2 * N + 2 * n if tiling.cache_tiles else 4 * n) * g * M * half
-    streams = M * D * (2 * full + 3 * half) + g * M * D * (2 * full + 2 * half)
-    # Not at the same time: masks or 8-bit operands of a tile; scores, states and products.
-    hashes = 8 if model.config.dropout > 0 and not model.fused else 0  # 32 bits each, two of them
+    # Four buffers of neurons: of one tile for v and dz; for u and du of all neurons of a head group
+    # if tiles are cached, else of one tile.
+    wide = (2 * N + 2 * n if tiling.cache_tiles else 4 * n) * g * M * size
+    streams = M * D * (2 * sum_size + 3 * size) + g * M * D * (2 * sum_size + 2 * size)
+    # Not at the same time: masks or 8-bit operands of a tile; scores, states and products. Without
+    # compilation a dropout mask takes two int32 per neuron.
+    hashes = 8 if model.config.dropout > 0 and not model.compiled_elementwise else 0
     operands = max(hashes, model.matmul_backend.operand_bytes) * g * M * n
-    scores = 2 * g * M * C * half
-    states = 2 * g * X * n * D * half if step.batch < X else 0
-    products = g * max(M, n) * D * (half + full)
+    scores = 2 * g * M * C * size
+    states = 2 * g * X * n * D * size if step.batch < X else 0
+    products = g * max(M, n) * D * (size + sum_size)
     backward = wide + streams + max(operands, scores + states + products)
     return packed + model.config.n_layer * kept, backward
 
@@ -115,13 +117,13 @@ def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     Projections are taken to hold a float32 copy of the weights and its gradient, and for every
     layer the weights in the dtype of the products.
     """
-    (H, D, N), half, full = model.shape, step.dtype.itemsize, max(step.dtype.itemsize, 4)
+    (H, D, N), size, sum_size = model.shape, step.dtype.itemsize, max(step.dtype.itemsize, 4)
     rows, weights = step.tokens, 3 * H * D * N
     wide, scores = rows * H * N, rows * H * step.block
-    streams = rows * D * (4 * full + 2 * half) + rows * H * D * (full + 2 * half)
-    kept = wide * (4 * half + 1) + scores * half + streams + weights * half
-    working = wide * 6 * half + scores * 3 * half + 2 * streams + weights * full
-    return model.config.n_layer * kept + weights * full, working + weights * full
+    streams = rows * D * (4 * sum_size + 2 * size) + rows * H * D * (sum_size + 2 * size)
+    kept = wide * (4 * size + 1) + scores * size + streams + weights * size
+    working = wide * 6 * size + scores * 3 * size + 2 * streams + weights * sum_size
+    return model.config.n_layer * kept + weights * sum_size, working + weights * sum_size
 
 
 # GPT and Llama

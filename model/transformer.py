@@ -1,6 +1,8 @@
 """What GPT and Llama have in common: tokens -> embedding -> blocks -> norm and head -> logits.
 
-Between the blocks tokens are rows of one matrix (R = B * T, D), as matrix products take them.
+Between the blocks tokens are rows of one matrix (R = B * T, D): the 8-bit products and RMSNorm's
+backward pass on a CPU take matrices, and would otherwise flatten x in every layer. Only attention
+needs to know B and T.
 Training takes whole sequences; generation appends tokens to a cache of keys and values per layer.
 
 B samples, T tokens, R = B * T, D = n_embd, V vocabulary; H heads, K of them of keys and values

@@ -56,11 +56,11 @@ class _AttentionGradients:
 
     dscores_symmetric: Tensor
     """dS + dS^T, (C, C): each r is a query in the rows of S, and a key in its columns."""
-    dc_from_state: Tensor
+    dc_from_states: Tensor
     """The gradient of c, but 0 where a token does not see the state before its chunk."""
     x_into_state: Tensor
     """x, but 0 where a token does not enter the state after its chunk."""
-    dx_by_states: Accumulator | None
+    dx_from_states: Accumulator | None
     """Collects the gradient that x gets through the states; None without states."""
 
 
@@ -93,21 +93,20 @@ class LayerBackward:
             dx.add(scores.mT, dc)  # B6, of the x that scores weigh
             attention = self._attention_gradients(dc)
             self._attention_round(heads, a_rows, attention, dx)
-            if attention.dx_by_states is not None:
-                by_states = geo.by_head(attention.dx_by_states.total)
-                by_states = masked(by_states, self.ws.masks.enters_state)
-                dx.total.add_(by_states.view(dx.total.shape))
+            if attention.dx_from_states is not None:
+                from_states = geo.by_head(attention.dx_from_states.total)
+                from_states = masked(from_states, self.ws.masks.enters_state)
+                dx.total.add_(from_states.view(dx.total.shape))
         return dx.total.sum(0).view(self.x.shape)
 
     def _gate_round(self, heads: slice, a_rows: Any) -> Accumulator:
         """Round 1: returns the gradient of a, (g, M, D); leaves du in its buffers if they are
-        cached. Adds to the gradients of F and G."""
+        cached. Adds to the gradients of decoder and encoder_v."""
         geo, backend = self.geo, self.backend
         da = self.ws.accumulator(geo.g, geo.M, geo.D)
         for tile, pairs in enumerate(geo.tiles):
-            self._gate_backward(heads, tile, a_rows)
-            z_rows = self._activation(self.ws.v[tile], "z")  # v holds z now, and dz holds dv
-            dv_rows = self._gradient(self.ws.dz[tile], "dv")
+            z, dv = self._gate_backward(heads, tile, a_rows)
+            z_rows, dv_rows = self._activation(z, "z"), self._gradient(dv, "dv")
             product = backend.grad_weight(z_rows, self.dy_rows)
             self.gradients.add("decoder", heads, pairs, product)  # B2
             product = backend.grad_weight(a_rows, dv_rows)
@@ -115,9 +114,9 @@ class LayerBackward:
             backend.grad_input(dv_rows, self.ws.weights[tile].encoder_v[heads], da)  # B4
         return da
 
-    def _gate_backward(self, heads: slice, tile: int, a_rows: Any) -> None:
-        """Recomputes u and v of a tile; leaves u, du by way of the gate, z in the buffer of v, and
-        dv in the buffer of dz."""
+    def _gate_backward(self, heads: slice, tile: int, a_rows: Any) -> tuple[Tensor, Tensor]:
+        """Recomputes u and v of a tile. Returns z and dv, in the buffers of v and dz; leaves u in
+        its buffer, and in that of du the part that comes by way of the gate."""
         ws, weights = self.ws, self.ws.weights[tile]
         u = encode(ws, self.x_rows, heads, tile)
         v = self.backend.forward(a_rows, weights.encoder_v[heads], ws.v[tile])
@@ -126,6 +125,8 @@ class LayerBackward:
         mask = ws.dropout_mask(self.layer, heads, tile)
         u4, v4, dz4, du4 = (self.geo.by_head(each) for each in (u, v, dz, du))
         ws.ops.gate_backward(u4, v4, dz4, mask, du4)
+        z, dv = v, dz  # the operation wrote z over v, and dv over dz
+        return z, dv
 
     def _attention_gradients(self, dc: Tensor) -> _AttentionGradients:
         """dc (g * X, C, D): the gradient of c, which is a before its norm."""
@@ -147,7 +148,7 @@ class LayerBackward:
         self, heads: slice, a_rows: Any, attention: _AttentionGradients, dx: Accumulator
     ) -> None:
         """Round 2: completes du by what comes through the scores; adds to dx and the gradient of
-        E."""
+        the encoder."""
         for tile, pairs in enumerate(self.geo.tiles):
             if not self.ws.args.tiling.cache_tiles:
                 self._gate_backward(heads, tile, a_rows)  # the buffers hold another tile by now
@@ -161,19 +162,19 @@ class LayerBackward:
     def _add_attention_gradient(
         self, u: Tensor, du: Tensor, tile: int, attention: _AttentionGradients
     ) -> None:
-        """Adds to du what comes by way of r, and to dx_by_states what x gets from this tile."""
+        """Adds to du what comes by way of r, and to dx_from_states what x gets from this tile."""
         ws, geo = self.ws, self.geo
         r = rotate(ws, u, tile)
         dr = geo.by_chunk(ws.dr[tile])
         torch.bmm(attention.dscores_symmetric, r, out=dr)  # B8
-        if attention.dx_by_states is not None:
+        if attention.dx_from_states is not None:
             # As a query, r read the state before its chunk; as a key, it was added to the state
             # after it, whose gradient comes from all later chunks.
-            dc, x = attention.dc_from_state, attention.x_into_state
+            dc, x = attention.dc_from_states, attention.x_into_state
             states = scan_chunk_states(ws, torch.bmm(r.mT, x), tile)
             dstates = scan_chunk_states(ws, torch.bmm(r.mT, dc), tile, reverse=True)
             dr.baddbmm_(dc, states.mT).baddbmm_(x, dstates.mT)
-            attention.dx_by_states.add(r, dstates)
+            attention.dx_from_states.add(r, dstates)
         u4, dr4, du4 = (geo.by_head(each) for each in (u, dr, du))
         ws.ops.apply_rope_backward(u4, dr4, *ws.cos_sin(tile), du4)
 

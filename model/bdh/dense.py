@@ -28,22 +28,21 @@ class DenseArgs:
     """What a pass over the layers is given besides x and the projections.
 
     rotation: of all T tokens, in the dtype of the products. documents: (B, T), a number per
-    document; tokens attend within their own. fused: whether to compile the elementwise work.
+    document; tokens attend within their own. compiled: whether to compile the elementwise work.
     """
 
     n_layer: int
     dropout: float
     rotation: Rotation
     documents: Tensor | None = None
-    fused: bool = False
+    compiled: bool = False
 
 
 def dense_layers(x: Tensor, projections: Projections, args: DenseArgs) -> Tensor:
     """Applies all layers with their residuals: x (B, T, D) -> (B, T, D)."""
     B, T, D = x.shape
-    hidden = ChunkMasks(args.documents, (B, 1, T), x.device).hidden.unsqueeze(
-        1
-    )  # (1 or B, 1, T, T)
+    masks = ChunkMasks(args.documents, (B, 1, T), x.device)  # the sequence is one chunk
+    hidden = masks.hidden.unsqueeze(1)  # (1 or B, 1, T, T)
     dtype = args.rotation.cos.dtype
     stream = x.to(torch.promote_types(dtype, torch.float32))
     for layer in range(args.n_layer):
@@ -57,7 +56,9 @@ def _layer(
 ) -> Tensor:
     """Returns the output of a layer before its norm and residual, (B, T, D)."""
     B, T, D = x.shape
-    activate, gate = (_compiled(_activate), _compiled(_gate)) if args.fused else (_activate, _gate)
+    activate, gate = _activate, _gate
+    if args.compiled:
+        activate, gate = _compile(_activate), _compile(_gate)
     u = projections.encode(x, layer).to(x.dtype)  # (B, H, T, N)
     s, r = activate(u, args.rotation.cos, args.rotation.sin)
     scores = (r @ r.mT).masked_fill(hidden, 0)  # (B, H, T, T)
@@ -80,5 +81,5 @@ def _gate(s: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)

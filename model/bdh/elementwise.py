@@ -5,11 +5,12 @@ operation is written twice: as an expression that `torch.compile` fuses into a s
 in-place calls for machines without a compiler. Both give the same numbers, up to rounding between
 the calls.
 
-A tile holds pre-activations u = x E and v = a G of n neurons, (g, X, C, n): g heads, X chunks of C
-tokens. Its first n/2 neurons are the first members of the rotated pairs, the others the second.
+A tile holds the pre-activations u = x encoder and v = a encoder_v of n neurons, (g, X, C, n): g
+heads, X chunks of C tokens. Its first n/2 neurons are the first members of the rotated pairs, the
+others the second.
 
-The eager operations overwrite u and v with relu(u) and relu(v); the fused ones do not. Both accept
-either: relu(relu(u)) = relu(u), and relu(u) > 0 just where u > 0.
+The eager operations overwrite u and v with relu(u) and relu(v); the compiled ones do not. Both
+accept either: relu(relu(u)) = relu(u), and relu(u) > 0 just where u > 0.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ Halves = tuple[Tensor, Tensor]
 
 
 class ElementwiseOps(NamedTuple):
-    """The operations, fused or eager; each writes into tensors that it is given.
+    """The operations, compiled or eager; each writes into tensors that it is given.
 
     apply_rope(u, cos, sin, r):
         r = rope(relu(u))
     apply_rope_backward(u, dr, cos, sin, du):
         du += rope^T(dr) * [u > 0], the gradient of u by way of r; overwrites dr
     gate(u, v, mask):
-        v = z = relu(u) * relu(v) * mask
+        z = relu(u) * relu(v) * mask, written over v
     gate_backward(u, v, dz, mask, du):
-        du = dz * mask * relu(v) * [u > 0]; then dz = dv = dz * mask * relu(u) * [v > 0]; v = z
+        du = dz * mask * relu(v) * [u > 0]
+        dv = dz * mask * relu(u) * [v > 0], written over dz
+        z = relu(u) * relu(v) * mask, written over v
     advance_state(chunk_sum, state, carries, cos, sin):
         returns rotate_back(state * carries + chunk_sum), then chunk_sum = state as it was
     add(total, product):
@@ -91,16 +94,16 @@ def _gate(u: Tensor, v: Tensor, mask: DropoutMask | None) -> None:
 
 
 def _gate_backward(u: Tensor, v: Tensor, dz: Tensor, mask: DropoutMask | None, du: Tensor) -> None:
-    s, y = u.relu_(), v.relu_()
+    s, relu_v = u.relu_(), v.relu_()
     kept = None if mask is None else _mask_like(mask, v)
     if kept is not None:
         dz.mul_(kept)
-    torch.mul(dz, y, out=du)
+    torch.mul(dz, relu_v, out=du)
     _where_positive(du, s)
-    _where_positive(dz.mul_(s), y)  # dv
-    y.mul_(s)  # z
+    _where_positive(dz.mul_(s), relu_v)  # dz becomes dv
+    v.mul_(s)  # v becomes z
     if kept is not None:
-        y.mul_(kept)
+        v.mul_(kept)
 
 
 def _where_positive(gradient: Tensor, x: Tensor) -> Tensor:
@@ -123,15 +126,20 @@ EAGER = ElementwiseOps(
 
 
 @cache
-def fused_ops() -> ElementwiseOps:
-    """Returns the operations fused by torch.compile; a new shape compiles for about a second."""
+def compiled_ops() -> ElementwiseOps:
+    """Returns the operations for torch.compile; a new shape compiles for about a second."""
     # Tiles of several widths are several shapes. Beyond this limit torch stops compiling and runs
     # the expressions unfused, without a word.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 64)
     rope, rope_backward, gate, gate_backward = (
         torch.compile(expression, dynamic=False)
-        for expression in (_rope_fused, _rope_backward_fused, _gate_fused, _gate_backward_fused)
+        for expression in (
+            _rope_compiled,
+            _rope_backward_compiled,
+            _gate_compiled,
+            _gate_backward_compiled,
+        )
     )
     # Halves are passed as tensors of their own: written as slices, each store would be a blend of
     # the whole tile. Two traps of torch 2.13, both silent: halves that are written to must start at
@@ -143,17 +151,17 @@ def fused_ops() -> ElementwiseOps:
         gate,
         gate_backward,
         torch.compile(_advance_state, dynamic=False),
-        torch.compile(_add_fused, dynamic=True),
+        torch.compile(_add_compiled, dynamic=True),
     )
 
 
-def _rope_fused(u: Halves, cos: Tensor, sin: Tensor, r: Halves) -> None:
+def _rope_compiled(u: Halves, cos: Tensor, sin: Tensor, r: Halves) -> None:
     a, b = u[0].relu(), u[1].relu()
     r[0].copy_(a * cos - b * sin)
     r[1].copy_(b * cos + a * sin)
 
 
-def _rope_backward_fused(u: Halves, dr: Halves, cos: Tensor, sin: Tensor, du: Halves) -> None:
+def _rope_backward_compiled(u: Halves, dr: Halves, cos: Tensor, sin: Tensor, du: Halves) -> None:
     a, b = dr
     du[0].add_(torch.where(u[0] > 0, a * cos + b * sin, 0))
     du[1].add_(torch.where(u[1] > 0, b * cos - a * sin, 0))
@@ -166,24 +174,24 @@ def _is_kept(mask: DropoutMask) -> Tensor:
     return x >= mask.threshold
 
 
-def _gate_fused(u: Tensor, v: Tensor, mask: DropoutMask | None) -> None:
+def _gate_compiled(u: Tensor, v: Tensor, mask: DropoutMask | None) -> None:
     z = u.relu() * v.relu()
     v.copy_(z if mask is None else torch.where(_is_kept(mask), z, 0))
 
 
-def _gate_backward_fused(
+def _gate_backward_compiled(
     u: Tensor, v: Tensor, dz: Tensor, mask: DropoutMask | None, du: Tensor
 ) -> None:
-    s, y = u.relu(), v.relu()
-    z, d = s * y, dz
+    s, relu_v = u.relu(), v.relu()
+    z, dz_kept = s * relu_v, dz
     if mask is not None:
         kept = _is_kept(mask)
-        z, d = torch.where(kept, z, 0), torch.where(kept, d, 0)
-    dv = torch.where(v > 0, d * s, 0)
-    du.copy_(torch.where(u > 0, d * y, 0))
+        z, dz_kept = torch.where(kept, z, 0), torch.where(kept, dz, 0)
+    dv = torch.where(v > 0, dz_kept * s, 0)
+    du.copy_(torch.where(u > 0, dz_kept * relu_v, 0))
     v.copy_(z)
     dz.copy_(dv)
 
 
-def _add_fused(total: Tensor, product: Tensor) -> None:
+def _add_compiled(total: Tensor, product: Tensor) -> None:
     total.add_(product)

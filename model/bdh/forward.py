@@ -32,21 +32,22 @@ def layer_forward(ws: Workspace, x: Tensor, layer: int) -> tuple[Tensor, list[Sa
     for heads in geo.head_groups():
         # Round 1 over the tiles sums up the scores. The norm of `a` needs all neurons, so the gate
         # has to wait for round 2, which computes u once more unless tiles are cached.
-        scores, from_states = _attend(ws, x, x_rows, heads, layer)
+        scores, c_from_states = _attend(ws, x, x_rows, heads, layer)
         a = torch.bmm(scores, geo.repeat_heads(x)).to(ws.sum_dtype)
-        a = a if from_states is None else a.add_(from_states)  # F3
+        a = a if c_from_states is None else a.add_(c_from_states)  # F3
         a, _, inverse_std = torch.native_layer_norm(a, (geo.D,), None, None, LAYER_NORM_EPS)
         a = a.to(ws.dtype).view(geo.g, geo.M, geo.D)  # F4
         a_rows = backend.activation(a, OperandId("a", layer), shared=True)
         for tile, weights in enumerate(ws.weights):
-            u = encode_again(ws, x_rows, heads, tile)
+            u = u_of_tile(ws, x_rows, heads, tile)
             v = backend.forward(a_rows, weights.encoder_v[heads], ws.v[tile])  # F5
             mask = ws.dropout_mask(layer, heads, tile)
-            ws.ops.gate(geo.by_head(u), geo.by_head(v), mask)  # F6: v becomes z
+            ws.ops.gate(geo.by_head(u), geo.by_head(v), mask)  # F6
+            z = v  # the gate wrote z over v
             if ws.args.active is not None:
-                ws.args.active[layer] += torch.stack([(u > 0).sum(), (v > 0).sum()])
-            z = backend.activation(v, OperandId("z", layer))
-            backend.forward(z, weights.decoder[heads], y)  # F7, summed over tiles and groups
+                ws.args.active[layer] += torch.stack([(u > 0).sum(), (z > 0).sum()])
+            z_rows = backend.activation(z, OperandId("z", layer))
+            backend.forward(z_rows, weights.decoder[heads], y)  # F7, summed over tiles and groups
         saved.append(SavedHeads(scores, a, inverse_std.view(geo.g, geo.M, 1)))
     # Dropout's scale is applied here, to D numbers per token instead of to N.
     return y.total.sum(0).mul_(ws.dropout_scale).view(x.shape), saved
@@ -56,23 +57,23 @@ def _attend(
     ws: Workspace, x: Tensor, x_rows: Any, heads: slice, layer: int
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the scores within chunks, (g * X, C, C), and what the states from before them add to
-    a, (g * X, C, D); x_rows: x as an operand."""
+    c, (g * X, C, D); x_rows: x as an operand."""
     geo, masks = ws.geo, ws.masks
     scores = ws.accumulator(geo.g * geo.X, geo.C, geo.C)
-    from_states = ws.accumulator(geo.g * geo.X, geo.C, geo.D) if ws.has_states else None
-    into_state = geo.repeat_heads(masked(x, masks.enters_state))
+    c_from_states = ws.accumulator(geo.g * geo.X, geo.C, geo.D) if ws.has_states else None
+    x_into_state = geo.repeat_heads(masked(x, masks.enters_state))
     for tile in range(len(geo.tiles)):
         u = encode(ws, x_rows, heads, tile)
         r = rotate(ws, u, tile)  # F1
         scores.add(r, r.mT)  # F2
-        if from_states is not None:
-            given = ws.given_states(layer, heads, tile)
-            states = scan_chunk_states(ws, torch.bmm(r.mT, into_state), tile, given)
-            from_states.add(r, states)
+        if c_from_states is not None:
+            initial = ws.initial_states(layer, heads, tile)
+            states = scan_chunk_states(ws, torch.bmm(r.mT, x_into_state), tile, initial)
+            c_from_states.add(r, states)
     scores.total.view(geo.g, geo.X, geo.C, geo.C).masked_fill_(masks.hidden, 0)
-    if from_states is not None and masks.sees_state is not None:
-        geo.by_head(from_states.total).mul_(masks.sees_state)
-    return scores.total.to(ws.dtype), None if from_states is None else from_states.total
+    if c_from_states is not None and masks.sees_state is not None:
+        geo.by_head(c_from_states.total).mul_(masks.sees_state)
+    return scores.total.to(ws.dtype), None if c_from_states is None else c_from_states.total
 
 
 def encode(ws: Workspace, x_rows: Any, heads: slice, tile: int) -> Tensor:
@@ -80,8 +81,8 @@ def encode(ws: Workspace, x_rows: Any, heads: slice, tile: int) -> Tensor:
     return ws.backend.forward(x_rows, ws.weights[tile].encoder[heads], ws.u[tile])
 
 
-def encode_again(ws: Workspace, x_rows: Any, heads: slice, tile: int) -> Tensor:
-    """Returns u of a tile, which `encode` computed for these heads in the round before."""
+def u_of_tile(ws: Workspace, x_rows: Any, heads: slice, tile: int) -> Tensor:
+    """Returns u of a tile: cached by the round before, or computed again."""
     if ws.args.tiling.cache_tiles:
         return ws.u[tile]
     return encode(ws, x_rows, heads, tile)
@@ -98,32 +99,32 @@ def scan_chunk_states(
     ws: Workspace,
     chunk_sums: Tensor,
     tile: int,
-    given: Tensor | None = None,
+    initial: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """Replaces each chunk's own sum of r_u x_u^T, (g * X, n, D), by the state before the chunk.
+    """Replaces each chunk's own sum of r_i x_i^T, (g * X, n, D), by the state before the chunk.
 
     The state after a chunk is the state before it plus the chunk's sum, rotated back by C tokens:
     rope depends on distances only, so each chunk counts positions from its own start. The loop over
     chunks is sequential, but elementwise; the products with r are done for all chunks at once.
 
-    given (g, B, 2, p, D): the state before the first chunk instead of zeros; replaced by the state
-    after the last one. reverse: from the last chunk to the first, which gives the gradient of the
-    state after each chunk from what each chunk adds to the gradient of the state before it.
+    initial (g, B, 2, p, D): the state before the first chunk instead of zeros; replaced by the
+    state after the last one. reverse: from the last chunk to the first, which gives the gradient of
+    the state after each chunk from what each chunk adds to the gradient of the state before it.
     """
     geo, pairs = ws.geo, ws.geo.tiles[tile]
     sums = chunk_sums.view(geo.g, geo.B, geo.K, -1, geo.D)
     cos = ws.args.rotation.chunk_cos[pairs, None]
     sin = ws.args.rotation.chunk_sin[pairs, None] * (-1 if reverse else 1)
-    if given is None:
+    if initial is None:
         state = torch.zeros_like(sums[:, :, 0], dtype=ws.sum_dtype)
     else:
-        state = given.flatten(2, 3)
+        state = initial.flatten(2, 3)
     for k in reversed(range(geo.K)) if reverse else range(geo.K):
         carries = None if ws.masks.carries_state is None else ws.masks.carries_state[k]
         state = ws.ops.advance_state(sums[:, :, k], state, carries, cos, sin)
-    if given is not None:
-        given.copy_(state.view(given.shape))
+    if initial is not None:
+        initial.copy_(state.view(initial.shape))
     return chunk_sums
 
 

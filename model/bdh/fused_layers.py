@@ -1,4 +1,4 @@
-"""All layers of BDH as one autograd function, without tensors as wide as all neurons.
+"""All layers of BDH as one autograd function, which keeps no tensors as wide as all neurons.
 
 The plain formulas make (B, T, H * N) tensors, 128 times as wide as the residual stream, about six
 per layer, and keep them for backward: time goes to reading and writing memory. Here the neurons of
@@ -9,8 +9,17 @@ B batch, T tokens, D = n_embd, H heads, N neurons per head; X chunks of C tokens
 M = X * C tokens, g heads at once, n neurons in a tile. Products run in the dtype of autocast, sums
 over tiles in float32 at least.
 
+Letters whose name in the code is another one:
 
-Forward, for one head (`forward.py`). P is the state before a chunk, (N, D); `mask` is dropout's
+    E, G, W   encoder (D, N), encoder_v (D, N) and decoder (N, D) of a head
+    S         scores
+    P         states: P_k, (N, D), is the state before chunk k
+    dP        dstates: dP_k is the gradient of the state after chunk k, P_(k+1)
+    mask      the dropout mask
+    r_i, x_i  row i of r and x, a token (u is no index: it is the pre-activation of s = relu(u))
+
+
+Forward, for one head (`forward.py`)
 
     F1  u = x E, r = rope(relu(u))            (M, n) per tile
     F2  S = r r^T, 0 where hidden             (C, C) per chunk, summed over tiles
@@ -18,19 +27,19 @@ Forward, for one head (`forward.py`). P is the state before a chunk, (N, D); `ma
     F4  a = LN(c)                             (M, D)
     F5  v = a G                               (M, n) per tile
     F6  z = relu(u) * relu(v) * mask          (M, n) per tile
-    F7  y = sum over heads of z F             (M, D), summed over tiles
+    F7  y = sum over heads of z W             (M, D), summed over tiles
         x = LN(x + LN(y))                     (M, D)
 
 Contexts longer than about 4 D tokens are cut into chunks. What comes before a chunk is the state
-P = sum of r_u x_u^T, so that time and memory are linear in T.
+P = sum of r_i x_i^T, so that time and memory are linear in T.
 
 
 Backward, for one head (`backward.py`). Six products with weights: B1 to B4, B9 and B10
 
     round 1 over the tiles: u and v are recomputed (F1, F5)
-        B1  dz = dy F^T                       (M, n)
+        B1  dz = dy W^T                       (M, n)
             dv = dz * mask * relu(u) * [v > 0],   du = dz * mask * relu(v) * [u > 0]
-        B2  dF = z^T dy                       (n, D)
+        B2  dW = z^T dy                       (n, D)
         B3  dG = a^T dv                       (D, n)
         B4  da = dv G^T                       (M, D), summed over tiles
     between the rounds, since the norm needs all of da
@@ -43,8 +52,7 @@ Backward, for one head (`backward.py`). Six products with weights: B1 to B4, B9 
         B9  dE = x^T du                       (D, n)
         B10 dx += du E^T                      (M, D), summed over tiles
 
-With chunks B8 also has dr += dc P^T + x dQ^T, and dx += r dQ, where dQ is the gradient of the state
-after the chunk.
+With chunks B8 also has dr += dc P^T + x dP^T, and dx += r dP.
 
 
 What is kept from forward to backward, per layer: x and y (M, D) in float32; for each head S (M, C)
@@ -53,8 +61,9 @@ and 512 tokens in bfloat16 that is 8 kB per token, where six wide tensors would 
 
 What it costs: a layer needs 9 products with weights, 3 forward and 6 backward; computing u and v
 again makes 2 more. That holds if u and du of all tiles of a head group fit in two buffers
-(`Tiling.cache_tiles`), which then are as wide as that group's neurons; if not, u is computed twice
-in forward, and u, v and dz twice in backward: 6 more instead of 2.
+(`Tiling.cache_tiles`). They are the only activations as wide as that group's neurons, and all
+layers share them. If they do not fit, u is computed twice in forward, and u, v and dz twice in
+backward: 6 more instead of 2.
 
 Every layer uses the same weights, so one function covers all layers: the weights are cut into tiles
 once, and their gradients accumulate in place instead of in n_layer copies that autograd would add.
@@ -72,7 +81,7 @@ from torch.autograd.function import once_differentiable
 
 from model.bdh.backward import LayerBackward, WeightGradients
 from model.bdh.forward import LAYER_NORM_EPS, SavedHeads, layer_forward
-from model.bdh.tiling import Tile, pack
+from model.bdh.tiling import TileWeights, pack
 from model.bdh.workspace import LayerStackArgs, Workspace
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -140,7 +149,7 @@ class _FusedLayers(torch.autograd.Function):
         return ws.geo.join(dstream).to(ctx.dtype), *gradients.cast_like(weights), None, None, None
 
 
-def _cut(weights: Sequence[Tensor], args: LayerStackArgs) -> list[Tile]:
+def _cut(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:
     return list(pack(weights, args.rotation.cos.dtype, args.tiling.pairs, args.backend.weight))
 
 

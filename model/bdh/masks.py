@@ -15,13 +15,17 @@ _LOW_32_BITS = 2**32 - 1
 
 
 class ChunkMasks:
-    """Masks of attention within chunks of C tokens, and across their borders.
+    """Masks of attention within chunks of C tokens, and across their borders, true where
 
-    hidden (1 or X, C, C) is true where a query may not see a key. With documents there are also:
-    sees_state (X, C, 1), whether a token's document began before the chunk;
-    enters_state (X, C, 1), whether a token's document goes on to the chunk's end;
-    carries_state (K, B, 1, 1), whether one document covers the chunk and began before it.
-    Without documents these three are None: true everywhere.
+    hidden         (1 or X, C, C)  a query may not see a key of its chunk
+    sees_state     (X, C, 1)       a token's query reads the state before its chunk: its document
+                                   began before the chunk
+    enters_state   (X, C, 1)       a token is added to the state after its chunk: its document goes
+                                   on to the chunk's end
+    carries_state  (K, B, 1, 1)    the state before a chunk goes on into the state after it: one
+                                   document covers the chunk and began before it
+
+    Without documents the last three are None: true everywhere.
     """
 
     def __init__(

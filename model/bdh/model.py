@@ -8,10 +8,12 @@ tokens attend to each other by the neurons that are active in both.
     n_layer times, for each head h:
         s = relu(x E_h)                             # (B, T, N), few neurons are active
         r = rope(s)                                 # rotated by the position
-        a = LN(sum over u < t of (r_t . r_u) x_u)   # strictly causal: t does not see itself
+        a = LN(sum over i < t of (r_t . r_i) x_i)   # strictly causal: t does not see itself
         z = dropout(s * relu(a G_h))
-        x = LN(x + LN(sum over h of z F_h))
+        x = LN(x + LN(sum over h of z W_h))
     logits = x lm_head
+
+In the code E is `encoder`, G is `encoder_v` and W is `decoder`.
 
 Source: Kosowski et al., "The Dragon Hatchling", arXiv 2509.26507, and the authors' reference code,
 whose weights load and export unchanged (`model.bdh.upstream`).
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from config import BDHConfig
 from model.attention import matmul_dtype
 from model.bdh.dense import DenseArgs, dense_layers
-from model.bdh.elementwise import EAGER, fused_ops
+from model.bdh.elementwise import EAGER, compiled_ops
 from model.bdh.fused_layers import fused_layers
 from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
@@ -64,11 +66,11 @@ class BDH(LanguageModel):
         self.embed = nn.Embedding(V, D)
         self.encoder = nn.Parameter(torch.empty(H, D, N))  # E
         self.encoder_v = nn.Parameter(torch.empty(H, D, N))  # G
-        self.decoder = nn.Parameter(torch.empty(H * N, D))  # F
+        self.decoder = nn.Parameter(torch.empty(H * N, D))  # W
         self.lm_head = nn.Parameter(torch.empty(D, V))
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(N))  # turns per token, (N/2,)
-        self.fused = False  # whether elementwise work is compiled; see `compile`
+        self.compiled_elementwise = False  # set by `compile`
         self.matmul_backend = PlainMatmul()
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
@@ -106,7 +108,8 @@ class BDH(LanguageModel):
         dropout = self.config.dropout if self.training and for_training else 0.0
         if self.projections is not None and for_training:
             cos_sin = self._rotation(x.shape[1], dtype)
-            args = DenseArgs(self.n_layer, dropout, cos_sin, documents, self.fused)
+            compiled = self.compiled_elementwise
+            args = DenseArgs(self.n_layer, dropout, cos_sin, documents, compiled)
             return dense_layers(x, self.projections(weights), args)
         tiling = self._tiling(x, dtype)
         stack = LayerStackArgs(
@@ -115,7 +118,7 @@ class BDH(LanguageModel):
             rotation=self._rotation(tiling.chunk, dtype),
             tiling=tiling,
             backend=self.matmul_backend,
-            ops=fused_ops() if self.fused and for_training else EAGER,
+            ops=compiled_ops() if self.compiled_elementwise and for_training else EAGER,
             documents=documents,
             states=states,
             active=active,
@@ -164,7 +167,7 @@ class BDH(LanguageModel):
             last = self._layers(x, states=cache.sums)[:, -1]
             # The last chunk is padded, and the states are left rotated to its end.
             tiling = self._tiling(x, matmul_dtype(x))
-            cache.frame += tiling.padded(tokens.shape[1])
+            cache.rotated_to += tiling.padded(tokens.shape[1])
         cache.position += tokens.shape[1]
         return last @ self.lm_head
 
@@ -197,10 +200,10 @@ class BDH(LanguageModel):
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
-    def activation_sparsity(
+    def active_fraction(
         self, tokens: Tensor, documents: Tensor | None = None
     ) -> dict[str, list[float]]:
-        """Returns the fraction of neurons with s > 0 and with z > 0, by layer."""
+        """Returns the fractions of neurons with s > 0 and with z > 0, by layer."""
         active = torch.zeros(self.config.n_layer, 2, dtype=torch.long, device=tokens.device)
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
         self._layers(x, documents, active=active)
@@ -211,7 +214,7 @@ class BDH(LanguageModel):
         """Compiles the elementwise work between products, instead of the whole model as torch does:
         loops over tiles and layers would unroll into one graph, and there is no more to gain.
         """
-        self.fused = self.matmul_backend.compiled = not disable
+        self.compiled_elementwise = self.matmul_backend.compiled = not disable
 
     def flops_per_token(self, block_size: int) -> int:
         """Forward and backward (three times forward), each token seeing those before it once.

@@ -1,11 +1,11 @@
 """BDH as a recurrent network, which generates each token in constant time and memory.
 
 Attention without softmax is linear in the past: all that a head needs of it is the state, the sum
-of r_u x_u^T, (N, D). Of its N rows only those of active neurons are used, a few percent after
-training, and on a CPU only those are read and written.
+of r_i x_i^T over all tokens i, (N, D). Of its N rows only those of active neurons are used, a few
+percent after training, and on a CPU only those are read and written.
 
-Rope depends on distances alone. The state is rotated to the position `frame`, and a token at
-position t is rotated by t - frame, instead of rotating the whole state for every token.
+Rope depends on distances alone. The state is rotated to the position `rotated_to`, and a token at
+position t is rotated by t - rotated_to, instead of rotating the whole state for every token.
 
 B samples, P = N / 2 rotated pairs; the state of a layer is (H, B, 2, P, D)
 """
@@ -36,16 +36,16 @@ class BDHState:
     rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), for gathering rows; None on a GPU
     frequencies: Tensor  # turns per token of each pair, (P,) in float64
     position: int = 0  # tokens seen
-    frame: int = 0  # the position that the sums are rotated to
+    rotated_to: int = 0  # the position that the sums are rotated to
 
     def rotate_to_position(self) -> None:
         """Rotates the sums to the present position."""
-        cos, sin = (part[:, None] for part in self.angles(self.position - self.frame))
+        cos, sin = (part[:, None] for part in self.angles(self.position - self.rotated_to))
         for layer in self.sums:  # one after another: a copy of all could be too much
             first, second = layer[:, :, 0].clone(), layer[:, :, 1].clone()
             layer[:, :, 0].mul_(cos).addcmul_(second, sin)
             layer[:, :, 1].mul_(cos).addcmul_(first, sin, value=-1)
-        self.frame = self.position
+        self.rotated_to = self.position
 
     def angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Returns cosine and sine of each pair's angle over this many tokens, (P,) each."""
@@ -58,7 +58,7 @@ def step(x: Tensor, weights: Weights, state: BDHState) -> Tensor:
     """Applies all layers to the next token of each sample, x (B, D); updates the state."""
     encoder, encoder_v, decoder = weights
     decoder = decoder.view(encoder.mT.shape)
-    angles = state.angles(state.position - state.frame)
+    angles = state.angles(state.position - state.rotated_to)
     for sums in state.sums:
         s = torch.matmul(x, encoder).relu_().to(sums.dtype)  # (H, B, N)
         if state.rows_v is not None and s.count_nonzero() < SPARSE_FRACTION * s.numel():

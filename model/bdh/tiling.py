@@ -157,7 +157,7 @@ class Geometry:
         return x.expand(self.g, self.X, self.C, self.D).reshape(-1, self.C, self.D)
 
 
-class Tile(NamedTuple):
+class TileWeights(NamedTuple):
     """The weights of some pairs of neurons of every head, as operands of a matmul backend."""
 
     encoder: Any  # (H, D, n)
@@ -180,7 +180,7 @@ def pack(
     dtype: torch.dtype,
     pairs: int,
     as_operand: Callable[[Tensor, str], object],
-) -> Iterator[Tile]:
+) -> Iterator[TileWeights]:
     """Yields the weights tile by tile, copied to contiguous memory in this dtype.
 
     A slice of (H, D, N) has rows of n numbers far apart; matmuls of packed tiles run at full speed,
@@ -192,7 +192,7 @@ def pack(
         parts = [w.view(H, D, 2, N // 2)[..., tile] for w in (encoder, encoder_v)]
         parts.append(decoder.view(H, 2, N // 2, D)[:, :, tile])
         packed = [torch.empty(p.shape, dtype=dtype, device=p.device).copy_(p) for p in parts]
-        yield Tile(
+        yield TileWeights(
             as_operand(packed[0].view(H, D, -1), "encoder"),
             as_operand(packed[1].view(H, D, -1), "encoder_v"),
             as_operand(packed[2].view(H, -1, D), "decoder"),

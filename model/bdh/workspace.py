@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.bdh.elementwise import ElementwiseOps
 from model.bdh.masks import ChunkMasks, DropoutMask, HashDropout
-from model.bdh.tiling import Geometry, Rotation, Tile, Tiling
+from model.bdh.tiling import Geometry, Rotation, TileWeights, Tiling
 from model.matmul import Accumulator, MatmulBackend, PlainMatmul
 
 
@@ -18,7 +18,7 @@ class LayerStackArgs:
     """What a pass over the layers is given besides x and the weights.
 
     documents: (B, T), a number per document; tokens attend within their own document only.
-    states: (n_layer, H, B, 2, N/2, D), the sums of r_u x_u^T before the first token, rotated to its
+    states: (n_layer, H, B, 2, N/2, D), the sums of r_i x_i^T before the first token, rotated to its
     position; replaced by the sums rotated to the position after the last chunk. Without gradients.
     active: (n_layer, 2), to which the numbers of positive u and z are added.
     """
@@ -55,7 +55,7 @@ class TileBuffers:
             widest = max(geo.neurons(i) for i in range(len(geo.tiles)))
             storage = torch.empty(rows * widest, dtype=self._dtype, device=self._device)
             self._storages[number] = storage
-        # Every tile begins where the storage does, as `elementwise.fused_ops` needs it.
+        # Every tile begins where the storage does, as `elementwise.compiled_ops` needs it.
         return self._storages[number][: rows * geo.neurons(tile)].view(geo.g, geo.M, -1)
 
 
@@ -63,7 +63,7 @@ class Workspace:
     """The weights, buffers and masks of one pass over the layers, forward or backward."""
 
     def __init__(
-        self, args: LayerStackArgs, weights: list[Tile], x_shape: torch.Size, seed: int
+        self, args: LayerStackArgs, weights: list[TileWeights], x_shape: torch.Size, seed: int
     ) -> None:
         H, N = len(weights[0].encoder), 2 * len(args.rotation.chunk_cos)
         self.args, self.weights, self.ops, self.backend = args, weights, args.ops, args.backend
@@ -80,8 +80,10 @@ class Workspace:
         shared = geo, self.dtype, self.device
         self.u = TileBuffers(*shared, separate=args.tiling.cache_tiles)
         self.du = TileBuffers(*shared, separate=args.tiling.cache_tiles)
-        # Each of these two buffers has two names: r and dr live while a tile is in the attention,
-        # v and dz while it is in the gate. Neither name may be read after the other was written.
+        # These two buffers have two names each: a tile is either in the attention, which needs r
+        # and dr, or in the gate, which needs v and dz. Buffers of their own would be two more tiles
+        # in memory and in the caches. Writing `ws.r[tile]` therefore destroys `ws.v[tile]`, and the
+        # other way round. The gate uses them once more: it writes z over v, and dv over dz.
         self.v = self.r = TileBuffers(*shared)
         self.dz = self.dr = TileBuffers(*shared)
 
@@ -101,7 +103,7 @@ class Workspace:
         pairs, rotation = self.geo.tiles[tile], self.args.rotation
         return rotation.cos[:, pairs], rotation.sin[:, pairs]
 
-    def given_states(self, layer: int, heads: slice, tile: int) -> Tensor | None:
+    def initial_states(self, layer: int, heads: slice, tile: int) -> Tensor | None:
         """Returns the part of `args.states` that belongs to a tile, (g, B, 2, p, D)."""
         if self.args.states is None:
             return None

@@ -131,5 +131,5 @@ def test_generation_and_sparsity_use_the_fused_layers() -> None:
     factory: Callable[[tuple[Tensor, Tensor, Tensor]], PlainProjections] = refused
     model, tokens = small_bdh().eval(), torch.randint(64, (1, 12))
     model.projections = factory
-    assert len(model.activation_sparsity(tokens)["s"]) == 3
+    assert len(model.active_fraction(tokens)["s"]) == 3
     assert model.prefill_or_decode(tokens, model.init_cache(1)).shape == (1, 64)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.hardware.device import compiler_for
 from model.bdh import BDH
-from model.bdh.elementwise import EAGER, ElementwiseOps, fused_ops
+from model.bdh.elementwise import EAGER, ElementwiseOps, compiled_ops
 from model.bdh.fused_layers import Weights, fused_layers
 from model.bdh.masks import DropoutMask
 from model.bdh.tiling import Tiling, rope_frequencies, rotation, tile_pairs
@@ -238,7 +238,7 @@ def test_compiled_operations_equal_the_eager_ones() -> None:
         inputs = cast(problem((batch, 12, 16, 2, 32)), torch.float32)
         rest = {"dtype": dtype, "documents": documents[:batch], "dropout": 0.3}
         expected = run(inputs, tiling, 3, **rest)
-        assert_equal(run(inputs, tiling, 3, ops=fused_ops(), **rest), expected, tolerance)
+        assert_equal(run(inputs, tiling, 3, ops=compiled_ops(), **rest), expected, tolerance)
 
 
 # Documents

@@ -245,7 +245,7 @@ def test_one_batch_is_learned_by_heart(name: str) -> None:
 
 @BOTH
 def test_a_transformer_has_no_silent_neurons_to_tell_of(name: str) -> None:
-    assert small(name).activation_sparsity(torch.zeros(1, 3, dtype=torch.long)) == {}
+    assert small(name).active_fraction(torch.zeros(1, 3, dtype=torch.long)) == {}
 
 
 @pytest.mark.slow
