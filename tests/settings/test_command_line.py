@@ -131,6 +131,14 @@ def test_each_mistake_on_the_command_line_has_its_message(complaint: Complain) -
         assert found.startswith(f"command line: {message}") and len(found.splitlines()) == 1
 
 
+def test_without_config_yaml_a_file_is_asked_for_unless_names_choose_one(
+    ask: Ask, complaint: Complain
+) -> None:
+    Path("config.yaml").unlink()
+    assert complaint() == "config.yaml: not found. Pass --config FILE."
+    check(ask("dataset=x").config, "dataset.name=x model.name=gpt")
+
+
 def test_files_and_switches_are_no_overrides_of_a_file(ask: Ask) -> None:
     for word in ("other.yaml", "--dry-run", "--help"):
         with pytest.raises(ConfigError, match=f"command line: {word}: not an override"):
