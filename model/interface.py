@@ -34,6 +34,8 @@ class LanguageModel(nn.Module):
     max_context: int | None = None
     """The longest context the model can take, in tokens; None: any."""
     n_layer: int
+    layers_share_weights = False
+    """Whether all layers use the same weights. If not, each layer has at least one of its own."""
 
     # A model with `Linear` modules leaves these two alone: each module has a replaceable function.
     matmul_backend: MatmulBackend | None = None

@@ -7,6 +7,7 @@ with the model that its config describes, before anything of it is used.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from model import build_model
 from model.torch_file import load_torch_file
 
 MAX_SHARED_LAYERS = 10_000
-"""Of a model whose layers share their weights: the number of weights does not bound them."""
+"""Limit of n_layer for a model whose layers share their weights. Other models have at least one
+weight per layer, so the number of weights in the file is their limit."""
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -33,13 +35,13 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     """
     manifest = verify(path)
     content = check_format(path, load_torch_file(path, device))
-    with as_checkpoint_error(path):
+    with as_checkpoint_error(path):  # a ValueError, KeyError, ... within becomes a CheckpointError
         check_type(content, Content)
-        own = content["train"] | {"fingerprint": content["data"]["fingerprint"]}
+        described = content["train"] | {"fingerprint": content["data"]["fingerprint"]}
         for name in ("step", "tokens", "fingerprint"):
-            if own[name] != getattr(manifest, name):
-                expected = f"and its manifest says {getattr(manifest, name)}"
-                raise ValueError(f"{name} is {own[name]!a}, {expected}")
+            value, expected = described[name], getattr(manifest, name)
+            if value != expected:
+                raise ValueError(f"{name} is {value!a}, and its manifest says {expected}")
         if not content["rng"]:
             raise ValueError("rng is empty")
         for state in content["rng"]:
@@ -56,8 +58,8 @@ def check_format(path: Path, content: object) -> dict[str, Any]:
     return content
 
 
-def check_weights(path: Path, content: dict[str, Any]) -> Config:
-    """Returns the config of a checkpoint, whose weights fit the model that it describes.
+def checked_config(path: Path, content: dict[str, Any]) -> Config:
+    """Returns the config of a checkpoint, checked to describe a model that its weights fit.
 
     Raises CheckpointError. The model is built on the meta device, so a config that describes a
     huge one allocates nothing.
@@ -65,22 +67,30 @@ def check_weights(path: Path, content: dict[str, Any]) -> Config:
     weights: dict[str, Tensor] = content["model"]
     with as_checkpoint_error(path):
         config = Config.from_dict(content["config"])
-        layers = config.model.n_layer
         # Building even a meta model takes time and memory per layer.
-        if layers > (MAX_SHARED_LAYERS if config.model.name == "bdh" else len(weights)):
+        layers = config.model.n_layer
+        if layers > (MAX_SHARED_LAYERS if _layers_share_weights(config) else len(weights)):
             raise ValueError(f"config.model.n_layer is {layers}, with {len(weights)} weights")
+    # Not within the blocks: a missing library is no damage, and keeps its own message.
     if config.low_precision.lora_rank is not None:
         import_bitsandbytes(f"{path}: its 4-bit weights")
     with as_checkpoint_error(path):
         with torch.device("meta"):
             model = build_model(config)
             apply_lora(model, config.low_precision, init=False)
-        for name, own in model.state_dict().items():
-            dtype = weights[name].dtype if name in weights else own.dtype
-            if dtype != own.dtype and not (dtype.is_floating_point and own.is_floating_point):
-                raise ValueError(f"model.{name} holds {dtype}, expected {own.dtype}")
+        for name, meta in model.state_dict().items():
+            dtype = weights[name].dtype if name in weights else meta.dtype
+            if dtype != meta.dtype and not (dtype.is_floating_point and meta.is_floating_point):
+                raise ValueError(f"model.{name} holds {dtype}, expected {meta.dtype}")
         # assign: a meta tensor has no memory to copy into. A plain dict: torch notes `assign` in a
         # state dict's metadata, and the next load from it would replace the parameters that an
         # optimizer holds.
         model.load_state_dict(dict(weights), assign=True)
     return config
+
+
+def _layers_share_weights(config: Config) -> bool:
+    """Asks a model of one layer, since the number of layers is what has to be checked."""
+    with torch.device("meta"):
+        model = build_model(replace(config, model=replace(config.model, n_layer=1)))
+    return model.layers_share_weights

@@ -19,7 +19,7 @@ from config import (
 )
 from engine.checkpoint.export import has_config, is_export, open_export
 from engine.checkpoint.find import find_model
-from engine.checkpoint.load import check_weights, load_checkpoint
+from engine.checkpoint.load import checked_config, load_checkpoint
 from engine.monitor import console
 from engine.precision.lora import apply_lora, merge_lora
 from engine.run_directory.find_checkpoint import newest_run, resolve_foreign_name
@@ -55,7 +55,7 @@ def open_model(
     for line in lines:
         console.warning(line)
     content = load_checkpoint(chosen, device)
-    config, weights = check_weights(chosen, content), content["model"]
+    config, weights = checked_config(chosen, content), content["model"]
     model = build_model(config)
     if apply_lora(model, config.low_precision, init=False):
         model.load_state_dict(weights)

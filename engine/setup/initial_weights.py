@@ -101,7 +101,7 @@ def with_shape_of(
         lines.append(f"training.block_size: {training.block_size}, the positions of the weights")
     is_other = config.model.name != weights.options["name"]
     if is_other and low.lora_rank is None and not is_given(request, "low_precision.use_4bit"):
-        low = replace(low, use_4bit=weights.options["name"] == "bdh")
+        low = replace(low, use_4bit="auto")  # decided again below, for the model of the weights
     model = replace(config.model, **weights.options)
     own = config.tokenizer if tokenizer is None else replace(config.tokenizer, name=tokenizer.name)
     sections = {"model": model, "training": training, "low_precision": low, "tokenizer": own}

@@ -12,7 +12,7 @@ from config import Config, Request
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import tokenizer_from_dict
 from engine.checkpoint.find import resolve_resume
-from engine.checkpoint.load import check_weights, load_checkpoint
+from engine.checkpoint.load import checked_config, load_checkpoint
 from engine.checkpoint.resume_rules import experiment_differences, resume_from_folder
 from engine.hardware.distributed import World
 from engine.monitor import console
@@ -60,7 +60,7 @@ def find_starting_point(request: Request, world: World) -> StartingPoint:
 
 def _from_checkpoint(config: Config, request: Request, resume: Resume) -> StartingPoint:
     saved = load_checkpoint(resume.path)
-    saved_config = check_weights(resume.path, saved)
+    saved_config = checked_config(resume.path, saved)
     if request.config.training.init_from == "resume":  # what the run began with, it keeps
         origin = saved_config.training.init_from
         config = replace(config, training=replace(config.training, init_from=origin))

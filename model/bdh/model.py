@@ -56,6 +56,7 @@ class BDH(LanguageModel):
     # DDP would broadcast the buffer, and the backends of devices cannot send what is on the CPU.
     _ddp_params_and_buffers_to_ignore = ("frequencies",)
 
+    layers_share_weights = True
     matmul_backend: MatmulBackend
 
     def __init__(self, config: BDHConfig) -> None:

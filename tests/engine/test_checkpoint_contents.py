@@ -18,15 +18,25 @@ import torch
 
 import export
 import sample
-from config import Request, UserError, command_line
+from config import (
+    CheckpointError,
+    Config,
+    ModelConfig,
+    Request,
+    TrainingConfig,
+    UserError,
+    command_line,
+)
 from data.loading.loader import TrainLoader
 from data.run_data import batch_spec
-from engine.checkpoint.load import load_checkpoint
+from engine.checkpoint.load import checked_config, load_checkpoint
 from engine.checkpoint.trained_model import load_model
 from engine.hardware.distributed import World
 from engine.run_directory.manifest import data_path, manifest_path, read_manifest, render
 from engine.setup.build import build_parts, restore
 from engine.setup.run_setup import prepare_run
+from model import build_model
+from model.gpt import GPT
 from tests.conftest import TINY, write_corpus
 from tests.runs import assert_equal, only_run, run_here
 
@@ -203,6 +213,21 @@ def test_content_that_is_not_read_changes_nothing(saved: tuple[Path, Request]) -
     rewritten(path, damaged)
     assert math.isnan(load_model(path)[0].state_dict()["encoder"][0, 0, 0])
     rewritten(path, content)
+
+
+def test_the_weights_bound_the_number_of_layers_unless_layers_share_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = ModelConfig(name="gpt", n_layer=1, n_embd=8, n_head=2, vocab_size=256)
+    config = Config(model=shape, training=TrainingConfig(block_size=8))
+    content = {"model": build_model(config).state_dict(), "config": config.to_dict()}
+    assert checked_config(Path("x.pt"), content) == config
+    content["config"]["model"]["n_layer"] = 100
+    with pytest.raises(CheckpointError, match="n_layer is 100, with"):
+        checked_config(Path("x.pt"), content)
+    monkeypatch.setattr(GPT, "layers_share_weights", True)
+    with pytest.raises(CheckpointError, match="Missing key"):
+        checked_config(Path("x.pt"), content)
 
 
 @pytest.mark.slow
