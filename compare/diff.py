@@ -16,7 +16,7 @@ from compare.differences import (
     equal_options,
 )
 from compare.labels import labels, names, shared_start, short_names
-from compare.paired import At, Paired, compare_runs
+from compare.paired import At, PairedDifference, compare_runs
 from compare.read import Run
 from compare.table import COLUMNS, aligned, cell, summary, value_text, width
 from settings.formatting import format_duration
@@ -63,7 +63,7 @@ def diff_values(runs: Sequence[Run]) -> dict[str, Any]:
         "data": by_run(differing_data(runs)),
         "against_first": [
             asdict(pair) | {"verdict": pair.verdict}
-            if isinstance(pair, Paired)
+            if isinstance(pair, PairedDifference)
             else {"not_compared": pair}
             for pair in pairs
         ],
@@ -117,11 +117,11 @@ def _shortened(value: Any) -> str:
 
 def _data_lines(runs: Sequence[Run]) -> list[str]:
     data = differing_data(runs)
-    ledger = data.pop("ledger", [])
+    printed = data.pop("ledger", [])
     lines = _section(runs, "Data", data)
-    if ledger:
+    if printed:
         lines += ["", "Data, as said at the start"]
-        for label, own in zip(labels(runs), ledger, strict=True):
+        for label, own in zip(labels(runs), printed, strict=True):
             lines += [f"  {label}: {line}" for line in own]
     return lines
 
@@ -132,7 +132,7 @@ def _paired_lines(runs: Sequence[Run]) -> list[str]:
     rows, reasons = list[list[str]](), list[str]()
     for run, label in zip(runs[1:], others, strict=True):
         for at, pair in _pairs(runs[0], run):
-            if isinstance(pair, Paired):
+            if isinstance(pair, PairedDifference):
                 rows.append([f"  {label}", *_paired_cells(pair, at)])
             else:
                 reasons.append(f"  {label} is not compared: {pair}.")
@@ -143,11 +143,11 @@ def _paired_lines(runs: Sequence[Run]) -> list[str]:
     return lines + reasons
 
 
-def _pairs(first: Run, run: Run) -> list[tuple[At, Paired | str]]:
+def _pairs(first: Run, run: Run) -> list[tuple[At, PairedDifference | str]]:
     """Returns the comparison of the newest evaluations and, if they were made at different steps,
     those at a shared step and of the best evaluations."""
     newest = compare_runs(first, run)
-    pairs: list[tuple[At, Paired | str]] = [("newest", newest)]
+    pairs: list[tuple[At, PairedDifference | str]] = [("newest", newest)]
     if isinstance(newest, str) or newest.step_a == newest.step_b:
         return pairs
     # The run with more steps is usually better at its newest: only these two tell whether it also
@@ -155,12 +155,12 @@ def _pairs(first: Run, run: Run) -> list[tuple[At, Paired | str]]:
     others: tuple[At, ...] = ("same step", "best")
     for at in others:
         pair = compare_runs(first, run, at)
-        if isinstance(pair, Paired) and pair != newest:
+        if isinstance(pair, PairedDifference) and pair != newest:
             pairs.append((at, pair))
     return pairs
 
 
-def _paired_cells(pair: Paired, at: At) -> list[str]:
+def _paired_cells(pair: PairedDifference, at: At) -> list[str]:
     steps = f"{pair.step_b:,}" + (f" vs {pair.step_a:,}" if pair.step_a != pair.step_b else "")
     return [
         f"{pair.difference:+.4f}",

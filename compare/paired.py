@@ -28,7 +28,7 @@ each run's best."""
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """The held-out loss of run b minus that of run a, in nats per token, with its 95 % interval."""
 
     difference: float
@@ -46,7 +46,7 @@ class Paired:
         return "better" if self.high < 0 else "worse"
 
 
-def compare_runs(a: Run, b: Run, at: At = "newest") -> Paired | str:
+def compare_runs(a: Run, b: Run, at: At = "newest") -> PairedDifference | str:
     """Compares two evaluations; returns the reason as text if they cannot be compared."""
     chosen = _evaluations(a, b, at)
     if isinstance(chosen, str):
@@ -59,7 +59,9 @@ def compare_runs(a: Run, b: Run, at: At = "newest") -> Paired | str:
     differences = [loss_b - loss_a for loss_a, loss_b in losses]
     count, mean = len(differences), fmean(differences)
     margin = t_quantile(CONFIDENCE, count - 1) * stdev(differences) / math.sqrt(count)
-    return Paired(mean, mean - margin, mean + margin, count, record_a["step"], record_b["step"])
+    return PairedDifference(
+        mean, mean - margin, mean + margin, count, record_a["step"], record_b["step"]
+    )
 
 
 def t_quantile(probability: float, freedom: int) -> float:

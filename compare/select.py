@@ -41,14 +41,14 @@ def sort_runs(runs: Sequence[Run], key: str) -> list[Run]:
     """
     value_of = value_getter(runs, key.removeprefix("-"))
 
-    def rank(run: Run) -> tuple[bool, float, str]:
+    def sort_key(run: Run) -> tuple[bool, float, str]:
         value = value_of(run)
         amount = as_float(value)
         return (True, 0.0, str(value)) if amount is None else (False, amount, "")  # numbers first
 
     known = [run for run in runs if value_of(run) not in (None, MISSING)]
     unknown = [run for run in runs if value_of(run) in (None, MISSING)]
-    return sorted(known, key=rank, reverse=key.startswith("-")) + unknown
+    return sorted(known, key=sort_key, reverse=key.startswith("-")) + unknown
 
 
 def filter_runs(runs: Sequence[Run], condition: str) -> list[Run]:

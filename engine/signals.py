@@ -56,7 +56,7 @@ class StopRequest:
         return "" if self.signal is None else self.signal.name
 
     def follow(self) -> None:
-        """Marks a stop that another process was asked for."""
+        """Takes over a stop that was requested of another process, as if this one got SIGTERM."""
         self.signal = self.signal or signal.SIGTERM
 
     def _print(self, text: str) -> None:

@@ -12,7 +12,7 @@ from compare import differences
 from compare.curves import AXES, COLOURS, DARK_COLOURS, curve, described, metrics_of
 from compare.json_values import as_float
 from compare.labels import labels, names, short_names
-from compare.paired import Paired, compare_runs
+from compare.paired import PairedDifference, compare_runs
 from compare.read import Run, restart_command
 from settings.formatting import format_count, format_duration
 
@@ -106,11 +106,11 @@ def ranked(runs: Sequence[Run]) -> tuple[list[Run], Measure]:
     bits_known = all(run.bits_per_byte is not None for run in runs)
     measure = BITS if _several_tokenizers(runs) and bits_known else LOSS
 
-    def rank(run: Run) -> tuple[bool, float]:
+    def sort_key(run: Run) -> tuple[bool, float]:
         value = measure.value(run)
         return (True, 0.0) if value is None else (False, value)
 
-    return sorted(runs, key=rank), measure
+    return sorted(runs, key=sort_key), measure
 
 
 def _several_tokenizers(runs: Sequence[Run]) -> bool:
@@ -273,7 +273,7 @@ def _column(
 def _pair(place: int, first: Run, run: Run) -> dict[str, Any]:
     """Returns the paired comparison with the first run; `low` is None if there is none."""
     pair = compare_runs(first, run, "best")
-    if not isinstance(pair, Paired):
+    if not isinstance(pair, PairedDifference):
         return {"run": place, "low": None, "verdict": pair}
     return {
         "run": place,

@@ -130,11 +130,16 @@ class Content(TypedDict):
     tokenizer: SavedTokenizer
 
 
-_OPEN = (
-    *(ShapeOptions, RunOptions, SavedConfig, ParameterGroup),
-    *(SavedDataState, SavedData, SavedTokenizer),
+_ALLOW_EXTRA = (
+    ShapeOptions,
+    RunOptions,
+    SavedConfig,
+    ParameterGroup,
+    SavedDataState,
+    SavedData,
+    SavedTokenizer,
 )
-"""May have entries that are not named here."""
+"""Dicts that may have entries which their type does not name."""
 _NAMES = {
     int: "a whole number from 0 on",
     float: "a number",
@@ -187,7 +192,7 @@ def _check_fields(value: object, hint: Any, place: str) -> None:
     if missing := [name for name in hints if name not in value and name not in optional]:
         raise ValueError(f"{before}{missing[0]} is missing")
     unknown = [key for key in value if key not in hints]
-    if unknown and hint not in _OPEN:
+    if unknown and hint not in _ALLOW_EXTRA:
         raise ValueError(f"{before}{str(unknown[0])[:40]!a} is not known here")
     for name in hints:
         if name in value:

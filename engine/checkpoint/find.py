@@ -33,10 +33,12 @@ def resolve_resume(
 ) -> tuple[Resume | None, list[str]]:
     """Returns the checkpoint meant by `training.resume_from_checkpoint`, and lines for the user.
 
+    The checkpoint is None for a fresh start: if `auto` finds no run to go on with.
+
     Args:
         value: a checkpoint; a run directory or part of its name, for its newest valid checkpoint;
             a folder of runs, for that of its newest run; or `auto`, for that of the newest run
-            whose saved config has nothing `differing`, or None for a fresh start.
+            whose saved config has nothing `differing`.
         checkpoint_dir: where `auto` and names of runs are looked for.
         differing: returns the options that make a saved config another experiment.
 
@@ -44,13 +46,13 @@ def resolve_resume(
     """
     if value == "auto":
         return _newest_of_experiment(checkpoint_dir, differing)
-    resume, rejects = _find(find_by_name(value, checkpoint_dir))
+    resume, lines = _find(find_by_name(value, checkpoint_dir))
     if not (resume.run_dir / CONFIG).exists():
         raise CheckpointError(
             f"{resume.path}: no {CONFIG} beside it. Resuming continues in the run directory; "
             "give the checkpoint inside it."
         )
-    return resume, rejects
+    return resume, lines
 
 
 def find_model(path: Path) -> tuple[Path, list[str]]:
@@ -59,20 +61,22 @@ def find_model(path: Path) -> tuple[Path, list[str]]:
     A file is that one. A run directory means its last checkpoint; or its best, that of lowest
     held-out loss, if `training.always_save_checkpoint` is false, which asks for the best.
     """
-    folder, lines = newest_run(path), list[str]()
-    complete = complete_checkpoints(folder) if path.is_dir() else {}
-    best, last = best_step(complete), max(complete, default=None)
-    if best is not None and best != last and not _saves_always(folder):
-        checkpoint = data_path(folder, best)
-        loss = f"held-out loss {complete[best].val_loss:.4f}"
-        chosen = f"{checkpoint} is the best of its run ({loss}). The last one is"
-        try:
-            verify(checkpoint)
-            return checkpoint, [f"{chosen} checkpoint_{last}.pt."]
-        except CheckpointError as error:
-            lines.append(f"not used: {error}")
-    resume, rejects = _find(path)
-    return resume.path, [*lines, *rejects]
+    lines: list[str] = []
+    if path.is_dir():
+        folder = newest_run(path)
+        complete = complete_checkpoints(folder)
+        best, last = best_step(complete), max(complete, default=None)
+        if best is not None and best != last and not _saves_always(folder):
+            checkpoint, loss = data_path(folder, best), complete[best].val_loss
+            try:
+                verify(checkpoint)
+            except CheckpointError as error:
+                lines.append(f"not used: {error}")
+            else:
+                text = f"{checkpoint} is the best of its run (held-out loss {loss:.4f})."
+                return checkpoint, [f"{text} The last one is checkpoint_{last}.pt."]
+    resume, found_lines = _find(path)
+    return resume.path, [*lines, *found_lines]
 
 
 def _find(path: Path) -> tuple[Resume, list[str]]:
@@ -83,7 +87,7 @@ def _find(path: Path) -> tuple[Resume, list[str]]:
     path = resolve_foreign_name(path)
     try:
         if path.is_file() and not manifest_path(path).exists():
-            # A file of another program: what it is says more than that it has no manifest.
+            # For its error only: "not a checkpoint of this trainer" helps more than "no manifest".
             check_format(path, load_torch_file(path, mmap=True))
         return open_checkpoint(path), []
     except CheckpointError as error:
@@ -100,8 +104,8 @@ def _newest_in(run: Path) -> tuple[Resume, list[str]]:
     reasons = "".join(f"\n  {line}" for line in rejects)
     if (run / "ckpt.pt").exists():
         reasons += (
-            " It holds ckpt.pt of nanoGPT, whose batches cannot be drawn again: training."
-            f"init_from={run / 'ckpt.pt'} starts a new run with its weights, from step 0 "
+            " It holds ckpt.pt of nanoGPT, whose batches cannot be drawn again: "
+            f"training.init_from={run / 'ckpt.pt'} starts a new run with its weights, from step 0 "
             "and without its optimizer moments."
         )
     if not rejects and (run / ENVIRONMENT).exists():
@@ -115,32 +119,32 @@ def _newest_in(run: Path) -> tuple[Resume, list[str]]:
 def _newest_of_experiment(
     checkpoint_dir: Path, differing: Callable[[Config], list[str]]
 ) -> tuple[Resume | None, list[str]]:
-    notes: list[str] = []
+    lines: list[str] = []
     nearest: tuple[list[str], str] | None = None
     runs = (path for path in checkpoint_dir.glob("run_*") if path.is_dir())
     for run in sorted(runs, reverse=True):
         try:
             config, problem = read_config(run)
-            notes += [f"{run.name}: {CONFIG}: {problem}"] if problem else []
+            lines += [f"{run.name}: {CONFIG}: {problem}"] if problem else []
             keys = differing(config)
             if not keys:
-                resume, rejects = _newest_in(run)
-                return resume, [*notes, *rejects]
+                resume, found_lines = _newest_in(run)
+                return resume, [*lines, *found_lines]
         except (CheckpointError, ConfigError, OSError) as error:
-            notes.append(f"skipped {run.name}: {error}")
+            lines.append(f"skipped {run.name}: {error}")
             continue
         if nearest is None or len(keys) < len(nearest[0]):
             nearest = keys, run.name
     if nearest is None:
-        notes.append(f"auto: no run to resume in {checkpoint_dir}; starting a new one")
+        lines.append(f"auto: no run to resume in {checkpoint_dir}; starting a new one")
     else:
         keys, name = nearest
         first = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-        notes.append(
+        lines.append(
             f"auto: no run in {checkpoint_dir} has this config (nearest: {name}, which differs "
             f"in {first}); starting a new one"
         )
-    return None, notes
+    return None, lines
 
 
 def _saves_always(run: Path) -> bool:

@@ -6,10 +6,10 @@ config.py declares one of four rules for each option (settings/schema.py, OnResu
     explicit   may be changed on purpose, by naming the checkpoint or the run; `auto` takes such a
                config for a different experiment (learning rate, weight decay, dropout, ...)
     free       changes nothing that is learned per step, or only how long the run goes on
-    split      how a step is split into micro-batches: the sequences per step count, as explicit
+    split      how a step is split into micro-batches: free while the product, the sequences per
+               step, stays the same; another number of sequences per step is treated as `explicit`
 
-Whether the data can go on exactly in steps of another size is decided there
-(data/loading/loader.py).
+Whether the data can go on exactly in steps of another size is decided in data/loading/load_plan.py.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def save_checkpoint(directory: RunDirectory, state: dict[str, Any], keep_last: i
     earlier = directory.last_checkpoint
     if not _already_saved(path, meta):
         needed = tensor_bytes(state)
-        with as_write_error(f"write {path}", folder, needed, earlier.name if earlier else ""):
+        kept = earlier.name if earlier else ""
+        with as_write_error(f"write {path}", folder, needed_bytes=needed, kept=kept):
             check_space(folder, needed)
             _write(path, {"format": FORMAT, **state}, meta)
     directory.last_checkpoint = path
@@ -87,7 +88,7 @@ def _meta(state: dict[str, Any]) -> CheckpointMeta:
 
 
 def _already_saved(path: Path, meta: CheckpointMeta) -> bool:
-    """Returns whether the step has an intact checkpoint that knows its held-out loss if `meta`
+    """Returns whether the step has a valid checkpoint that knows its held-out loss if `meta`
     does."""
     try:
         manifest = verify(path)
@@ -103,12 +104,15 @@ def _write(path: Path, content: dict[str, Any], meta: CheckpointMeta) -> None:
         durable_remove(manifest_path(path))
 
     try:
-        digest = atomic_write(path, lambda out: _dump(content, out), remove_old_manifest)
+        digest = atomic_write(
+            path, lambda out: _dump(content, out), before_rename=remove_old_manifest
+        )
         time = datetime.now().astimezone().isoformat(timespec="seconds")
-        manifest = Manifest(**vars(meta), **vars(digest), time=time)
+        manifest = Manifest(**vars(meta), size=digest.size, sha256=digest.sha256, time=time)
         # Last: from the moment this name exists, the checkpoint does.
         atomic_write_text(manifest_path(path), render(manifest))
-    except BaseException:
+    except BaseException:  # Ctrl-C too
+        # If there is a manifest, `path` is still the step's earlier checkpoint.
         if not manifest_path(path).exists():
             with contextlib.suppress(OSError):
                 durable_remove(path)

@@ -101,7 +101,10 @@ class World:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the values of all processes by rank on rank 0; on others only their own."""
+        """Returns the values of all processes by rank on rank 0; on others only their own.
+
+        Callers need not ask which rank they are, but only rank 0's result means anything.
+        """
         if self.size == 1:
             return [value]
         box: list[T] = [value] * self.size
@@ -110,7 +113,11 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Runs the block on rank 0 first; the other ranks then find its work done."""
+        """Runs the block on rank 0 first; the other ranks then find its work done.
+
+        If the block raises on rank 0, that process ends without reaching the barrier, and the
+        others end with an error for which `is_lost_peer` is true.
+        """
         if self.size > 1 and not self.is_main:
             dist.barrier()
         yield
@@ -132,6 +139,7 @@ def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterato
     if device.type == "cpu":
         keep_freed_memory()
     yield World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+    # The process group is not destroyed here: see `end_process`.
 
 
 def _join(size: int, device: torch.device, backend: str) -> torch.device:
@@ -144,32 +152,44 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
         )
     rank = _launcher_number("RANK", 0, size - 1)
     local = _launcher_number("LOCAL_RANK", 0, size - 1)
-    _launcher_number("MASTER_PORT", 0, 65535)
+    _launcher_number("MASTER_PORT", 0, 65535)  # only checked: torch reads it itself
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local} of this machine has no GPU: torch sees "
-                f"{torch.cuda.device_count()}. Lower --nproc_per_node."
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        device = _select_gpu(local)
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open until the process ends
         logging.disable(logging.WARNING)
-    wanted = {"cpu": "gloo", "mps": "gloo", "cuda": "nccl"}[device.type]
-    if backend == "nccl" and wanted != "nccl":
-        raise ConfigError(f"distributed.backend=nccl needs CUDA, and system.device is {device}.")
-    kind = wanted if backend == "auto" else backend
+    backends = _backends(backend, device)
     try:
-        # Python objects and single numbers are CPU tensors, so CUDA runs need gloo as well.
-        names = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
-        dist.init_process_group(names, timeout=_TIMEOUT)
+        dist.init_process_group(backends, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"the {size} processes of WORLD_SIZE did not find each other at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})."
         ) from None
     return device
+
+
+def _select_gpu(local_rank: int) -> torch.device:
+    """Returns the GPU of this process, which becomes torch's current one."""
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: torch sees "
+            f"{torch.cuda.device_count()}. Lower --nproc_per_node."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _backends(option: str, device: torch.device) -> str:
+    """Returns the backends for `distributed.backend`, as torch.distributed names them."""
+    on_cuda = device.type == "cuda"
+    if option == "nccl" and not on_cuda:
+        raise ConfigError(f"distributed.backend=nccl needs CUDA, and system.device is {device}.")
+    if option == "nccl" or (option == "auto" and on_cuda):
+        # Python objects and single numbers are CPU tensors, so CUDA runs need gloo as well.
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
 
 
 def _launcher_number(name: str, least: int, most: int) -> int:
@@ -194,6 +214,8 @@ def is_main_process() -> bool:
 def is_lost_peer(error: BaseException) -> bool:
     """Returns whether an error of torch means that another process has ended."""
     text = str(error)
+    # gloo and NCCL word a lost peer in many ways, so every error that names them counts. The price:
+    # a failure of NCCL itself is also reported as a lost peer.
     signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
     return dist.is_initialized() and any(sign in text for sign in signs)
 
@@ -224,8 +246,9 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # buffers are frozen weights: equal from the start
     )
-    # DDP's destructor can wait for ever for processes that have gone. The reference keeps it from
-    # running; `end_process` leaves without the handlers of atexit.
+    # DDP's destructor can wait for ever for processes that have gone. The trainer is freed before
+    # the process ends, so this second reference keeps DDP from being destroyed with it.
+    # `end_process` then ends the process without destroying anything.
     atexit.register(lambda: wrapped)
     return wrapped
 

@@ -51,7 +51,7 @@ class Fp8Backend:
         """Encloses every forward pass."""
         return contextlib.nullcontext()
 
-    def evaluation(self) -> AbstractContextManager[None]:
+    def frozen_scales(self) -> AbstractContextManager[None]:
         """Encloses passes that must not influence later scales: evaluations and trial steps."""
         return contextlib.nullcontext()
 
@@ -79,6 +79,7 @@ class Fp8Backend:
             return {}
         matmuls, steps = self._step_matmuls, self._steps
         self._step_matmuls = self._steps = 0
+        # Matmuls; the metric keeps the name that files of earlier versions have.
         return {"train/fp8_products": _nonzero(matmuls) / steps}
 
     def state_dict(self) -> dict[str, Any]:

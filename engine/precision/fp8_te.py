@@ -163,7 +163,7 @@ class TransformerEngineBackend(Fp8Backend):
             self._active = False
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def frozen_scales(self) -> Iterator[None]:
         """Restores delayed scales after the passes within: Transformer Engine records amax, and
         makes new scales, in evaluations too."""
         saved = {name: value.clone() for name, value in self._scales()}

@@ -12,10 +12,12 @@ then come the optimizer, saved state, the compiler and DDP.
 
 How to add a format
     1. An option in `config.LowPrecisionConfig`, where its rules of resuming are declared; what it
-       excludes in `settings/constraints.py`. If a library is missing or the device cannot compute
-       it, raise ConfigError: in `Precision.__init__`, so that it is refused before data is read.
+       excludes in `settings/constraints.py`, where also `use_4bit: auto` is decided. If a library
+       is missing or the device cannot compute it, raise ConfigError: in `Precision.__init__`, so
+       that it is refused before data is read.
     2. One class, made in `Precision.prepare`:
-       rounded weights       has the members of `QuantizedWeights`, assigned to `self.quantized`
+       rounded weights       has the public members of `QuantizedWeights`; it is assigned to
+                             `self.quantized`, whose type becomes the union of both classes
        products              a subclass of `Fp8Backend`, returned by `fp8.attach_fp8`
        replaced layers       a subclass of `model.matmul.Linear`, swapped in like `LoraLinear`
        optimizer state       an optimizer, returned by `optim.build.build_optimizer`, and its size
@@ -23,8 +25,10 @@ How to add a format
     3. Nothing in the trainer: training, evaluation (also with rounded weights, by their `metric`
        and `label`), checkpoints, memory and the lines at the start go through `Precision`.
     4. Where it is shown: the precision of a run in `compare/read.py`, the metric's title in
-       `compare/curves.py`. `check_resume.covering` moves the step from which weights are rounded.
-    5. Only for files in that format: `export.py --format`, from `packed_tensors`.
+       `compare/curves.py`.
+    5. `_covering` in `engine/setup/check_resume.py`, if the format starts late in a run: it makes
+       `--check-resume` start 4-bit weights early enough to be checked, and knows no other format.
+    6. Only for files in that format: `export.py --format`, from `packed_tensors`.
 """
 
 from __future__ import annotations
@@ -117,6 +121,8 @@ class Precision:
         return lines
 
     def _fp8_description(self, fp8: Fp8Backend, model: LanguageModel) -> str:
+        # By weights: BDH uses each of its weights in every layer. The one more is the head, which
+        # stays in the dtype of autocast.
         covered, head = len(fp8.covered), model.embedding_and_head()[1]
         every = model.named_parameters(remove_duplicate=False)
         name = [name for name, parameter in every if parameter is head][-1].removesuffix(".weight")
@@ -155,13 +161,13 @@ class Precision:
     def _fp8_autocast(
         self, fp8: Fp8Backend, autocast: AbstractContextManager[None]
     ) -> Iterator[None]:
-        with self._unless_in_step(fp8), fp8.autocast(), autocast:
+        with self._frozen_scales_outside_steps(fp8), fp8.autocast(), autocast:
             yield
 
-    def _unless_in_step(self, fp8: Fp8Backend) -> AbstractContextManager[None]:
+    def _frozen_scales_outside_steps(self, fp8: Fp8Backend) -> AbstractContextManager[None]:
         """Keeps evaluations and trial steps, forward and backward, from changing later scales: runs
-        would otherwise depend on how often they are evaluated."""
-        return contextlib.nullcontext() if self._in_step else fp8.evaluation()
+        would otherwise depend on how often they are evaluated. Does nothing within `training`."""
+        return contextlib.nullcontext() if self._in_step else fp8.frozen_scales()
 
     @contextlib.contextmanager
     def training(self, step: int) -> Iterator[None]:
@@ -177,7 +183,8 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a scalar loss, scaled for float16."""
-        with contextlib.nullcontext() if self.fp8 is None else self._unless_in_step(self.fp8):
+        fp8 = self.fp8
+        with contextlib.nullcontext() if fp8 is None else self._frozen_scales_outside_steps(fp8):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:

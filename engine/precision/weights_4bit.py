@@ -5,6 +5,9 @@
         loss.backward()
     optimizer.step()                   # on the master weights, which are back
 
+"Rounded" and "quantized" weights are the same: parameters that hold the values of their 4 bits. The
+"masters" are the weights that the optimizer trains, kept in full precision meanwhile.
+
 Within the block the parameters hold the values of their 4 bits, and the gradients for these values
 are taken for gradients of the master weights (straight-through estimator). No model, optimizer or
 compiler needs to know of it, and checkpoints hold the masters, from which `packed_tensors` packs

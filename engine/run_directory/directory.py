@@ -156,7 +156,7 @@ class RunDirectory:
         if kind is not None:
             if isinstance(error, NonFiniteError | WriteError) and self.will_save:
                 with contextlib.suppress(WriteError):  # `error` is being reported
-                    self._keep()
+                    self._create_and_keep()
             first_line = (str(error).strip().splitlines() or [""])[0]
             self.end("failed", f"{kind.__name__}: {first_line}")
         try:
@@ -186,7 +186,7 @@ class RunDirectory:
         if self._trained_long or not self.will_save or elapsed_s < self._next_attempt_s:
             return
         try:
-            self._keep()
+            self._create_and_keep()
         except WriteError as error:
             self._next_attempt_s = elapsed_s + KEEP_AFTER_S
             console.info(f"{error} Training goes on; metrics wait in memory.")
@@ -226,7 +226,8 @@ class RunDirectory:
             if self._lock is not None:
                 self._lock.release()
 
-    def _keep(self) -> None:
+    def _create_and_keep(self) -> None:
+        """Creates the directory, which then stays even if no checkpoint is ever saved in it."""
         self.prepare()
         self._trained_long = True
 

@@ -1,9 +1,12 @@
-"""Which checkpoints a run directory holds, and which of them are complete. Imports no torch.
+"""Which checkpoints a run directory holds, and which are complete or valid. Imports no torch.
 
 `checkpoint_500.pt` counts as a checkpoint if and only if its manifest `checkpoint_500.json` exists
 and states its size and sha256. The manifest is written last and removed first. It carries a
 checksum of itself and is compared byte for byte with the text that its fields give, so that one
 flipped bit in either file is noticed.
+
+A checkpoint is called *complete* if its manifest is undamaged and the size is right, which costs
+nothing and is enough for lists; it is *valid* if the sha256 of all bytes is right, too (`verify`).
 """
 
 from __future__ import annotations

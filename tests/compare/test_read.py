@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from compare.differences import differing_data, differing_environment, differing_options
 from compare.labels import names
-from compare.paired import Paired, compare_runs
+from compare.paired import PairedDifference, compare_runs
 from compare.read import Run, find_runs, read_run, restart_command
 from compare.table import list_lines
 from config import Config, DataError
@@ -412,7 +412,7 @@ def assert_readable(path: Path, whole: Path) -> None:
     assert restart_command(run).startswith("python ") or "torchrun" in restart_command(run)
     assert isinstance(run.records, list)
     for pair in ((run, other), (other, run)):
-        assert isinstance(compare_runs(*pair), (Paired, str))
+        assert isinstance(compare_runs(*pair), (PairedDifference, str))
         for table in (differing_options, differing_environment, differing_data):
             assert all(len(row) == 2 for row in table(pair).values())
 
