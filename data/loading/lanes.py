@@ -77,12 +77,14 @@ class Spans:
         # Of the joined tokens, span i has [left[i], right[i]).
         edges = np.concatenate(([0], np.cumsum(self.end - self.begin)))
         left, right = edges[:-1], edges[1:]
-        overlaps = (right > start) & (left < stop)
-        # A segment may have no tokens, by count or by estimate. Its empty span is in the part that
-        # has the token before it, or in one that starts at 0. Positions in checkpoints count spans,
-        # so another choice would resume them elsewhere.
-        empty = (left == right) & (right <= stop) & ((right > start) | (start == 0))
-        chosen = overlaps | empty
+        # From the first span that ends after `start` to the last one that begins before `stop`, or
+        # that is empty at `stop`: a segment may have no tokens, by count or by estimate. Its span
+        # is in the part that has the token before it, or in one that starts at 0. Positions in
+        # checkpoints count spans, so another choice would resume them elsewhere.
+        chosen = slice(
+            np.searchsorted(right, start, "right") if start > 0 else 0,
+            max(np.searchsorted(left, stop, "left"), np.searchsorted(right, stop, "right")),
+        )
         left, right, begin = left[chosen], right[chosen], self.begin[chosen]
         return Spans(
             self.segment[chosen],

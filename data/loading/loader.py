@@ -144,10 +144,10 @@ class StepBatch:
         source = LaneReader(reader, plan.lane_plan)
         for lane, positions in zip(plan.lanes, self._position_maps, strict=True):
             # A PositionMap counts tokens from the begin of the chunk.
-            begin = self._step * plan.lane_step_tokens
+            step_begin = self._step * plan.lane_step_tokens
             own, block_size = plan.own_rows(lane), plan.spec.block_size
-            first, last = begin + own.start * block_size, begin + own.stop * block_size
-            for position, length in positions.pieces(first, last):
+            begin, end = step_begin + own.start * block_size, step_begin + own.stop * block_size
+            for position, length in positions.pieces(begin, end):
                 name, numbers = source.locate(lane, position, length)
                 found[name] += numbers
         reader.close()
