@@ -22,7 +22,8 @@ class HiddenWeight(NamedTuple):
     """2-D or 3-D: an `nn.Parameter`, or where adapters have replaced it, an empty tensor of its
     shape on the device "meta"."""
     n_fused: int
-    """Matrices of equal size stacked along dimension 0: 3 for query, key and value in one."""
+    """Matrices of equal size stacked along dimension 0: 3 for query, key and value in one. Muon
+    updates each by itself."""
 
 
 class LanguageModel(nn.Module):

@@ -103,8 +103,8 @@ class Attention(nn.Module):
         D, H = config.n_embd, config.n_head
         K, d = config.n_kv_head or H, D // H
         self.layer, self.n_head, self.n_kv_head, self.head_size = layer, H, K, d
-        # To n_fused, it is a stack of matrices of equal size, (K d, D): H / K of them are q, the
-        # next one is k, the last one v.
+        # Initialization and Muon take it as n_fused matrices of equal size, (K d, D): the first
+        # H / K of them are q, the next one is k, the last one v.
         self.wqkv = Linear(D, (H + 2 * K) * d, bias=False, n_fused=H // K + 2)
         self.wo = Linear(D, D, bias=False)
 
