@@ -1,0 +1,1 @@
+"""The order of the data, packing into rows, batches and prefetching."""

@@ -1,0 +1,1 @@
+"""Where training text is kept: parquet folders and token files."""
