@@ -26,6 +26,7 @@ from model.memory import StepShape, activation_bytes
 from tests.conftest import ROOT, TEXT
 from tests.engine.allocations import peak_bytes
 from tests.engine.planned_runs import CPU, configured, estimator_of
+from tests.model.test_bdh_dense import PlainProjections
 from tests.runs import run_here
 
 
@@ -132,22 +133,6 @@ def test_so_are_those_of_frozen_weights_with_adapters(name: str, dtype: str) -> 
     assert 0.87 < activation_ratio(estimator) < 1.2
 
 
-class Projections:
-    """BDH's products with its weights, by plain torch."""
-
-    def __init__(self, weights: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.encoder, self.encoder_v, self.decoder = weights
-
-    def encode(self, x: Tensor, layer: int) -> Tensor:
-        return x.unsqueeze(1) @ self.encoder
-
-    def encode_v(self, a: Tensor, layer: int) -> Tensor:
-        return a @ self.encoder_v
-
-    def decode(self, z: Tensor, layer: int) -> Tensor:
-        return z.transpose(1, 2).flatten(2) @ self.decoder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_for_dense_layers_the_prediction_is_enough_and_not_twice_too_much(dtype: str) -> None:
@@ -155,7 +140,7 @@ def test_for_dense_layers_the_prediction_is_enough_and_not_twice_too_much(dtype:
     training = {"batch_size": 2}
     low = {"use_4bit": False, "compute_dtype": dtype}
     estimator = estimator_of(configured(model=model, training=training, low_precision=low), "cpu")
-    estimator.model.projections = Projections
+    estimator.model.projections = PlainProjections
     assert 1 <= activation_ratio(estimator) <= 2
 
 
