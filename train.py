@@ -48,10 +48,11 @@ from engine.hardware.distributed import (
     no_sync_until_last,
     scale_loss_for_ddp,
 )
+from engine.hardware.memory import ran_out
 from engine.loss import cross_entropy_sum, inputs_and_targets
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
-from engine.planning.batch_size import out_of_memory_lines, ran_out
+from engine.planning.batch_size import out_of_memory_lines
 from engine.precision.precision import disable_unavailable_4bit
 from engine.schedule import learning_rate
 from engine.setup.build import build

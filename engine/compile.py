@@ -10,6 +10,7 @@ from torch import nn
 
 from config import SystemConfig
 from engine.hardware.device import compiler_for
+from engine.hardware.memory import ran_out
 
 # Of a run on a CPU: about a minute on two cores. Compiling takes 13 s there, and makes steps of
 # small models a quarter and of large ones a half shorter.
@@ -39,7 +40,7 @@ def compile_model(
 
     In place, because a wrapped model would save its weights under other names. trial: runs the
     model once, for compilers fail only then; the run goes on without. It may draw random numbers,
-    which are put back, and leave nothing else behind.
+    which are put back, and leave nothing else behind. Its error is raised where memory ran out.
     """
     if not wanted:
         return None, "not compiled"
@@ -53,6 +54,8 @@ def compile_model(
         with torch.random.fork_rng(devices=devices):
             trial()
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
+        if ran_out(error):  # it would need more memory still
+            raise
         model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # the failed backward pass may have made some gradients
         reason = str(error).strip().splitlines()[0]

@@ -19,6 +19,13 @@ _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
+def ran_out(error: BaseException) -> bool:
+    """Returns whether Python, a device or torch on a CPU ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep large freed blocks instead of returning them to the system.
 

@@ -18,6 +18,7 @@ from config import (
     micro_batch,
 )
 from engine.hardware.distributed import World
+from engine.hardware.memory import ran_out
 from engine.planning.memory import Memory, MemoryBudget, MemoryEstimator
 from settings.formatting import format_bytes
 
@@ -62,13 +63,6 @@ def out_of_memory_lines(
     )
     fitting = suggest_fitting_configs(estimator, budget)
     return [*lines, _advice(estimator, budget) if fitting else _GENERAL]
-
-
-def ran_out(error: BaseException) -> bool:
-    """Returns whether Python, a device or torch on a CPU ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager

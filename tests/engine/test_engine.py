@@ -270,6 +270,19 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     assert model(torch.ones(1, 2)).shape == (1, 2)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
+def test_memory_that_runs_out_in_the_compile_trial_is_not_a_compiler_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.compile.compiler_for", lambda device: "g++")
+
+    def trial() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_model(nn.Linear(2, 2), True, CPU, trial)
+
+
 # Settling the config.
 
 
