@@ -49,7 +49,7 @@ from engine.hardware.distributed import (
     scale_loss_for_ddp,
 )
 from engine.hardware.memory import ran_out
-from engine.loss import cross_entropy_sum, inputs_and_targets
+from engine.loss import inputs_and_targets
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
 from engine.planning.batch_size import out_of_memory_lines
@@ -82,8 +82,7 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
                 with no_sync_until_last(model, last=number == len(batch.micro_batches)):
                     with precision.autocast():
                         inputs, targets, ids = inputs_and_targets(rows, world.device, document_ids)
-                        logits = model(inputs, ids)
-                        loss_sum = cross_entropy_sum(logits, targets)
+                        loss_sum = model(inputs, ids, targets)
                     # Divided by the tokens of the whole step on all processes, so that the
                     # gradient does not depend on how the step is cut.
                     loss = loss_sum / step_targets

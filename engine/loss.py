@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of the next token, as a sum over tokens.
+"""What a model reads and predicts, and its loss: a sum over tokens.
 
 Sums, not means: `train.py` divides by the tokens of the whole optimizer step, so a gradient does
 not depend on how the step is cut into micro-batches and processes.
@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.loss import IGNORED
 
 DocumentIds = Callable[[Tensor], Tensor]
 """Maps tokens (B, T) to the number of each token's document (B, T)."""
-
-IGNORED = -100  # a target that adds nothing to the loss
 
 
 def inputs_and_targets(
@@ -36,19 +35,13 @@ def inputs_and_targets(
     return inputs, targets.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORED), ids[:, :-1]
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the summed cross-entropy in nats of logits (B, T, V), computed in float32."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
 def next_token_loss(
     model: nn.Module, rows: Tensor, device: torch.device, document_ids: DocumentIds | None = None
 ) -> Tensor:
     """Returns the summed cross-entropy in nats of `model` on rows (B, T+1)."""
     inputs, targets, ids = inputs_and_targets(rows, device, document_ids)
-    return cross_entropy_sum(model(inputs, ids), targets)
+    loss_sum: Tensor = model(inputs, ids, targets)
+    return loss_sum
 
 
 def count_targets(rows: Tensor, document_ids: DocumentIds | None = None) -> int:

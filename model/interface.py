@@ -27,7 +27,7 @@ class HiddenWeight(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """A model that predicts the next token: token ids (B, T) -> logits (B, T, V).
+    """A model that predicts the next token: token ids (B, T) -> logits (B, T, V), or the loss.
 
     It knows nothing of data, ranks or number formats; those wrap the finished model from outside.
     """
@@ -46,10 +46,15 @@ class LanguageModel(nn.Module):
     """Modules that compute the same products in place of `matmul_backend`, with a backward pass of
     their own (Transformer Engine, for BDH); None: not used."""
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Returns logits (B, T, V) of the next token at each position of tokens (B, T).
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """Returns logits (B, T, V) of the next token at each position of tokens (B, T); with
+        targets (B, T) their cross-entropy in nats instead, summed, float32, ().
 
         documents (B, T): a number per document; tokens attend within their own document only.
+        Targets of `model.loss.IGNORED` add nothing. The loss is computed here and not by the
+        caller so that it is compiled with the model.
         """
         raise NotImplementedError
 

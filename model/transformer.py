@@ -26,6 +26,7 @@ from model.attention import (
     training_mask,
 )
 from model.interface import HiddenWeight, LanguageModel
+from model.loss import cross_entropy_sum
 from model.matmul import Linear
 
 
@@ -79,7 +80,9 @@ class Transformer(LanguageModel, ABC):
         linears = (module for module in self.blocks.modules() if isinstance(module, Linear))
         return [HiddenWeight(linear.weight, linear.n_fused) for linear in linears]
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         B, T = tokens.shape
         p = self.config.dropout if self.training else 0.0
         x = dropout(self.embed(tokens, 0), p)  # (B, T, D)
@@ -88,7 +91,8 @@ class Transformer(LanguageModel, ABC):
         x = x.flatten(0, 1)  # (R, D)
         for block in self.blocks:
             x = block(x, ctx)
-        return self.head(x).view(B, T, -1)
+        logits = self.head(x).view(B, T, -1)
+        return logits if targets is None else cross_entropy_sum(logits, targets)
 
     def cache_bytes(self, length: int) -> int:
         if self.max_context is not None:

@@ -375,7 +375,7 @@ def test_memory_that_runs_out_with_an_automatic_batch_is_explained_too(
     def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr("engine.loss.F.cross_entropy", out_of_memory)
+    monkeypatch.setattr("model.loss.F.cross_entropy", out_of_memory)
     assert here.train("batch_size=auto", "tokens_per_step=256") == 1
     assert "Out of memory: no more\nA step needs " in capsys.readouterr().err
 
@@ -409,7 +409,7 @@ def test_where_memory_runs_out_it_says_what_used_it_and_what_would_fit(
     def out_of_memory(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
 
-    monkeypatch.setattr("engine.loss.F.cross_entropy", out_of_memory)
+    monkeypatch.setattr("model.loss.F.cross_entropy", out_of_memory)
     assert here.train("batch_size=64", "block_size=256") == 1
     told = capsys.readouterr().err
     assert told.startswith("Out of memory: DefaultCPUAllocator")

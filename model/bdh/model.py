@@ -39,6 +39,7 @@ from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
 from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
+from model.loss import cross_entropy_sum
 from model.matmul import MatmulBackend, OperandId, PlainMatmul
 
 INIT_STD = 0.02
@@ -87,9 +88,12 @@ class BDH(LanguageModel):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))  # (B, T, D)
-        return self._layers(x, documents) @ self.lm_head  # (B, T, V)
+        logits = self._layers(x, documents) @ self.lm_head  # (B, T, V)
+        return logits if targets is None else cross_entropy_sum(logits, targets)
 
     def _layers(
         self,
