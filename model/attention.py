@@ -174,7 +174,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with x: autocast's if it is on, else x's own."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # "meta" has no autocast. torch 2.11 cannot compile a call of `is_autocast_available`.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     # Autocast leaves float64 alone.
     return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
 

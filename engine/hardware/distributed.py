@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -240,11 +241,12 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = None if world.device.type != "cuda" else [world.device]
+    # Buffers are frozen weights, equal from the start. torch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    no_buffers: dict[str, Any] = {new if new in known else old: False}
     wrapped = DistributedDataParallel(
-        model,
-        device_ids=devices,
-        gradient_as_bucket_view=True,
-        forward_sync_buffers=False,  # buffers are frozen weights: equal from the start
+        model, device_ids=devices, gradient_as_bucket_view=True, **no_buffers
     )
     # DDP's destructor can wait for ever for processes that have gone. The trainer is freed before
     # the process ends, so this second reference keeps DDP from being destroyed with it.

@@ -1,4 +1,5 @@
-"""How much memory this process holds and can still get, on a device or in the machine."""
+"""How much memory this process holds and can still get, on a device or in the machine, and whether
+an error means that it ran out."""
 
 from __future__ import annotations
 
@@ -13,17 +14,15 @@ from pathlib import Path
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+# Of memory that runs out, where torch raises a plain RuntimeError: on a CPU, from the CUDA runtime,
+# from cuBLAS and cuDNN, which make their handles late, and from NCCL.
+_RAN_OUT = re.compile(
+    "can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED|failure.* 'out of memory'"
+)
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 # Of a control group: files with limit and usage, and the line of memory.stat with idle file pages.
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
-
-
-def ran_out(error: BaseException) -> bool:
-    """Returns whether Python, a device or torch on a CPU ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:
@@ -81,6 +80,13 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     known = [*_available_bytes(), *cgroup_free_bytes(), *_address_space_bytes()]
     return max(0, min(known)) if known else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Returns whether Python, a device or torch on a CPU ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _RAN_OUT.search(str(error)) is not None
 
 
 def _available_bytes() -> Iterator[int]:

@@ -259,7 +259,9 @@ def find_batch_size_by_trial(
         failed = False
         try:
             attempt(batch)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             # The error keeps the step's tensors alive until this block ends, so the cache is
             # emptied after it.
             failed = True

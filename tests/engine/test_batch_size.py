@@ -141,6 +141,8 @@ def test_a_trial_that_runs_out_of_memory_is_repeated_with_the_next_size() -> Non
 
     def attempt(batch: int) -> None:
         tried.append(batch)
+        if batch > 8:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
         if batch > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
 

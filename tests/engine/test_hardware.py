@@ -20,6 +20,7 @@ from engine.hardware.memory import (
     cgroup_free_bytes,
     free_bytes,
     peak_memory_bytes,
+    ran_out,
 )
 from engine.planning.memory import MemoryBudget
 from tests.conftest import ROOT
@@ -95,6 +96,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     ]
     # How many of the ten blocks of 64 MB the heap can reuse depends on what was imported before.
     assert faults[0] - faults[1] > 2 * 2**26 / 4096
+
+
+def test_errors_of_memory_are_told_from_others_by_type_or_by_the_words_of_each_library() -> None:
+    words = [
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 64 bytes",
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ]
+    errors = [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        *map(RuntimeError, words),
+    ]
+    assert all(map(ran_out, errors))
+    others = ["CUDA error: an illegal memory access was encountered", "NCCL error: remote process"]
+    assert not any(ran_out(RuntimeError(each)) for each in others)
+    assert not ran_out(OSError("out of memory"))
 
 
 def test_devices_that_are_not_there_are_refused_with_a_remedy() -> None:
