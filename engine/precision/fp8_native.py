@@ -29,6 +29,7 @@ from torch import Tensor
 from config import FP8_MULTIPLE, Fp8Config
 from engine.precision.fp8_backend import Fp8Backend
 from model import LanguageModel
+from model.compiled import compile_shapes
 from model.matmul import Accumulator, OperandId
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -123,9 +124,7 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale.view(-1, 1, 1)).clamp_(-limit, limit).to(dtype)
 
 
-@cache
-def _compiled(expression: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(expression, dynamic=False)
+_compiled = cache(compile_shapes)
 
 
 class DelayedScales:

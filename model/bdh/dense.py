@@ -9,10 +9,8 @@ B batch, T tokens, D = n_embd, H = n_head, N neurons per head
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from model.bdh.masks import ChunkMasks
 from model.bdh.tiling import Rotation
+from model.compiled import compile_shapes
 from model.matmul import Projections
 
 
@@ -80,6 +79,4 @@ def _gate(s: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.dropout(z, dropout) if dropout else z
 
 
-@cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+_compile = cache(compile_shapes)

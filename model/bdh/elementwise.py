@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from model.bdh.masks import DropoutMask
+from model.compiled import compile_shapes
 
 _MIX = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of a 32-bit hash (Wellons, "lowbias32")
 
@@ -128,12 +129,8 @@ EAGER = ElementwiseOps(
 @cache
 def compiled_ops() -> ElementwiseOps:
     """Returns the operations for torch.compile; a new shape compiles for about a second."""
-    # Tiles of several widths are several shapes. Beyond this limit torch stops compiling and runs
-    # the expressions unfused, without a word.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 64)
     rope, rope_backward, gate, gate_backward = (
-        torch.compile(expression, dynamic=False)
+        compile_shapes(expression)
         for expression in (
             _rope_compiled,
             _rope_backward_compiled,
@@ -150,8 +147,8 @@ def compiled_ops() -> ElementwiseOps:
         lambda u, dr, cos, sin, du: rope_backward(_halves(u), _halves(dr), cos, sin, _halves(du)),
         gate,
         gate_backward,
-        torch.compile(_advance_state, dynamic=False),
-        torch.compile(_add_compiled, dynamic=True),
+        compile_shapes(_advance_state),
+        compile_shapes(_add_compiled, dynamic=True),
     )
 
 
