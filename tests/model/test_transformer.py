@@ -62,22 +62,6 @@ def test_blocks_of_flex_attention_hide_what_the_boolean_mask_hides(
     torch.testing.assert_close(flex, layers.attention(q, k, v, bias), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")
-@BOTH
-def test_flex_attention_on_a_gpu_equals_the_mask(name: str) -> None:
-    torch.manual_seed(0)
-    model = small(name).cuda()
-    tokens, documents = torch.randint(VOCABULARY, (3, BLOCK)), some_documents(3, BLOCK)
-    tokens, documents = tokens.cuda(), documents.cuda()
-    found = []
-    for kind in ("flex", "math"):
-        model.config = ModelConfig(**{**asdict(model.config), "attention": kind})
-        logits = model(tokens, documents)
-        found.append((logits, *step(model, logits, tokens).values()))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
-
-
 @BOTH
 @pytest.mark.parametrize("attention", ["auto", "math"])
 def test_a_document_sees_nothing_of_its_neighbours(name: str, attention: str) -> None:
