@@ -98,7 +98,8 @@ def fused_layers(x: Tensor, weights: Weights, args: LayerStackArgs) -> Tensor:
     """
     trained = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *weights))
     assert args.states is None or not trained, "states have no gradient"
-    seed = int(torch.randint(2**62, ()).item()) if args.dropout else 0
+    # On the device, where a CUDA graph draws another seed in each replay.
+    seed = torch.randint(2**62, (), device=x.device) if args.dropout else None
     inputs = (x, *weights, args, seed, trained)
     result: Tensor = _FusedLayers.apply(*inputs)  # type: ignore[no-untyped-call]
     return result

@@ -65,8 +65,9 @@ class HashDropout:
     """
 
     def __init__(
-        self, probability: float, seed: int, n_layer: int, geo: Geometry, device: torch.device
+        self, probability: float, seed: Tensor, n_layer: int, geo: Geometry, device: torch.device
     ) -> None:
+        """seed: () int64, on the device."""
         dropped = min(round(probability * 2**32), 2**32 - 1)  # of all 2**32 hashes
         self.scale = 2**32 / (2**32 - dropped)
         self._threshold = dropped - 2**31

@@ -63,7 +63,11 @@ class Workspace:
     """The weights, buffers and masks of one pass over the layers, forward or backward."""
 
     def __init__(
-        self, args: LayerStackArgs, weights: list[TileWeights], x_shape: torch.Size, seed: int
+        self,
+        args: LayerStackArgs,
+        weights: list[TileWeights],
+        x_shape: torch.Size,
+        seed: Tensor | None,
     ) -> None:
         H, N = len(weights[0].encoder), 2 * len(args.rotation.chunk_cos)
         self.args, self.weights, self.ops, self.backend = args, weights, args.ops, args.backend
@@ -73,7 +77,7 @@ class Workspace:
         self.masks = ChunkMasks(args.documents, (geo.B, geo.K, geo.C), self.device)
         self.has_states = geo.K > 1 or args.states is not None
         self._dropout: HashDropout | None = None
-        if args.dropout:
+        if seed is not None:
             self._dropout = HashDropout(args.dropout, seed, args.n_layer, geo, self.device)
         self.dropout_scale = self._dropout.scale if self._dropout else 1.0
 
