@@ -32,7 +32,6 @@ if __name__ == "__main__":  # --help and config errors are answered before torch
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports below
 
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -68,46 +67,43 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     config, state, world = trainer.config, trainer.state, trainer.world
     precision, optimizer, training = trainer.precision, trainer.optimizer, trainer.config.training
     model, document_ids = trainer.ddp_model, trainer.data.document_ids
+    max_norm = config.optimizer.grad_clip
     if state.evaluation_due(training):
         trainer.evaluate(stop)  # a resumed run: its stop had cut this evaluation short
-    while not trainer.should_stop(stop) and not state.finished(training):
-        began = time.monotonic()
-        batch = trainer.next_batch()
-        step_targets = trainer.count_targets(batch)
+    while not state.finished(training) and (step := trainer.next_step(stop)) is not None:
         step_loss = torch.zeros((), device=world.device)
-        with precision.training(state.step + 1):
-            for number, rows in enumerate(batch.micro_batches, 1):
+        with precision.training(step.number):
+            for number, rows in enumerate(step.micro_batches, 1):
                 # Gradients add up over micro-batches; the backward pass of the last one also
                 # exchanges them between ranks.
-                with no_sync_until_last(model, last=number == len(batch.micro_batches)):
+                with no_sync_until_last(model, last=number == len(step.micro_batches)):
                     with precision.autocast():
                         inputs, targets, ids = inputs_and_targets(rows, world.device, document_ids)
                         loss_sum = model(inputs, ids, targets)
                     # Divided by the tokens of the whole step on all processes, so that the
                     # gradient does not depend on how the step is cut.
-                    loss = loss_sum / step_targets
+                    loss = loss_sum / step.targets
                     precision.backward(scale_loss_for_ddp(loss, world))
                 step_loss += loss.detach()
 
-        # DDP has averaged the gradients, so their norm is equal on all ranks. Loss and norm come
-        # to the CPU together: each wait for the device costs time.
+        # DDP has averaged the gradients, so their norm is equal on all ranks. On a GPU, the values
+        # of this step are read during the next one: to wait for them would leave the GPU idle.
         precision.unscale(optimizer)
-        norm_on_device = gradient_norm(trainer.model)
-        summed_loss = world.all_reduce_sum(step_loss)
-        loss_value, grad_norm = torch.stack((summed_loss, norm_on_device)).tolist()
-        trainer.check_finite(batch, loss_value, grad_norm)
-        if 0.0 < config.optimizer.grad_clip < grad_norm:
-            clip_gradients(trainer.model, norm_on_device, config.optimizer.grad_clip)
-        rate = learning_rate(state.step + 1, config, trainer.size.steps)
+        norm = gradient_norm(trainer.model)
+        trainer.check_finite(step, world.all_reduce_sum(step_loss), norm)
+        # Without knowing the norm: gradients below the limit are then multiplied by 1.
+        if max_norm > 0.0 and (trainer.reads_late or step.grad_norm > max_norm):
+            clip_gradients(trainer.model, norm, max_norm)
+        rate = learning_rate(step.number, config, trainer.size.steps)
         set_learning_rate(optimizer, rate)
         trainer.optimizer_step()
-        trainer.count_step(batch, loss_value, time.monotonic() - began)
+        trainer.count_step(step)
 
         if state.step == 1 or due(state.step, training.log_freq):
-            trainer.log(rate, grad_norm)
+            trainer.log(rate)
         if state.evaluation_due(training):
             trainer.evaluate(stop)
-        if trainer.saver.due(state):
+        if trainer.saver.due(state, step.save_time_over):
             trainer.save()
 
 

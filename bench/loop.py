@@ -53,7 +53,7 @@ def measure(config: str, folder: str) -> tuple[float, float]:
     with ExitStack() as stack, StopRequest() as stop:
         world = stack.enter_context(enter_world(request.config.system, request.config.distributed))
         trainer = build(request, world, stack)
-        trainer.next_batch()  # the first batch opens files, once per run
+        trainer.next_step(stop)  # the first batch opens files, once per run
         trainer.ddp_model.forward = inner.wrap(trainer.ddp_model.forward)
         for name in ("backward", "step"):
             setattr(trainer.precision, name, inner.wrap(getattr(trainer.precision, name)))

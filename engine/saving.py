@@ -31,21 +31,25 @@ class CheckpointSaver:
     _failures: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
 
-    def due(self, state: TrainState) -> bool:
+    @property
+    def time_over(self) -> bool:
+        """Whether `save_every` seconds have passed since the last save, by this process's clock."""
+        every = self.config.training.save_every
+        return every is not None and time.monotonic() - self._saved_at >= every
+
+    def due(self, state: TrainState, time_over: bool) -> bool:
         """Returns whether to save after this step: by steps or by seconds, or, without
-        `always_save_checkpoint`, after the best evaluation so far."""
+        `always_save_checkpoint`, after the best evaluation so far.
+
+        time_over: what all processes agreed on. Their clocks differ, so that by their own some
+        would wait for the others.
+        """
         training = self.config.training
         if state.finished(training):
             return False  # the last step is saved at the end, after the run's final record
         if not training.always_save_checkpoint:
             return state.best_step == state.step
-        if due(state.step, training.checkpoint_freq):
-            return True
-        waited = time.monotonic() - self._saved_at
-        # Clocks differ between processes: one answer for all, or they would wait for each other.
-        return training.save_every is not None and self.world.any_rank(
-            waited >= training.save_every
-        )
+        return due(state.step, training.checkpoint_freq) or time_over
 
     def needed(self, state: TrainState) -> bool:
         """Returns whether this step or its evaluation is in no checkpoint yet."""

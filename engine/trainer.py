@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError
 from data import StepBatch, merge_data_states
@@ -26,6 +26,7 @@ from engine.reporting import Reporter, RunSize
 from engine.run_directory.directory import RunDirectory
 from engine.saving import CheckpointSaver
 from engine.signals import StopRequest
+from engine.step import Step
 from engine.train_state import TrainState, rng_state
 from model import LanguageModel
 
@@ -57,41 +58,88 @@ class Trainer:
     """True while the optimizer runs; if it raises, weights are inconsistent and not saved."""
     stop_after: int | None = None
     """Steps after which the loop ends as if a stop had been requested; None: never."""
+    found_inf: Tensor | None = None
+    """A flag () on the device, set by the first step that is not finite; the optimizer then changes
+    nothing any more. So the host may read loss and gradient norm one step late, and the device
+    never waits for it. None: the host reads them before it calls the optimizer."""
+    _unread: Step | None = None
+    _grad_norm: float = math.nan  # of the last step that was counted
+    _counted_s: float = 0.0  # when it was
     _overflows: int = 0
     _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last updated
-    _waited_s: float = 0.0
 
-    def next_batch(self) -> StepBatch:
-        """Returns the data of the next step."""
-        began = time.monotonic()
-        batch = next(self.batches)
-        self._waited_s = time.monotonic() - began
-        return batch
+    @property
+    def reads_late(self) -> bool:
+        """Whether loss and gradient norm of a step are read when the next one is queued."""
+        return self.found_inf is not None
 
-    def count_targets(self, batch: StepBatch) -> int:
-        """Returns the tokens that the loss of a step is the mean over, in all processes."""
-        own = sum(count_targets(rows, self.data.document_ids) for rows in batch.micro_batches)
-        if self.data.document_ids is None:  # the same number on each process: nothing to exchange
-            return max(1, own * self.world.size)
-        return max(1, round(self.world.all_reduce_number(own)))
+    def next_step(self, stop: StopRequest) -> Step | None:
+        """Returns the next step with its data; None where some process was asked to stop.
+
+        What the processes have to agree on is exchanged here, in one message: all of them stop and
+        save after the same step.
+        """
+        if self._reached_stop_after():
+            return None
+        began_s = time.monotonic()
+        batch = None if stop else next(self.batches)
+        waited_s = time.monotonic() - began_s
+        own = [0, 0, 0, 0] if batch is None else [1, *self._to_agree_on(batch)]
+        goes_on, targets, epochs, save_times = zip(*self.world.all_gather(own), strict=True)
+        if batch is None or not all(goes_on):
+            stop.follow()
+            return None
+        return Step(
+            number=self.state.step + 1,
+            batch=batch,
+            targets=max(1, sum(targets)),
+            epoch=min(epochs),  # the lanes of one process may end one a little before another's
+            save_time_over=any(save_times),
+            began_s=began_s,
+            waited_s=waited_s,
+        )
+
+    def _to_agree_on(self, batch: StepBatch) -> tuple[int, int, int]:
+        """Returns targets, epochs after the batch and whether it is time to save, here alone."""
+        targets = sum(count_targets(rows, self.data.document_ids) for rows in batch.micro_batches)
+        return targets, batch.epoch, int(self.saver.time_over)
 
     def should_stop(self, stop: StopRequest) -> bool:
-        """Returns whether some process was asked to stop: all of them stop after the same step."""
-        # `should_stop` also cuts evaluations short; a finished run still makes its last one.
-        ended = self.state.finished(self.config.training)
-        if self.stop_after is not None and self.state.step >= self.stop_after and not ended:
+        """Returns whether to cut an evaluation short, since some process was asked to stop."""
+        # A finished run still makes its last evaluation.
+        if self._reached_stop_after() and not self.state.finished(self.config.training):
             return True
         agreed = self.world.any_rank(bool(stop))
         if agreed:
             stop.follow()
         return agreed  # not `stop`: a signal may have come since they asked each other
 
-    def check_finite(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
-        """Raises NonFiniteError before a loss or gradient that is not finite reaches the weights.
+    def _reached_stop_after(self) -> bool:
+        return self.stop_after is not None and self.state.step >= self.stop_after
+
+    def check_finite(self, step: Step, loss: Tensor, grad_norm: Tensor) -> None:
+        """Keeps a step whose loss () or gradient norm () is not finite from reaching the weights.
+
+        Raises NonFiniteError: for this step or, where values are read late, for the one before.
+        """
+        values = torch.stack((loss, grad_norm))
+        step.start_reading(values)
+        if self.found_inf is None:
+            self._read(step)
+            return
+        # Never set back: the weights stay those of the last finite step until the host stops.
+        self.found_inf.masked_fill_(~values.isfinite().all(), 1.0)
+        if self._unread is not None:
+            self._read(self._unread)
+
+    def _read(self, step: Step) -> None:
+        """Reads loss and gradient norm; raises NonFiniteError.
 
         With float16, gradients that overflow are routine: `precision.step` skips the update and
         halves the loss scale. Many in a row are not.
         """
+        step.read()
+        loss, grad_norm = step.loss, step.grad_norm
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._overflows = 0
             return
@@ -100,10 +148,10 @@ class Trainer:
         if math.isfinite(loss) and routine:
             return
         raise NonFiniteError(
-            f"Step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite. The "
+            f"Step {step.number}: loss {loss}, gradient norm {grad_norm}: not finite. The "
             f"step was not taken; last checkpoint: {self.directory.last_checkpoint or 'none'}. "
             "Lower training.learning_rate, or try low_precision.compute_dtype: float32. "
-            "The batch held\n  " + "\n  ".join(batch.describe())
+            "The batch held\n  " + "\n  ".join(step.batch.describe())
         )
 
     def optimizer_step(self) -> None:
@@ -113,30 +161,53 @@ class Trainer:
         self.optimizer_step_in_progress = False
         self.optimizer.zero_grad(set_to_none=True)
 
-    def count_step(self, batch: StepBatch, loss: float, seconds: float) -> None:
+    def count_step(self, step: Step) -> None:
         """Counts a step. A step that float16 skipped counts too: its data has been used."""
-        state = self.state
-        state.step += 1
-        state.tokens += self.size.tokens_per_step
-        # The lanes of one process may end an epoch a little before those of another.
-        state.epoch = self.world.all_reduce_min(batch.epoch)
-        state.loss_sum += loss
-        state.loss_steps += 1
-        self.data_state = batch.data_state
-        self.reporter.step(state, loss, seconds, self._waited_s)
-        if self.world.is_main:
-            elapsed_s = state.elapsed_s + time.monotonic() - self._clock_s
-            self.directory.count_step(state.step, state.tokens, elapsed_s)
+        self.state.step += 1
+        self.state.tokens += self.size.tokens_per_step
+        self.state.epoch = step.epoch
+        self.data_state = step.batch.data_state
+        read, self._unread = (self._unread, step) if self.reads_late else (step, None)
+        if read is not None:
+            self._count_values(read)
 
-    def log(self, learning_rate: float, grad_norm: float) -> None:
+    def settle(self) -> None:
+        """Reads the values of the last step if they are unread; raises NonFiniteError.
+
+        Called before a log line, an evaluation or a checkpoint, so that these hold every step done
+        and none that was left out.
+        """
+        if self._unread is not None:
+            self._read(self._unread)
+            read, self._unread = self._unread, None
+            self._count_values(read)
+
+    def _count_values(self, step: Step) -> None:
+        """Takes a step that was read into the mean loss, the times and the live line."""
+        state, now = self.state, time.monotonic()
+        state.loss_sum += step.loss
+        state.loss_steps += 1
+        self._grad_norm = step.grad_norm
+        # Of two steps that overlap, the second one's time begins when the first one was read.
+        seconds = now - max(step.began_s, self._counted_s)
+        self._counted_s = now
+        self.reporter.step(state, step.loss, seconds, step.waited_s)
+        if self.world.is_main:
+            tokens = state.tokens - (state.step - step.number) * self.size.tokens_per_step
+            elapsed_s = state.elapsed_s + now - self._clock_s
+            self.directory.count_step(step.number, tokens, elapsed_s)
+
+    def log(self, learning_rate: float) -> None:
         """Writes a line and a record of the steps since the last one."""
+        self.settle()
         self._update_elapsed()
-        self.reporter.log(self.state, learning_rate, grad_norm)
+        self.reporter.log(self.state, learning_rate, self._grad_norm)
 
     def evaluate(self, stop: StopRequest) -> None:
         """Evaluates on the fixed rows of both splits. A stop cuts it short; a resume makes up for
         it. An error here (memory runs out, say) must not cost the steps done: they are saved first.
         """
+        self.settle()
         console.info(RULE, f"Evaluating at iteration {self.state.step}...")
         self.reporter.live.tell("evaluating")
         try:
@@ -151,6 +222,7 @@ class Trainer:
 
     def save(self, final: bool = False) -> None:
         """Saves a checkpoint unless this step has one; see `CheckpointSaver.save` for failures."""
+        self.settle()
         if not self.saver.needed(self.state):
             return
         self.reporter.live.tell("saving")
@@ -198,8 +270,9 @@ class Trainer:
         """Saves the steps done when something outside the step fails: data, disk, terminal.
 
         Single-process only: other ranks would not join the gather, so the last checkpoint remains
-        the newest.
+        the newest. Raises NonFiniteError where the last step was not taken.
         """
+        self.settle()
         unsaved = self.state.step > self.saver.saved_step
         if self.world.size == 1 and unsaved and not self.optimizer_step_in_progress:
             with contextlib.suppress(UserError, OSError):  # the first error is the one to report

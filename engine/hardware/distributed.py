@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,12 +69,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def all_reduce_number(self, value: float) -> float:
-        """Returns the sum of a number over all processes."""
-        if self.size == 1:
-            return value
-        return float(self.all_reduce_sum(torch.tensor(value, dtype=torch.float64)))
-
     def all_reduce_min(self, value: int) -> int:
         """Returns the smallest `value` of all processes."""
         if self.size == 1:
@@ -91,7 +85,16 @@ class World:
 
     def any_rank(self, flag: bool) -> bool:
         """Returns whether `flag` is set in some process."""
-        return bool(self.all_reduce_number(flag))
+        return bool(self.all_reduce_max(torch.tensor(flag, dtype=torch.uint8)))
+
+    def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Returns the `numbers` of each process, as many from all, by rank."""
+        if self.size == 1:
+            return [list(numbers)]
+        own = torch.tensor(numbers)
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own)
+        return [row.tolist() for row in rows]
 
     def broadcast(self, value: T) -> T:
         """Returns the `value` of rank 0, a plain Python object."""

@@ -74,6 +74,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether `attach_found_inf` works: with torch's fused AdamW alone."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return type(optimizer) is torch.optim.AdamW and fused
+
+
+def attach_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    """Returns a flag () on the device, 0 at first. While it is 1, steps of the optimizer change
+    neither weights nor state: its kernel reads the flag, as that of torch.amp.GradScaler."""
+    found_inf = torch.zeros((), device=device)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's AdamW.step looks for it
+    return found_inf
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restores the moments; hyperparameters stay those of the present config."""
     groups = optimizer.state_dict()["param_groups"]

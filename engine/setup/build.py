@@ -27,7 +27,13 @@ from engine.monitor.console import RULE
 from engine.monitor.tensorboard_tracker import TensorBoard
 from engine.monitor.tracker import Tracker
 from engine.monitor.wandb_tracker import Wandb
-from engine.optim.build import build_optimizer, check_optimizer, load_optimizer
+from engine.optim.build import (
+    attach_found_inf,
+    build_optimizer,
+    check_optimizer,
+    load_optimizer,
+    takes_found_inf,
+)
 from engine.planning.batch_size import (
     explained_memory,
     find_batch_size_by_trial,
@@ -130,6 +136,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
         evaluator=evaluator,
         reporter=Reporter(config, world, parts.precision, size, directory, trackers, compile_s),
         saver=CheckpointSaver(config, world, directory, state.step, state.evaluated_step),
+        found_inf=attach_found_inf(parts.optimizer, world.device) if reads_late(parts) else None,
     )
 
 
@@ -258,6 +265,16 @@ def try_model(
 
 
 # Phase 5: data, run directory, trackers
+
+
+def reads_late(parts: ModelParts) -> bool:
+    """Returns whether loss and gradient norm are read one step late (`Trainer.found_inf`).
+
+    On a CPU there is nothing to wait for. Muon and the low-bit optimizers would take a step that is
+    not finite, and float16's loss scaler has a `found_inf` of its own: there the host looks first.
+    """
+    skips = takes_found_inf(parts.optimizer) and not parts.precision.tolerates_overflow
+    return skips and parts.precision.device.type == "cuda"
 
 
 def open_batches(
