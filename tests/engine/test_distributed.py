@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,26 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only(group: None) -> Non
     assert exchanged == [0, 0, 1]
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad, torch.full((2, 3), 3.0))
+
+
+@pytest.mark.slow
+def test_what_one_process_wants_all_do_after_the_same_step(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process that says when it is time to save, and that it was asked to stop."""
+    steps = []
+
+    def with_another(self: World, own: Sequence[int]) -> list[list[int]]:
+        steps.append(len(steps) + 1)
+        goes_on, targets, epoch, save_time = own
+        return [list(own), [steps[-1] < 6, targets, epoch + 1, steps[-1] == 4]]
+
+    monkeypatch.setattr(World, "all_gather", with_another)
+    words = ["checkpoint_freq=null", "test_freq=null", f"checkpoint_dir={tmp_path}"]
+    assert run_here([*tiny, *words]) == 143  # as after SIGTERM
+    run = only_run(tmp_path)
+    assert sorted(int(path.stem.split("_")[1]) for path in run.glob("*.pt")) == [4, 5]
+    assert load_checkpoint(run / "checkpoint_5.pt")["train"]["epoch"] == 0
 
 
 def test_alone_a_world_gives_back_what_it_gets() -> None:
