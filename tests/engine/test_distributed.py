@@ -257,7 +257,7 @@ def test_what_one_process_wants_all_do_after_the_same_step(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second process that says when it is time to save, and that it was asked to stop."""
-    steps = []
+    steps: list[int] = []
 
     def with_another(self: World, own: Sequence[int]) -> list[list[int]]:
         steps.append(len(steps) + 1)
