@@ -145,13 +145,11 @@ def write_samples(arguments: argparse.Namespace) -> None:
     """Loads the model and writes the samples; raises UserError."""
     import torch  # slow to import: a wrong command line is answered before
 
-    from engine.hardware.device import resolve_device
-    from engine.hardware.memory import keep_freed_memory
+    from engine.hardware.device import prepare_device, resolve_device
     from model.generate import Sampling, generate
 
     device = resolve_device(device_option(arguments.device))
-    if device.type == "cpu":
-        keep_freed_memory()
+    prepare_device(device)
     given = arguments.prompt
     if arguments.from_file:
         given = _read_text(given.removeprefix("FILE:"))

@@ -22,11 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# torch keeps compiled code on disk under a key without the CPU's instruction set. Code for AVX-512
-# computed nonsense in a process that was told to use AVX2, and would do so on another machine that
-# shares the home directory.
-torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-
 Kernel = Literal["sdpa", "math", "flex"]
 _FIRST_CAPACITY = 64  # tokens
 # Up to this length SDPA's backward pass on a CPU takes longer in 16 bits than the formula does: 3

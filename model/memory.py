@@ -203,7 +203,8 @@ def _attention_stage(model: Transformer, step: StepShape, saved: SavedPerToken) 
     heads = rows * (D + 2 * keys) * size
     kept, working = branch.saved + heads + rows * D * size, branch.working + heads
     if _keeps_scores(model, step):
-        scores = rows * model.config.n_head * step.block * size
+        own = step.on_cpu or model.config.attention == "math"  # else torch's, in float32
+        scores = rows * model.config.n_head * step.block * (size if own else 4)
         copies = 3 if model.config.dropout else 1
         return branch._replace(saved=kept + copies * scores, working=working + scores)
     statistics = 4 * rows * model.config.n_head
@@ -215,7 +216,14 @@ def _keeps_scores(model: Transformer, step: StepShape) -> bool:
     kind, dropout = model.config.attention, model.config.dropout
     if kind == "math":
         return True
-    return step.on_cpu and uses_math_on_cpu(kind, step.block, step.dtype.itemsize, dropout)
+    if step.on_cpu:
+        return uses_math_on_cpu(kind, step.block, step.dtype.itemsize, dropout)
+    # Of torch's kernels for CUDA, FlashAttention takes no mask and no float32, and the other one no
+    # shared heads of keys. cuDNN's, on Hopper, may: this is then too much.
+    masked = model.config.mask == "causal_document"
+    if masked and not dropout and kind in ("auto", "flex"):
+        return False
+    return model.n_kv_head != model.config.n_head and (masked or step.dtype.itemsize == 4)
 
 
 def _mlp_stage(model: Transformer, step: StepShape, saved: SavedPerToken) -> Stage:

@@ -53,6 +53,7 @@ class Prefetcher(Generic[T]):
     ) -> None:
         self._source, self._join = source, join
         self._workers, self._ahead, self._pin = workers, ahead, pin
+        self._gpu = torch.cuda.current_device() if pin else None
         # Workers keep `ahead` items each in DataLoader's own queue.
         self._ready: queue.Queue[T | BaseException] = queue.Queue(1 if workers else ahead)
         self._stop = threading.Event()
@@ -106,6 +107,10 @@ class Prefetcher(Generic[T]):
     def _run(self) -> None:
         items: Iterator[T] | None = None
         try:
+            if self._gpu is not None:
+                # A new thread begins on GPU 0. Pinning memory there would give the process of
+                # every rank a CUDA context on GPU 0, half a gigabyte each.
+                torch.cuda.set_device(self._gpu)
             items = self._open()
             self._started.set()
             while not self._stop.is_set():

@@ -1,15 +1,19 @@
-"""Devices: which one a run computes on, and what it can do."""
+"""Devices: which one a run computes on, how torch is set up for it, and what it can do."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from config import ConfigError
+from engine.hardware.memory import keep_freed_memory
 
 # Dense matmul rates in TFLOP/s from the makers' data sheets: 16 bits, FP8 and float32 (not TF32,
 # which torch leaves off). A device that is not listed gets no MFU.
@@ -52,6 +56,55 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("system.device: mps was asked for, but this machine has none. Use auto.")
     return device
+
+
+def prepare_device(device: torch.device) -> None:
+    """Sets up torch and the C library for a process that computes on this device.
+
+    Call it before anything is allocated there.
+    """
+    # torch keeps compiled code on disk under a key without the CPU's instruction set. Code for
+    # AVX-512 computed nonsense in a process that was told to use AVX2, and would do so on another
+    # machine that shares the home directory.
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type != "cuda":
+        return
+    # Segments that grow waste less memory when batches differ in size, as those of evaluation do.
+    # torch reads this with its first allocation; the second name is that of torch before 2.9.
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # Streams, events and Triton's launches use the current device, which is cuda:0 otherwise.
+    torch.cuda.set_device(device)
+    # cuBLAS may cut the long sums of weight gradients into parts. They are added in float32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def cuda_versions(device: torch.device) -> dict[str, str | int | None]:
+    """Returns what computes on a CUDA device beside torch, for environment.json; empty for others.
+
+    None stands for what is not there or cannot be found out.
+    """
+    if device.type != "cuda":
+        return {}
+    driver = triton = None
+    with suppress(OSError):  # "... Kernel Module  580.65.06  ..."
+        text = Path("/proc/driver/nvidia/version").read_text()
+        driver = next(iter(re.findall(r"\s(\d+\.[\d.]+)\s", text)), None)
+    with suppress(PackageNotFoundError):
+        triton = version("triton")
+    nccl: tuple[int, ...] = ()
+    if torch.distributed.is_nccl_available():
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch gives no types
+    return {
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # the same
+        "nccl": ".".join(map(str, nccl)) or None,
+        "triton": triton,
+    }
 
 
 def supports_fast_bfloat16(device: torch.device) -> bool:

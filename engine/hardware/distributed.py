@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
-from engine.hardware.device import resolve_device
-from engine.hardware.memory import keep_freed_memory
+from engine.hardware.device import prepare_device, resolve_device
 
 T = TypeVar("T")
 
@@ -133,15 +132,15 @@ class World:
 def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterator[World]:
     """Joins the processes that torchrun started and resolves `system.device`; raises ConfigError.
 
-    From here on, ranks other than 0 print nothing on standard output, and a process on a CPU keeps
-    the memory that it frees.
+    From here on, ranks other than 0 print nothing on standard output, and torch is set up for the
+    device.
     """
     size = _launcher_number("WORLD_SIZE", 1, 10**6) if os.environ.get("WORLD_SIZE") else 1
     device = resolve_device(system.device)
     if size > 1:
         device = _join(size, device, distributed.backend)
-    if device.type == "cpu":
-        keep_freed_memory()
+    else:
+        prepare_device(device)
     yield World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
     # The process group is not destroyed here: see `end_process`.
 
@@ -158,7 +157,8 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
     local = _launcher_number("LOCAL_RANK", 0, size - 1)
     _launcher_number("MASTER_PORT", 0, 65535)  # only checked: torch reads it itself
     if device.type == "cuda":
-        device = _select_gpu(local)
+        device = _gpu_of(local)
+    prepare_device(device)  # before the processes meet: NCCL takes the current GPU
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open until the process ends
         logging.disable(logging.WARNING)
@@ -173,16 +173,14 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
     return device
 
 
-def _select_gpu(local_rank: int) -> torch.device:
-    """Returns the GPU of this process, which becomes torch's current one."""
+def _gpu_of(local_rank: int) -> torch.device:
+    """Returns the GPU of this process; raises ConfigError if there is none."""
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: torch sees "
             f"{torch.cuda.device_count()}. Lower --nproc_per_node."
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", local_rank)
 
 
 def _backends(option: str, device: torch.device) -> str:
@@ -217,11 +215,14 @@ def is_main_process() -> bool:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Returns whether an error of torch means that another process has ended."""
+    if not dist.is_initialized():
+        return False
     text = str(error)
-    # gloo and NCCL word a lost peer in many ways, so every error that names them counts. The price:
-    # a failure of NCCL itself is also reported as a lost peer.
+    # gloo and NCCL word a lost peer in many ways, so every error that names them counts, and those
+    # of the store through which they meet. The price: a failure of NCCL itself is also reported as
+    # a lost peer.
     signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
-    return dist.is_initialized() and any(sign in text for sign in signs)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
 def end_process(code: int) -> NoReturn:

@@ -82,6 +82,18 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(known)) if known else None
 
 
+def cublas_workspace_bytes(device: torch.device) -> int:
+    """Returns what torch allocates for cuBLAS in a training step; 0 elsewhere than on CUDA.
+
+    There is one workspace for each thread that multiplies: the loop's, and autograd's for the
+    backward pass. The sizes are torch's defaults.
+    """
+    if device.type != "cuda":
+        return 0
+    on_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return 2 * ((32 << 20) if on_hopper else (8 << 20) + (128 << 10))
+
+
 def ran_out(error: BaseException) -> bool:
     """Returns whether Python, a device or torch on a CPU ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

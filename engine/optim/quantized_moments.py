@@ -27,6 +27,7 @@ from torch import Tensor
 BLOCK = 128  # numbers that share a scale
 GROUP = 256  # scales that share a range
 SUPERBLOCK = BLOCK * GROUP  # numbers that share a range: 32,768
+NOISE_SPAN = 16 * SUPERBLOCK  # numbers whose noise has one key: 524,288
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -151,20 +152,33 @@ def decode_scales(codes: Tensor, ranges: Tensor) -> Tensor:
 
 def noise(count: int, key: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns numbers (count,) between 0 and 1, of 65,536 different values, hashed from the key and
-    the position alone.
+    the position alone. The key's last number is the position of the first one in its tensor: noise
+    of several spans, from the start of one on, is that of each of them.
 
     A random generator would have a state to save, and processes that hold the same weights would
     round them differently.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    first, second = (int.from_bytes(part, "big", signed=True) for part in (digest[:4], digest[4:]))
-    x = torch.arange(count, dtype=torch.int32, device=device).add_(first)
+    starts = range(key[-1], key[-1] + count, NOISE_SPAN)
+    keys = torch.tensor([_hashed((*key[:-1], start)) for start in starts], dtype=torch.int32)
+    if device.type == "cuda":  # through pinned memory: the CPU need not wait for the GPU
+        keys = keys.pin_memory().to(device, non_blocking=True)
+    first, second = keys.unsqueeze(2).to(device).unbind(1)  # (spans, 1) each
+    numel = len(starts) * min(count, NOISE_SPAN)
+    x = torch.arange(numel, dtype=torch.int32, device=device).view(len(starts), -1)
+    x.add_(first - x[:, :1])  # positions in each span, shifted
     for shift, factor in MIX:
         # torch's >> is arithmetic: the mask clears the copies of the sign bit.
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
         # Without `second` all keys would read one and the same sequence from different positions.
         x.bitwise_xor_(second)
-    return (x >> 16).float().add_(2**15 + 0.5).mul_(2**-16)
+    return (x >> 16).float().add_(2**15 + 0.5).mul_(2**-16).view(-1)[:count]
+
+
+def _hashed(key: tuple[int, ...]) -> tuple[int, int]:
+    """Returns two 32-bit integers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    first, second = (int.from_bytes(part, "big", signed=True) for part in (digest[:4], digest[4:]))
+    return first, second
 
 
 def _padded(numbers: Tensor, size: int) -> Tensor:

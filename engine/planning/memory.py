@@ -7,6 +7,7 @@ device: other batch sizes, another optimizer state. engine/planning/batch_size.p
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,14 @@ from torch import Tensor
 from config import Config, ConfigError, accumulation_steps, micro_batch, schema
 from engine.hardware.device import supports_fast_bfloat16
 from engine.hardware.distributed import World
-from engine.hardware.memory import allocated_bytes, can_keep_freed_memory, free_bytes
-from engine.optim.adamw_4bit import CHUNK, is_quantizable
+from engine.hardware.memory import (
+    allocated_bytes,
+    can_keep_freed_memory,
+    cublas_workspace_bytes,
+    free_bytes,
+)
+from engine.optim.adamw_4bit import chunk_size, is_quantizable
+from engine.optim.muon import equal_shapes
 from engine.optim.quantized_moments import Quantized4bit
 from engine.precision.precision import Precision
 from model.interface import LanguageModel
@@ -55,6 +62,8 @@ class Memory:
     """On a CPU: interpreter, libraries, kernels."""
     fragmentation: int = 0
     """On a CPU: gaps that the C library keeps between blocks in use."""
+    workspaces: int = 0
+    """On CUDA: what cuBLAS takes from torch's allocator."""
     complete: bool = True
     """False for an architecture without a formula: `activations` is 0 then."""
 
@@ -68,7 +77,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """The peak of the run, which `train/memory_bytes` will show."""
-        return self.step + self.process + self.fragmentation
+        return self.step + self.process + self.fragmentation + self.workspaces
 
     def parts(self) -> str:
         """Returns every part that is not 0, in words."""
@@ -83,6 +92,7 @@ class Memory:
             "cached tables": self.cached,
             "the process itself": self.process,
             "fragmentation": self.fragmentation,
+            "workspaces of cuBLAS": self.workspaces,
         }
         words = [f"{format_bytes(n)} {name}" for name, n in counted.items() if n]
         return ", ".join(words if self.complete else [*words, "activations not predicted"])
@@ -149,7 +159,7 @@ class MemoryEstimator:
             complete=activations is not None,
         )
         if not self.world.on_cpu:
-            return found
+            return replace(found, workspaces=cublas_workspace_bytes(self.world.device))
         allocated_and_freed = found.step - found.weights - found.gradients
         gaps = int(_FRAGMENTATION * allocated_and_freed) if can_keep_freed_memory() else 0
         return replace(found, process=self._process_bytes(), fragmentation=gaps)
@@ -196,20 +206,27 @@ def _adamw_8bit_bytes(count: int) -> int:
 def _update_bytes(model: LanguageModel, config: Config, precision: Precision) -> int:
     """Returns what the optimizer's step takes beside weights, gradients and state."""
     if config.optimizer.name == "muon":
-        itemsize = 2 if supports_fast_bfloat16(precision.device) else 4
-        weights = model.hidden_weights()
-        return max((_muon_bytes(w, n_fused, itemsize) for w, n_fused in weights), default=0)
+        return _muon_bytes(model, precision.device)
     if config.low_precision.use_4bit_optimizer:
         largest = max((p.numel() for p in _trained(model) if is_quantizable(p)), default=0)
-        return _ADAMW_4BIT_TEMPORARIES * 4 * min(CHUNK, largest)
+        return _ADAMW_4BIT_TEMPORARIES * 4 * min(chunk_size(precision.device), largest)
     return 0
 
 
-def _muon_bytes(weight: Tensor, n_fused: int, itemsize: int) -> int:
-    # The direction in float32; x, the next x and a third; and the square of the shorter side.
-    rows, columns = weight.numel() // weight.shape[-1] // n_fused, weight.shape[-1]
-    square = n_fused * min(rows, columns) ** 2
-    return 4 * weight.numel() + itemsize * (3 * weight.numel() + square)
+def _muon_bytes(model: LanguageModel, device: torch.device) -> int:
+    itemsize = 2 if supports_fast_bfloat16(device) else 4
+    groups = defaultdict[int, list[Tensor]](list)
+    for weight, n_fused in model.hidden_weights():
+        groups[n_fused].append(weight)
+    largest = 0
+    for n_fused, weights in groups.items():
+        for batch in equal_shapes(weights, device):
+            # The direction in float32; x, the next x and a third; the square of the shorter side.
+            numel = batch[0].numel()
+            rows, columns = numel // batch[0].shape[-1] // n_fused, batch[0].shape[-1]
+            square = n_fused * min(rows, columns) ** 2
+            largest = max(largest, len(batch) * (4 * numel + itemsize * (3 * numel + square)))
+    return largest
 
 
 def refuse_impossible(

@@ -86,7 +86,7 @@ class RunDirectory:
 
         Args:
             origin: comment lines of the saved config: the files and overrides it came from.
-            facts: for environment.json: `device` of this session, `run` and `data` in numbers.
+            facts: for environment.json, see `EnvironmentFile`.
         """
         check_writable(Path(config.training.checkpoint_dir))
         return cls(config, origin, facts)

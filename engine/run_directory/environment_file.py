@@ -27,7 +27,7 @@ class EnvironmentFile:
 
     Args:
         config: as saved in config.yaml.
-        facts: `device` of this session, `run` and `data` in numbers.
+        facts: `device` and versions of `cuda` of this session, `run` and `data` in numbers.
     """
 
     def __init__(self, config: Config, facts: Mapping[str, Any]) -> None:
@@ -63,10 +63,13 @@ class EnvironmentFile:
         from engine.run_directory.environment import describe_session
 
         processes = self._facts.get("run", {}).get("processes", 1)
-        return describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
+        session = describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
+        cuda = self._facts.get("cuda")
+        return session | {"cuda": cuda} if cuda else session
 
     def _run(self, config_text: str, replaced: str | None) -> dict[str, Any]:
-        facts = {key: value for key, value in self._facts.items() if key != "device"}
+        of_session = ("device", "cuda")
+        facts = {key: value for key, value in self._facts.items() if key not in of_session}
         return facts | {"config": config_copy(self._config, config_text, replaced)}
 
 

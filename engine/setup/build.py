@@ -19,6 +19,7 @@ from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import as_checkpoint_error
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import Evaluator
+from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
 from engine.hardware.memory import allocated_bytes
 from engine.loss import DocumentIds, next_token_loss
@@ -297,6 +298,7 @@ def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -
     trained = [p.numel() for p in parts.model.parameters() if p.requires_grad]
     return {
         "device": world.device_name,
+        "cuda": cuda_versions(world.device),
         "run": {
             "parameters": sum(parameter_counts(parts.model)),
             "trainable_parameters": sum(trained),

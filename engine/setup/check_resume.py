@@ -3,7 +3,8 @@
 One run makes N steps. Another is stopped and saved after N / 2, built anew from its checkpoint and
 goes on to N. Their checkpoints must then agree bit for bit: weights, optimizer, random generators,
 place in the data. If they differ, a third run tells whether this device computes the same twice at
-all: if not, no checkpoint could be at fault.
+all: if not, no checkpoint could be at fault. On CUDA all of them use deterministic algorithms: the
+usual ones of attention and embedding add gradients in any order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def check_resume(request: Request, world: World, stop: StopRequest, loop: Traini
     _check_length(steps, "training.max_iters")
     request = replace(request, config=_covering(request.config, steps))
     with ExitStack() as stack:
+        if world.device.type == "cuda":
+            stack.enter_context(deterministic_algorithms())
         folder = stack.enter_context(_folder(request.config)) if world.is_main else ""
         run = CheckRun(request, world, stop, loop, Path(world.broadcast(folder)))
         try:
@@ -117,6 +120,26 @@ def check_resume(request: Request, world: World, stop: StopRequest, loop: Traini
             console.info("The check was stopped: nothing is known of resuming.")
             return stop.exit_code
     return 0 if same else 1
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Has torch and cuBLAS compute the same twice in this block; torch warns where it cannot.
+
+    Enter it before the first matrix product.
+    """
+    # cuBLAS reads this when it makes its first handle. Of the two settings that torch accepts, this
+    # is the one of Hopper's default size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    console.info(
+        "The check uses deterministic algorithms. Runs do not, so that a resumed one may round",
+        "differently from an uninterrupted one, as any two runs on a GPU may.",
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _check_length(steps: int, why: str) -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_an_error_while_reading_arrives_as_it_was_raised(tmp_path: Path, workers
         read(dataset, 5, spec(), workers=workers)
     assert not threads()
     assert not multiprocessing.active_children()
+
+
+def test_the_thread_that_pins_memory_uses_the_gpu_of_its_process(
+    parquet_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[tuple[str, int]] = []
+
+    def note(device: int) -> None:
+        devices.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", note)
+    monkeypatch.setattr(prefetch, "DataLoader", lambda source, **_: source)
+    read(opened(parquet_corpus), 1, replace(spec(), pin=True))
+    assert devices == [("data prefetch", 3)]
 
 
 @pytest.mark.slow

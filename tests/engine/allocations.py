@@ -11,7 +11,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """Returns the most that the allocator had given out at any moment of the second `work`: some
     tensors are kept from the first one on."""
     work()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    # torch 2.11 warns of cycles that would lose events, unless it is asked to keep them.
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as record:
         work()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = record.profiler.kineto_results.events()

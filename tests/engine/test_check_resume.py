@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engine.precision.precision import Precision
-from engine.setup.check_resume import first_difference
+from engine.setup.check_resume import deterministic_algorithms, first_difference
 from tests.runs import only_run, run_here, start, wait_for
 
 
@@ -29,6 +29,18 @@ def changed(config: Path, folder: Path) -> Path:
     place = folder / "changed.yaml"
     place.write_text(text)
     return place
+
+
+def test_on_cuda_the_check_uses_deterministic_algorithms(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_algorithms():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "The check uses deterministic algorithms. Runs do not" in capsys.readouterr().out
 
 
 def test_a_run_that_resumes_exactly_is_called_the_same_and_leaves_nothing(

@@ -30,7 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
 from engine.checkpoint.load import load_checkpoint
-from engine.hardware.distributed import World, enter_world, no_sync_until_last, wrap_ddp
+from engine.hardware.distributed import (
+    World,
+    enter_world,
+    is_lost_peer,
+    no_sync_until_last,
+    wrap_ddp,
+)
 from tests.conftest import ROOT
 from tests.runs import metrics, only_run, run_here, start, wait_for
 
@@ -270,6 +276,17 @@ def test_what_one_process_wants_all_do_after_the_same_step(
     run = only_run(tmp_path)
     assert sorted(int(path.stem.split("_")[1]) for path in run.glob("*.pt")) == [4, 5]
     assert load_checkpoint(run / "checkpoint_5.pt")["train"]["epoch"] == 0
+
+
+def test_errors_of_every_backend_tell_that_a_peer_is_lost(group: None) -> None:
+    words = [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
+        "NCCL error: remote process exited or there was a network error",
+        "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0]",
+    ]
+    assert all(is_lost_peer(RuntimeError(each)) for each in words)
+    assert is_lost_peer(dist.DistNetworkError("failed to recv, got 0 bytes"))
+    assert not is_lost_peer(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_alone_a_world_gives_back_what_it_gets() -> None:

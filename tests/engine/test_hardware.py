@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from config import ConfigError
-from engine.hardware.device import peak_flops, resolve_device
+from engine.hardware.device import cuda_versions, peak_flops, prepare_device, resolve_device
 from engine.hardware.distributed import World
 from engine.hardware.memory import (
     allocated_bytes,
@@ -123,6 +123,33 @@ def test_devices_that_are_not_there_are_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"system.device: cuda was asked for.* Use auto or cpu"):
         resolve_device("cuda")
     assert resolve_device("auto").type in ("cpu", "mps")
+
+
+def test_a_process_on_cuda_1_is_set_up_for_it_and_what_the_user_set_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    second = torch.device("cuda", 1)
+    prepare_device(CPU)
+    assert not current and "PYTORCH_ALLOC_CONF" not in os.environ
+    prepare_device(second)
+    assert current == [second]
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    prepare_device(second)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_versions_of_cuda_libraries_are_told_for_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_versions(CPU) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = cuda_versions(torch.device("cuda", 0))
+    assert found["capability"] == "9.0" and found["cuda"] == torch.version.cuda
+    assert found.keys() == {"capability", "driver", "cuda", "cudnn", "nccl", "triton"}
 
 
 def test_the_peak_rate_is_that_of_the_device_and_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

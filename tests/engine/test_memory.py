@@ -17,10 +17,12 @@ from torch import Tensor
 
 from config import Config, LowPrecisionConfig
 from engine.hardware.device import supports_fast_bfloat16
+from engine.hardware.distributed import World
 from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm
 from engine.planning.memory import Memory, MemoryEstimator, optimizer_state_bytes
 from engine.precision.lora import apply_lora
+from engine.precision.precision import Precision
 from model import LanguageModel
 from model.memory import StepShape, activation_bytes
 from tests.conftest import ROOT, TEXT
@@ -142,6 +144,39 @@ def test_for_dense_layers_the_prediction_is_enough_and_not_twice_too_much(dtype:
     estimator = estimator_of(configured(model=model, training=training, low_precision=low), "cpu")
     estimator.model.projections = PlainProjections
     assert 1 <= activation_ratio(estimator) <= 2
+
+
+def test_on_cuda_shared_heads_of_keys_hold_all_scores_where_no_kernel_takes_them() -> None:
+    def quadratic(dtype: torch.dtype, **model: Any) -> bool:
+        sections = transformer("llama", 1, 2048, **model)
+        llama = estimator_of(configured(**sections)).model
+        few, many = (
+            activation_bytes(llama, StepShape(1, block, dtype, on_cpu=False))
+            for block in (1024, 2048)
+        )
+        assert few is not None and many is not None
+        return many > 3 * few
+
+    shared, masked = {"n_kv_head": 2}, {"mask": "causal_document"}
+    assert quadratic(torch.float32, **shared)
+    assert quadratic(torch.bfloat16, **shared, **masked, dropout=0.1)
+    assert not quadratic(torch.bfloat16, **shared, dropout=0.1)
+    assert not quadratic(torch.bfloat16, **shared, **masked)
+    assert not quadratic(torch.float32)
+
+
+def test_on_cuda_workspaces_and_matrices_that_muon_updates_together_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = configured(model={"name": "gpt", "n_layer": 8}, optimizer={"name": "muon"})
+    on_cpu = estimator_of(config)
+    cuda = torch.device("cuda", 0)
+    precision = Precision(config.low_precision, cuda)
+    on_cuda = replace(on_cpu, world=World(0, 1, cuda), precision=precision).memory()
+    assert on_cuda.workspaces == 64 << 20 and on_cuda.peak - on_cuda.step == on_cuda.workspaces
+    assert on_cuda.parts().endswith("67.1 MB workspaces of cuBLAS")
+    assert on_cuda.update > 4 * on_cpu.memory().update
 
 
 def test_activations_of_an_unknown_architecture_are_left_out_aloud() -> None:

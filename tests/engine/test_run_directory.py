@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_the_environment_is_told_without_secrets(
     with RunDirectory.start(make_config(tmp_path), facts={"device": "cpu"}) as run:
         text = (run.prepare() / "environment.json").read_text()
     told = json.loads(text)
-    assert told["torch"] == torch.__version__
+    assert told["torch"] == version("torch")  # where +cu130 may be missing
     assert (told["device"], told["resumed"], told["command"]) == ("cpu", [], sys.argv)
     assert "hf_secret" not in text
 

@@ -15,6 +15,7 @@ import engine.optim.adamw_4bit
 from config import Config
 from engine.optim.adamw_4bit import AdamW4bit
 from engine.optim.quantized_moments import (
+    NOISE_SPAN,
     SUPERBLOCK,
     Quantized4bit,
     decode_u,
@@ -23,6 +24,7 @@ from engine.optim.quantized_moments import (
 from model import build_model
 from tests.conftest import TEXT
 from tests.precision.optimizer_runs import Toy, changed, optimizer_of, set_gradients, steps
+from tests.runs import assert_equal
 
 BETAS = (0.9, 0.99)
 
@@ -139,6 +141,23 @@ def test_gradients_of_any_size_give_bounded_steps(size: float) -> None:
         optimizer.step()
         assert (model.matrix - before.matrix).abs().max() < 10 * 1e-3
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_step_does_not_depend_on_the_chunks_it_is_computed_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for spans in (1, 2, 32):
+        monkeypatch.setattr(engine.optim.adamw_4bit, "CHUNK", spans * NOISE_SPAN)
+        draw = torch.Generator().manual_seed(0)
+        parameter = nn.Parameter(torch.randn(1100, 1001, generator=draw))  # 2.1 spans
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer = AdamW4bit([{"params": [parameter]}], BETAS, 1e-8)
+        for _ in range(2):
+            optimizer.step()
+        found.append((parameter.detach(), optimizer.state[parameter]))
+    for other in found[1:]:
+        assert_equal(found[0], other, "chunks")
 
 
 def test_tensors_of_several_chunks_with_an_odd_end_keep_their_moments(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import engine.optim.muon
 from engine.optim.build import set_learning_rate
-from engine.optim.muon import COEFFICIENTS, orthogonalize
+from engine.optim.muon import COEFFICIENTS, Muon, equal_shapes, orthogonalize
 from tests.precision.optimizer_runs import (
     Toy,
     changed,
@@ -88,6 +89,39 @@ def test_stacked_matrices_move_as_separate_ones(monkeypatch: pytest.MonkeyPatch)
         steps(model, optimizer, range(seed, seed + 1))
     for parameter, value in expected.items():
         torch.testing.assert_close(parameter.double(), value, rtol=0, atol=1e-5)
+
+
+def test_equal_shapes_are_updated_together_on_cuda_within_the_bound_and_alone_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine.optim.muon, "CUDA_BATCH", 7 * 24)
+    shapes = [(4, 6), (6, 4), *[(4, 6)] * 9, (50, 50), (50, 50)]
+    parameters = [nn.Parameter(draw(*shape)) for shape in shapes]
+    together = equal_shapes(parameters, torch.device("cuda"))
+    assert [len(batch) for batch in together] == [7, 3, 1, 1, 1]
+    assert all(len({p.shape for p in batch}) == 1 for batch in together)
+    assert [len(batch) for batch in equal_shapes(parameters, torch.device("cpu"))] == [1] * 13
+    assert {id(p) for batch in together for p in batch} == {id(p) for p in parameters}
+
+
+def test_matrices_updated_together_move_as_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.optim.muon, "supports_fast_bfloat16", lambda device: False)
+
+    def moved() -> list[Tensor]:
+        weights = [nn.Parameter(draw(12, 8) * scale) for scale in (1, 2, 3)]
+        optimizer = Muon([{"params": weights, "matrices": 2, "lr": 0.1}], (0.9, 0.99), 1e-8)
+        for step in range(2):
+            for number, weight in enumerate(weights):
+                weight.grad = draw(12, 8).roll(number + step)
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    alone = moved()
+    device = torch.device("cuda")
+    together = functools.partial(engine.optim.muon.equal_shapes, device=device)
+    monkeypatch.setattr(engine.optim.muon, "equal_shapes", lambda found, _: together(found))
+    for one, other in zip(moved(), alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_a_step_has_the_size_of_adamws() -> None:
