@@ -133,13 +133,14 @@ def batch_losses(
     The processes share the batches. None when `stopped()`, asked by all of them together, became
     true on the way. Draws nothing from any random generator.
     """
-    losses = torch.zeros(len(batches), dtype=torch.float64)
+    # On the device, so that the next batch is queued while this one is computed.
+    losses = torch.zeros(len(batches), device=world.device)
     with evaluating(model):
         for first in range(0, len(batches), world.size):
             if stopped():
                 return None
             if (mine := first + world.rank) < len(batches):
-                losses[mine] = loss(batches[mine]).item()
+                losses[mine] = loss(batches[mine])
     # Each process holds zeros where the others hold losses, so the sum is all of them.
     values: list[float] = world.all_reduce_sum(losses).tolist()
     return values

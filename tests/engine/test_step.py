@@ -3,6 +3,8 @@ that is not finite is never taken."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from engine.setup.build import build
+from engine.step import Step
 from engine.trainer import Trainer
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here
 
@@ -64,6 +67,25 @@ def test_values_read_late_make_the_same_run(
     assert steps[0] == steps[1] and len(steps[0]) > 1
     for step in steps[0]:
         assert_same_run(runs[0], runs[1], step)
+
+
+def test_the_time_of_a_step_includes_the_wait_for_its_values(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that takes 0.1 s per step, every log line says so."""
+    read_late(monkeypatch)
+    read = Step.read
+
+    def read_slowly(step: Step) -> None:
+        time.sleep(0.1)
+        read(step)
+
+    monkeypatch.setattr(Step, "read", read_slowly)
+    words = ["max_iters=5", "log_freq=2", "test_freq=null", f"checkpoint_dir={tmp_path}"]
+    assert run_here([*tiny, *words]) == 0
+    lines = (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    times = [json.loads(line)["train/iter_time_ms"] for line in lines if "iter_time" in line]
+    assert len(times) == 3 and all(each >= 100 for each in times)
 
 
 @pytest.mark.parametrize("step", PLANTED)
