@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -82,9 +83,8 @@ def _(left: Tensor, right: Tensor, scales: Any, fast: Any, dtype: torch.dtype, _
 class Fp8Operand:
     """Matrices in 8 bits: `rows` (g, M, K), `columns` (g, K, M), and inverse scales (g,)."""
 
-    def __init__(self, rows: Tensor, scale: Tensor) -> None:
-        self.rows, self.scale = rows, scale
-        self._columns: Tensor | None = None
+    def __init__(self, rows: Tensor, scale: Tensor, columns: Tensor | None = None) -> None:
+        self.rows, self.scale, self._columns = rows, scale, columns
 
     @property
     def columns(self) -> Tensor:
@@ -97,9 +97,7 @@ class Fp8Operand:
         return len(self.rows)
 
     def __getitem__(self, heads: slice) -> Fp8Operand:
-        part = Fp8Operand(self.rows[heads], self.scale[heads])
-        part._columns = self.columns[heads]
-        return part
+        return Fp8Operand(self.rows[heads], self.scale[heads], self.columns[heads])
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -110,8 +108,13 @@ def largest(dtype: torch.dtype) -> float:
 def cast_with_own_amax(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Casts x (g, M, K) with a scale per matrix; returns it, inverse scales and amax, (g,) each."""
     amax = x.abs().amax((1, 2)).float()
+    scale, inverse = _scale_for(amax, dtype)
+    return _scaled(x, scale, dtype), inverse, amax
+
+
+def _scale_for(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = largest(dtype) / amax.clamp(min=SMALLEST)
-    return _scaled(x, scale, dtype), scale.reciprocal(), amax
+    return scale, scale.reciprocal()
 
 
 def cast_with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,6 +128,32 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _compiled = cache(compile_shapes)
+
+
+def _has_cast_kernel(x: Tensor) -> bool:
+    # In a compiled model the expressions above are better: they are fused with what computes x.
+    return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _cast_by_kernel(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Fp8Operand, Tensor]:
+    """Returns the operand and amax that the two functions above give for a scale () of earlier
+    steps or for None, with both layouts."""
+    from engine.precision import fp8_cast  # imports Triton, which only computers with CUDA have
+
+    if scale is not None:
+        rows, columns, amax = fp8_cast.cast_both_layouts(x, scale, dtype)
+        return Fp8Operand(rows, scale.reciprocal(), columns), amax.amax()
+    amax = fp8_cast.amax_of(x)
+    scale, inverse = _scale_for(amax, dtype)
+    rows, columns, _ = fp8_cast.cast_both_layouts(x, scale, dtype)
+    return Fp8Operand(rows, inverse, columns), amax
 
 
 class DelayedScales:
@@ -283,18 +312,23 @@ class NativeMatmul:
     def cast(self, value: Tensor, operand: OperandId, dtype: torch.dtype) -> Fp8Operand:
         """Casts matrices (g, M, K)."""
         scale = None if self.scales is None else self.scales.scale_of(operand)
-        if scale is None:
+        if _has_cast_kernel(value):
+            made, amax = _cast_by_kernel(value, scale, dtype)
+        elif scale is None:
             expression = _compiled(cast_with_own_amax) if self.compiled else cast_with_own_amax
             rows, inverse, amax = expression(value, dtype)
+            made = Fp8Operand(rows.contiguous(), inverse)
         else:
             expression = _compiled(cast_with_scale) if self.compiled else cast_with_scale
             rows, amax = expression(value, scale, dtype)
+            made = Fp8Operand(rows.contiguous(), scale.reciprocal())
+        if scale is not None:
             # Clipping makes a finite number of an infinity. The product has to be NaN then, so that
             # the step is refused: amax - amax is 0, but NaN for an amax that is not finite.
-            inverse = (scale.reciprocal() + (amax - amax)).expand(len(value))
+            made.scale = (made.scale + (amax - amax)).expand(len(value))
         if self.scales is not None and self.recording:
             self.scales.record_amax(operand, amax)
-        return Fp8Operand(rows.contiguous(), inverse)
+        return made
 
 
 class Fp8Linear:
@@ -311,21 +345,23 @@ class Fp8Linear:
         y = y if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def cast(self, x: Tensor, operand: OperandId, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns a matrix in 8 bits, and its inverse scale ()."""
+    def cast(
+        self, x: Tensor, operand: OperandId, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns a matrix in 8 bits, its transpose, both row-major, and its inverse scale ()."""
         made = self.matmul.cast(x.unsqueeze(0), operand, dtype)
-        return made.rows.squeeze(0), made.scale[0]
+        return made.rows.squeeze(0), made.columns.squeeze(0), made.scale[0]
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, linear: Fp8Linear) -> Tensor:
         matmul = linear.matmul
-        x8, x_scale = linear.cast(x, linear.x, matmul.forward_dtype)
-        w8, w_scale = linear.cast(weight, linear.w, matmul.forward_dtype)
+        x8, x_t, x_scale = linear.cast(x, linear.x, matmul.forward_dtype)
+        w8, w_t, w_scale = linear.cast(weight, linear.w, matmul.forward_dtype)
         # The 8-bit operands are kept, not x: half the memory, and backward multiplies the very
         # numbers that forward did.
-        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.save_for_backward(x_t, x_scale, w_t, w_scale)
         ctx.linear, ctx.dtypes = linear, (x.dtype, weight.dtype)
         scales = [x_scale, w_scale]
         y: Tensor = scaled_matmul(x8, w8, scales, True, matmul.dtype, matmul.count)
@@ -333,11 +369,10 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        x_t, x_scale, w_t, w_scale = ctx.saved_tensors
         linear, matmul = ctx.linear, ctx.linear.matmul
         dtype, count = matmul.dtype, matmul.count
-        g8, g_scale = linear.cast(gradients[0], linear.g, matmul.gradient_dtype)
-        w_t, x_t, g_t = (part.mT.contiguous() for part in (w8, x8, g8))
+        g8, g_t, g_scale = linear.cast(gradients[0], linear.g, matmul.gradient_dtype)
         dx = scaled_matmul(g8, w_t, [g_scale, w_scale], False, dtype, count)
         dw = scaled_matmul(g_t, x_t, [g_scale, x_scale], False, torch.float32, count)
         return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None
