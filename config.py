@@ -299,7 +299,9 @@ class SystemConfig(Section, section="system", on_resume="free", effect="results"
     """The machine."""
 
     device: str = option("auto", "auto: the fastest available", form=DEVICE)
-    compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: where it is faster")
+    compile: bool | Literal["auto", "graphs"] = option(
+        "auto", "auto: where faster; graphs: CUDA graphs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,9 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
         step_loss = torch.zeros((), device=world.device)
         with precision.training(step.number):
             for number, rows in enumerate(step.micro_batches, 1):
+                if trainer.graphed_step is not None:  # the lines below as one CUDA graph
+                    step_loss += trainer.graphed_step(rows, step.targets, first=number == 1)
+                    continue
                 # Gradients add up over micro-batches; the backward pass of the last one also
                 # exchanges them between ranks.
                 with no_sync_until_last(model, last=number == len(step.micro_batches)):

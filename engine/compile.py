@@ -26,7 +26,7 @@ def compile_wanted(
     for a new run. `auto` follows it, because compiled and eager steps round differently.
     """
     if system.compile != "auto":
-        return system.compile
+        return system.compile is not False
     if before is not None:
         return before
     return device.type == "cuda" or (device.type == "cpu" and run_flops >= PAYS_FLOPS)

@@ -17,6 +17,7 @@ from config import Config, NonFiniteError, UserError
 from data import StepBatch, merge_data_states
 from data.run_data import RunData
 from engine.evaluation import Evaluator
+from engine.graphed_step import GraphedStep
 from engine.hardware.distributed import World
 from engine.loss import count_targets
 from engine.monitor import console
@@ -43,6 +44,8 @@ class Trainer:
     model: LanguageModel
     ddp_model: nn.Module
     """The model as training calls it: it exchanges gradients with the other processes."""
+    graphed_step: GraphedStep | None
+    """Forward and backward as a CUDA graph, where the config asks for one."""
     optimizer: torch.optim.Optimizer
     data: RunData
     batches: Iterator[StepBatch]

@@ -349,6 +349,14 @@ def _native_delayed_scaling_compiles_for_bdh_only(c: Any) -> str | None:
     return "{0} with {1} works for model.name=bdh only, but {2}; set system.compile to auto"
 
 
+@rule("system.compile", "low_precision.use_fp8")
+def _graphs_hold_no_8_bit_products(c: Any) -> str | None:
+    # Counts and scales of theirs are kept in Python.
+    if c.system.compile != "graphs" or not c.low_precision.use_fp8:
+        return None
+    return "{0} does not record 8-bit matmuls, but {1}; set system.compile to true"
+
+
 @rule("low_precision.use_4bit_optimizer", "optimizer.name")
 def _four_bit_optimizer_is_adamw(c: Any) -> str | None:
     if not c.low_precision.use_4bit_optimizer or c.optimizer.name == "adamw":

@@ -19,6 +19,7 @@ from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import as_checkpoint_error
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import Evaluator
+from engine.graphed_step import check_graphs, graphed_step
 from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
 from engine.hardware.memory import allocated_bytes
@@ -84,6 +85,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     directory comes last, so that an error before it leaves nothing behind.
     """
     budget, base = MemoryBudget.of(world), allocated_bytes(world.device)
+    check_graphs(request.config, world)
     open_precision(request.config, world)  # refuses what this device lacks, before text is read
 
     setup = prepare_run(request, world)
@@ -107,6 +109,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     sample = sample_writer(parts.model, config, parts.precision, setup.dataset.tokenizer)
     evaluator = Evaluator(parts.model, data, parts.precision, world, micro_batch(config), sample)
     compile_s, compiled = compile_parts(parts, config, data.document_ids)
+    graphed, recorded = graphed_step(parts.model, parts.precision, config, data.document_ids)
     state.compiled = compile_s is not None
 
     size = RunSize(
@@ -120,13 +123,14 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     directory = open_directory(setup, training, run_facts(setup, parts, world, size), stack)
     trackers = open_trackers(config, directory, state, stack) if world.is_main else []
     console.info(*directory_lines(directory, setup.start.resume))
-    console.info(*start_lines(setup, parts, world, state, compiled))
+    console.info(*start_lines(setup, parts, world, state, compiled + recorded))
     return Trainer(
         config=config,
         world=world,
         precision=parts.precision,
         model=parts.model,
         ddp_model=wrap_ddp(parts.model, world),
+        graphed_step=graphed,
         optimizer=parts.optimizer,
         data=data,
         batches=batches,

@@ -10,6 +10,7 @@ import torch
 
 from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
+from engine.graphed_step import check_graphs
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.batch_size import predict_batch_sizes, with_batch
@@ -38,6 +39,7 @@ BUSY = 0.3  # cores used by others from which on it is said
 
 def dry_run(request: Request, world: World) -> None:
     """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
+    check_graphs(request.config, world)
     budget = MemoryBudget.of(world)
     setup = None if embedded_is_missing(request.config) else prepare_run(request, world)
     config = request.config if setup is None else setup.config

@@ -151,6 +151,9 @@ fp8.amax_compute_algo=most_recent fp8.recipe=current
 system.compile=true fp8.recipe=delayed low_precision.use_fp8=true model.name=gpt
     system.compile=true with fp8.recipe=delayed works for model.name=bdh only, but
     model.name=gpt; set system.compile to auto.
+system.compile=graphs low_precision.use_fp8=true
+    system.compile=graphs does not record 8-bit matmuls, but low_precision.use_fp8=true; set
+    system.compile to true.
 low_precision.use_4bit_optimizer=true optimizer.name=muon
     low_precision.use_4bit_optimizer=true is AdamW with 4-bit moments, but optimizer.name=muon;
     set one of them.

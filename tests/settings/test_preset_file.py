@@ -83,7 +83,10 @@ def test_anything_else_in_a_preset_is_an_error_with_its_place(complaint: Complai
 MISTAKES = [
     ("n_layerz = 6", "a.py:1: n_layerz: unknown option. Did you mean model.n_layer?"),
     ("seed = 1\nseed = 2", "a.py:2: training.seed: given twice (first at line 1). Keep one."),
-    ("compile = 'False'", "a.py:1: system.compile: expected true, false or auto, got the text"),
+    (
+        "compile = 'False'",
+        "a.py:1: system.compile: expected true, false, auto or graphs, got the text",
+    ),
     ("seed = 1.5", "a.py:1: training.seed: expected a whole number, got 1.5. The default is"),
     ("dropout = None", "a.py:1: model.dropout: expected a number, got null. The default is 0.1."),
     ("dropout = (1, 2)", "a.py:1: model.dropout: expected a number, got a list of 2."),
