@@ -373,7 +373,8 @@ def check_parity(bench: Bench) -> Iterator[str]:
         if max(max(row[1:]) for row in found) > LIMIT:
             raise SystemExit(f"ours differs from the reference by more than {LIMIT:g}; not timed")
     torch.compiler.reset()
-    found = list(rounding(SMALL, bench.reference, bench.device, bench.batch(2, 128)))
+    batch = bench.batch(2, 128)
+    found = list(rounding(SMALL, bench.kinds(), bench.reference, bench.device, batch))
     yield f"Against ours in float64, D {SMALL.n_embd}, 2 x 128 tokens, the same weights."
     yield from ["", *table(["relative error", *columns], map(error_row, found)), ""]
     torch.backends.cuda.matmul.allow_tf32 = True  # as the reference's train.py sets it

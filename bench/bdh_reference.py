@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -221,12 +221,16 @@ def parity(
 
 
 def rounding(
-    config: BDHConfig, reference: ModuleType | None, device: torch.device, batch: tuple[Tensor, ...]
+    config: BDHConfig,
+    some: Sequence[Kind],
+    reference: ModuleType | None,
+    device: torch.device,
+    batch: tuple[Tensor, ...],
 ) -> Iterator[Errors]:
     """Each rival against a float64 run of ours."""
     weights = BDH(replace(config, dropout=0.0)).to(device)
     exact = Rival(Kind("", "", torch.float64, False, True), _copy(weights).double(), None)
-    for kind in kinds(device, reference):
+    for kind in some:
         rival = Rival(kind, weights, reference)
         yield errors(kind.title, rival, exact, (batch[0], batch[1]))
 

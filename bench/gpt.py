@@ -123,13 +123,19 @@ def training(options: argparse.Namespace) -> Iterator[str]:
         yield from table(columns, (run.row(runs[0]) for run in runs))
 
 
-def reference_model(directory: Path, weights: torch.nn.Module) -> Any:
-    """nanoGPT's GPT-2 124M with our weights."""
+def load_nanogpt(directory: Path) -> Any:
+    """nanoGPT's module `model.py`, from its clone."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", directory / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def reference_model(directory: Path, weights: torch.nn.Module) -> Any:
+    """nanoGPT's GPT-2 124M with our weights."""
+    module = load_nanogpt(directory)
     model = module.GPT(module.GPTConfig(bias=True, vocab_size=50257, dropout=0.0))
     model.load_state_dict(weights.state_dict(), strict=False)
     return model.eval()

@@ -2,13 +2,11 @@
 
     python -m bench.precision [--seeds 3] [--steps 300] [--text FILE] [--output]
     python -m bench.precision --only loss --models bdh  # loss, longer, emulated, size, time
-    python -m bench.precision --gpu --shapes "BDH 25M"    # its tables: bench/precision_gpu.py
 
 Loss: small models trained from the same weights on the same batches, once per mode and seed; gaps
 are taken seed by seed to the mode compared with, and their mean is held against a limit. Times: the
-modes take turns, once per round; ratios are the median of the rounds' ratios. With CUDA, or --gpu,
-speed and memory are measured there instead (bench/precision_gpu.py). --output writes
-bench/results/precision-cpu.md, or precision-gpu.md.
+modes take turns, once per round; ratios are the median of the rounds' ratios. On a GPU,
+bench/gpu.py measures speed and memory. --output writes bench/results/precision-cpu.md.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ import torch
 from torch import Tensor
 
 from bench.bdh_measure import hardware, seconds, table
-from bench.precision_gpu import gpu
 from bench.precision_loss import emulated, longer, loss
 from bench.precision_modes import (
     ADAMW_4BIT,
@@ -218,11 +215,7 @@ PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
     "emulated": ("Loss of fp8 against bf16", emulated),
     "size": ("Size", size),
     "time": ("Time on a CPU", time),
-    "gpu": ("Speed and memory on a GPU", gpu),
 }
-
-
-CPU_PARTS = ("loss", "longer", "emulated", "size", "time")
 
 
 def versions() -> str:
@@ -235,9 +228,8 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def report(options: argparse.Namespace, device: torch.device) -> None:
+def report(options: argparse.Namespace) -> None:
     """Prints and writes each part when it is done."""
-    names = ["gpu"] if options.gpu else options.only.split(",")
     whole: list[str] = []
 
     def say(lines: Iterator[str] | Sequence[str]) -> None:
@@ -245,19 +237,18 @@ def report(options: argparse.Namespace, device: torch.device) -> None:
             print(line, flush=True)
             whole.append(line)
 
-    say([f"# Low precision on a {device.type.replace('cuda', 'gpu').upper()}", ""])
-    say([f"{datetime.date.today()}. {hardware(device)}; {versions()},"])
+    say(["# Low precision on a CPU", ""])
+    say([f"{datetime.date.today()}. {hardware(CPU)}; {versions()},"])
     count = torch.get_num_threads()
     say([f"{count} thread{'s' * (count > 1)}. Written by `python -m bench.precision`.", ""])
-    for name in names:
+    for name in options.only.split(","):
         title, part = PARTS[name]
         say([f"## {title} (load {os.getloadavg()[0]:.1f} before)", ""])
         say(part(options))
         say([""])
         if options.output:
-            kind = "gpu" if options.gpu else "cpu"
             text = "\n".join(whole).rstrip() + "\n"
-            (RESULTS / f"precision-{kind}.md").write_text(text)
+            (RESULTS / "precision-cpu.md").write_text(text)
 
 
 def main() -> None:
@@ -274,20 +265,14 @@ def main() -> None:
     parser.add_argument("--models", default="bdh,gpt", help="models whose losses are measured")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--text", type=Path, metavar="FILE", help="train on this text")
-    parser.add_argument(
-        "--only", default=",".join(CPU_PARTS), help="parts of the measurement on a CPU"
-    )
-    parser.add_argument("--gpu", action="store_true", default=torch.cuda.is_available())
-    parser.add_argument("--shapes", help="shapes on the GPU, by the beginning of their names")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts of the measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the bench itself")
     parser.add_argument("--output", action="store_true", help="write bench/results/precision-*.md")
     options = parser.parse_args()
-    unknown = set(options.only.split(",")) - set(CPU_PARTS)
+    unknown = set(options.only.split(",")) - PARTS.keys()
     if unknown:
-        parser.error(f"--only: {', '.join(sorted(unknown))}; there are {', '.join(CPU_PARTS)}")
-    if options.gpu and not (torch.cuda.is_available() or options.quick):
-        parser.error("--gpu: no CUDA here; with --quick its code is tried on the CPU")
-    report(options, torch.device("cuda" if options.gpu and torch.cuda.is_available() else "cpu"))
+        parser.error(f"--only: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    report(options)
 
 
 if __name__ == "__main__":
