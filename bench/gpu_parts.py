@@ -24,7 +24,7 @@ from bench.bdh_measure import GB, Timing, hardware, timed
 from bench.gpu_model import Prediction
 from bench.gpu_report import Row
 from config import ConfigError
-from engine.hardware.device import peak_flops
+from engine.hardware.device import cuda_versions, peak_flops, prepare_device
 
 TURNS = 5
 WARM_UP = 3  # runs of each work before any is timed: they compile, tune and fill the allocator
@@ -51,6 +51,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+        prepare_device(self.device)
         self.tiny: bool = options.tiny
         self.reference: Path | None = options.reference
         self.nanogpt: Path | None = options.nanogpt
@@ -66,7 +67,7 @@ class Bench:
         return {
             "device": hardware(self.device),
             "torch": torch.__version__,
-            # **cuda_versions(self.device),
+            **cuda_versions(self.device),
             "data_sheet_tflops": None if peak is None else peak / 1e12,
         }
 

@@ -166,9 +166,10 @@ class Trainer:
                 loss = next_token_loss(model, rows, self.device) / count_targets(rows)
             self.precision.backward(loss)
         self.precision.unscale(self.optimizer)
-        norm = gradient_norm(model)
-        if 0.0 < config.optimizer.grad_clip < norm.item():
-            clip_gradients(model, norm, config.optimizer.grad_clip)
+        norm, limit = gradient_norm(model), config.optimizer.grad_clip
+        # On a GPU the host does not wait for the norm.
+        if limit > 0.0 and (norm.is_cuda or norm.item() > limit):
+            clip_gradients(model, norm, limit)
         rate = learning_rate(self.number, config, config.training.max_iters)
         if isinstance(self.optimizer.param_groups[0]["lr"], Tensor):  # torchao's compiles it in
             for group in self.optimizer.param_groups:
