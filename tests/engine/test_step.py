@@ -22,8 +22,8 @@ from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_her
 pytestmark = pytest.mark.slow
 
 SHORT = ["max_iters=12", "log_freq=5", "test_freq=8", "checkpoint_freq=6", "grad_clip=0.5"]
-# Of the run above: 1 and 5 are logged, 8 is evaluated, 6 is saved, 12 is the last, 3 is none.
-PLANTED = [1, 3, 5, 6, 8, 12]
+# Of the run above: 5 is logged, 8 is evaluated, 6 is saved, 12 is the last, 3 is none.
+PLANTED = [3, 5, 6, 8, 12]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def plant_nan(monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], step: in
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["epochs=1", "max_iters=99", "batch_size=48", "test_freq=null"]]
+    "options", [[], ["epochs=1", "max_iters=99", "batch_size=64", "n_layer=1", "test_freq=null"]]
 )
 def test_values_read_late_make_the_same_run(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -183,9 +183,8 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("model", ["bdh", "gpt", "llama"])
 def test_between_two_log_lines_the_host_waits_for_nothing(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU: a GPU would have to be waited for where its numbers become Python's."""
     read_late(monkeypatch)
@@ -197,7 +196,7 @@ def test_between_two_log_lines_the_host_waits_for_nothing(
         found.extend(waits.found)
 
     monkeypatch.setattr(train, "train", watched)
-    words = [f"model.name={model}", "n_embd=32", "max_iters=9", "log_freq=9", "test_freq=null"]
+    words = ["max_iters=9", "log_freq=9", "test_freq=null"]
     words += ["save_model=false", "dropout=0.1", "grad_clip=0.1"]
     assert run_here([*tiny, *words, f"checkpoint_dir={tmp_path / 'runs'}"]) == 0
     assert not found
