@@ -88,7 +88,7 @@ class LayerBackward:
             # `da` is a sum over all neurons, and the norm's backward needs it whole: hence two
             # rounds over the tiles, of the gate and of the attention.
             da = self._gate_round(heads, a_rows)
-            dc = _norm_backward_from_output(da.total, a, inverse_std).to(self.ws.dtype)  # B5
+            dc = norm_backward_from_output(da.total, a, inverse_std).to(self.ws.dtype)  # B5
             dc = geo.by_chunk(dc)
             dx.add(scores.mT, dc)  # B6, of the x that scores weigh
             attention = self._attention_gradients(dc)
@@ -185,7 +185,7 @@ class LayerBackward:
         return self.backend.gradient(gradient, OperandId(name, self.layer))
 
 
-def _norm_backward_from_output(gradient: Tensor, normed: Tensor, inverse_std: Tensor) -> Tensor:
+def norm_backward_from_output(gradient: Tensor, normed: Tensor, inverse_std: Tensor) -> Tensor:
     """Returns the gradient of a layer norm's input from its output, so that the input need not be
     saved: with y = (x - mean) * s, dx = s (dy - mean(dy) - y mean(dy y))."""
     normed = normed.to(gradient.dtype)

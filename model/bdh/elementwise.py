@@ -25,7 +25,10 @@ from torch import Tensor
 from model.bdh.masks import DropoutMask
 from model.compiled import compile_shapes
 
-_MIX = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of a 32-bit hash (Wellons, "lowbias32")
+HASH_MULTIPLIERS = (
+    0x7FEB352D,
+    0x846CA68B - 2**32,
+)  # multipliers of a 32-bit hash (Wellons, "lowbias32")
 
 Halves = tuple[Tensor, Tensor]
 """First and second members of rotated pairs."""
@@ -69,8 +72,8 @@ def _halves(x: Tensor, dim: int = -1) -> Halves:
 def _mask_like(mask: DropoutMask, like: Tensor) -> Tensor:
     """Returns 1 where an element is kept, else 0, in the dtype and shape of `like`."""
     x = mask.rows + mask.columns
-    x.bitwise_xor_(x >> 16).mul_(_MIX[0])
-    x.bitwise_xor_(x >> 15).mul_(_MIX[1])
+    x.bitwise_xor_(x >> 16).mul_(HASH_MULTIPLIERS[0])
+    x.bitwise_xor_(x >> 15).mul_(HASH_MULTIPLIERS[1])
     return torch.empty_like(like).copy_(x.ge_(mask.threshold))
 
 
@@ -166,8 +169,8 @@ def _rope_backward_compiled(u: Halves, dr: Halves, cos: Tensor, sin: Tensor, du:
 
 def _is_kept(mask: DropoutMask) -> Tensor:
     x = mask.rows + mask.columns
-    x = (x ^ (x >> 16)) * _MIX[0]
-    x = (x ^ (x >> 15)) * _MIX[1]
+    x = (x ^ (x >> 16)) * HASH_MULTIPLIERS[0]
+    x = (x ^ (x >> 15)) * HASH_MULTIPLIERS[1]
     return x >= mask.threshold
 
 

@@ -117,7 +117,7 @@ class _FusedLayers(torch.autograd.Function):
             y, of_heads = layer_forward(ws, stream, layer)
             if trained:
                 saved += [stream, y, *(part for heads in of_heads for part in heads)]
-            stream = _norm(stream + _norm(y))
+            stream = norm(stream + norm(y))
             del y, of_heads
         if saved:
             ctx.save_for_backward(*weights, *saved)
@@ -142,8 +142,8 @@ class _FusedLayers(torch.autograd.Function):
             del saved[-per_layer:]
             of_heads = [SavedHeads(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
             del parts
-            dsum = _norm_backward(dstream, stream + _norm(y))
-            dy = _norm_backward(dsum, y)
+            dsum = norm_backward(dstream, stream + norm(y))
+            dy = norm_backward(dsum, y)
             layer_backward = LayerBackward(ws, stream, dy, layer, gradients)
             dstream = layer_backward.run(of_heads).add_(dsum)
             gradients.is_first_layer = False
@@ -154,12 +154,12 @@ def _cut(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:
     return list(pack(weights, args.rotation.cos.dtype, args.tiling.pairs, args.backend.weight))
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def _norm_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Returns the gradient of x from the gradient of _norm(x)."""
+def norm_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient of x from the gradient of norm(x)."""
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, None, None, LAYER_NORM_EPS)
     result: Tensor = torch.ops.aten.native_layer_norm_backward(

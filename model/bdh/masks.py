@@ -26,6 +26,8 @@ class ChunkMasks:
                                    document covers the chunk and began before it
 
     Without documents the last three are None: true everywhere.
+
+    documents (B, K, C) are the numbers given, padded by that of the last token; or None.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class ChunkMasks:
         B, K, C = sizes
         # The diagonal is hidden too: BDH's attention is strictly causal.
         self.hidden = torch.ones(1, C, C, dtype=torch.bool, device=device).triu()
+        self.documents: Tensor | None = None
         self.sees_state = self.enters_state = self.carries_state = None
         if documents is None:
             return
         padding = K * C - documents.shape[1]
         ids = torch.cat((documents, documents[:, -1:].expand(B, padding)), 1).view(B, K, C)
+        self.documents = ids
         same = ids[..., None] == ids[..., None, :]
         self.hidden = self.hidden | ~same.view(B * K, C, C)
         last = ids[..., -1:]
