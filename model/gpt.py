@@ -144,8 +144,9 @@ class GPT(Transformer):
             raise ValueError(f"{end} tokens, but this GPT has learned {self.max_context} positions")
         return self.transformer.wte(tokens) + self.transformer.wpe.weight[position:end]
 
-    def head(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.transformer.ln_f(x))
+    def final_norm(self, x: Tensor) -> Tensor:
+        y: Tensor = self.transformer.ln_f(x)
+        return y
 
     def embedding_and_head(self) -> tuple[Tensor, Tensor]:
         return self.transformer.wte.weight, self.lm_head.weight

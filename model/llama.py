@@ -194,8 +194,9 @@ class Llama(Transformer):
     def embed(self, tokens: Tensor, position: int) -> Tensor:
         return self.embedding(tokens)
 
-    def head(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.norm(x))
+    def final_norm(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y
 
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor:
         """Returns the table of `apply_rope`; it is cached, and doubled when it is too short."""

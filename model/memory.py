@@ -24,6 +24,7 @@ from model.bdh.tiling import Geometry, Tiling
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama, mlp_width
+from model.loss import chunk_count
 from model.transformer import Transformer
 
 
@@ -77,8 +78,7 @@ def _bdh_bytes(model: BDH, step: StepShape) -> int:
     else:
         forward, backward = _dense_layers_bytes(model, step)
     embedded = 2 * step.tokens * model.config.n_embd * 4
-    # The loss needs the logarithm of the probabilities and two gradients, in float32.
-    logits = step.tokens * model.config.vocab_size * 3 * 4
+    logits = _loss_bytes(step, model.config.n_embd, model.config.vocab_size)
     if step.accumulates:  # the gradients of all layers come together, at the end
         backward += sum(weight.nbytes for weight, _ in model.hidden_weights())
     return embedded + forward + max(backward, logits)
@@ -124,6 +124,18 @@ def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     kept = wide * (4 * size + 1) + scores * size + streams + weights * size
     working = wide * 6 * size + scores * 3 * size + 2 * streams + weights * sum_size
     return model.config.n_layer * kept + weights * sum_size, working + weights * sum_size
+
+
+def _loss_bytes(step: StepShape, D: int, V: int) -> int:
+    """Returns what the loss needs of the logits that exist at once, beside their weight."""
+    chunks, size = chunk_count(step.tokens, V), step.dtype.itemsize
+    logits = -(-step.tokens // chunks) * V
+    if chunks == 1:
+        return 3 * 4 * logits  # logarithms of probabilities and two gradients, in float32
+    if size >= 4:
+        return 2 * 4 * logits
+    # Logits, their cast and logarithms; or probabilities, gradients and a product for the weight.
+    return max((size + 8) * logits, (4 + size) * logits + size * V * D)
 
 
 # GPT and Llama
@@ -241,9 +253,14 @@ def _head_stages(model: Transformer, step: StepShape, saved: SavedPerToken) -> l
     """Returns the stages of norm and logits, and of the loss, which is computed in float32."""
     D, V, size, rows = model.config.n_embd, model.vocab_size, step.dtype.itemsize, step.tokens
     cast = size * V * D if size < 4 else 0
-    kept = rows * (4 * D + saved.norm_bytes + size * D) + cast
-    head = Stage(kept, 4 * V * D, size * V * D, rows * (V + D) * size)
-    return [head, Stage(4 * rows * V, 0, 0, 8 * rows * V)]
+    kept = rows * (4 * D + saved.norm_bytes + size * D)
+    if chunk_count(rows, V) > 1:
+        # The gradient for 1, and in the backward pass the one that is multiplied.
+        scaled = 0 if model.frozen else 4 * V * D
+        chunk = _loss_bytes(step, D, V) + cast + rows * D * size
+        return [Stage(kept, 4 * V * D, 4 * V * D, max(scaled + rows * D * (4 + size), chunk))]
+    head = Stage(kept + cast, 4 * V * D, size * V * D, rows * (V + D) * size)
+    return [head, Stage(4 * rows * V, 0, 0, _loss_bytes(step, D, V) - 4 * rows * V)]
 
 
 def _embedding_stage(model: Transformer, step: StepShape) -> Stage:

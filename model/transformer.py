@@ -26,7 +26,7 @@ from model.attention import (
     training_mask,
 )
 from model.interface import HiddenWeight, LanguageModel
-from model.loss import cross_entropy_sum
+from model.loss import head_loss
 from model.matmul import Linear
 
 
@@ -50,6 +50,7 @@ class Transformer(LanguageModel, ABC):
     """Forward, generation and costs; a model defines its embedding, blocks and head."""
 
     tied = False  # whether head and embedding share their weights
+    lm_head: Linear
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,8 +70,8 @@ class Transformer(LanguageModel, ABC):
         """Returns (B, T, D) of tokens (B, T), of which the first stands at `position`."""
 
     @abstractmethod
-    def head(self, x: Tensor) -> Tensor:
-        """Returns logits (R, V) of x (R, D)."""
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Returns what the head is given for x (R, D)."""
 
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor | None:
         """Returns cosines and sines of positions begin .. end - 1; None without rope."""
@@ -91,8 +92,10 @@ class Transformer(LanguageModel, ABC):
         x = x.flatten(0, 1)  # (R, D)
         for block in self.blocks:
             x = block(x, ctx)
-        logits = self.head(x).view(B, T, -1)
-        return logits if targets is None else cross_entropy_sum(logits, targets)
+        x = self.final_norm(x)
+        if targets is None:
+            return self.lm_head(x).view(B, T, -1)
+        return head_loss(x, self.lm_head.weight, self.lm_head.bias, targets.flatten())
 
     def cache_bytes(self, length: int) -> int:
         if self.max_context is not None:
@@ -115,7 +118,7 @@ class Transformer(LanguageModel, ABC):
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x, ctx)
-        return self.head(x if T == 1 else x.view(B, T, -1)[:, -1])
+        return self.lm_head(self.final_norm(x if T == 1 else x.view(B, T, -1)[:, -1]))
 
     def notes(self, on_cpu: bool) -> list[str]:
         kind, p = self.config.attention, self.config.dropout

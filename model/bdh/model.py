@@ -39,7 +39,7 @@ from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
 from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
-from model.loss import cross_entropy_sum
+from model.loss import head_loss
 from model.matmul import MatmulBackend, OperandId, PlainMatmul
 
 INIT_STD = 0.02
@@ -92,8 +92,10 @@ class BDH(LanguageModel):
         self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
         x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))  # (B, T, D)
-        logits = self._layers(x, documents) @ self.lm_head  # (B, T, V)
-        return logits if targets is None else cross_entropy_sum(logits, targets)
+        x = self._layers(x, documents)
+        if targets is None:
+            return x @ self.lm_head  # (B, T, V)
+        return head_loss(x.flatten(0, 1), self.lm_head.mT, None, targets.flatten())
 
     def _layers(
         self,

@@ -179,6 +179,23 @@ def test_on_cuda_workspaces_and_matrices_that_muon_updates_together_count(
     assert on_cuda.update > 4 * on_cpu.memory().update
 
 
+CHUNKED: list[Any] = [
+    bdh(4, 256, n_layer=1, n_head=1, vocab_size=8192),
+    transformer("gpt", 4, 256, n_layer=1, n_embd=64, vocab_size=8192),
+    transformer("gpt", 4, 256, n_layer=1, n_embd=256, vocab_size=8192, tie_embeddings=False),
+    transformer("llama", 4, 256, n_layer=1, n_embd=128, vocab_size=8192) | FLOAT32,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", CHUNKED, ids=str)
+def test_so_are_those_of_a_loss_in_chunks(
+    sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.loss.CHUNK_LOGITS", 1 << 21)  # of 2 ** 23
+    assert 0.87 < activation_ratio(measurable(configured(**sections))) < 1.15
+
+
 def test_activations_of_an_unknown_architecture_are_left_out_aloud() -> None:
     estimator = replace(estimator_of(configured()), model=LanguageModel())
     shape = StepShape(1, 8, torch.float32, on_cpu=True)
