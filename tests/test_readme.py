@@ -93,6 +93,10 @@ def check_pip(arguments: list[str]) -> None:
         assert flag != "-r" or (ROOT / name).is_file()
 
 
+def check_bash(arguments: list[str]) -> None:
+    assert (ROOT / arguments[0]).is_file()
+
+
 def check_copy(arguments: list[str]) -> None:
     source, target = arguments
     shutil.copy(source, target)
@@ -108,6 +112,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "torchrun": check_torchrun,
     "make": check_make,
     "pip": check_pip,
+    "bash": check_bash,
     "cp": check_copy,
     ".": check_source,
 }
