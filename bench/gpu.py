@@ -45,7 +45,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("ceilings", 25, 15, "rates of copies, matmuls, launches: what shares are of"),
     Part("smoke", 60, 25, "train.py on small models, as a user would"),
-    Part("tests", 75, 30, "pytest -m gpu"),
+    Part("tests", 110, 30, "pytest -m gpu"),
     Part("bdh", 110, 60, "BDH 25M against the reference: errors, then steps"),
     Part("kernels", 50, 20, "BDH 25M: system.kernels torch and triton, and a profile"),
     Part("transformers", 90, 45, "GPT-2 124M and Llama 1B, against nanoGPT"),

@@ -52,19 +52,11 @@ class Row:
         return statistics.median(self.values)
 
 
-class Ceiling:
-    """The rates that shares are of, in TFLOP/s: what was measured, and the data sheet's."""
+def cells(row: Row, measured: float | None, data_sheet: float | None) -> list[str]:
+    """Returns the columns of a row; empty where there is nothing to say.
 
-    def __init__(self, data_sheet: float | None) -> None:
-        self.data_sheet, self.measured = data_sheet, 0.0
-
-    def learn(self, row: Row) -> None:
-        if row.what == CEILING and row.values:
-            self.measured = row.value
-
-
-def cells(row: Row, ceiling: Ceiling) -> list[str]:
-    """Returns the columns of a row; empty where there is nothing to say."""
+    measured, data_sheet: the bf16 rates of the device in TFLOP/s.
+    """
     if not row.values:
         return [row.what, *[""] * 8, _number(row.predicted), row.note]
     per_s = 1e3 / row.value if row.unit == "ms" else 0.0
@@ -76,8 +68,8 @@ def cells(row: Row, ceiling: Ceiling) -> list[str]:
         f"{row.tokens * per_s:,.0f}" if row.tokens else "",
         "" if row.ratio is None else f"{row.ratio:.2f}",
         _number(tflops or None),
-        _share(tflops, ceiling.measured),
-        _share(tflops, ceiling.data_sheet),
+        _share(tflops, measured),
+        _share(tflops, data_sheet),
         _number(row.peak_gb),
         "" if row.predicted is None else f"{_number(row.predicted)} {row.unit}",
         row.note,
@@ -106,17 +98,17 @@ class Report:
         self.page = self._open(".md")
         self.rows = self._open(".jsonl")
         self.log = self._open(".log")
-        self.ceiling: Ceiling | None = None
+        self.measured: float | None = None
+        self.data_sheet: float | None = None
 
     def _open(self, ending: str) -> TextIO:
         return open(self.path.with_suffix(ending), "w", encoding="utf-8")
 
     def head(self, facts: dict[str, Any], options: str) -> None:
         """Writes the head of the page when the first part tells what it runs on."""
-        if self.ceiling is not None:
+        if self.page.tell():
             return
-        self.ceiling = Ceiling(facts.pop("data_sheet_tflops"))
-        device = facts.pop("device")
+        self.data_sheet, device = facts.pop("data_sheet_tflops"), facts.pop("device")
         versions = ", ".join(f"{key} {value}" for key, value in facts.items() if value)
         self.write(
             f"# GPU measurements: {device}",
@@ -136,9 +128,9 @@ class Report:
         self.write(_line(COLUMNS), _line(["---"] * len(COLUMNS)))
 
     def row(self, part: str, row: Row) -> None:
-        assert self.ceiling is not None, "rows come after the facts"
-        self.ceiling.learn(row)
-        self.write(_line(cells(row, self.ceiling)))
+        if row.what == CEILING and row.values:
+            self.measured = row.value
+        self.write(_line(cells(row, self.measured, self.data_sheet)))
         _flushed(self.rows, json.dumps({"part": part, **asdict(row)}))
 
     def close(self) -> None:

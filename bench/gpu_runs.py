@@ -39,6 +39,8 @@ RUNS = {
     "gpt, documents": ("gpt", "mask=causal_document"),
     "gpt, fp8": ("gpt", "use_fp8=true"),
     "llama, compiled": ("llama", "compile=true"),
+    "bdh, graphs": ("bdh", "compile=graphs"),
+    "gpt, graphs": ("gpt", "compile=graphs"),
 }
 RESUMED = "training.resume_from_checkpoint=auto"
 
@@ -84,24 +86,33 @@ def trained(
 
 
 def tests(bench: Bench) -> Iterator[Row]:
-    """The tests of a GPU; tiny: some of them, on a CPU."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["-m", "gpu and not slow" if bench.tiny else "gpu", "--timeout=60"]
-    command += (
-        ["-k", "attention"] if bench.tiny else ["--maxfail=12", "-o", "filterwarnings=default"]
-    )
+    """The tests of a GPU, the quick ones first; tiny: some of them, on a CPU."""
+    if bench.tiny:
+        yield from pytest_rows(bench, "gpu and not slow", "-k", "attention")
+        return
+    for marks in ("gpu and not slow", "gpu and slow"):
+        yield from pytest_rows(bench, marks, "--maxfail=12")
+
+
+def pytest_rows(bench: Bench, marks: str, *words: str) -> Iterator[Row]:
+    """A row for each test that fails, at once, and one for all."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-vv", "-m", marks, *words]
+    command += ["-p", "no:cacheprovider", "--tb=short", "--timeout=60"]
+    command += ["-o", "filterwarnings=default"]
     environment = os.environ | {"GPU_TESTS_DEVICE": bench.device.type}
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    last = ""
-    for line in process.stdout:
-        print(line, end="", file=sys.stderr, flush=True)
-        last = line.strip() or last
-        if line.startswith(("FAILED", "ERROR")):
-            yield Row(line.split(" - ")[0].strip(), note=line.strip().partition(" - ")[2][:150])
-    code = process.wait()
-    yield Row(f"pytest, exit code {code}", [time.monotonic() - began], "s", note=last)
+    began, last = time.monotonic(), ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip(" =\n") or last
+            name, _, result = line.partition(" ")
+            if result.startswith(("FAILED", "ERROR")):
+                yield Row(name, note=result.split()[0].lower())
+    seconds = time.monotonic() - began
+    yield Row(
+        f"pytest -m '{marks}'", [seconds], "s", note=f"exit code {process.returncode}: {last}"
+    )
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {

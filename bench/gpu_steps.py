@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -72,15 +73,13 @@ def ceilings(bench: Bench) -> Iterator[Row]:
     """What the device reaches; bench/gpu_model.py assumes these rates."""
     size = 1 << (20 if bench.tiny else 30)
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
-    copy = Work("copy", lambda: partial(source.clone().copy_, source), calls=1)
-    for row in bench.compare([copy]):
+    for row in bench.compare([Work("copy", lambda: partial(source.clone().copy_, source))]):
         yield replace(row, unit="TB/s", values=[2 * size / ms / 1e9 for ms in row.values])
-    for what, (batch, a, b, c) in products(bench).items():
-        flops, calls = 2.0 * batch * a * b * c, 1 if bench.tiny else 20
-        work = Work(what, partial(product, bench, (batch, a, b, c), what, calls), calls=calls)
+    for what, sizes in products(bench).items():
+        flops, calls = 2.0 * math.prod(sizes), 1 if bench.tiny else 20
+        work = Work(what, partial(product, bench, sizes, what, calls), calls=calls)
         for row in bench.compare([work]):
-            rates = [flops / ms / 1e9 for ms in row.values]
-            yield replace(row, unit="TFLOP/s", values=rates)
+            yield replace(row, unit="TFLOP/s", values=[flops / ms / 1e9 for ms in row.values])
     yield from launches(bench)
 
 
@@ -99,6 +98,14 @@ def products(bench: Bench) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
+def repeated(once: Callable[[], object], calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(calls):
+            once()
+
+    return run
+
+
 def product(
     bench: Bench, sizes: tuple[int, int, int, int], what: str, calls: int
 ) -> Callable[[], None]:
@@ -110,33 +117,19 @@ def product(
         one = torch.ones((), device=bench.device)
         eight = left[0].to(torch.float8_e4m3fn), right[0].mT.contiguous().to(torch.float8_e4m3fn).mT
         once = partial(torch._scaled_mm, *eight, one, one, out_dtype=torch.bfloat16)
-    elif what.endswith("float32 result") and bench.cuda:
-        once = partial(torch.bmm, left, right, out_dtype=torch.float32)
-    else:
-        once = partial(torch.bmm, left, right, out=left.new_empty(batch, a, c))
-
-    def run() -> None:
-        for _ in range(calls):
-            once()
-
-    return run
+        return repeated(once, calls)
+    if what.endswith("float32 result") and bench.cuda:
+        return repeated(partial(torch.bmm, left, right, out_dtype=torch.float32), calls)
+    return repeated(partial(torch.bmm, left, right, out=left.new_empty(batch, a, c)), calls)
 
 
 def launches(bench: Bench) -> Iterator[Row]:
     """What the host takes to queue a kernel: the work itself is next to nothing."""
     x, calls = torch.zeros(128, device=bench.device), 10 if bench.tiny else 1000
-
-    def repeated(once: Callable[[Tensor], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(calls):
-                once(x)
-
-        return run
-
-    works = [Work("an eager kernel", lambda: repeated(lambda x: x.add_(1)), calls=calls)]
+    ways = {"an eager kernel": lambda: x.add_(1)}
     if not bench.tiny:
-        compiled = torch.compile(lambda x: x.add_(1).mul_(0.5))
-        works.append(Work("a compiled function", lambda: repeated(compiled), calls=calls))
+        ways["a compiled function"] = torch.compile(lambda: x.add_(1).mul_(0.5))
+    works = [Work(what, partial(repeated, once, calls), calls=calls) for what, once in ways.items()]
     for row in bench.compare(works):
         yield replace(row, unit="us", values=[1e3 * ms for ms in row.values])
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.checkpoint.trained_model import load_model
-from tests.gpu.devices import DEVICE, ON_CUDA, gpu_tests
+from tests.gpu.devices import DEVICE, ON_CUDA, cuda_only, gpu_tests
 from tests.runs import only_run, run_here
 
 pytestmark = gpu_tests
@@ -84,6 +84,21 @@ def test_a_run_learns_and_resumes_where_it_was(
     # Attention's backward pass and the embedding's add atomically on a GPU; BDH has neither.
     tolerance = 2e-3 if ON_CUDA and not name.startswith("bdh") else 0.0
     assert runs.losses() == pytest.approx(losses, rel=tolerance, abs=0.0)
+
+
+@cuda_only
+@pytest.mark.slow
+@each_model
+def test_recorded_steps_train_as_compiled_ones_do(
+    runs: Runs, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for kind in ("true", "graphs"):
+        assert runs.train(name, f"compile={kind}", "dropout=0.0") == 0
+        found.append(runs.losses())
+        shutil.rmtree(runs.folder / "runs")
+    assert "one CUDA graph per micro-step" in capsys.readouterr().out
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @pytest.mark.slow
