@@ -27,7 +27,7 @@ import torch
 from bench.bdh_measure import table
 from config import Config
 from engine.planning.memory import Memory, optimizer_state_bytes
-from engine.precision.fp8_native import NativeMatmul
+from engine.precision.fp8_native import NativeBackend
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
 from model.bdh.tiling import Tiling
@@ -349,8 +349,8 @@ def _built(name: ModelName, batch: int, block: int, dtype: Format) -> tuple[Conf
     )
     with torch.device("meta"):
         model = build_model(config)
-    if model.matmul_backend is not None and dtype == "fp8":
-        model.matmul_backend = NativeMatmul(torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16)
+    if dtype == "fp8":
+        NativeBackend(config.fp8, model, torch.device("cuda"), torch.bfloat16)
     return config, model
 
 

@@ -242,7 +242,7 @@ class NativeMatmul:
     """
 
     compiled = False
-    operand_bytes = 12  # a cast in float32, two operands in both layouts, and a product
+    operand_bytes = 12  # on a CPU: a cast in float32, two operands in both layouts, and a product
 
     def __init__(
         self,
@@ -394,6 +394,8 @@ class NativeBackend(Fp8Backend):
         }
         self.scales = DelayedScales(fp8, dtypes, device) if fp8.recipe == "delayed" else None
         self.matmul = NativeMatmul(E4M3, gradient_dtype, dtype, self.scales)
+        if device.type == "cuda":  # casts are fused: the operands of z and dv remain
+            self.matmul.operand_bytes = 4
         if model.matmul_backend is not None:
             model.matmul_backend = self.matmul
         else:
