@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from types import FrameType
@@ -49,8 +49,10 @@ from settings.foreign import sample_flags as nanogpt
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from data.tokenizers.base import StreamDecoder, Tokenizer
+    from model.generate import Decoder
     from model.interface import LanguageModel
 
 _MAX_BATCH = 8  # samples drawn at once, if their caches fit in _MAX_CACHE_BYTES
@@ -162,13 +164,16 @@ def write_samples(arguments: argparse.Namespace) -> None:
     context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
     cache_bytes = model.cache_bytes(len(ids) + arguments.max_new_tokens)
     batch_size = max(1, min(_MAX_BATCH, _MAX_CACHE_BYTES // cache_bytes))
+    room = min(len(ids) + arguments.max_new_tokens, context or LARGEST)
     began, count, drawn = time.monotonic(), arguments.num_samples, 0
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))
         # Each sample has a generator of its own, so it does not depend on the batch it is drawn in.
         seeds = [(arguments.seed + number) % (LARGEST + 1) for number in numbers]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        tokens = generate(model, torch.tensor([ids], device=device), sampling, generators, context)
+        decoder = _recorded_decoder(model, len(numbers), room, device)
+        start = torch.tensor([ids], device=device)
+        tokens = generate(model, start, sampling, generators, context, decoder)
         samples = []
         for number in numbers:
             title = f"--- sample {number + 1} of {count}\n" if count > 1 else ""
@@ -179,6 +184,29 @@ def write_samples(arguments: argparse.Namespace) -> None:
         drawn += write_batch(samples, steps, separator)
     seconds = time.monotonic() - began
     print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def _recorded_decoder(
+    model: LanguageModel, batch_size: int, room: int, device: torch.device
+) -> Decoder | None:
+    """Returns what launches all kernels of a token at once, as a CUDA graph; None without CUDA.
+
+    room: the most tokens of a sample.
+    """
+    from engine.hardware.cuda_graph import record_graph
+    from model.generate import RecordedDecoder
+
+    def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        try:
+            return record_graph(step, device)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"note: no CUDA graph, so more time per token: {reason}", file=sys.stderr)
+            return step
+
+    if device.type != "cuda":
+        return None
+    return RecordedDecoder(model, batch_size, room, device, record)
 
 
 def _load(

@@ -92,6 +92,13 @@ def decoding_mask(kind: str, x: Tensor, tokens: int, seen: int) -> AttentionMask
     return AttentionMask(kernel, is_causal=False, bias=causal_bias(tokens, seen, x))
 
 
+def decoding_mask_at(kind: str, x: Tensor, position: Tensor, room: int) -> AttentionMask:
+    """Returns the mask of one token at a position () on the device, in a cache with `room`."""
+    hidden = torch.arange(room, device=x.device) > position
+    bias = x.new_zeros(1, room, dtype=matmul_dtype(x)).masked_fill(hidden, -torch.inf)
+    return AttentionMask("math" if kind == "math" else "sdpa", is_causal=False, bias=bias)
+
+
 def causal_bias(tokens: int, seen: int, x: Tensor) -> Tensor:
     """Returns (T, S) in x's matmul dtype: -inf where the last T of S tokens see later ones."""
     full = x.new_full((tokens, seen), -torch.inf, dtype=matmul_dtype(x))
@@ -181,8 +188,9 @@ class KVCache:
     Appending copies the new tokens only, except when the capacity doubles.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, room: int | None = None) -> None:
         self.limit = limit  # the most tokens there can be; None: any number
+        self.room = room  # tokens to have room for from the start; None: the cache grows
         self.length = 0
         self.keys: Tensor | None = None  # (B, K, capacity, d), in the dtype of the first ones
         self.values: Tensor | None = None
@@ -197,8 +205,19 @@ class KVCache:
         self.values.narrow(2, begin, tokens).copy_(v)
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
+    def write(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, K, 1, d) of one token at a position () on the device; returns the keys
+        and values of the whole room, which is allocated already, (B, K, room, d)."""
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, position.view(1), k.to(self.keys.dtype))
+        self.values.index_copy_(2, position.view(1), v.to(self.values.dtype))
+        return self.keys, self.values
+
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         B, K, _, d = like.shape
+        if self.room is not None:  # zeros: `write` returns what is not filled yet too
+            assert old is None and self.length <= self.room, "the room of a cache is full"
+            return like.new_zeros(B, K, self.room, d)
         larger = like.new_empty(B, K, capacity(self.length, self.limit), d)
         if old is not None:
             larger.narrow(2, 0, old.shape[2]).copy_(old)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,62 @@ class Sampling:
     top_p: float | None = None
 
 
+class Decoder:
+    """Feeds tokens to a model with a cache that grows."""
+
+    def __init__(self, model: LanguageModel, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.cache: Any = None
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Begins anew with tokens (B, T >= 1); returns the logits after the last one, (B, V)."""
+        self.cache = self.model.init_cache(self.batch_size)
+        return self.model.prefill_or_decode(tokens, self.cache)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Appends tokens (B, 1); returns the logits after them, (B, V)."""
+        return self.model.prefill_or_decode(tokens, self.cache)
+
+
+class RecordedDecoder(Decoder):
+    """Feeds tokens to a model by one recorded step, in a cache that does not move or grow."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch_size: int,
+        room: int,
+        device: torch.device,
+        record: Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]],
+    ) -> None:
+        """room: the most tokens of a sample. record: returns what does again what a function does,
+        such as `engine.hardware.cuda_graph.record_graph`."""
+        super().__init__(model, batch_size)
+        self.room, self.length = room, 0
+        self.cache = model.init_cache(batch_size, room)
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros((), dtype=torch.long, device=device)
+        model.prefill_or_decode(self._tokens, self.cache)  # allocates the cache
+        self._replay = record(self._step, device)
+
+    def _step(self) -> Tensor:
+        return self.model.decode_at(self._tokens, self.cache, self._position)
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        self.model.clear_cache(self.cache)
+        self.length = tokens.shape[1]
+        return self.model.prefill_or_decode(tokens, self.cache)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """As of `Decoder`; the next call overwrites what it returns."""
+        assert self.length < self.room, "the room of the cache is full"
+        self._tokens.copy_(tokens)
+        self._position.fill_(self.length)
+        self.length += 1
+        return self._replay()
+
+
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
@@ -27,31 +84,33 @@ def generate(
     sampling: Sampling,
     generators: Sequence[torch.Generator | None] = (None,),
     context: int | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of each sample, (B,), endlessly, after a prompt (1, T >= 1).
 
     There is one sample for each generator, and it does not depend on the others. context: the most
-    tokens the model sees; None: all, or `model.max_context`.
+    tokens the model sees; None: all, or `model.max_context`. decoder: of this model and of as many
+    samples; None: a new one.
     """
     if model.max_context is not None:
         context = min(context or model.max_context, model.max_context)
     seen = prompt.expand(len(generators), -1)
     seen = seen if context is None else seen[:, -context:]
-    cache = model.init_cache(len(generators))
-    logits = model.prefill_or_decode(seen, cache)  # (B, V)
+    decoder = decoder or Decoder(model, len(generators))
+    logits = decoder.prefill(seen)  # (B, V)
     while True:
         rows = zip(logits.float(), generators, strict=True)
         tokens = torch.cat([draw(row[None], sampling, generator) for row, generator in rows])
         yield tokens
-        following = tokens[:, None]
         if context is not None:
-            seen = torch.cat((seen, following), dim=1)
+            seen = torch.cat((seen, tokens[:, None]), dim=1)
             if seen.shape[1] > context:
                 # A cache cannot drop its first tokens, on which keys and values of all later ones
                 # depend. It is filled anew with the last half: one prefill per half a context.
-                seen = following = seen[:, -max(1, context // 2) :]
-                cache = model.init_cache(len(generators))
-        logits = model.prefill_or_decode(following, cache)
+                seen = seen[:, -max(1, context // 2) :]
+                logits = decoder.prefill(seen)
+                continue
+        logits = decoder.decode(tokens[:, None])
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -137,8 +137,10 @@ class GPT(Transformer):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h
 
-    def embed(self, tokens: Tensor, position: int) -> Tensor:
+    def embed(self, tokens: Tensor, position: int | Tensor) -> Tensor:
         """Returns (B, T, D); raises ValueError beyond the last learned position."""
+        if isinstance(position, Tensor):
+            return self.transformer.wte(tokens) + self.transformer.wpe(position)
         end = position + tokens.shape[1]
         if end > self.max_context:
             raise ValueError(f"{end} tokens, but this GPT has learned {self.max_context} positions")

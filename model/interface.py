@@ -87,14 +87,32 @@ class LanguageModel(nn.Module):
             for operand in "xwg"  # activation, weight, gradient of the output
         }
 
-    def init_cache(self, batch_size: int) -> Any:
-        """Returns an empty cache for this many samples, for `prefill_or_decode` only."""
+    def init_cache(self, batch_size: int, room: int | None = None) -> Any:
+        """Returns an empty cache for this many samples, for the model's own methods only.
+
+        room: the most tokens there will be; the first ones allocate all of it, as `decode_at`
+        needs it. None: the cache grows.
+        """
+        raise NotImplementedError
+
+    def clear_cache(self, cache: Any) -> None:
+        """Empties a cache in its own memory."""
         raise NotImplementedError
 
     def prefill_or_decode(self, tokens: Tensor, cache: Any) -> Tensor:
         """Appends tokens (B, T) to the cache; returns the logits after the last one, (B, V).
 
         Computes no gradients.
+        """
+        raise NotImplementedError
+
+    def decode_at(self, tokens: Tensor, cache: Any, position: Tensor) -> Tensor:
+        """Writes one token of each sample, (B, 1), to its place in the cache; returns the logits
+        after it, (B, V).
+
+        position: the number of tokens before it, () int64 on the device. All calls do the same work
+        at the same addresses, wherever the position is, so that one can be recorded as a CUDA
+        graph. `prefill_or_decode` begins anew after it, with a cleared cache.
         """
         raise NotImplementedError
 

@@ -191,7 +191,7 @@ class Llama(Transformer):
     def blocks(self) -> nn.ModuleList:
         return self.layers
 
-    def embed(self, tokens: Tensor, position: int) -> Tensor:
+    def embed(self, tokens: Tensor, position: int | Tensor) -> Tensor:
         return self.embedding(tokens)
 
     def final_norm(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from model.attention import (
     KVCache,
     capacity,
     decoding_mask,
+    decoding_mask_at,
     dropout,
     training_mask,
 )
@@ -39,11 +40,15 @@ class ForwardContext:
     rope_table: Tensor | None = None
     dropout: float = 0.0
     caches: list[KVCache] | None = None
+    position: Tensor | None = None  # of the one token, () on the device; None: after the last one
 
     def all_keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that a layer attends to: k and v (B, K, T, d) in training,
         and in generation all those of its cache, to which k and v are appended."""
-        return (k, v) if self.caches is None else self.caches[layer].append(k, v)
+        if self.caches is None:
+            return k, v
+        cache = self.caches[layer]
+        return cache.append(k, v) if self.position is None else cache.write(k, v, self.position)
 
 
 class Transformer(LanguageModel, ABC):
@@ -66,7 +71,7 @@ class Transformer(LanguageModel, ABC):
         """The layers; each takes x (R, D) and a `ForwardContext` and returns the next x."""
 
     @abstractmethod
-    def embed(self, tokens: Tensor, position: int) -> Tensor:
+    def embed(self, tokens: Tensor, position: int | Tensor) -> Tensor:
         """Returns (B, T, D) of tokens (B, T), of which the first stands at `position`."""
 
     @abstractmethod
@@ -104,9 +109,13 @@ class Transformer(LanguageModel, ABC):
         kept = 2 * self.config.n_layer * self.n_kv_head * self.head_size * room
         return kept * next(self.parameters()).element_size()
 
-    def init_cache(self, batch_size: int) -> list[KVCache]:
+    def init_cache(self, batch_size: int, room: int | None = None) -> list[KVCache]:
         """Returns empty caches, one per layer; the first tokens allocate them."""
-        return [KVCache(self.max_context) for _ in range(self.config.n_layer)]
+        return [KVCache(self.max_context, room) for _ in range(self.config.n_layer)]
+
+    def clear_cache(self, cache: list[KVCache]) -> None:
+        for layer in cache:
+            layer.length = 0
 
     @torch.no_grad()
     def prefill_or_decode(self, tokens: Tensor, cache: list[KVCache]) -> Tensor:
@@ -119,6 +128,20 @@ class Transformer(LanguageModel, ABC):
         for block in self.blocks:
             x = block(x, ctx)
         return self.lm_head(self.final_norm(x if T == 1 else x.view(B, T, -1)[:, -1]))
+
+    @torch.no_grad()
+    def decode_at(self, tokens: Tensor, cache: list[KVCache], position: Tensor) -> Tensor:
+        room = cache[0].room
+        assert room is not None
+        x = self.embed(tokens, position)
+        mask = decoding_mask_at(self.config.attention, x, position, room)
+        table = self.rope_table(0, room, x)
+        table = None if table is None else table.index_select(1, position.view(1))
+        ctx = ForwardContext((len(tokens), 1), mask, table, caches=cache, position=position)
+        x = x.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return self.lm_head(self.final_norm(x))
 
     def notes(self, on_cpu: bool) -> list[str]:
         kind, p = self.config.attention, self.config.dropout

@@ -152,31 +152,42 @@ class BDH(LanguageModel):
         H, D, N = self.shape
         return self.config.n_layer * H * N * D * max(4, self.encoder.element_size())
 
-    def init_cache(self, batch_size: int) -> BDHState:
-        """Returns the state before the first token: zeros."""
+    def init_cache(self, batch_size: int, room: int | None = None) -> BDHState:
+        """Returns the state before the first token: zeros. It is as large for any room."""
         H, D, N = self.shape
         shape = (self.config.n_layer, H, batch_size, 2, N // 2, D)
         exact = torch.promote_types(self.encoder.dtype, torch.float32)
+        device = self.encoder.device
         return BDHState(
             sums=self.encoder.new_zeros(shape, dtype=exact),
             rows_v=self.encoder_v.detach().mT.reshape(-1, D) if self.encoder.is_cpu else None,
-            frequencies=self.frequencies,
+            # Copied once: from a CPU, the angles of each token would be. Only mps has no float64.
+            frequencies=self.frequencies.to("cpu" if device.type == "mps" else device),
         )
+
+    def clear_cache(self, cache: BDHState) -> None:
+        cache.clear()
 
     @torch.no_grad()
     def prefill_or_decode(self, tokens: Tensor, cache: BDHState) -> Tensor:
         # Many tokens are processed in parallel, one by the recurrent form at a constant cost.
-        x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
         if tokens.shape[1] == 1:
-            last = step(x[:, 0], (self.encoder, self.encoder_v, self.decoder), cache)
+            logits = self.decode_at(tokens, cache, cache.position)
         else:
+            x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
             cache.rotate_to_position()
-            last = self._layers(x, states=cache.sums)[:, -1]
+            logits = self._layers(x, states=cache.sums)[:, -1] @ self.lm_head
             # The last chunk is padded, and the states are left rotated to its end.
             tiling = self._tiling(x, matmul_dtype(x))
             cache.rotated_to += tiling.padded(tokens.shape[1])
         cache.position += tokens.shape[1]
-        return last @ self.lm_head
+        return logits
+
+    @torch.no_grad()
+    def decode_at(self, tokens: Tensor, cache: BDHState, position: int | Tensor) -> Tensor:
+        x = F.layer_norm(self.embed(tokens), (self.config.n_embd,))
+        weights = (self.encoder, self.encoder_v, self.decoder)
+        return step(x[:, 0], weights, cache, position) @ self.lm_head
 
     def _tiling(self, x: Tensor, dtype: torch.dtype) -> Tiling:
         B, T, _ = x.shape

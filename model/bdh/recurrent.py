@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,18 @@ class BDHState:
 
     sums: Tensor  # (n_layer, H, B, 2, P, D)
     rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), for gathering rows; None on a GPU
-    frequencies: Tensor  # turns per token of each pair, (P,) in float64
+    frequencies: Tensor  # turns per token of each pair, (P,) in float64; on the device of the sums
+    rotated_to: Tensor = field(init=False)  # the position that the sums are rotated to, (), there
     position: int = 0  # tokens seen
-    rotated_to: int = 0  # the position that the sums are rotated to
+
+    def __post_init__(self) -> None:
+        self.rotated_to = self.frequencies.new_zeros((), dtype=torch.long)
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        self.sums.zero_()
+        self.rotated_to.zero_()
+        self.position = 0
 
     def rotate_to_position(self) -> None:
         """Rotates the sums to the present position."""
@@ -45,20 +54,20 @@ class BDHState:
             first, second = layer[:, :, 0].clone(), layer[:, :, 1].clone()
             layer[:, :, 0].mul_(cos).addcmul_(second, sin)
             layer[:, :, 1].mul_(cos).addcmul_(first, sin, value=-1)
-        self.rotated_to = self.position
+        self.rotated_to.fill_(self.position)
 
-    def angles(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Returns cosine and sine of each pair's angle over this many tokens, (P,) each."""
+    def angles(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine of each pair's angle over this many tokens (), (P,) each."""
         # In float64 and reduced modulo one turn: positions may be large.
         angles = (self.frequencies * tokens).remainder(1.0) * (2 * math.pi)
         return angles.cos().to(self.sums), angles.sin().to(self.sums)
 
 
-def step(x: Tensor, weights: Weights, state: BDHState) -> Tensor:
-    """Applies all layers to the next token of each sample, x (B, D); updates the state."""
+def step(x: Tensor, weights: Weights, state: BDHState, position: int | Tensor) -> Tensor:
+    """Applies all layers to one token of each sample, x (B, D), at a position; updates the sums."""
     encoder, encoder_v, decoder = weights
     decoder = decoder.view(encoder.mT.shape)
-    angles = state.angles(state.position - state.rotated_to)
+    angles = state.angles(position - state.rotated_to)
     for sums in state.sums:
         s = torch.matmul(x, encoder).relu_().to(sums.dtype)  # (H, B, N)
         if state.rows_v is not None and s.count_nonzero() < SPARSE_FRACTION * s.numel():

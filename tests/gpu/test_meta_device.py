@@ -21,6 +21,7 @@ from data.loading.packing import document_ids
 from engine.loss import next_token_loss
 from model import LanguageModel, attention, build_model, transformer
 from model.bdh.elementwise import compiled_ops
+from model.generate import RecordedDecoder
 from tests.model.transformers import config
 
 META = torch.device("meta")
@@ -92,17 +93,29 @@ def test_an_evaluation_stays_on_its_device(variant: str, documents: bool) -> Non
         assert second(lambda: loss_of(model, 64, documents)) == []
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param("bdh", marks=pytest.mark.xfail(reason="angles")), *list(VARIANTS)[1:]],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_generation_stays_on_its_device(variant: str) -> None:
     model = on_meta(variant).eval()
+    cache = model.init_cache(2)
 
     def generate() -> None:
-        cache = model.init_cache(2)
+        model.clear_cache(cache)
         for tokens in (10, 1, 1):
             model.prefill_or_decode(torch.zeros(2, tokens, dtype=torch.long, device=META), cache)
+
+    assert second(generate) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recorded_step_of_generation_stays_on_its_device(variant: str) -> None:
+    model = on_meta(variant).eval()
+    decoder = RecordedDecoder(model, 2, 16, META, lambda step, device: step)
+
+    @torch.inference_mode()
+    def generate() -> None:
+        decoder.prefill(torch.zeros(2, 10, dtype=torch.long, device=META))
+        for _ in range(2):
+            decoder.decode(torch.zeros(2, 1, dtype=torch.long, device=META))
 
     assert second(generate) == []
 

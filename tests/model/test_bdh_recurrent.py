@@ -87,9 +87,10 @@ def test_a_state_is_as_large_at_any_position_and_precise_at_a_million() -> None:
     tokens = torch.randint(64, (1, 5)).unbind(1)
     near, far = model.init_cache(1), model.init_cache(1)
     size = near.sums.numel()
-    far.position = far.rotated_to = 1_000_000
+    far.position = 1_000_000
+    far.rotated_to.fill_(far.position)
     first = [model.prefill_or_decode(token[None], near) for token in tokens]
-    far.rotated_to = 0  # the same empty sums, met a million tokens from their frame
+    far.rotated_to.fill_(0)  # the same empty sums, met a million tokens from their frame
     second = [model.prefill_or_decode(token[None], far) for token in tokens]
     assert near.sums.numel() == far.sums.numel() == size
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first, second, strict=True))
