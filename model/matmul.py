@@ -65,27 +65,36 @@ class OperandId(NamedTuple):
 class Accumulator:
     """A sum of matrix products in a buffer, which may have a wider dtype than the products."""
 
-    def __init__(self, total: Tensor, add: Callable[[Tensor, Tensor], object]) -> None:
-        self.total, self.is_empty = total, True
+    def __init__(
+        self, total: Tensor, add: Callable[[Tensor, Tensor], object], is_empty: bool = True
+    ) -> None:
+        self.total, self.is_empty = total, is_empty
         self._add = add  # (total, product), both 2-D, of any dtypes
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Adds left (g, a, b) @ right (g, b, c)."""
-        if left.dtype != self.total.dtype:
-            return self.add_product(torch.bmm(left, right))
         total = self.total.view(*left.shape[:2], right.shape[2])
         # beta=0 ignores what the buffer holds, even NaN: it need not be zeroed before.
-        total.baddbmm_(left, right, beta=0 if self.is_empty else 1)
+        beta = 0 if self.is_empty else 1
+        if left.dtype == total.dtype:
+            total.baddbmm_(left, right, beta=beta)
+        elif left.is_cuda:
+            # The sum is part of the product, whose result is never rounded to 16 bits. torch has
+            # this operator on CUDA alone.
+            torch.baddbmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
+        else:
+            self.add_product(torch.bmm(left, right))
         self.is_empty = False
-        return None
 
     def add_product(self, product: Tensor) -> None:
         """Adds a product (g, a, c)."""
         total = self.total.view(product.shape)
         if self.is_empty:
             total.copy_(product)
-        else:
+        elif total.is_contiguous():
             self._add(total.flatten(0, 1), product.flatten(0, 1))
+        else:  # part of a larger buffer
+            total.add_(product)
         self.is_empty = False
 
 
@@ -118,8 +127,8 @@ class MatmulBackend(Protocol):
     ) -> Tensor:
         """Returns dy W^T, (g, M, in); written or added to `out` where given."""
 
-    def grad_weight(self, x: Any, gradient: Any) -> Tensor:
-        """Returns x^T dy, (g, in, out)."""
+    def grad_weight(self, x: Any, gradient: Any, out: Accumulator | None = None) -> Tensor:
+        """Returns x^T dy, (g, in, out); added to `out` where given."""
 
 
 class PlainActivation:
@@ -164,8 +173,10 @@ class PlainMatmul:
     ) -> Tensor:
         return _multiply(gradient, weight.mT, out)
 
-    def grad_weight(self, x: PlainActivation, gradient: Tensor) -> Tensor:
-        return _multiply(x.columns, gradient, None)
+    def grad_weight(
+        self, x: PlainActivation, gradient: Tensor, out: Accumulator | None = None
+    ) -> Tensor:
+        return _multiply(x.columns, gradient, out)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor | Accumulator | None) -> Tensor:

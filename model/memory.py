@@ -89,12 +89,14 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     H, D, N = model.shape
     tiling, size = _tiling(model, step), step.dtype.itemsize
     sum_size = max(size, 4)  # bytes of a number; sums are in float32 at least
-    sizes = Geometry.of(torch.Size((step.batch, step.block, D)), H, N, tiling)
+    groups = tiling.sequence_groups(step.batch)
+    sizes = Geometry.of(torch.Size((groups[0].stop, step.block, D)), H, N, tiling)
     C, X, M, g = sizes.C, sizes.X, sizes.M, sizes.g
     n = 2 * max(pairs.stop - pairs.start for pairs in sizes.tiles)
 
     packed = 3 * H * D * N * size  # the weights, cut into tiles
-    kept = 2 * M * D * sum_size + H * (M * C * size + M * D * size + M * sum_size)
+    rows = step.batch * tiling.padded(step.block)  # of all groups; M are those of one
+    kept = rows * (2 * D * sum_size + H * (C * size + D * size + sum_size))
 
     # Four buffers of neurons: of one tile for v and dz; for u and du of all neurons of a head group
     # if tiles are cached, else of one tile.
@@ -105,9 +107,11 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     hashes = 8 if model.config.dropout > 0 and not model.compiled_elementwise else 0
     operands = max(hashes, model.matmul_backend.operand_bytes) * g * M * n
     scores = 2 * g * M * C * size
-    states = 2 * g * X * n * D * size if step.batch < X else 0
+    states = (3 if 1 < sizes.K <= tiling.scan else 2) * g * X * n * D * size if sizes.K > 1 else 0
     products = g * max(M, n) * D * (size + sum_size)
     backward = wide + streams + max(operands, scores + states + products)
+    if len(groups) > 1:  # the gradients of earlier groups
+        backward += 3 * H * D * N * sum_size
     return packed + model.config.n_layer * kept, backward
 
 

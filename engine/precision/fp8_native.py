@@ -278,10 +278,13 @@ class NativeMatmul:
     ) -> Tensor:
         return self._multiply(gradient.rows, gradient.scale, weight.rows, weight.scale, out)
 
-    def grad_weight(self, x: Fp8Operand, gradient: Fp8Operand) -> Tensor:
-        shape = (max(len(x), len(gradient)), x.columns.shape[1], gradient.columns.shape[1])
-        out = x.rows.new_empty(shape, dtype=torch.float32)
-        return self._multiply(x.columns, x.scale, gradient.columns, gradient.scale, out)
+    def grad_weight(
+        self, x: Fp8Operand, gradient: Fp8Operand, out: Accumulator | None = None
+    ) -> Tensor:
+        left, right = x.columns, gradient.columns
+        shape = (max(len(x), len(gradient)), left.shape[1], right.shape[1])
+        result = left.new_empty(shape, dtype=torch.float32) if out is None else out
+        return self._multiply(left, x.scale, right, gradient.scale, result)
 
     def _multiply(
         self,

@@ -9,19 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.bdh.elementwise import ElementwiseOps
 from model.bdh.forward import SavedHeads, encode, masked, rotate, scan_chunk_states
-from model.bdh.workspace import Workspace
+from model.bdh.workspace import LayerStackArgs, Workspace
 from model.matmul import Accumulator, OperandId
 
 
 class WeightGradients:
     """The gradients of the three weights in the weights' own layout, summed over layers."""
 
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, ops: ElementwiseOps) -> None:
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, args: LayerStackArgs) -> None:
         self._shape = weights[0].shape
         self._sums = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-        self._ops = ops
+        self._add, self._backend = args.ops.add, args.backend
+        self._in_products = args.tiling.gradients_in_products
         self.is_first_layer = True  # whose gradients are copied instead of added to zeros
 
     def add(
@@ -29,21 +29,29 @@ class WeightGradients:
         name: Literal["encoder", "encoder_v", "decoder"],
         heads: slice,
         pairs: slice,
-        product: Tensor,
+        x: Any,
+        gradient: Any,
     ) -> None:
-        """Adds (g, D, n) to columns of an encoder, or (g, n, D) to rows of the decoder."""
+        """Adds x^T gradient, (g, D, n) to columns of an encoder, or (g, n, D) to rows of the
+        decoder; both are operands of the backend."""
         H, D, N = self._shape
+        total = self._sums[("encoder", "encoder_v", "decoder").index(name)]
+        if self._in_products and pairs == slice(0, N // 2):
+            of_heads = total.view(H, -1, D if name == "decoder" else N)[heads]
+            whole = Accumulator(of_heads, self._add, self.is_first_layer)
+            self._backend.grad_weight(x, gradient, whole)
+            return
+        product = self._backend.grad_weight(x, gradient)
         if name == "decoder":
-            rows = self._sums[2].view(H, 2, N // 2, D)[heads, :, pairs]
+            rows = total.view(H, 2, N // 2, D)[heads, :, pairs]
             total = rows.view(2 * len(rows), -1)  # p * D numbers next to one another
         else:
-            weight = self._sums[0 if name == "encoder" else 1]
-            columns = weight.view(H, D, 2, N // 2)[heads, ..., pairs]
+            columns = total.view(H, D, 2, N // 2)[heads, ..., pairs]
             total = columns.view(-1, columns.shape[-1])
         if self.is_first_layer:
             total.copy_(product.view(total.shape))
         else:
-            self._ops.add(total, product.view(total.shape))
+            self._add(total, product.view(total.shape))
 
     def cast_like(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Returns the sums in the dtypes of the weights."""
@@ -107,10 +115,8 @@ class LayerBackward:
         for tile, pairs in enumerate(geo.tiles):
             z, dv = self._gate_backward(heads, tile, a_rows)
             z_rows, dv_rows = self._activation(z, "z"), self._gradient(dv, "dv")
-            product = backend.grad_weight(z_rows, self.dy_rows)
-            self.gradients.add("decoder", heads, pairs, product)  # B2
-            product = backend.grad_weight(a_rows, dv_rows)
-            self.gradients.add("encoder_v", heads, pairs, product)  # B3
+            self.gradients.add("decoder", heads, pairs, z_rows, self.dy_rows)  # B2
+            self.gradients.add("encoder_v", heads, pairs, a_rows, dv_rows)  # B3
             backend.grad_input(dv_rows, self.ws.weights[tile].encoder_v[heads], da)  # B4
         return da
 
@@ -155,8 +161,7 @@ class LayerBackward:
             u, du = self.ws.u[tile], self.ws.du[tile]
             self._add_attention_gradient(u, du, tile, attention)
             du_rows = self._gradient(du, "du")
-            product = self.backend.grad_weight(self.x_rows, du_rows)
-            self.gradients.add("encoder", heads, pairs, product)  # B9
+            self.gradients.add("encoder", heads, pairs, self.x_rows, du_rows)  # B9
             self.backend.grad_input(du_rows, self.ws.weights[tile].encoder[heads], dx)  # B10
 
     def _add_attention_gradient(

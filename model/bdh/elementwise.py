@@ -49,11 +49,15 @@ class ElementwiseOps(NamedTuple):
         z = relu(u) * relu(v) * mask, written over v
     advance_state(chunk_sum, state, carries, cos, sin):
         returns rotate_back(state * carries + chunk_sum), then chunk_sum = state as it was
+    scan_states(sums, state, carries, cos, sin, reverse):
+        the same for K chunks, from the last one if reverse: returns the state before each chunk,
+        (S, K, 2, P), and the one after all, (S, 2, P)
     add(total, product):
         total += product, both 2-D, of any dtypes
 
     cos and sin are (C, n/2) for rope; for advance_state they are (n/2, 1) and of a whole chunk, the
-    states are (g, B, n, D), and carries is (B, 1, 1) or None for 1.
+    states are (g, B, n, D), and carries is (B, 1, 1) or None for 1. For scan_states S = g * B and
+    P = n/2 * D are one dimension each: sums (S, K, 2, P), carries (K, S, 1), cos and sin (P,).
     """
 
     apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -61,6 +65,7 @@ class ElementwiseOps(NamedTuple):
     gate: Callable[[Tensor, Tensor, DropoutMask | None], None]
     gate_backward: Callable[[Tensor, Tensor, Tensor, DropoutMask | None, Tensor], None]
     advance_state: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+    scan_states: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], Halves]
     add: Callable[[Tensor, Tensor], object]
 
 
@@ -124,8 +129,32 @@ def _advance_state(
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -2)
 
 
+def _scan_states(
+    sums: Tensor, state: Tensor, carries: Tensor | None, cos: Tensor, sin: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    # Compiled, the loop is unrolled into one kernel that keeps the state in registers. That takes
+    # loops over the same dimensions in every step, hence the shapes: with (n/2, D) instead of P, or
+    # (g, B) instead of S, some steps could join two dimensions where others could not.
+    count = sums.shape[1]
+    first, second = state.unbind(1)
+    states = [sums] * (2 * count)
+    for k in reversed(range(count)) if reverse else range(count):
+        states[2 * k : 2 * k + 2] = first.to(sums.dtype), second.to(sums.dtype)
+        if carries is not None:
+            first, second = first * carries[k], second * carries[k]
+        a, b = sums[:, k, 0] + first, sums[:, k, 1] + second
+        first, second = a * cos + b * sin, b * cos - a * sin
+    return torch.stack(states, 1).view(sums.shape), torch.stack((first, second), 1)
+
+
 EAGER = ElementwiseOps(
-    _apply_rope, _apply_rope_backward, _gate, _gate_backward, _advance_state, Tensor.add_
+    _apply_rope,
+    _apply_rope_backward,
+    _gate,
+    _gate_backward,
+    _advance_state,
+    _scan_states,
+    Tensor.add_,
 )
 
 
@@ -151,6 +180,7 @@ def compiled_ops() -> ElementwiseOps:
         gate,
         gate_backward,
         compile_shapes(_advance_state),
+        compile_shapes(_scan_states),
         compile_shapes(_add_compiled, dynamic=True),
     )
 

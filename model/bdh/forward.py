@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.bdh.workspace import Workspace
-from model.matmul import OperandId
+from model.matmul import Accumulator, OperandId
 
 LAYER_NORM_EPS = 1e-5
 
@@ -59,21 +60,23 @@ def _attend(
     """Returns the scores within chunks, (g * X, C, C), and what the states from before them add to
     c, (g * X, C, D); x_rows: x as an operand."""
     geo, masks = ws.geo, ws.masks
-    scores = ws.accumulator(geo.g * geo.X, geo.C, geo.C)
+    scores = torch.empty(geo.g * geo.X, geo.C, geo.C, dtype=ws.sum_dtype, device=ws.device)
+    strips = [Accumulator(scores[:, rows, : rows.stop], ws.ops.add) for rows in geo.strips]
     c_from_states = ws.accumulator(geo.g * geo.X, geo.C, geo.D) if ws.has_states else None
     x_into_state = geo.repeat_heads(masked(x, masks.enters_state))
     for tile in range(len(geo.tiles)):
         u = encode(ws, x_rows, heads, tile)
         r = rotate(ws, u, tile)  # F1
-        scores.add(r, r.mT)  # F2
+        for rows, strip in zip(geo.strips, strips, strict=True):
+            strip.add(r[:, rows], r[:, : rows.stop].mT)  # F2
         if c_from_states is not None:
             initial = ws.initial_states(layer, heads, tile)
             states = scan_chunk_states(ws, torch.bmm(r.mT, x_into_state), tile, initial)
             c_from_states.add(r, states)
-    scores.total.view(geo.g, geo.X, geo.C, geo.C).masked_fill_(masks.hidden, 0)
+    scores.view(geo.g, geo.X, geo.C, geo.C).masked_fill_(masks.hidden, 0)
     if c_from_states is not None and masks.sees_state is not None:
         geo.by_head(c_from_states.total).mul_(masks.sees_state)
-    return scores.total.to(ws.dtype), None if c_from_states is None else c_from_states.total
+    return scores.to(ws.dtype), None if c_from_states is None else c_from_states.total
 
 
 def encode(ws: Workspace, x_rows: Any, heads: slice, tile: int) -> Tensor:
@@ -120,12 +123,32 @@ def scan_chunk_states(
         state = torch.zeros_like(sums[:, :, 0], dtype=ws.sum_dtype)
     else:
         state = initial.flatten(2, 3)
-    for k in reversed(range(geo.K)) if reverse else range(geo.K):
-        carries = None if ws.masks.carries_state is None else ws.masks.carries_state[k]
-        state = ws.ops.advance_state(sums[:, :, k], state, carries, cos, sin)
+    carries = ws.masks.carries_state
+    if 1 < geo.K <= ws.args.tiling.scan:
+        sums, state = _scan_at_once(ws, sums, state, (cos, sin), reverse)
+    else:
+        for k in reversed(range(geo.K)) if reverse else range(geo.K):
+            carried = None if carries is None else carries[k]
+            state = ws.ops.advance_state(sums[:, :, k], state, carried, cos, sin)
     if initial is not None:
         initial.copy_(state.view(initial.shape))
-    return chunk_sums
+    return sums.view(chunk_sums.shape)
+
+
+def _scan_at_once(
+    ws: Workspace, sums: Tensor, state: Tensor, rotation: Sequence[Tensor], reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the states before each chunk, (g * B, K, 2, p * D), and the last one; sums and state
+    as in `scan_chunk_states`, rotation (p, 1) each."""
+    geo, carries = ws.geo, ws.masks.carries_state
+    rows = geo.g * geo.B
+    if carries is not None:
+        carries = carries.view(geo.K, 1, geo.B).expand(-1, geo.g, -1).reshape(geo.K, rows, 1)
+    cos, sin = (part.expand(-1, geo.D).flatten() for part in rotation)
+    shape = (rows, geo.K, 2, -1)
+    return ws.ops.scan_states(
+        sums.view(shape), state.reshape(rows, 2, -1), carries, cos, sin, reverse
+    )
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -65,6 +65,10 @@ again makes 2 more. That holds if u and du of all tiles of a head group fit in t
 layers share them. If they do not fit, u is computed twice in forward, and u, v and dz twice in
 backward: 6 more instead of 2.
 
+On a GPU a tile that fits into the caches would be too small to fill the device, so one tile holds
+all neurons, and where its four buffers would be too large, groups of sequences go through all
+layers one after another. Only weight gradients are sums over groups (`Tiling`).
+
 Every layer uses the same weights, so one function covers all layers: the weights are cut into tiles
 once, and their gradients accumulate in place instead of in n_layer copies that autograd would add.
 """
@@ -100,16 +104,26 @@ def fused_layers(x: Tensor, weights: Weights, args: LayerStackArgs) -> Tensor:
     assert args.states is None or not trained, "states have no gradient"
     # On the device, where a CUDA graph draws another seed in each replay.
     seed = torch.randint(2**62, (), device=x.device) if args.dropout else None
-    inputs = (x, *weights, args, seed, trained)
-    result: Tensor = _FusedLayers.apply(*inputs)  # type: ignore[no-untyped-call]
-    return result
+    with torch.no_grad():
+        tiles = _cut(weights, args)
+
+    def layers(x: Tensor, args: LayerStackArgs) -> Tensor:
+        inputs = (x, *weights, args, seed, trained, tiles)
+        result: Tensor = _FusedLayers.apply(*inputs)  # type: ignore[no-untyped-call]
+        return result
+
+    # Groups of sequences share nothing but the weights: autograd adds their gradients, and frees
+    # the wide buffers of each group before the next one needs them.
+    groups = args.tiling.sequence_groups(len(x))
+    if len(groups) == 1:
+        return layers(x, args)
+    return torch.cat([layers(x[g], args.of_sequences(g, x.shape[1])) for g in groups])
 
 
 class _FusedLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, args, seed, trained = rest
-        tiles = _cut(weights, args)
+        *weights, args, seed, trained, tiles = rest
         ws = Workspace(args, tiles, x.shape, seed)
         stream = ws.geo.split(x.to(ws.sum_dtype))
         saved: list[Tensor] = []
@@ -134,7 +148,7 @@ class _FusedLayers(torch.autograd.Function):
         # a second backward pass cuts them anew.
         tiles, ctx.tiles = ctx.tiles or _cut(weights, args), None
         ws = Workspace(args, tiles, ctx.shape, ctx.seed)
-        gradients = WeightGradients(weights, ws.sum_dtype, args.ops)
+        gradients = WeightGradients(weights, ws.sum_dtype, args)
         per_layer = len(saved) // args.n_layer
         dstream = ws.geo.split(dx.to(ws.sum_dtype))
         for layer in reversed(range(args.n_layer)):
@@ -147,7 +161,8 @@ class _FusedLayers(torch.autograd.Function):
             layer_backward = LayerBackward(ws, stream, dy, layer, gradients)
             dstream = layer_backward.run(of_heads).add_(dsum)
             gradients.is_first_layer = False
-        return ws.geo.join(dstream).to(ctx.dtype), *gradients.cast_like(weights), None, None, None
+        dx = ws.geo.join(dstream).to(ctx.dtype)
+        return dx, *gradients.cast_like(weights), None, None, None, None
 
 
 def _cut(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:

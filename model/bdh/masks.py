@@ -69,13 +69,20 @@ class HashDropout:
     """
 
     def __init__(
-        self, probability: float, seed: Tensor, n_layer: int, geo: Geometry, device: torch.device
+        self,
+        probability: float,
+        seed: Tensor,
+        n_layer: int,
+        geo: Geometry,
+        device: torch.device,
+        first_token: int = 0,
     ) -> None:
-        """seed: () int64, on the device."""
+        """seed: () int64, on the device. first_token: the tokens of sequences before these."""
         dropped = min(round(probability * 2**32), 2**32 - 1)  # of all 2**32 hashes
         self.scale = 2**32 / (2**32 - dropped)
         self._threshold = dropped - 2**31
-        tokens = torch.arange(geo.B * geo.T, device=device).view(1, geo.B, geo.T)
+        tokens = torch.arange(first_token, first_token + geo.B * geo.T, device=device)
+        tokens = tokens.view(1, geo.B, geo.T)
         layers = torch.arange(n_layer, device=device).view(-1, 1, 1) << 40
         # Tokens are numbered before they are padded to whole chunks, and neurons before they are
         # cut into tiles: the cuts do not change which elements are dropped.

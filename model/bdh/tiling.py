@@ -1,4 +1,5 @@
-"""How BDH's work is cut into pieces: chunks of tokens, groups of heads, tiles of neurons.
+"""How BDH's work is cut into pieces: chunks of tokens, groups of sequences and of heads, tiles of
+neurons.
 
 B sequences of T tokens -> X = B * K chunks of C tokens; H heads, g of them at once;
 N neurons of a head -> tiles of n = 2p: the first members of p rotated pairs, then the second.
@@ -17,10 +18,15 @@ from torch import Tensor
 
 ROPE_THETA = 2.0**16
 _CPU_TILE = 2**22  # elements: a few tiles of this size fit in the L2 caches
-_GPU_TILE = 2**26  # elements: one product over such a tile fills the device
 # A buffer of all tiles of a head group is kept for the second round of backward up to this size in
 # bytes, and there are two: of u and of du. Beyond it they are computed again.
-_CPU_CACHE, _GPU_CACHE = 2**28, 2**32
+_CPU_CACHE = 2**28
+# Bytes of the four buffers of a tile on other devices. 16,384 tokens of 32,768 neurons in 16 bits,
+# which is more than fills a GPU. It is no share of the memory: plan and rounding depend on nothing
+# but the shapes, and more groups of sequences cost hardly more than a sum of gradients each.
+_GPU_BUFFERS = 2**32
+_GPU_STRIP = 128  # rows of scores: the blocks in which cuBLAS computes
+_GPU_SCAN = 16  # chunks: beyond it the compiler cuts the scan into many kernels
 
 
 class Rotation(NamedTuple):
@@ -67,18 +73,34 @@ class Tiling:
     cache_tiles: bool
     """Whether backward keeps u and du of all tiles of a head group for its second round. If so,
     these two buffers do hold all neurons of the group."""
+    sequences: int | None = None
+    """The most sequences that go through the layers together; None: all."""
+    strip: int | None = None
+    """Rows of scores that are computed in one product, of the columns up to the last row; None: all
+    rows of a chunk. Scores are causal, so that narrow strips need about half the products."""
+    scan: int = 1
+    """The most chunks whose states are computed by one operation, instead of one after another."""
+    gradients_in_products: bool = False
+    """Whether gradients of all neurons are added to those of other layers within the products, with
+    one rounding less, instead of after them."""
 
     def padded(self, length: int) -> int:
         """Returns the number of tokens rounded up to whole chunks."""
         return -(-length // self.chunk) * self.chunk
 
+    def sequence_groups(self, batch: int) -> list[slice]:
+        """Returns the sequences of a batch that go through the layers together, in equal groups but
+        for the last."""
+        count = -(-batch // (self.sequences or batch))
+        size = -(-batch // count)
+        return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+
     @staticmethod
     def of(
         tokens: tuple[int, int], shape: tuple[int, int, int], dtype: torch.dtype, on_cpu: bool
     ) -> Tiling:
-        """Returns the tiling that measured fastest for tokens (B, T) and encoders of this shape,
-        (H, D, N). The sizes for other devices than CPUs are reasoned, not measured.
-        """
+        """Returns the tiling for tokens (B, T) and encoders of this shape, (H, D, N): the fastest
+        that was measured on CPUs, a reasoned one for other devices."""
         batch, length = tokens
         H, D, N = shape
         longest = max(2 * D, 256)
@@ -87,15 +109,40 @@ class Tiling:
             # Scores cost C per token, states between chunks 2 D: a chunk of about 2 D balances
             # them. Chunks are of equal size, and multiples of 32.
             chunk = min(longest, -(-length // -(-length // longest) // 32) * 32)
-        padded = batch * -(-length // chunk) * chunk
-        group = H
-        if on_cpu:  # as many heads as fit in one tile
-            fitting = max(1, _CPU_TILE // (padded * N))
-            group = max(g for g in range(1, H + 1) if H % g == 0 and g <= fitting)
-        neurons = (_CPU_TILE if on_cpu else _GPU_TILE) // (padded * group)
-        pairs = min(max(neurons, 1024) // 2, N // 2)
-        cache_bytes = group * padded * N * dtype.itemsize
-        return Tiling(chunk, group, pairs, cache_bytes <= (_CPU_CACHE if on_cpu else _GPU_CACHE))
+        padded = -(-length // chunk) * chunk
+        if on_cpu:
+            return Tiling._of_cpu(chunk, batch * padded, H, N, dtype)
+        return Tiling._of_gpu(chunk, padded, H, N, dtype)
+
+    @staticmethod
+    def _of_cpu(chunk: int, rows: int, H: int, N: int, dtype: torch.dtype) -> Tiling:
+        """Tiles that fit into the caches, of as many heads as fit in one tile. rows: M."""
+        group = _largest_divisor(H, _CPU_TILE // (rows * N))
+        pairs = min(max(_CPU_TILE // (rows * group), 1024) // 2, N // 2)
+        return Tiling(chunk, group, pairs, group * rows * N * dtype.itemsize <= _CPU_CACHE)
+
+    @staticmethod
+    def _of_gpu(chunk: int, padded: int, H: int, N: int, dtype: torch.dtype) -> Tiling:
+        """One tile of all neurons: one small enough for the caches of a GPU does not fill it, and
+        more large ones only add passes over sums. Of sequences, heads and neurons the first are cut
+        first, because fewer sums go over them. padded: tokens of a sequence in chunks.
+        """
+        of_neuron = 4 * padded * dtype.itemsize  # bytes in a sequence
+        fitting = _GPU_BUFFERS // (of_neuron * N)  # heads
+        return Tiling(
+            chunk,
+            group=_largest_divisor(H, fitting),
+            pairs=min(max(_GPU_BUFFERS // of_neuron, 1024), N) // 2,
+            cache_tiles=fitting > 0,  # the buffers are there
+            sequences=max(1, fitting // H),
+            strip=_GPU_STRIP,
+            scan=_GPU_SCAN,
+            gradients_in_products=True,
+        )
+
+
+def _largest_divisor(heads: int, most: int) -> int:
+    return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(1, most))
 
 
 @dataclass(frozen=True)
@@ -113,14 +160,16 @@ class Geometry:
     M: int  # tokens of all chunks, with padding
     g: int  # heads at once
     tiles: tuple[slice, ...]  # of the N/2 pairs of a head
+    strips: tuple[slice, ...]  # of the C rows of scores
 
     @staticmethod
     def of(x_shape: torch.Size, H: int, N: int, tiling: Tiling) -> Geometry:
         """Returns the sizes for x of shape (B, T, D)."""
         (B, T, D), C = x_shape, tiling.chunk
-        K = -(-T // C)
+        K, height = -(-T // C), tiling.strip or C
         tiles = tile_pairs(N, tiling.pairs)
-        return Geometry(B, T, D, H, N, C, K, B * K, B * K * C, tiling.group, tiles)
+        strips = tuple(slice(row, min(row + height, C)) for row in range(0, C, height))
+        return Geometry(B, T, D, H, N, C, K, B * K, B * K * C, tiling.group, tiles, strips)
 
     def head_groups(self) -> Iterator[slice]:
         """Yields the heads, g at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class LayerStackArgs:
     states: (n_layer, H, B, 2, N/2, D), the sums of r_i x_i^T before the first token, rotated to its
     position; replaced by the sums rotated to the position after the last chunk. Without gradients.
     active: (n_layer, 2), to which the numbers of positive u and z are added.
+    first_token: the number of tokens in the sequences of the batch that come before these.
     """
 
     n_layer: int
@@ -32,6 +33,16 @@ class LayerStackArgs:
     states: Tensor | None = None
     active: Tensor | None = None
     backend: MatmulBackend = field(default_factory=PlainMatmul)
+    first_token: int = 0
+
+    def of_sequences(self, rows: slice, length: int) -> LayerStackArgs:
+        """Returns the arguments for some sequences of the batch, of this length."""
+        return replace(
+            self,
+            documents=None if self.documents is None else self.documents[rows],
+            states=None if self.states is None else self.states[:, :, rows],
+            first_token=rows.start * length,
+        )
 
 
 class TileBuffers:
@@ -78,7 +89,9 @@ class Workspace:
         self.has_states = geo.K > 1 or args.states is not None
         self._dropout: HashDropout | None = None
         if seed is not None:
-            self._dropout = HashDropout(args.dropout, seed, args.n_layer, geo, self.device)
+            self._dropout = HashDropout(
+                args.dropout, seed, args.n_layer, geo, self.device, args.first_token
+            )
         self.dropout_scale = self._dropout.scale if self._dropout else 1.0
 
         shared = geo, self.dtype, self.device

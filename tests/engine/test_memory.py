@@ -24,6 +24,7 @@ from engine.planning.memory import Memory, MemoryEstimator, optimizer_state_byte
 from engine.precision.lora import apply_lora
 from engine.precision.precision import Precision
 from model import LanguageModel
+from model.bdh.tiling import Tiling
 from model.memory import StepShape, activation_bytes
 from tests.conftest import ROOT, TEXT
 from tests.engine.allocations import peak_bytes
@@ -121,6 +122,28 @@ def test_predicted_activations_are_within_a_seventh_of_the_measured(
     )
     fp8 = estimator.config.low_precision.use_fp8
     assert (0.8 < ratio < 1.2) if fp8 else (0.87 < ratio < 1.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections, sequences",
+    [
+        (bdh(2, 256, n_layer=3, n_embd=128), 2),
+        (bdh(8, 256, n_layer=2, n_embd=128, mlp_internal_dim_multiplier=64), 2),
+        (bdh(1, 2048, n_embd=128, n_head=2, mlp_internal_dim_multiplier=32), 1),
+    ],
+    ids=["whole", "groups", "chunks"],
+)
+def test_so_are_those_of_the_plan_for_a_gpu(
+    sections: dict[str, dict[str, Any]], sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = Tiling.of
+
+    def planned(tokens: Any, shape: Any, dtype: torch.dtype, _on_cpu: bool) -> Tiling:
+        return replace(of(tokens, shape, dtype, on_cpu=False), sequences=sequences)
+
+    monkeypatch.setattr(Tiling, "of", staticmethod(planned))
+    assert 0.87 < activation_ratio(measurable(configured(**sections))) < 1.2
 
 
 @pytest.mark.slow

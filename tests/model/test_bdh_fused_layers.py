@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ CPU = torch.device("cpu")
 NAMES = ("output", "x", "encoder", "encoder_v", "decoder")  # gradients but for the first
 WHOLE = Tiling(12, 4, 10, True)  # of `problem()`: one chunk, one tile
 CUT = Tiling(5, 2, 3, False)
+# As on a GPU: all neurons in one tile, sequences in groups, scores in strips, one scan over chunks.
+ON_GPU = Tiling(5, 4, 10, True, sequences=2, strip=2, scan=4, gradients_in_products=True)
 
 
 def problem(shape: Sequence[int] = (2, 12, 6, 4, 20), seed: int = 0, std: float = 0.4) -> Inputs:
@@ -114,10 +117,12 @@ def mask_of(inputs: Inputs, seed: int, dropout: float, n_layer: int = 2) -> Tens
 # Values and gradients
 
 
-@pytest.mark.parametrize("tiling", [Tiling(4, 1, 3, True), Tiling(4, 4, 1, False)], ids=str)
+@pytest.mark.parametrize(
+    "tiling", [Tiling(4, 1, 3, True), Tiling(4, 4, 1, False), ON_GPU], ids=["cached", "cut", "gpu"]
+)
 def test_values_and_gradients_equal_the_definition_at_every_chunk_border(tiling: Tiling) -> None:
     for length in (1, 3, 4, 5, 8, 9, 12):
-        inputs = problem((2, length, 6, 4, 20))
+        inputs = problem((3, length, 6, 4, 20))
         assert_equal(run(inputs, tiling), truth(inputs), 1e-10)
 
 
@@ -125,7 +130,8 @@ def test_float32_stays_within_its_rounding() -> None:
     inputs = problem((2, 33, 24, 3, 64))
     for n_layer in (1, 3):
         expected = truth(inputs, n_layer)
-        for tiling in (Tiling(8, 1, 5, False), Tiling(17, 3, 32, True), Tiling(33, 1, 5, True)):
+        gpu = Tiling(8, 3, 32, True, sequences=1, strip=3, scan=9, gradients_in_products=True)
+        for tiling in (Tiling(8, 1, 5, False), Tiling(17, 3, 32, True), gpu):
             found = run(cast(inputs, torch.float32), tiling, n_layer=n_layer)
             assert found["output"].dtype == torch.float32
             assert_equal(found, expected, 1e-5)
@@ -142,6 +148,10 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, Tiling, dict[str, Any], int]:
         group=draw(st.sampled_from([g for g in range(1, H + 1) if H % g == 0])),
         pairs=draw(st.integers(1, N)),
         cache_tiles=draw(st.booleans()),
+        sequences=draw(st.none() | st.integers(1, 3)),
+        strip=draw(st.none() | st.integers(1, 6)),
+        scan=draw(st.integers(1, 9)),
+        gradients_in_products=draw(st.booleans()),
     )
     begins = torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
     share = draw(st.sampled_from([None, 0.1, 0.5, 1.0]))
@@ -233,8 +243,9 @@ def test_compiled_operations_equal_the_eager_ones() -> None:
     """One sequence and two: their views of chunks are laid out in different ways."""
     if compiler_for(CPU) is None:
         pytest.skip("no C++ compiler")
-    tiling, documents = Tiling(4, 1, 8, False), documents_of([4, 5, 3], [2, 9, 1])
+    documents = documents_of([4, 5, 3], [2, 9, 1])
     for batch, dtype, tolerance in ((1, torch.float32, 1e-5), (2, torch.bfloat16, 5e-2)):
+        tiling = Tiling(4, 1, 8, False, scan=3 if batch == 1 else 1)
         inputs = cast(problem((batch, 12, 16, 2, 32)), torch.float32)
         rest = {"dtype": dtype, "documents": documents[:batch], "dropout": 0.3}
         expected = run(inputs, tiling, 3, **rest)
@@ -249,8 +260,9 @@ def test_documents_equal_the_definition_with_their_mask(chunk: int) -> None:
     inputs = problem((2, 14, 6, 2, 12))
     for lengths in ([8, 6], [14], [1] * 14, [5, 1, 1, 1, 6], [2, 2, 1, 3, 4, 2]):
         documents = documents_of(lengths, lengths[::-1])  # each row has borders of its own
-        found = run(inputs, Tiling(chunk, 1, 4, False), documents=documents)
-        assert_equal(found, truth(inputs, documents=documents), 1e-10)
+        for tiling in (Tiling(chunk, 1, 4, False), replace(ON_GPU, chunk=chunk, group=2)):
+            found = run(inputs, tiling, documents=documents)
+            assert_equal(found, truth(inputs, documents=documents), 1e-10)
 
 
 @pytest.mark.parametrize("chunk", [14, 4])
@@ -270,7 +282,8 @@ def test_dropout_has_the_same_mask_in_any_tiling(dropout: float) -> None:
     # A small decoder, for which the norms do not hide a wrong scale.
     small = (*inputs[:3], 1e-5 * inputs[3])
     expected = truth(small, mask=mask_of(small, 7, dropout), dropout=dropout)
-    for tiling in (WHOLE, CUT, Tiling(12, 1, 3, False), Tiling(1, 4, 1, False)):
+    alone = replace(ON_GPU, sequences=1)
+    for tiling in (WHOLE, CUT, Tiling(12, 1, 3, False), Tiling(1, 4, 1, False), alone):
         assert_equal(run(small, tiling, 7, dropout=dropout), expected, 1e-10)
 
 
@@ -352,12 +365,16 @@ def test_two_backward_passes_add_up() -> None:
         assert error(parameter.grad, gradient) < 1e-12
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_retained_graph_goes_backward_twice_alike_and_then_no_more(cached: bool) -> None:
+@pytest.mark.parametrize(
+    "tiling",
+    [Tiling(5, 2, 3, True), Tiling(5, 2, 3, False), ON_GPU],
+    ids=["cached", "cut", "gpu"],
+)
+def test_a_retained_graph_goes_backward_twice_alike_and_then_no_more(tiling: Tiling) -> None:
     inputs = problem()
     for tensor in inputs:
         tensor.requires_grad_()
-    output = fused(inputs, Tiling(5, 2, 3, cached), dropout=0.5).square().sum()
+    output = fused(inputs, tiling, dropout=0.5).square().sum()
     first = torch.autograd.grad(output, inputs, retain_graph=True)
     second = torch.autograd.grad(output, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -420,8 +437,9 @@ def test_one_input_alone_may_need_a_gradient(wanted: int) -> None:
         ([Tiling(5, 1, 3, False)] * 2, [10, 2], None),
         ([Tiling(8, 4, 10, True), *[Tiling(1, 1, 4, False)] * 4], [8, 1, 1, 1, 1], None),
         ([Tiling(4, 1, 3, False)] * 2, [4, 8], documents_of([6, 6], [3, 9])),
+        ([replace(ON_GPU, chunk=2, sequences=1)] * 2, [4, 8], documents_of([6, 6], [3, 9])),
     ],
-    ids=["4 + 8", "3 + 3 + 6", "ones", "10 + 2", "8 and ones", "a document goes on"],
+    ids=["4 + 8", "3 + 3 + 6", "ones", "10 + 2", "8 and ones", "a document goes on", "gpu"],
 )
 def test_a_sequence_in_parts_equals_the_whole(
     tilings: list[Tiling], lengths: list[int], documents: Tensor | None
@@ -549,7 +567,36 @@ def test_the_tiling_of_any_shape_is_sound(
     assert 0 <= chunks * tiling.chunk - length < 32 * chunks  # padding
     assert 1 <= tiling.pairs <= half
     assert heads % tiling.group == 0
-    assert on_cpu or tiling.group == heads
+    groups = tiling.sequence_groups(batch)
+    assert [row for group in groups for row in range(batch)[group]] == [*range(batch)]
+    assert tiling.sequences is None or len(range(batch)[groups[0]]) <= tiling.sequences
+    if not on_cpu:  # four buffers, of one sequence, one head and 1024 neurons at least
+        rows = len(range(batch)[groups[0]]) * chunks * tiling.chunk
+        buffers = 4 * rows * tiling.group * 2 * tiling.pairs * dtype.itemsize
+        assert buffers <= 2**32 or tiling.pairs <= 512
+
+
+@pytest.mark.parametrize("documents", [None, documents_of([4, 1, 7], [12], [2, 8, 2])])
+def test_a_scan_over_chunks_equals_one_after_another_bit_for_bit(documents: Tensor | None) -> None:
+    inputs = cast(problem((3, 12, 6, 2, 20)), torch.bfloat16)
+    whole, single = Tiling(2, 2, 10, True, scan=6), Tiling(2, 2, 10, True)
+    rest: dict[str, Any] = {"documents": documents, "dtype": torch.bfloat16}
+    assert_equal(run(inputs, whole, **rest), run(inputs, single, **rest), 0)
+
+
+def test_on_a_gpu_sequences_are_cut_first_then_heads_then_neurons() -> None:
+    shape = (4, 256, 8192)
+
+    def plan(batch: int, length: int) -> tuple[int, int, int]:
+        tiling = Tiling.of((batch, length), shape, torch.bfloat16, on_cpu=False)
+        assert tiling.cache_tiles == (tiling.pairs == 4096)
+        return len(tiling.sequence_groups(batch)), tiling.group, tiling.pairs
+
+    assert plan(32, 512) == (1, 4, 4096)
+    assert plan(33, 512) == (2, 4, 4096)
+    assert plan(8, 8192) == (4, 4, 4096)
+    assert plan(2, 32_768) == (2, 2, 4096)
+    assert plan(1, 131_072) == (1, 1, 2048)
 
 
 @given(half=st.integers(1, 500), pairs=st.integers(1, 600))
