@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 ROWS = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(1))
 # Of three updates together, relative. Muon's products are in 16 bits where those are fast, and a
 # moment in few bits that lies between two levels may be rounded to either.
-UPDATE_LIMITS = {"adamw": 1e-4, "adamw_4bit": 0.05, "adamw_8bit": 0.05, "muon": 0.05}
+UPDATE_LIMITS = {"adamw": 1e-4, "adamw_4bit": 0.1, "adamw_8bit": 0.1, "muon": 0.1}
 
 
 def with_fp8(recipe: str) -> Precision:
