@@ -95,7 +95,12 @@ class Rival:
             return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def step(self, tokens: Tensor, targets: Tensor) -> None:
-        torch.autograd.backward(self.logits_and_loss(tokens, targets)[1])
+        if self.kind.ours:  # as train.py: without logits
+            with self.autocast():
+                loss = self._forward(tokens, targets=targets) / targets.numel()
+        else:
+            loss = self.logits_and_loss(tokens, targets)[1]
+        torch.autograd.backward(loss)
         self.model.zero_grad(set_to_none=True)
 
     @torch.inference_mode()

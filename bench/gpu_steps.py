@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.bdh import SMALL
 from bench.bdh_measure import GB, held, reset_peak
 from bench.bdh_reference import Kind, Rival, kinds, load, rounding, step_bytes
 from bench.gpt import load_nanogpt
@@ -34,8 +35,8 @@ from bench.precision_modes import (
     Trainer,
     late,
 )
-from config import BDHConfig
 from engine.hardware.distributed import World
+from engine.loss import inputs_and_targets
 from engine.planning.memory import MemoryEstimator
 from model import build_model
 from model.bdh import BDH
@@ -48,7 +49,6 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2-124m": {"name": "gpt", "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 256},
     "llama-1b": {"name": "llama", "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 256},
 }
-TITLES = {"bdh-25m": "BDH 25M", "gpt2-124m": "GPT-2 124M", "llama-1b": "Llama 1B"}
 
 
 def shape_for(bench: Bench, shape: Shape) -> Shape:
@@ -140,9 +140,8 @@ def launches(bench: Bench) -> Iterator[Row]:
 def bdh(bench: Bench) -> Iterator[Row]:
     reference = load(bench.reference) if bench.reference else None
     torch.manual_seed(1)
-    small = bdh_config(bench, n_layer=2, n_embd=64, mlp_internal_dim_multiplier=16)
-    batch = bdh_batch(bench, (2, 128))
-    found = rounding(small, rivals(bench, reference), reference, bench.device, batch)
+    batch = inputs_and_targets(random_rows(bench, "bdh-25m", (2, 128)), bench.device)[:2]
+    found = rounding(SMALL, rivals(bench, reference), reference, bench.device, batch)
     for name, logits, loss, gradient in found:
         note = f"relative to float64; of the loss {loss:.0e}, the worst gradient {gradient:.0e}"
         yield Row(f"error of logits: {name}", [logits], "relative", note=note)
@@ -159,27 +158,14 @@ def long(bench: Bench) -> Iterator[Row]:
             return
 
 
-def bdh_config(bench: Bench, **changes: Any) -> BDHConfig:
-    return BDHConfig(
-        **{
-            "mlp_internal_dim_multiplier": 128,
-            **{k: v for k, v in model_sizes(bench, "bdh-25m").items() if k != "name"},
-            **changes,
-        }
-    )
-
-
-def bdh_batch(bench: Bench, shape: Shape) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(256, (shape[0], shape[1] + 1), device=bench.device)
-    return tokens[:, :-1], tokens[:, 1:].contiguous()
-
-
 def bdh_steps(bench: Bench, shape: Shape, dropout: float) -> Iterator[Row]:
     """Forward and backward, without an optimizer."""
-    config = bdh_config(bench, dropout=dropout)
+    config = BF16.config(sections(bench, "bdh-25m", shape)).to_bdh_config()
+    config = replace(config, dropout=dropout)
     reference = load(bench.reference) if bench.reference else None
     torch.manual_seed(1)
-    weights, batch = BDH(config).to(bench.device), bdh_batch(bench, shape)
+    weights = BDH(config).to(bench.device)
+    batch = inputs_and_targets(random_rows(bench, "bdh-25m", shape), bench.device)[:2]
     free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
     works = []
     for kind in rivals(bench, reference):
@@ -189,7 +175,7 @@ def bdh_steps(bench: Bench, shape: Shape, dropout: float) -> Iterator[Row]:
         works.append(
             Work(
                 f"{shape[0]} x {shape[1]}, dropout {dropout}: {kind.title}",
-                partial(bdh_step, kind, weights, reference, batch),
+                partial(rival_step, kind, weights, reference, batch),
                 tokens=shape[0] * shape[1],
                 flops=float(weights.flops_per_token(shape[1]) * shape[0] * shape[1]),
                 predicted=prediction(bench, "bdh-25m", "torch", shape) if kind.ours else None,
@@ -205,7 +191,7 @@ def rivals(bench: Bench, reference: ModuleType | None) -> list[Kind]:
     return [k for k in found if k.name != "reference-bf16" and not (bench.tiny and k.compiled)]
 
 
-def bdh_step(
+def rival_step(
     kind: Kind, weights: BDH, reference: Any, batch: tuple[Tensor, Tensor]
 ) -> Callable[[], None]:
     rival = Rival(kind, weights, reference)
@@ -245,7 +231,7 @@ def step_work(bench: Bench, name: ModelName, shape: Shape, mode: Mode = BF16) ->
         dtype: Format = "fp8" if mode is FP8_CURRENT else "bf16"
         predicted = prediction(bench, name, "torch", shape, dtype)
     return Work(
-        f"{TITLES[name]}, {shape[0]} x {shape[1]}: {mode.title}",
+        f"{name}, {shape[0]} x {shape[1]}: {mode.title}",
         build,
         tokens=shape[0] * shape[1],
         flops=step_flops(bench, name, shape),
@@ -357,7 +343,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         try:
             yield memory_row(bench, name, shape_for(bench, shape), mode)
         except Exception as error:
-            yield failed(f"{TITLES[name]}, {mode.title}", error)
+            yield failed(f"{name}, {mode.title}", error)
 
 
 def memory_row(bench: Bench, name: ModelName, shape: Shape, mode: Mode) -> Row:
@@ -371,7 +357,7 @@ def memory_row(bench: Bench, name: ModelName, shape: Shape, mode: Mode) -> Row:
     estimator = MemoryEstimator(
         trainer.config, trainer.model, trainer.precision, world, compiled=bench.cuda
     )
-    title = f"{TITLES[name]}, {shape[0]} x {shape[1]}: {mode.title}"
+    title = f"{name}, {shape[0]} x {shape[1]}: {mode.title}"
     return Row(title, [peak / GB], "GB", predicted=estimator.memory().peak / GB)
 
 
@@ -390,7 +376,7 @@ def generate(bench: Bench) -> Iterator[Row]:
     for name, position in cases:
         position = 10 if bench.tiny else position
         build = partial(decoder, bench, name, position, steps)
-        work = Work(f"{TITLES[name]} after {position:,} tokens", build, calls=steps)
+        work = Work(f"{name} after {position:,} tokens", build, calls=steps)
         yield from bench.compare([work])
 
 
