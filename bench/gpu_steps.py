@@ -20,7 +20,7 @@ from bench.bdh_reference import Kind, Rival, kinds, load, rounding, step_bytes
 from bench.gpt import load_nanogpt
 from bench.gpu_model import SIZES, Format, ModelName, Prediction, predict
 from bench.gpu_model import Path as KernelPath
-from bench.gpu_parts import Bench, Work, failed
+from bench.gpu_parts import TURNS, WARM_UP, Bench, Work, failed
 from bench.gpu_report import CEILING, Row
 from bench.precision_modes import (
     ADAMW_4BIT,
@@ -35,11 +35,13 @@ from bench.precision_modes import (
     Trainer,
     late,
 )
+from engine.hardware.cuda_graph import record_graph
 from engine.hardware.distributed import World
 from engine.loss import inputs_and_targets
 from engine.planning.memory import MemoryEstimator
 from model import build_model
 from model.bdh import BDH
+from model.generate import Decoder, RecordedDecoder
 
 Shape = tuple[int, int]
 """B sequences of T tokens."""
@@ -365,36 +367,45 @@ def memory_row(bench: Bench, name: ModelName, shape: Shape, mode: Mode) -> Row:
 
 
 def generate(bench: Bench) -> Iterator[Row]:
-    """Greedy tokens one after another, each in bf16 autocast as in training."""
+    """Greedy tokens one after another in float32, as sample.py computes."""
     cases: list[tuple[ModelName, int]] = [
         ("bdh-25m", 200),
         ("bdh-25m", 20000),
         ("gpt2-124m", 200),
-        ("gpt2-124m", 900),
+        ("gpt2-124m", 800),
     ]
-    steps = 2 if bench.tiny else 20
     for name, position in cases:
-        position = 10 if bench.tiny else position
-        build = partial(decoder, bench, name, position, steps)
-        work = Work(f"{name} after {position:,} tokens", build, calls=steps)
-        yield from bench.compare([work])
+        position, tokens = (10, 2) if bench.tiny else (position, 20)
+        works = [
+            Work(
+                f"{name} after {position:,} tokens, {words}",
+                partial(generating, bench, name, position, tokens, recorded),
+                calls=tokens,
+            )
+            for words, recorded in {"launched": False, "one CUDA graph": True}.items()
+            if bench.cuda or not recorded
+        ]
+        yield from bench.compare(works)
 
 
-def decoder(bench: Bench, name: ModelName, position: int, steps: int) -> Callable[[], None]:
-    """Returns what generates `steps` tokens more at each call."""
-    config = BF16.config(sections(bench, name, (1, 1024)))
-    with bench.device:
-        model = build_model(config).eval()
-    cache = model.init_cache(1)
-    token = torch.randint(256, (1, position), device=bench.device)
+def generating(
+    bench: Bench, name: ModelName, position: int, tokens: int, recorded: bool
+) -> Callable[[], None]:
+    """Returns what generates `tokens` more at each call."""
+    with bench.device, torch.inference_mode():
+        model = build_model(BF16.config(sections(bench, name, (1, 1024)))).eval()
+        decoder = Decoder(model, 1)
+        if recorded:
+            room = position + tokens * (WARM_UP + TURNS)
+            decoder = RecordedDecoder(model, 1, room, bench.device, record_graph)
+        token = decoder.prefill(torch.randint(256, (1, position))).argmax(-1, keepdim=True)
 
-    def run(count: int = steps) -> None:
+    @torch.inference_mode()
+    def run() -> None:
         nonlocal token
-        with torch.inference_mode(), torch.autocast(bench.device.type, dtype=torch.bfloat16):
-            for _ in range(count):
-                token = model.prefill_or_decode(token, cache).argmax(-1, keepdim=True)
+        for _ in range(tokens):
+            token = decoder.decode(token).argmax(-1, keepdim=True)
 
-    run(1)
     return run
 
 
