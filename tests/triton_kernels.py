@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -36,3 +38,16 @@ def run_interpreted(tests: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def compiled_resources(module: str, capability: int) -> list[dict[str, Any]]:
+    """Returns what a module of tests prints of its kernels, compiled for a GPU that is not there.
+
+    In a process of its own: functions that were made for the interpreter cannot be compiled.
+    """
+    command = [sys.executable, "-m", module, str(capability)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels: list[dict[str, Any]] = json.loads(done.stdout)
+    return kernels

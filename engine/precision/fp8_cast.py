@@ -4,7 +4,8 @@
 products is needed as it is and transposed. torch's copy of an 8-bit transpose moves single bytes
 that are far apart. Here a block is read once, and written both ways from registers.
 
-The numbers are bit for bit those of `fp8_native.cast_with_scale`. No block depends on another one,
+The numbers are bit for bit those of `fp8_native.cast_with_scale` on Hopper; on Ada GPUs float32
+becomes e4m3 by way of float16, and may be rounded twice. No block depends on another one,
 and the maximum is taken over blocks in a second step: nothing is atomic, so runs are reproducible.
 
 This file imports Triton, which comes with torch for CUDA: import it only for tensors on a GPU.

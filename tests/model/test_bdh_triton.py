@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
-from tests.triton_kernels import needs_interpreter, needs_triton, run_interpreted
+from tests.triton_kernels import (
+    compiled_resources,
+    needs_interpreter,
+    needs_triton,
+    run_interpreted,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,11 +24,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     "capability, shared_kb", [(90, 227), (80, 163), (89, 99)], ids=["H100", "A100", "RTX 4090"]
 )
 def test_kernels_spill_nothing_use_tensor_cores_and_fit(capability: int, shared_kb: int) -> None:
-    command = [sys.executable, "-m", "tests.model.bdh_kernel_resources", str(capability)]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-2000:]
-    kernels = json.loads(found.stdout)
+    kernels = compiled_resources("tests.model.bdh_kernel_resources", capability)
     assert len({kernel["kernel"] for kernel in kernels}) == 8
     for kernel in kernels:
         print(kernel)
