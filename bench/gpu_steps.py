@@ -40,7 +40,7 @@ from engine.hardware.distributed import World
 from engine.loss import inputs_and_targets
 from engine.planning.memory import MemoryEstimator
 from model import build_model
-from model.bdh import BDH
+from model.bdh import BDH, tiling
 from model.generate import Decoder, RecordedDecoder
 
 Shape = tuple[int, int]
@@ -248,12 +248,28 @@ def step_flops(bench: Bench, name: ModelName, shape: Shape) -> float:
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
-    """Where the time of a step of BDH goes."""
+    """Steps of BDH by how much is computed at once, and where their time goes."""
     shape = shape_for(bench, (32, 512))
     step = step_work(bench, "bdh-25m", shape).build()
-    for _ in range(3):
-        step()
+    sizes = ((4, 128), (1, 128), (2, 128), (8, 128), (4, 256), (4, 512))
+    works = [
+        Work(
+            f"{shape[0]} x {shape[1]}: buffers of {gigabytes} GB, strips of {strip}",
+            partial(partial, with_sizes, step, gigabytes << 30, strip),
+            tokens=shape[0] * shape[1],
+        )
+        for gigabytes, strip in (sizes[:1] if bench.tiny else sizes)
+    ]
+    yield from bench.compare(works)
     yield from profile(bench, step)
+
+
+def with_sizes(step: Callable[[], object], buffers: int, strip: int) -> None:
+    """Makes a step with other constants of model/bdh/tiling.py."""
+    before = tiling._GPU_BUFFERS, tiling._GPU_STRIP
+    tiling._GPU_BUFFERS, tiling._GPU_STRIP = buffers, strip
+    step()
+    tiling._GPU_BUFFERS, tiling._GPU_STRIP = before
 
 
 def profile(bench: Bench, step: Callable[[], object]) -> Iterator[Row]:

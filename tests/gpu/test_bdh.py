@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bdh import BDH
+from model.bdh import BDH, tiling
+from model.bdh.tiling import Tiling
 from model.generate import Sampling, generate
 from tests.gpu.devices import DEVICE, gpu_tests
 from tests.model.bdh_reference import documents_of, error, small_bdh
@@ -83,6 +84,22 @@ def test_compiled_steps_equal_those_of_a_cpu_in_float64(case: Case, dtype: torch
     model = model_of(case).to(DEVICE)
     model.compile()
     assert_close(outcome(model, case, dtype), expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("buffers", [2**20, 2**19], ids=["sequences", "sequences and heads"])
+@each_case
+def test_steps_in_groups_equal_those_of_a_cpu_in_float64(
+    case: Case, buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence of 64 tokens at a time, and two of its four heads."""
+    expected = outcome(model_of(case).double(), case, torch.float64)
+    of = Tiling.of
+    monkeypatch.setattr(tiling, "_GPU_BUFFERS", buffers)
+    monkeypatch.setattr(
+        Tiling, "of", lambda tokens, shape, dtype, on_cpu: of(tokens, shape, dtype, False)
+    )
+    found = outcome(model_of(case).to(DEVICE), case, torch.float32)
+    assert_close(found, expected, LIMITS[torch.float32])
 
 
 @each_case
