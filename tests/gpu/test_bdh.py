@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,6 +36,17 @@ CASES = {
     "chunks": Case((2, 600), 0.25, documents_of([250, 50, 299, 1], [600])),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+@pytest.fixture(autouse=True)
+def draws_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the seed of dropout on the CPU: a GPU's generator has other numbers."""
+    draw = torch.randint
+
+    def randint(*args: Any, device: torch.device | None = None, **options: Any) -> Tensor:
+        return draw(*args, **options).to(device or "cpu")
+
+    monkeypatch.setattr(torch, "randint", randint)
 
 
 def model_of(case: Case) -> BDH:
