@@ -6,13 +6,14 @@ All three compute softmax(q k^T / sqrt(d)) v and agree up to rounding:
     math    the formula, T x T: needed on a CPU with dropout, where torch falls back to a version in
             float32; and the fastest for short sequences in 16 bits on a CPU
     flex    FlexAttention: skips blocks of tokens that see nothing of each other. CUDA only (no
-            backward pass elsewhere), and without dropout
+            backward pass elsewhere), without dropout, and from a head width of 16 on
 
 B samples, T tokens, S tokens seen, H heads, K heads of keys and values (H is a multiple), d width
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 Kernel = Literal["sdpa", "math", "flex"]
 _FIRST_CAPACITY = 64  # tokens
+MIN_FLEX_HEAD = 16  # head width: the smallest that Triton multiplies on tensor cores
 # Up to this length SDPA's backward pass on a CPU takes longer in 16 bits than the formula does: 3
 # times at 64 tokens.
 _SHORT_CPU_TOKENS = 256
@@ -53,14 +55,20 @@ class AttentionMask:
 
 
 def training_mask(
-    kind: str, x: Tensor, shape: tuple[int, int], documents: Tensor | None, dropout: float
+    kind: str,
+    x: Tensor,
+    shape: tuple[int, int],
+    documents: Tensor | None,
+    dropout: float,
+    head_size: int,
 ) -> AttentionMask:
     """Returns the mask of whole sequences, shape (B, T): causal, and within documents if given.
 
     kind: `model.attention`. x: any activation, for its device and dtype. documents (B, T): a number
     per document.
     """
-    if x.is_cuda and not dropout and (kind == "flex" or (kind == "auto" and documents is not None)):
+    wants_flex = kind == "flex" or (kind == "auto" and documents is not None)
+    if x.is_cuda and wants_flex and not dropout and head_size >= MIN_FLEX_HEAD:
         return AttentionMask(
             "flex", is_causal=False, blocks=_block_mask(documents, shape, x.device)
         )
@@ -112,7 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     if mask.kernel == "math":
         y = _math_attention(q, k, v, mask)
     elif mask.kernel == "flex":
-        y = _flex_attention()(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
+        y = _compiled(flex_attention)(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
     else:
         y = F.scaled_dot_product_attention(
             q,
@@ -153,19 +161,24 @@ def _block_mask(
         assert documents is not None
         return (query >= key) & (documents[b, query] == documents[b, key])
 
+    create = _compiled(create_block_mask)
     if documents is None:
-        return create_block_mask(causal, None, None, T, T, device=device)
-    return create_block_mask(causal_document, B, None, T, T, device=device)
+        blocks: BlockMask = create(causal, None, None, T, T, device=device)
+    else:
+        blocks = create(causal_document, B, None, T, T, device=device)
+    return blocks
 
 
-def _flex_attention() -> Any:
-    # Without compilation FlexAttention computes all scores instead of running its kernel.
-    return flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a compiled function: without compilation FlexAttention computes all scores instead of
+    running its kernel, and makes its blocks from tensors (B, T, T)."""
+    return function if torch.compiler.is_compiling() else _compile_once(function)
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)
+def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function)
+    return compiled
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

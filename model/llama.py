@@ -21,6 +21,7 @@ Sources: Touvron et al., arXiv 2302.13971; Shazeer, arXiv 2002.05202 (SwiGLU); S
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,11 +76,14 @@ class _NormOnCPU(torch.autograd.Function):
         return g.addcmul_(y, mean, value=-1).mul_(scale).to(x.dtype), weight_gradient
 
 
-def rope_angles(begin: int, end: int, width: int, theta: float) -> Tensor:
+def rope_angles(
+    begin: int, end: int, width: int, theta: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """Returns cosines (cos, cos) and sines (-sin, sin) of positions begin .. end - 1, (2, T, d) in
     float64: each twice, for both halves of a head; `apply_rope` tells the reason for the minus."""
-    frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(begin, end, dtype=torch.float64), frequencies)
+    exact = partial(torch.arange, dtype=torch.float64, device=device)
+    frequencies = theta ** -(exact(0, width, 2) / width)
+    angles = torch.outer(exact(begin, end), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
@@ -202,8 +206,11 @@ class Llama(Transformer):
         """Returns the table of `apply_rope`; it is cached, and doubled when it is too short."""
         exact = torch.promote_types(x.dtype, torch.float32)
         theta = self.config.rope_theta
-        if torch.compiler.is_compiling():  # which fuses the angles, and forbids side effects
-            return rope_angles(begin, end, self.head_size, theta).to(x.device, exact).unsqueeze(2)
+        if torch.compiler.is_compiling():  # which forbids side effects
+            # On the device: compiled code would compute it on the CPU and copy it in every step.
+            device = "cpu" if x.device.type == "mps" else x.device  # mps has no float64
+            table = rope_angles(begin, end, self.head_size, theta, device)
+            return table.to(x.device, exact).unsqueeze(2)
         key = (exact, x.device)
         if key not in self._rope_tables or self._rope_tables[key].shape[1] < end:
             with torch.inference_mode(False):  # training may use what an evaluation made

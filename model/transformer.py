@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from model.attention import (
+    MIN_FLEX_HEAD,
     AttentionMask,
     KVCache,
     capacity,
@@ -92,7 +93,7 @@ class Transformer(LanguageModel, ABC):
         B, T = tokens.shape
         p = self.config.dropout if self.training else 0.0
         x = dropout(self.embed(tokens, 0), p)  # (B, T, D)
-        mask = training_mask(self.config.attention, x, (B, T), documents, p)
+        mask = training_mask(self.config.attention, x, (B, T), documents, p, self.head_size)
         ctx = ForwardContext((B, T), mask, self.rope_table(0, T, x), p)
         x = x.flatten(0, 1)  # (R, D)
         for block in self.blocks:
@@ -147,6 +148,11 @@ class Transformer(LanguageModel, ABC):
         kind, p = self.config.attention, self.config.dropout
         if kind == "flex" and on_cpu:
             return ["model.attention=flex runs on CUDA only; here masked products take its place"]
+        if kind == "flex" and self.head_size < MIN_FLEX_HEAD:
+            return [
+                f"model.attention=flex takes heads of {MIN_FLEX_HEAD} numbers at least, and these "
+                f"have {self.head_size}; masked products take its place"
+            ]
         if p and (kind == "flex" or (kind == "flash" and on_cpu)):
             where = " on a CPU" if on_cpu else ""
             return [

@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 from config import ConfigError
-from engine.hardware.device import cuda_versions, peak_flops, prepare_device, resolve_device
+from engine.hardware.device import (
+    cuda_versions,
+    peak_flops,
+    prepare_device,
+    resolve_device,
+)
 from engine.hardware.distributed import World
 from engine.hardware.memory import (
     allocated_bytes,
@@ -130,6 +137,7 @@ def test_a_process_on_cuda_1_is_set_up_for_it_and_what_the_user_set_stays(
 ) -> None:
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     second = torch.device("cuda", 1)
@@ -173,3 +181,23 @@ def test_the_peak_rate_is_that_of_the_device_and_the_dtype(monkeypatch: pytest.M
         expected = None if tflops is None else tflops * 1e12
         assert peak_flops(torch.device("cuda", 0), dtype) == expected, name
     assert peak_flops(CPU, "float32") is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    "capability, first",
+    [((8, 0), SDPBackend.FLASH_ATTENTION), ((9, 0), SDPBackend.CUDNN_ATTENTION)],
+)
+def test_on_hopper_cudnn_is_asked_first_and_compiled_attention_stays_one_graph(
+    capability: tuple[int, int], first: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    attention = F.scaled_dot_product_attention
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 2, 8, 16)
+    with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
+        prepare_device(torch.device("cuda", 0))
+        assert _cur_sdpa_kernel_backends(with_priority=True)[0] == first
+        assert torch.equal(compiled(q, q, q), attention(q, q, q))

@@ -52,7 +52,7 @@ def test_flex_attention_takes_lengths_that_are_no_multiple_of_its_blocks(masked:
     documents = some_documents(2, 160).to(DEVICE) if masked else None
     q, k, v = (torch.randn(2, heads, 160, 16, device=DEVICE) for heads in (4, 2, 2))
     found = [
-        layers.attention(q, k, v, layers.training_mask(kind, q, (2, 160), documents, 0.0))
+        layers.attention(q, k, v, layers.training_mask(kind, q, (2, 160), documents, 0.0, 16))
         for kind in ("flex", "math")
     ]
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

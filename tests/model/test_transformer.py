@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig
@@ -51,14 +50,13 @@ def test_all_kinds_of_attention_agree(name: str, masked: bool) -> None:
 def test_blocks_of_flex_attention_hide_what_the_boolean_mask_hides(
     masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        layers, "_flex_attention", lambda: flex_attention
-    )  # its definition, which is slow
+    # Its definition, which is slow.
+    monkeypatch.setattr(layers, "_compiled", lambda function: function)
     documents = some_documents(2, 160) if masked else None
     q, k, v = torch.randn(4, 160, 8).expand(2, 4, 160, 8), *torch.randn(2, 2, 2, 160, 8)
     blocks = layers._block_mask(documents, (2, 160), q.device)
     flex = layers.attention(q, k, v, layers.AttentionMask("flex", is_causal=False, blocks=blocks))
-    bias = layers.training_mask("auto", q, (2, 160), documents, 0.0)
+    bias = layers.training_mask("auto", q, (2, 160), documents, 0.0, 16)
     torch.testing.assert_close(flex, layers.attention(q, k, v, bias), rtol=1e-4, atol=1e-5)
 
 
@@ -182,22 +180,22 @@ def test_flops_are_those_that_torch_counts(name: str, options: dict[str, Any]) -
 def test_dropped_probabilities_keep_their_mean() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 6, 4)
-    whole = layers.attention(q, k, v, layers.training_mask("math", q, (1, 6), None, 0.0))
-    sight = layers.training_mask("auto", q, (1, 6), None, 0.3)
+    whole = layers.attention(q, k, v, layers.training_mask("math", q, (1, 6), None, 0.0, 4))
+    sight = layers.training_mask("auto", q, (1, 6), None, 0.3, 4)
     mean = sum(layers.attention(q, k, v, sight) for _ in range(4000)) / 4000
     torch.testing.assert_close(mean, whole, rtol=0, atol=0.06)
 
 
 def test_causal_attention_makes_no_mask() -> None:
     x = torch.zeros(1)
-    assert layers.training_mask("auto", x, (2, 1 << 20), None, 0.0).bias is None
+    assert layers.training_mask("auto", x, (2, 1 << 20), None, 0.0, 64).bias is None
     assert layers.decoding_mask("auto", x, 1, 1 << 20).bias is None
     assert layers.decoding_mask("auto", x, 1 << 20, 1 << 20).bias is None
 
 
 def test_a_run_is_told_where_attention_is_not_as_asked() -> None:
     def notes(on_cpu: bool, **options: Any) -> list[str]:
-        return small("gpt", **options).notes(on_cpu)
+        return small("gpt", **{"n_embd": 64, **options}).notes(on_cpu)
 
     assert notes(True) == notes(False, attention="flex") == notes(True, dropout=0.1) == []
     assert notes(False, attention="flash", dropout=0.1) == []
@@ -208,7 +206,20 @@ def test_a_run_is_told_where_attention_is_not_as_asked() -> None:
         "model.attention=flex has no dropout; with model.dropout=0.1 masked products take its "
         "place in training"
     ]
+    assert notes(False, attention="flex", n_embd=32) == [
+        "model.attention=flex takes heads of 16 numbers at least, and these have 8; masked "
+        "products take its place"
+    ]
     assert "has no dropout on a CPU" in notes(True, attention="flash", dropout=0.1)[0]
+
+
+@pytest.mark.parametrize("kind", ["flex", "auto"])
+def test_heads_too_narrow_for_flex_attention_take_the_mask(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    mask = layers.training_mask(kind, torch.zeros(1), (2, 64), torch.ones(2, 64), 0.0, 8)
+    assert mask.kernel == "sdpa" and mask.bias is not None
 
 
 @BOTH
