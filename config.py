@@ -302,6 +302,9 @@ class SystemConfig(Section, section="system", on_resume="free", effect="results"
     compile: bool | Literal["auto", "graphs"] = option(
         "auto", "auto: where faster; graphs: CUDA graphs"
     )
+    kernels: Literal["auto", "torch", "triton"] = option(
+        "auto", "bdh on CUDA; auto: where measured"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

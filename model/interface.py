@@ -46,6 +46,11 @@ class LanguageModel(nn.Module):
     """Modules that compute the same products in place of `matmul_backend`, with a backward pass of
     their own (Transformer Engine, for BDH); None: not used."""
 
+    def use_triton(self) -> str | None:
+        """Computes fused layers by Triton kernels from now on; returns why not where they do not
+        take the model's shapes. Only for models with a `matmul_backend`, on CUDA."""
+        raise NotImplementedError
+
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:

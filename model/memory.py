@@ -21,6 +21,7 @@ import torch
 from model.attention import uses_math_on_cpu
 from model.bdh.model import BDH
 from model.bdh.tiling import Geometry, Tiling
+from model.bdh.triton.shapes import WIDE_BUFFERS, kept_layers, sequences_at_once, tiling_of
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama, mlp_width
@@ -69,14 +70,18 @@ def cached_bytes(model: LanguageModel, step: StepShape) -> int:
 
 
 def _tiling(model: BDH, step: StepShape) -> Tiling:
+    if model.triton:
+        return tiling_of(step.block, model.shape)
     return Tiling.of((step.batch, step.block), model.shape, step.dtype, step.on_cpu)
 
 
 def _bdh_bytes(model: BDH, step: StepShape) -> int:
-    if model.projections is None:
-        forward, backward = _fused_layers_bytes(model, step)
-    else:
+    if model.projections is not None:
         forward, backward = _dense_layers_bytes(model, step)
+    elif model.triton:
+        forward, backward = _triton_layers_bytes(model, step)
+    else:
+        forward, backward = _fused_layers_bytes(model, step)
     embedded = 2 * step.tokens * model.config.n_embd * 4
     logits = _loss_bytes(step, model.config.n_embd, model.config.vocab_size)
     if step.accumulates:  # the gradients of all layers come together, at the end
@@ -113,6 +118,24 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     if len(groups) > 1:  # the gradients of earlier groups
         backward += 3 * H * D * N * sum_size
     return packed + model.config.n_layer * kept, backward
+
+
+def _triton_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
+    """Returns what forward keeps, and what backward needs on top at the last layer."""
+    (H, D, N), size = model.shape, step.dtype.itemsize
+    tiling = _tiling(model, step)
+    sequence, C = tiling.padded(step.block), tiling.chunk
+    of_part = sequences_at_once(step.batch, sequence * H * N * size)
+    M, rows = step.batch * sequence, of_part * sequence  # of all sequences, of a part
+    packed = 3 * H * D * N * size
+    saved = M * (2 * D * 4 + H * (C * size + D * size + 4))
+    wide = M * H * N * size
+    layers = min(model.n_layer, kept_layers(wide))  # that keep s and r
+    buffers = (WIDE_BUFFERS - 2 * (layers == model.n_layer)) * rows * H * N * size
+    states = 2 * rows // C * H * N * D * size if sequence > C else 0
+    # The gradient of a and its steps; the stream, the gradients of x and y, and their casts.
+    narrow = rows * H * (C * size + D * (3 * 4 + 2 * size)) + M * D * (4 * 4 + 2 * size)
+    return packed + model.n_layer * saved + 2 * layers * wide, buffers + states + narrow
 
 
 def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:

@@ -357,6 +357,20 @@ def _graphs_hold_no_8_bit_products(c: Any) -> str | None:
     return "{0} does not record 8-bit matmuls, but {1}; set system.compile to true"
 
 
+@rule("system.kernels", "model.name")
+def _kernels_are_those_of_bdh(c: Any) -> str | None:
+    if c.system.kernels != "triton" or c.model.name == "bdh":
+        return None
+    return "{0} is for model.name=bdh, but {1}; set system.kernels to auto"
+
+
+@rule("system.kernels", "low_precision.use_fp8")
+def _kernels_multiply_no_8_bit_operands(c: Any) -> str | None:
+    if c.system.kernels != "triton" or not c.low_precision.use_fp8:
+        return None
+    return "{0} does not compute 8-bit matmuls, but {1}; set system.kernels to auto"
+
+
 @rule("low_precision.use_4bit_optimizer", "optimizer.name")
 def _four_bit_optimizer_is_adamw(c: Any) -> str | None:
     if not c.low_precision.use_4bit_optimizer or c.optimizer.name == "adamw":

@@ -23,6 +23,7 @@ from engine.graphed_step import check_graphs, graphed_step
 from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
 from engine.hardware.memory import allocated_bytes
+from engine.kernels import check_kernels, choose_kernels
 from engine.loss import DocumentIds, next_token_loss
 from engine.monitor import console
 from engine.monitor.console import RULE
@@ -73,7 +74,7 @@ class ModelParts:
     optimizer: torch.optim.Optimizer
     compile_wanted: bool
     covered: list[str]
-    """What low precision covers, in words."""
+    """What low precision covers, and whose kernels compute, in words."""
 
 
 def build(request: Request, world: World, stack: ExitStack) -> Trainer:
@@ -86,6 +87,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     """
     budget, base = MemoryBudget.of(world), allocated_bytes(world.device)
     check_graphs(request.config, world)
+    check_kernels(request.config, world.device)
     open_precision(request.config, world)  # refuses what this device lacks, before text is read
 
     setup = prepare_run(request, world)
@@ -166,13 +168,14 @@ def build_parts(setup: RunSetup, steps: int, world: World) -> ModelParts:
         pretrained.load_into(model, start.weights, config.training.block_size)
     model = model.to(world.device)
     covered = precision.prepare(model, steps, init=start.resume is None)
+    kernels = choose_kernels(model, config, world.device)
     before = start.saved["train"]["compiled"] if start.saved else None
     return ModelParts(
         model=model,
         precision=precision,
         optimizer=new_optimizer(model, config),
         compile_wanted=wants_compiler(config, model, steps, world, before) and precision.compiles,
-        covered=covered,
+        covered=[*covered, *kernels],
     )
 
 

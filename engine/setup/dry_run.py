@@ -12,6 +12,7 @@ from config import Config, Request, micro_batch
 from data.run_data import RunData, document_id_function, embedded_is_missing
 from engine.graphed_step import check_graphs
 from engine.hardware.distributed import World
+from engine.kernels import check_kernels, choose_kernels
 from engine.monitor import console
 from engine.planning.batch_size import predict_batch_sizes, with_batch
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
@@ -40,6 +41,7 @@ BUSY = 0.3  # cores used by others from which on it is said
 def dry_run(request: Request, world: World) -> None:
     """Prints the plan and, where asked for, the config; trains nothing, creates nothing."""
     check_graphs(request.config, world)
+    check_kernels(request.config, world.device)
     budget = MemoryBudget.of(world)
     setup = None if embedded_is_missing(request.config) else prepare_run(request, world)
     config = request.config if setup is None else setup.config
@@ -51,6 +53,7 @@ def dry_run(request: Request, world: World) -> None:
     with torch.device("meta"):
         model = build_model(config)
     covered = precision.prepare(model, steps, init=False)
+    kernels = choose_kernels(model, config, world.device)
     optimizer = new_optimizer(model, config)
     before = saved["train"]["compiled"] if saved else None
     wanted = wants_compiler(config, model, steps, world, before)
@@ -68,7 +71,7 @@ def dry_run(request: Request, world: World) -> None:
         )
     else:
         RunData(setup.dataset, config)  # refuses text that is too short
-    console.info(*lines, *cost_lines(estimator, budget, optimizer), *covered)
+    console.info(*lines, *cost_lines(estimator, budget, optimizer), *covered, *kernels)
     if setup is None:
         console.info(tokens_line(config, world.size))
     else:

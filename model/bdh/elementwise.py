@@ -25,10 +25,7 @@ from torch import Tensor
 from model.bdh.masks import DropoutMask
 from model.compiled import compile_shapes
 
-HASH_MULTIPLIERS = (
-    0x7FEB352D,
-    0x846CA68B - 2**32,
-)  # multipliers of a 32-bit hash (Wellons, "lowbias32")
+HASH_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # of a 32-bit hash (Wellons, "lowbias32")
 
 Halves = tuple[Tensor, Tensor]
 """First and second members of rotated pairs."""

@@ -37,6 +37,7 @@ from model.bdh.elementwise import EAGER, compiled_ops
 from model.bdh.fused_layers import fused_layers
 from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
+from model.bdh.triton.shapes import misfit, tiling_of
 from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
 from model.loss import head_loss
@@ -73,6 +74,7 @@ class BDH(LanguageModel):
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(N))  # turns per token, (N/2,)
         self.compiled_elementwise = False  # set by `compile`
+        self.triton = False  # set by `use_triton`
         self.matmul_backend = PlainMatmul()
         self._rotations: dict[tuple[object, ...], Rotation] = {}
         self.init_weights()
@@ -118,7 +120,9 @@ class BDH(LanguageModel):
             compiled = self.compiled_elementwise
             args = DenseArgs(self.n_layer, dropout, cos_sin, documents, compiled)
             return dense_layers(x, self.projections(weights), args)
-        tiling = self._tiling(x, dtype)
+        # Triton kernels neither continue states nor count, and have float32 sums.
+        triton = self.triton and for_training and dtype != torch.float64
+        tiling = tiling_of(x.shape[1], self.shape) if triton else self._tiling(x, dtype)
         stack = LayerStackArgs(
             n_layer=self.n_layer,
             dropout=dropout,
@@ -130,8 +134,17 @@ class BDH(LanguageModel):
             states=states,
             active=active,
         )
-        result: Tensor = fused_layers(x, weights, stack)
+        if triton:
+            from model.bdh.triton.layers import triton_layers as layers  # Triton is optional
+        else:
+            layers = fused_layers
+        result: Tensor = layers(x, weights, stack)
         return result
+
+    def use_triton(self) -> str | None:
+        reason = misfit(self.shape)
+        self.triton = reason is None
+        return reason
 
     def hidden_weights(self) -> list[HiddenWeight]:
         weights = (self.encoder, self.encoder_v, self.decoder)

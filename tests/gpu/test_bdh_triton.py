@@ -17,9 +17,12 @@ from torch import Tensor
 from model.bdh.elementwise import EAGER
 from model.bdh.fused_layers import fused_layers
 from model.bdh.tiling import Tiling, rope_frequencies, rotation
+from model.bdh.triton import shapes
 from model.bdh.workspace import LayerStackArgs
+from model.memory import StepShape, activation_bytes
+from tests.engine.allocations import peak_bytes
 from tests.gpu.devices import DEVICE, ON_CUDA, cuda_only, gpu_tests
-from tests.model.bdh_reference import Inputs, documents_of, error, reference
+from tests.model.bdh_reference import Inputs, documents_of, error, reference, small_bdh
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -109,8 +112,8 @@ def by_torch(case: Case, products: torch.dtype) -> dict[str, Tensor]:
 def by_kernels(
     case: Case, monkeypatch: pytest.MonkeyPatch, products: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    monkeypatch.setattr(layers, "WIDE_BYTES", case.wide_bytes)
-    monkeypatch.setattr(layers, "KEPT_BYTES", case.kept_bytes)
+    monkeypatch.setattr(shapes, "WIDE_BYTES", case.wide_bytes)
+    monkeypatch.setattr(shapes, "KEPT_BYTES", case.kept_bytes)
     torch.manual_seed(3)
     args = args_of(case, products)
     return outcome(
@@ -175,6 +178,42 @@ def test_a_retained_graph_goes_backward_twice_alike() -> None:
     with torch.inference_mode():
         found = layers.triton_layers(variables[0], variables[1:], args).square().sum()
     assert torch.equal(found, total)
+
+
+def test_a_model_trains_alike_by_both() -> None:
+    model = small_bdh(std=0.1, n_embd=64, mlp_internal_dim_multiplier=8, dropout=0.2).to(DEVICE)
+    tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    found = []
+    for triton in (False, True):
+        model.triton = triton
+        torch.manual_seed(5)
+        loss = model(tokens, targets=tokens.roll(-1, 1))
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        assert error(one, other) < 1e-5
+
+
+@pytest.mark.skipif(ON_CUDA, reason="measured by the allocator's record of a CPU")
+@pytest.mark.parametrize("kept, wide", [(2**33, 2**34), (0, 2**34), (0, 0)])
+@pytest.mark.parametrize("shape", [(2, 512), (1, 2048)])
+def test_predicted_activations_are_near_the_measured(
+    shape: tuple[int, int], kept: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "WIDE_BYTES", wide)
+    monkeypatch.setattr(shapes, "KEPT_BYTES", kept)
+    monkeypatch.setattr("model.bdh.triton.launch.launch", lambda *args, **constants: None)
+    model = small_bdh(n_embd=128, mlp_internal_dim_multiplier=32, dropout=0.1)
+    model.use_triton()
+    tokens = torch.zeros(shape, dtype=torch.long)
+
+    def step() -> None:
+        torch.autograd.backward(model(tokens, targets=tokens))
+        model.zero_grad()
+
+    predicted = activation_bytes(model, StepShape(*shape, torch.float32, on_cpu=False))
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    assert predicted is not None
+    assert 0.87 < predicted / (peak_bytes(step) - gradients) < 1.2
 
 
 @cuda_only

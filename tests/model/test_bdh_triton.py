@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import islice
 
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.bdh.triton.shapes import sequences_at_once, tiling_of
+from model.generate import Sampling, generate
+from tests.model.bdh_reference import small_bdh
 from tests.triton_kernels import (
     compiled_resources,
     needs_interpreter,
@@ -11,14 +19,46 @@ from tests.triton_kernels import (
     run_interpreted,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+@given(
+    length=st.integers(1, 20_000),
+    width=st.sampled_from([64, 128, 256, 512]),
+    batch=st.integers(1, 300),
+)
+def test_chunks_are_whole_blocks_and_parts_cover_the_batch(
+    length: int, width: int, batch: int
+) -> None:
+    tiling = tiling_of(length, (4, width, 1024))
+    assert tiling.chunk % (64 if length > 32 else 16) == 0
+    assert tiling.chunk <= 2 * max(2 * width, 256)
+    padding = tiling.padded(length) - length
+    assert padding < 64 * max(1, 4 * length // width)  # less than two blocks in each chunk
+    at_once = sequences_at_once(batch, 2**30)
+    assert 1 <= at_once <= max(1, 2**34 // (5 * 2**30))
 
 
+def test_what_is_not_training_needs_no_triton() -> None:
+    model = small_bdh(n_embd=64, mlp_internal_dim_multiplier=8, std=0.1).eval()
+    text = torch.randint(64, (1, 20))
+
+    def outcome() -> tuple[dict[str, list[float]], list[int]]:
+        drawn = generate(model, text, Sampling(temperature=0.0), (None,))
+        return model.active_fraction(text), [int(token) for token in islice(drawn, 4)]
+
+    expected = outcome()
+    assert model.use_triton() is None
+    assert outcome() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_interpreter
 def test_the_kernels_in_tritons_interpreter() -> None:
     run_interpreted("tests/gpu/test_bdh_triton.py")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_triton
 @pytest.mark.parametrize(
     "capability, shared_kb", [(90, 227), (80, 163), (89, 99)], ids=["H100", "A100", "RTX 4090"]

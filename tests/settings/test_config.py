@@ -154,6 +154,11 @@ system.compile=true fp8.recipe=delayed low_precision.use_fp8=true model.name=gpt
 system.compile=graphs low_precision.use_fp8=true
     system.compile=graphs does not record 8-bit matmuls, but low_precision.use_fp8=true; set
     system.compile to true.
+system.kernels=triton model.name=gpt
+    system.kernels=triton is for model.name=bdh, but model.name=gpt; set system.kernels to auto.
+system.kernels=triton low_precision.use_fp8=true
+    system.kernels=triton does not compute 8-bit matmuls, but low_precision.use_fp8=true; set
+    system.kernels to auto.
 low_precision.use_4bit_optimizer=true optimizer.name=muon
     low_precision.use_4bit_optimizer=true is AdamW with 4-bit moments, but optimizer.name=muon;
     set one of them.

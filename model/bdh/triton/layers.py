@@ -28,15 +28,10 @@ from model.bdh.forward import masked
 from model.bdh.fused_layers import Weights, norm, norm_backward
 from model.bdh.masks import ChunkMasks, DropoutMask, HashDropout
 from model.bdh.tiling import Geometry
+from model.bdh.triton import shapes
 from model.bdh.triton.launch import Capability, Kernels
 from model.bdh.workspace import LayerStackArgs
 from model.matmul import Accumulator
-
-# Memory of the five wide tensors of a backward pass: more sequences are taken in parts.
-WIDE_BYTES = 2**34
-# Memory for s and r of some layers, kept from forward to backward. The others compute them again, a
-# product of 9 per layer.
-KEPT_BYTES = 2**33
 
 
 # Compilers would trace the loop over layers into one huge graph with nothing to fuse.
@@ -159,10 +154,9 @@ class _Part:
 def _cut_sequences(geo: Geometry, args: LayerStackArgs) -> list[_Part]:
     """Cuts the sequences into as few parts as memory allows, of nearly equal size."""
     cos = args.rotation.cos
-    of_sequence = 5 * geo.K * geo.C * geo.H * geo.N * cos.dtype.itemsize
-    count = -(-geo.B // max(1, WIDE_BYTES // of_sequence))
-    ends = [geo.B * i // count for i in range(count + 1)]
-    return [_part(geo, args, *ends[i : i + 2]) for i in range(count)]
+    size = shapes.sequences_at_once(geo.B, geo.K * geo.C * geo.H * geo.N * cos.dtype.itemsize)
+    starts = range(0, geo.B, size)
+    return [_part(geo, args, start, min(start + size, geo.B)) for start in starts]
 
 
 def _part(geo: Geometry, args: LayerStackArgs, start: int, end: int) -> _Part:
@@ -201,7 +195,7 @@ class _Layers:
         self.dtype = args.rotation.cos.dtype
         self.geo = geo = Geometry.of(x_shape, H, N, args.tiling)
         self.parts = _cut_sequences(geo, args)
-        self.kept_layers = KEPT_BYTES // (2 * geo.M * H * N * self.dtype.itemsize)
+        self.kept_layers = shapes.kept_layers(geo.M * H * N * self.dtype.itemsize)
         self._buffers: dict[str, Tensor] = {}
         self._dropout: HashDropout | None = None
         if seed is not None:

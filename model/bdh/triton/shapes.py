@@ -1,0 +1,56 @@
+"""Which shapes BDH's Triton kernels take, and how they are cut. Needs no Triton."""
+
+from __future__ import annotations
+
+from model.bdh.tiling import Tiling
+
+WIDTHS = (64, 128, 256, 512)  # of the residual stream: attend holds whole rows of it
+WIDE_BUFFERS = 5  # s, r, z, dv and du, all alive in backward
+# Budgets do not depend on the memory of the GPU: sums, and so the losses of a resumed run, would.
+WIDE_BYTES = 2**34  # of these buffers: more sequences are taken in parts
+KEPT_BYTES = 2**33  # of s and r kept for backward: other layers compute them again, 1 product of 10
+
+
+def misfit(shape: tuple[int, int, int]) -> str | None:
+    """Returns why the kernels do not take encoders of this shape, (H, D, N); None if they do."""
+    H, D, N = shape
+    if D not in WIDTHS:
+        return f"Triton kernels take n_embd 64, 128, 256 or 512, not {D}"
+    if N % 128 != 0:
+        return f"Triton kernels take multiples of 128 neurons per head, not {N}"
+    if 2 * _longest_chunk(D) * H * N >= 2**31:
+        return f"{H * N:,} neurons are too many for the 32-bit offsets of Triton kernels"
+    return None
+
+
+def tiling_of(length: int, shape: tuple[int, int, int]) -> Tiling:
+    """Returns the tiling of sequences of so many tokens: chunks in whole blocks, all neurons."""
+    H, D, N = shape
+    longest = _longest_chunk(D)
+    if length > 2 * longest:  # as `Tiling.of` does
+        chunk = min(longest, _round_up(-(-length // -(-length // longest)), 128))
+    else:
+        # Padding is computed like tokens, small blocks are slow: a compromise.
+        chunk = _round_up(length, 64 if length > 32 else 16)
+    return Tiling(chunk, H, N // 2, True)
+
+
+def sequences_at_once(batch: int, wide_bytes: int) -> int:
+    """Returns how many sequences go through a layer together, in parts of nearly equal size.
+
+    wide_bytes: of a wide tensor of one sequence."""
+    fitting = max(1, WIDE_BYTES // (WIDE_BUFFERS * wide_bytes))
+    return -(-batch // -(-batch // fitting))
+
+
+def kept_layers(wide_bytes: int) -> int:
+    """Returns how many layers keep s and r for backward; wide_bytes: of one of the two."""
+    return KEPT_BYTES // (2 * wide_bytes)
+
+
+def _longest_chunk(width: int) -> int:
+    return max(2 * width, 256)
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
