@@ -15,11 +15,13 @@ nanoGPT's commands work too: --out_dir=out, a preset (config/x.py), --start=FILE
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from types import FrameType
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.tokenizers.base import StreamDecoder, Tokenizer
-    from model.generate import Decoder
+    from model.generate import RecordedDecoder
     from model.interface import LanguageModel
 
 _MAX_BATCH = 8  # samples drawn at once, if their caches fit in _MAX_CACHE_BYTES
@@ -131,7 +133,9 @@ def _resolve_names(parser: argparse.ArgumentParser, found: argparse.Namespace) -
         found.path = nanogpt.OUT_DIR if found.out_dir is None else found.out_dir
     for name in ("dtype", "compile"):
         if getattr(found, name) is not None:
-            found.notes.append(f"--{name} is ignored: text is computed in float32, not compiled")
+            found.notes.append(
+                f"--{name} is ignored: text is computed in float32, on CUDA as in training"
+            )
     found.prompt = found.start if found.prompt is None else found.prompt
     found.from_file = found.start is not None and found.start.startswith("FILE:")
     if not ours:
@@ -165,31 +169,38 @@ def write_samples(arguments: argparse.Namespace) -> None:
     cache_bytes = model.cache_bytes(len(ids) + arguments.max_new_tokens)
     batch_size = max(1, min(_MAX_BATCH, _MAX_CACHE_BYTES // cache_bytes))
     room = min(len(ids) + arguments.max_new_tokens, context or LARGEST)
+    on_cuda = device.type == "cuda"
+    autocast: AbstractContextManager[None] = contextlib.nullcontext()
+    if on_cuda:
+        from engine.precision.precision import round_linear_weights
+
+        autocast = round_linear_weights(model, config.low_precision, device)
     began, count, drawn = time.monotonic(), arguments.num_samples, 0
-    for first in range(0, count, batch_size):
-        numbers = range(first, min(first + batch_size, count))
-        # Each sample has a generator of its own, so it does not depend on the batch it is drawn in.
-        seeds = [(arguments.seed + number) % (LARGEST + 1) for number in numbers]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        decoder = _recorded_decoder(model, len(numbers), room, device)
-        start = torch.tensor([ids], device=device)
-        tokens = generate(model, start, sampling, generators, context, decoder)
-        samples = []
-        for number in numbers:
-            title = f"--- sample {number + 1} of {count}\n" if count > 1 else ""
-            samples.append(Sample(tokenizer.stream_decoder(), [title, prompt]))
-            # What follows may depend on the prompt's last token: a blank, half a character.
-            samples[-1].decoder.decode(ids)
-        steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
-        drawn += write_batch(samples, steps, separator)
+    with autocast:
+        for first in range(0, count, batch_size):
+            numbers = range(first, min(first + batch_size, count))
+            # Each sample has a generator of its own, so it does not depend on its batch.
+            seeds = [(arguments.seed + number) % (LARGEST + 1) for number in numbers]
+            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+            decoder = _recorded_decoder(model, len(numbers), room, device) if on_cuda else None
+            start = torch.tensor([ids], device=device)
+            tokens = generate(model, start, sampling, generators, context, decoder)
+            samples = []
+            for number in numbers:
+                title = f"--- sample {number + 1} of {count}\n" if count > 1 else ""
+                samples.append(Sample(tokenizer.stream_decoder(), [title, prompt]))
+                # What follows may depend on the prompt's last token: a blank, half a character.
+                samples[-1].decoder.decode(ids)
+            steps = (step.tolist() for step in islice(tokens, arguments.max_new_tokens))
+            drawn += write_batch(samples, steps, separator)
     seconds = time.monotonic() - began
     print(f"{drawn:,} tokens in {seconds:.1f} s: {drawn / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def _recorded_decoder(
     model: LanguageModel, batch_size: int, room: int, device: torch.device
-) -> Decoder | None:
-    """Returns what launches all kernels of a token at once, as a CUDA graph; None without CUDA.
+) -> RecordedDecoder:
+    """Returns what launches all kernels of a token at once, as a CUDA graph.
 
     room: the most tokens of a sample.
     """
@@ -204,8 +215,6 @@ def _recorded_decoder(
             print(f"note: no CUDA graph, so more time per token: {reason}", file=sys.stderr)
             return step
 
-    if device.type != "cuda":
-        return None
     return RecordedDecoder(model, batch_size, room, device, record)
 
 

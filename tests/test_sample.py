@@ -206,8 +206,8 @@ def test_names_of_nanogpt_without_a_meaning_are_ignored_aloud(
     assert sample.read_arguments(line.split()).notes == [
         "x.py: ignored, of training: eval_interval, dataset",
         "--out-dir is ignored beside --init-from=gpt2",
-        "--dtype is ignored: text is computed in float32, not compiled",
-        "--compile is ignored: text is computed in float32, not compiled",
+        "--dtype is ignored: text is computed in float32, on CUDA as in training",
+        "--compile is ignored: text is computed in float32, on CUDA as in training",
     ]
     assert sample.read_arguments(["--out_dir=a"]).notes == [
         "--num-samples is 10, as in nanoGPT's sample.py",

@@ -40,7 +40,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import ConfigError, Fp8Config, LowPrecisionConfig, Request
 from engine.hardware.device import resolve_device, supports_fast_bfloat16
@@ -50,6 +50,7 @@ from engine.precision.fp8_backend import Fp8Backend
 from engine.precision.lora import apply_lora, lora_description
 from engine.precision.weights_4bit import QuantizedWeights
 from model import LanguageModel
+from model.matmul import Linear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -222,6 +223,26 @@ class Precision:
         if self.fp8 is None or self.fp8.load_state_dict(state["fp8"]):
             return []
         return ["fp8: scales start afresh, because the checkpoint has none for these operands"]
+
+
+def round_linear_weights(
+    model: LanguageModel, config: LowPrecisionConfig, device: torch.device
+) -> AbstractContextManager[None]:
+    """Rounds the weights of linear layers to the dtype of training, in place, for generation;
+    returns the autocast to generate in, whose products are then those of training.
+
+    Each token reads all weights, which takes most of its time on a GPU. Autocast alone would round
+    them again for each token. Without linear layers (BDH) nothing changes: it would round the state
+    as well.
+    """
+    dtype = Precision(config, device).dtype
+    if dtype is torch.float32 or not model.hidden_linears():
+        return contextlib.nullcontext()
+    for module in model.modules():
+        if type(module) is Linear:  # not those of adapters, whose weights are in 4 bits
+            # A new parameter: an embedding that shares the head's weights keeps them exact.
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def disable_unavailable_4bit(request: Request) -> Request:

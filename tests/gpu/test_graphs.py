@@ -17,7 +17,7 @@ from engine import graphed_step
 from engine.graphed_step import GraphedStep
 from engine.hardware.cuda_graph import record_graph
 from engine.loss import next_token_loss
-from engine.precision.precision import Precision
+from engine.precision.precision import Precision, round_linear_weights
 from model import LanguageModel, build_model
 from model.generate import RecordedDecoder, Sampling, generate
 from tests.gpu.devices import DEVICE, ON_CUDA, gpu_tests
@@ -49,12 +49,14 @@ def model_of(name: str, **options: Any) -> LanguageModel:
     return build_model(run).to(DEVICE)
 
 
+def low_precision(dtype: str) -> LowPrecisionConfig:
+    options: Any = {"compute_dtype": dtype, "use_4bit": False}
+    return LowPrecisionConfig(**options)
+
+
 def steps_of(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, dtype: str) -> GraphedStep:
     monkeypatch.setattr(graphed_step, "record_graph", record)
-    low: Any = {"compute_dtype": dtype, "use_4bit": False}
-    return GraphedStep(
-        model, Precision(LowPrecisionConfig(**low), DEVICE), (2, TOKENS + 1), documents
-    )
+    return GraphedStep(model, Precision(low_precision(dtype), DEVICE), (2, TOKENS + 1), documents)
 
 
 def gradients(model: LanguageModel) -> list[Tensor]:
@@ -116,15 +118,15 @@ def test_what_a_recorded_step_reads_stays_when_other_lengths_come(
     del held
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_model
-def test_a_recorded_decoder_writes_what_others_write(name: str) -> None:
+def test_a_recorded_decoder_writes_what_others_write(name: str, dtype: str) -> None:
     model, prompt = model_of(name).eval(), torch.randint(256, (1, 20)).to(DEVICE)
-    written = []
-    for decoder in (None, RecordedDecoder(model, 2, 32, DEVICE, record)):
-        tokens = generate(
-            model, prompt, Sampling(temperature=0.0), (None, None), context=32, decoder=decoder
-        )
-        written.append(torch.stack(list(islice(tokens, 60))))
+    greedy, written = Sampling(temperature=0.0), []
+    with round_linear_weights(model, low_precision(dtype), DEVICE):
+        for decoder in (None, RecordedDecoder(model, 2, 32, DEVICE, record)):
+            tokens = generate(model, prompt, greedy, (None, None), context=32, decoder=decoder)
+            written.append(torch.stack(list(islice(tokens, 60))))
     # A tie of two tokens may fall either way by rounding, and all that follows with it.
     same = (written[0] == written[1]).all(1).long().cumprod(0).sum()
     assert same >= 20
