@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import FP8_MULTIPLE, Fp8Config
@@ -51,6 +52,13 @@ def multiply(
         # come last: as `alpha` of the product a scale that is NaN would be lost.
         product = left.float() @ right.float().mT
         return out.copy_(product.mul_(scales[0] * scales[1]))
+    # K is tokens for the gradient of a weight. A micro-batch has a multiple of 16, but BDH may take
+    # its sequences in groups, which need not.
+    missing = -left.shape[1] % FP8_MULTIPLE
+    if missing:
+        left, right = (
+            F.pad(part.view(torch.uint8), (0, missing)).view(part.dtype) for part in (left, right)
+        )
     return torch._scaled_mm(
         left, right.mT, scales[0], scales[1], out_dtype=out.dtype, use_fast_accum=fast, out=out
     )

@@ -1,4 +1,5 @@
-"""What a GPU would see of a step in FP8, on torch's "meta" device: its tensors cannot be read."""
+"""FP8 as a GPU would see it: on torch's "meta" device, whose tensors cannot be read, and on a fake
+CUDA device, for which torch checks shapes and layouts."""
 
 from __future__ import annotations
 
@@ -7,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Fp8Config
-from engine.precision.fp8_native import NativeBackend
+from engine.precision.fp8_native import E4M3, E5M2, NativeBackend, multiply
 from tests.precision.conftest import NAMES, build
 
 META = torch.device("meta")
+
+
+REAL = torch._scaled_mm
+
+
+def scaled_mm(*operands: Any, out: Tensor, **options: Any) -> Tensor:
+    """torch has no meta kernel of a product with `out`."""
+    return REAL(*operands, **options)
 
 
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
@@ -20,11 +30,6 @@ META = torch.device("meta")
 def test_a_step_in_8_bits_waits_for_nothing_on_its_device(
     name: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = torch._scaled_mm
-
-    def scaled_mm(*operands: Any, out: Tensor, **options: Any) -> Tensor:
-        return out.copy_(real(*operands, **options))  # torch has no meta kernel of one with `out`
-
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     fp8 = Fp8Config(recipe=recipe, format="hybrid", amax_history_len=4, amax_compute_algo="max")  # type: ignore[arg-type]
     model = build(name).to(META)
@@ -36,3 +41,20 @@ def test_a_step_in_8_bits_waits_for_nothing_on_its_device(
         backend.end_step(lambda values: values)
     for parameter, _ in model.hidden_weights():
         assert parameter.grad is not None and parameter.grad.is_meta
+
+
+def test_sums_over_any_number_of_tokens_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch is a multiple of 16 tokens; a group of its sequences need not be."""
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    with FakeTensorMode():
+        for tokens in (1004, 1008):
+            left, right, one, other, out = (
+                torch.empty(shape, dtype=dtype, device="cuda")
+                for shape, dtype in (
+                    ((32, tokens), E4M3),
+                    ((48, tokens), E5M2),
+                    *2 * [((), torch.float32)],
+                    ((32, 48), torch.float32),
+                )
+            )
+            assert multiply(left, right, (one, other), False, out).shape == (32, 48)
