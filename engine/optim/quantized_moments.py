@@ -152,8 +152,10 @@ def decode_scales(codes: Tensor, ranges: Tensor) -> Tensor:
 
 def noise(count: int, key: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns numbers (count,) between 0 and 1, of 65,536 different values, hashed from the key and
-    the position alone. The key's last number is the position of the first one in its tensor: noise
-    of several spans, from the start of one on, is that of each of them.
+    the position alone.
+
+    The key's last number is where in its tensor the first one stands, and where a span begins. Each
+    span has its own key, so that noise of several spans equals that of one after the other.
 
     A random generator would have a state to save, and processes that hold the same weights would
     round them differently.
