@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bdh_measure import seconds
-from config import BDHConfig
+from config import BDHConfig, ConfigError
 from model.bdh import BDH, to_upstream
 
 LIMIT = 1e-4  # of the relative error of logits, loss and gradients in float32
@@ -35,6 +36,7 @@ class Kind:
     dtype: torch.dtype
     compiled: bool
     ours: bool
+    triton: bool = False
 
     def says(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
@@ -51,6 +53,8 @@ def kinds(device: torch.device, reference: ModuleType | None) -> list[Kind]:
         Kind("bf16-eager", "ours, bf16, no compiler", half, False, True),
         Kind("bf16", "ours, bf16, compiled", half, True, True),
     ]
+    if cuda and find_spec("triton"):
+        ours.append(Kind("triton", "ours, bf16, Triton kernels", half, True, True, triton=True))
     if reference is None:
         return ours
     autocast = Kind("reference-bf16", f"reference, bf16 autocast{eager}", half, False, False)
@@ -76,6 +80,8 @@ class Rival:
         self.kind, self.device = kind, weights.lm_head.device
         self.model: Any = _copy(weights) if kind.ours else _theirs(weights, reference)
         self._forward: Callable[..., Any] = self.model
+        if kind.triton and (misfit := self.model.use_triton()) is not None:
+            raise ConfigError(misfit)
         if kind.compiled and kind.ours:
             self.model.compile()
         elif kind.compiled:

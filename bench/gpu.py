@@ -44,12 +44,12 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("ceilings", 25, 15, "rates of copies, matmuls, launches: what shares are of"),
-    Part("smoke", 60, 25, "train.py on small models, as a user would"),
+    Part("smoke", 70, 25, "train.py on small models, as a user would"),
     Part("tests", 110, 30, "pytest -m gpu"),
     Part("bdh", 110, 60, "BDH 25M against the reference: errors, then steps"),
-    Part("kernels", 50, 20, "BDH 25M: system.kernels torch and triton, and a profile"),
-    Part("transformers", 90, 45, "GPT-2 124M and Llama 1B, against nanoGPT"),
-    Part("precision", 80, 40, "steps with the optimizer in each number format"),
+    Part("kernels", 50, 20, "BDH 25M by kernels, a profile, and sizes of its plan"),
+    Part("transformers", 120, 45, "GPT-2 124M and Llama 1B, against nanoGPT"),
+    Part("precision", 95, 40, "steps with the optimizer in each number format"),
     Part("memory", 25, 10, "peak of a step; predicted: what the start of a run says"),
     Part("long", 40, 20, "BDH 25M on contexts of 8,192 tokens"),
     Part("resume", 30, 15, "train.py --check-resume"),

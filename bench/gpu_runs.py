@@ -34,11 +34,11 @@ RUNS = {
     "bdh, eager": ("bdh", "compile=false"),
     "bdh, compiled": ("bdh", "compile=true"),
     "bdh, fp8": ("bdh", "use_fp8=true"),
-    "bdh, documents": ("bdh", "mask=causal_document"),
     "gpt, compiled": ("gpt", "compile=true"),
-    "gpt, documents": ("gpt", "mask=causal_document"),
     "gpt, fp8": ("gpt", "use_fp8=true"),
     "llama, compiled": ("llama", "compile=true"),
+    "bdh, documents": ("bdh", "mask=causal_document"),
+    "gpt, documents": ("gpt", "mask=causal_document"),
     "bdh, graphs": ("bdh", "compile=graphs"),
     "gpt, graphs": ("gpt", "compile=graphs"),
 }

@@ -1,8 +1,7 @@
-"""The parts of `bench.gpu` that time single steps: ceilings, BDH, transformers, formats, tokens."""
+"""The parts of `bench.gpu` that time training steps and single tokens of whole models."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,15 +20,15 @@ from bench.gpt import load_nanogpt
 from bench.gpu_model import SIZES, Format, ModelName, Prediction, predict
 from bench.gpu_model import Path as KernelPath
 from bench.gpu_parts import TURNS, WARM_UP, Bench, Work, failed
-from bench.gpu_report import CEILING, Row
+from bench.gpu_report import Row
 from bench.precision_modes import (
     ADAMW_4BIT,
     ADAMW_8BIT,
     BF16,
     ENGINE_CURRENT,
-    ENGINE_DELAYED,
     FP8_CURRENT,
     FP8_DELAYED,
+    TRITON,
     Mode,
     Sections,
     Trainer,
@@ -68,74 +67,6 @@ def prediction(
     return None if bench.tiny else predict(name, path, *shape, dtype)
 
 
-# Ceilings
-
-
-def ceilings(bench: Bench) -> Iterator[Row]:
-    """What the device reaches; bench/gpu_model.py assumes these rates."""
-    size = 1 << (20 if bench.tiny else 30)
-    source = torch.empty(size, dtype=torch.uint8, device=bench.device)
-    for row in bench.compare([Work("copy", lambda: partial(source.clone().copy_, source))]):
-        yield replace(row, unit="TB/s", values=[2 * size / ms / 1e9 for ms in row.values])
-    for what, sizes in products(bench).items():
-        flops, calls = 2.0 * math.prod(sizes), 1 if bench.tiny else 20
-        work = Work(what, partial(product, bench, sizes, what, calls), calls=calls)
-        for row in bench.compare([work]):
-            yield replace(row, unit="TFLOP/s", values=[flops / ms / 1e9 for ms in row.values])
-    yield from launches(bench)
-
-
-def products(bench: Bench) -> dict[str, tuple[int, int, int, int]]:
-    """Returns matmuls by name: heads, and (a x b) @ (b x c). BDH's are those of 32 x 512 tokens."""
-    M, D, N, C = (64, 16, 32, 16) if bench.tiny else (16384, 256, 8192, 512)
-    large = 128 if bench.tiny else 8192
-    return {
-        CEILING: (1, large, large, large),
-        "fp8 of that size": (1, large, large, large),
-        "BDH u, v, dz: 256 terms": (4, M, D, N),
-        "BDH scores": (4 * M // C, C, N, C),
-        "BDH y, da, dx: 8,192 terms": (4, M, N, D),
-        "BDH gradient of a weight, float32 result": (4, D, M, N),
-        "BDH dr": (4 * M // C, C, C, N),
-    }
-
-
-def repeated(once: Callable[[], object], calls: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(calls):
-            once()
-
-    return run
-
-
-def product(
-    bench: Bench, sizes: tuple[int, int, int, int], what: str, calls: int
-) -> Callable[[], None]:
-    """Returns what makes the product `calls` times."""
-    batch, a, b, c = sizes
-    left = torch.randn(batch, a, b, device=bench.device, dtype=torch.bfloat16)
-    right = torch.randn(batch, b, c, device=bench.device, dtype=torch.bfloat16)
-    if what.startswith("fp8"):
-        one = torch.ones((), device=bench.device)
-        eight = left[0].to(torch.float8_e4m3fn), right[0].mT.contiguous().to(torch.float8_e4m3fn).mT
-        once = partial(torch._scaled_mm, *eight, one, one, out_dtype=torch.bfloat16)
-        return repeated(once, calls)
-    if what.endswith("float32 result") and bench.cuda:
-        return repeated(partial(torch.bmm, left, right, out_dtype=torch.float32), calls)
-    return repeated(partial(torch.bmm, left, right, out=left.new_empty(batch, a, c)), calls)
-
-
-def launches(bench: Bench) -> Iterator[Row]:
-    """What the host takes to queue a kernel: the work itself is next to nothing."""
-    x, calls = torch.zeros(128, device=bench.device), 10 if bench.tiny else 1000
-    ways = {"an eager kernel": lambda: x.add_(1)}
-    if not bench.tiny:
-        ways["a compiled function"] = torch.compile(lambda: x.add_(1).mul_(0.5))
-    works = [Work(what, partial(repeated, once, calls), calls=calls) for what, once in ways.items()]
-    for row in bench.compare(works):
-        yield replace(row, unit="us", values=[1e3 * ms for ms in row.values])
-
-
 # BDH
 
 
@@ -143,8 +74,14 @@ def bdh(bench: Bench) -> Iterator[Row]:
     reference = load(bench.reference) if bench.reference else None
     torch.manual_seed(1)
     batch = inputs_and_targets(random_rows(bench, "bdh-25m", (2, 128)), bench.device)[:2]
-    found = rounding(SMALL, rivals(bench, reference), reference, bench.device, batch)
-    for name, logits, loss, gradient in found:
+    for kind in rivals(bench, reference):
+        try:
+            ((name, logits, loss, gradient),) = rounding(
+                SMALL, [kind], reference, bench.device, batch
+            )
+        except Exception as error:
+            yield failed(f"error of logits: {kind.title}", error)
+            continue
         note = f"relative to float64; of the loss {loss:.0e}, the worst gradient {gradient:.0e}"
         yield Row(f"error of logits: {name}", [logits], "relative", note=note)
     for shape, dropout in (((32, 512), 0.1), ((32, 512), 0.0), ((8, 512), 0.0)):
@@ -174,13 +111,14 @@ def bdh_steps(bench: Bench, shape: Shape, dropout: float) -> Iterator[Row]:
         needed = 0 if kind.ours else step_bytes(kind, config, *shape)
         if kind.dtype is torch.float32 or (bench.cuda and needed > 0.9 * free):
             continue
+        path: KernelPath = "triton" if kind.triton else "torch"
         works.append(
             Work(
                 f"{shape[0]} x {shape[1]}, dropout {dropout}: {kind.title}",
                 partial(rival_step, kind, weights, reference, batch),
                 tokens=shape[0] * shape[1],
                 flops=float(weights.flops_per_token(shape[1]) * shape[0] * shape[1]),
-                predicted=prediction(bench, "bdh-25m", "torch", shape) if kind.ours else None,
+                predicted=prediction(bench, "bdh-25m", path, shape) if kind.ours else None,
             )
         )
     yield from bench.compare(works)
@@ -229,9 +167,10 @@ def step_work(bench: Bench, name: ModelName, shape: Shape, mode: Mode = BF16) ->
         return partial(trainer.step, random_rows(bench, name, shape))
 
     predicted = None
-    if mode in (BF16, FP8_CURRENT):
+    if mode in (BF16, TRITON, FP8_CURRENT):
         dtype: Format = "fp8" if mode is FP8_CURRENT else "bf16"
-        predicted = prediction(bench, name, "torch", shape, dtype)
+        path: KernelPath = "triton" if mode is TRITON else "torch"
+        predicted = prediction(bench, name, path, shape, dtype)
     return Work(
         f"{name}, {shape[0]} x {shape[1]}: {mode.title}",
         build,
@@ -248,8 +187,13 @@ def step_flops(bench: Bench, name: ModelName, shape: Shape) -> float:
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
-    """Steps of BDH by how much is computed at once, and where their time goes."""
+    """Training steps of BDH by either kind of kernels, where their time goes, and those of torch by
+    how much is computed at once."""
     shape = shape_for(bench, (32, 512))
+    modes = (BF16, TRITON) if bench.cuda else (BF16,)
+    yield from bench.compare([step_work(bench, "bdh-25m", shape, mode) for mode in modes])
+    for mode in modes:
+        yield from profile(bench, mode.title, step_work(bench, "bdh-25m", shape, mode).build())
     step = step_work(bench, "bdh-25m", shape).build()
     sizes = ((4, 128), (1, 128), (2, 128), (8, 128), (4, 256), (4, 512))
     works = [
@@ -261,7 +205,6 @@ def kernels(bench: Bench) -> Iterator[Row]:
         for gigabytes, strip in (sizes[:1] if bench.tiny else sizes)
     ]
     yield from bench.compare(works)
-    yield from profile(bench, step)
 
 
 def with_sizes(step: Callable[[], object], buffers: int, strip: int) -> None:
@@ -272,8 +215,10 @@ def with_sizes(step: Callable[[], object], buffers: int, strip: int) -> None:
     tiling._GPU_BUFFERS, tiling._GPU_STRIP = before
 
 
-def profile(bench: Bench, step: Callable[[], object]) -> Iterator[Row]:
+def profile(bench: Bench, title: str, step: Callable[[], object]) -> Iterator[Row]:
     """The kernels that take the most time of a step; the whole table goes to the log."""
+    for _ in range(WARM_UP):
+        step()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -286,7 +231,7 @@ def profile(bench: Bench, step: Callable[[], object]) -> Iterator[Row]:
     print(events.table(sort_by=order, row_limit=40), file=sys.stderr)
     for event in sorted(events, key=lambda event: -getattr(event, order))[:10]:
         ms = getattr(event, order) / 1e3
-        yield Row(f"of a step: {event.key[:60]}", [ms], note=f"{event.count} calls")
+        yield Row(f"{title}: {event.key[:60]}", [ms], note=f"{event.count} calls")
 
 
 def transformers(bench: Bench) -> Iterator[Row]:
@@ -330,17 +275,18 @@ def nanogpt_work(bench: Bench, directory: Path, shape: Shape) -> Work:
 
 
 def precision(bench: Bench) -> Iterator[Row]:
-    """Ratios are to bf16."""
-    modes = [BF16, FP8_CURRENT, FP8_DELAYED, ENGINE_CURRENT, ENGINE_DELAYED]
-    modes += [ADAMW_8BIT, ADAMW_4BIT, late("nf4", 0.0)]
-    cases: list[tuple[ModelName, Shape]] = [("bdh-25m", (32, 512)), ("gpt2-124m", (12, 1024))]
-    for name, shape in cases:
-        shape = shape_for(bench, shape)
+    """Each format beside bf16; FP8 of all models before the rest."""
+    bdh_shape, gpt_shape = shape_for(bench, (32, 512)), shape_for(bench, (12, 1024))
+    rest = (BF16, FP8_DELAYED, ADAMW_8BIT, ADAMW_4BIT, late("nf4", 0.0), ENGINE_CURRENT)
+    cases: list[tuple[ModelName, Shape, tuple[Mode, ...]]] = [
+        ("bdh-25m", bdh_shape, (BF16, FP8_CURRENT)),
+        ("gpt2-124m", gpt_shape, (BF16, FP8_CURRENT)),
+        ("llama-1b", shape_for(bench, (4, 2048)), (BF16, FP8_CURRENT)),
+        ("bdh-25m", bdh_shape, rest),
+        ("gpt2-124m", gpt_shape, rest),
+    ]
+    for name, shape, modes in cases[:2] if bench.tiny else cases:
         yield from bench.compare([step_work(bench, name, shape, mode) for mode in modes])
-    if not bench.tiny:
-        yield from bench.compare(
-            [step_work(bench, "llama-1b", (4, 2048), mode) for mode in (BF16, FP8_CURRENT)]
-        )
 
 
 # Memory
@@ -426,7 +372,6 @@ def generating(
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "ceilings": ceilings,
     "bdh": bdh,
     "kernels": kernels,
     "transformers": transformers,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from config import Config, LowPrecisionConfig
 from data.preparation import stdlib_corpus
 from engine.compile import compile_model
+from engine.kernels import choose_kernels
 from engine.loss import count_targets, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
 from engine.precision.precision import DTYPES, Precision
@@ -36,6 +37,7 @@ class Mode:
     low: dict[str, Any] = field(default_factory=dict)
     fp8: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
+    system: dict[str, Any] = field(default_factory=dict)
     optimizers: Optimizers | None = None
 
     def config(self, shape: Sections) -> Config:
@@ -44,6 +46,7 @@ class Mode:
                 **shape,
                 "low_precision": {"use_4bit": False, **self.low},
                 "fp8": self.fp8,
+                "system": self.system,
                 "optimizer": {**shape.get("optimizer", {}), "name": self.optimizer},
             }
         )
@@ -57,6 +60,7 @@ KINDS = ("nf4", "fp4")
 HISTORY = 16
 DELAYED = {"recipe": "delayed", "amax_history_len": HISTORY}
 BF16 = Mode("bf16")
+TRITON = Mode("bf16, Triton kernels", system={"kernels": "triton"})
 FLOAT32 = Mode("float32").in_float32()
 FP8_CURRENT = Mode("fp8 native, current scaling", {"use_fp8": True}, {"backend": "native"})
 FP8_DELAYED = replace(
@@ -134,6 +138,7 @@ class Trainer:
         with device:
             self.model = build_model(self.config)
         self.precision.prepare(self.model, self.config.training.max_iters)
+        choose_kernels(self.model, self.config, device)
         four_bit = self.config.low_precision.use_4bit_optimizer
         decay = self.config.training.weight_decay
         self.optimizer = (

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import subprocess
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from bench.gpu import PARTS, Part, run
-from bench.gpu_report import CEILING, Report, Row, cells
+from bench.gpu_report import Report, Row, cells
 from tests.conftest import ROOT
 
 
@@ -24,22 +25,21 @@ def bash(*words: str) -> str:
 
 @pytest.mark.slow
 def test_the_tiny_bench_writes_a_page_its_rows_and_a_log(tmp_path: Path) -> None:
-    bash("--tiny", "--only", "ceilings,precision", "--out", os.fspath(tmp_path))
+    bash("--tiny", "--only", "precision", "--out", os.fspath(tmp_path))
     (page,) = tmp_path.glob("gpu-*-tiny.md")
     text, lines = page.read_text(), page.with_suffix(".jsonl").read_text().splitlines()
-    assert "## ceilings" in text and "## precision" in text and "torch " in text
+    assert "## precision" in text and "torch " in text
     assert f"cp {page.name} bench/results/" in text
     assert "ended with code" not in text and "Killed" not in text and "failed" not in text
     rows = [json.loads(line) for line in lines]
-    assert rows[1]["what"] == CEILING and len(rows[1]["values"]) >= 1
+    assert len(rows) == 4
     for row in rows:
-        assert f"| {row['what']} |" in text
-        assert row["values"] or row["note"].startswith("skipped: "), row
+        assert f"| {row['what']} |" in text and len(row["values"]) >= 1
     assert page.with_suffix(".log").exists() and len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_plan_says_what_there_is_no_time_for() -> None:
-    lines = bash("--plan", "--budget", "100").splitlines()
+    lines = bash("--plan", "--budget", "95").splitlines()
     assert [line.split()[0] for line in lines[1 : len(PARTS) + 1]] == [p.name for p in PARTS]
     first, second, last = PARTS[0], PARTS[1], PARTS[-1]
     assert f"{first.name:13} from   0 s, at most {first.limit_s:3} s" in lines[1]
@@ -48,8 +48,9 @@ def test_the_plan_says_what_there_is_no_time_for() -> None:
     assert "--nanogpt: not given" in lines[-2]
 
 
-def test_all_parts_fit_into_ten_minutes_but_for_the_last_ones() -> None:
-    assert sum(part.limit_s for part in PARTS[:-3]) <= 570
+def test_the_most_important_parts_fit_into_ten_minutes_at_their_slowest() -> None:
+    limits = list(accumulate(part.limit_s for part in PARTS))
+    assert limits[[part.name for part in PARTS].index("transformers")] <= 570
     assert all(0 < part.least_s <= part.limit_s for part in PARTS)
 
 
