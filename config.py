@@ -258,6 +258,9 @@ class LowPrecisionConfig(Section, section="low_precision", on_resume="explicit",
     compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "dtype of matrix products"
     )
+    residual_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "gpt, llama: of the residual stream", models=("gpt", "llama")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

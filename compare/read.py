@@ -215,6 +215,8 @@ def _precision(config: Mapping[str, Any], computed: str) -> str:
     low = {k.partition(".")[2]: v for k, v in config.items() if k.startswith("low_precision.")}
     computed = computed or as_str(low.get("compute_dtype"))
     parts = ["fp8" if low.get("use_fp8") is True else _SHORT_DTYPES.get(computed, computed)]
+    if low.get("residual_dtype") == "bfloat16":
+        parts.append("bf16 residual stream")
     if low.get("use_4bit") is True:
         adapters = " with LoRA" if low.get("lora_rank") is not None else ""
         parts.append(f"{as_str(low.get('quantization_type'))} weights{adapters}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from model.matmul import Linear, MatmulBackend, OperandId, ProjectionFactory
@@ -35,6 +36,9 @@ class LanguageModel(nn.Module):
     max_context: int | None = None
     """The longest context the model can take, in tokens; None: any."""
     n_layer: int
+    residual_dtype: torch.dtype | None = None
+    """What the residual stream of GPT and Llama is cast to, under autocast in the same dtype; None:
+    it has the embedding's. Norms compute in float32 in any case."""
     layers_share_weights = False
     """Whether all layers use the same weights. If not, each layer has at least one of its own."""
 

@@ -223,6 +223,11 @@ def _peak_bytes(stages: Sequence[Stage]) -> int:
     return max(0, peak - gradients)
 
 
+def _stream_bytes(model: Transformer) -> int:
+    """Returns the bytes of a number of the residual stream."""
+    return 4 if model.residual_dtype is None else model.residual_dtype.itemsize
+
+
 def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights: int) -> Stage:
     """What attention and MLP have in common: the stream and its gradient, norm and dropout."""
     D, size, rows = model.config.n_embd, step.dtype.itemsize, step.tokens
@@ -230,8 +235,9 @@ def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights:
     # Frozen 4-bit weights are dequantized for each product: one matrix at a time, half of these.
     dequantized = (4 + size % 4) * weights // 2 if model.frozen else 0
     dropped = size * rows * D if model.config.dropout else 0
-    saved = rows * (4 * D + norm_bytes + size * D) + dropped + cast
-    working = rows * D * (4 + size) + dropped + dequantized
+    stream = _stream_bytes(model) * D
+    saved = rows * (stream + norm_bytes + size * D) + dropped + cast
+    working = rows * (stream + size * D) + dropped + dequantized
     return Stage(saved, 4 * weights, size * weights, working)
 
 
@@ -280,12 +286,13 @@ def _head_stages(model: Transformer, step: StepShape, saved: SavedPerToken) -> l
     """Returns the stages of norm and logits, and of the loss, which is computed in float32."""
     D, V, size, rows = model.config.n_embd, model.vocab_size, step.dtype.itemsize, step.tokens
     cast = size * V * D if size < 4 else 0
-    kept = rows * (4 * D + saved.norm_bytes + size * D)
+    stream = _stream_bytes(model) * D
+    kept = rows * (stream + saved.norm_bytes + size * D)
     if chunk_count(rows, V) > 1:
         # The gradient for 1, and in the backward pass the one that is multiplied.
         scaled = 0 if model.frozen else 4 * V * D
         chunk = _loss_bytes(step, D, V) + cast + rows * D * size
-        return [Stage(kept, 4 * V * D, 4 * V * D, max(scaled + rows * D * (4 + size), chunk))]
+        return [Stage(kept, 4 * V * D, 4 * V * D, max(scaled + rows * (stream + size * D), chunk))]
     head = Stage(kept + cast, 4 * V * D, size * V * D, rows * (V + D) * size)
     return [head, Stage(4 * rows * V, 0, 0, _loss_bytes(step, D, V) - 4 * rows * V)]
 
@@ -295,9 +302,9 @@ def _embedding_stage(model: Transformer, step: StepShape) -> Stage:
     D, size, T = model.config.n_embd, step.dtype.itemsize, step.block
     by_sample = model.config.mask == "causal_document"
     masks = step.batch if by_sample else int(_keeps_scores(model, step))
-    stream, table = 4 * step.tokens * D, model.vocab_size * D
+    stream, table = _stream_bytes(model) * step.tokens * D, model.vocab_size * D
     kept = masks * T * T * size + (stream if model.config.dropout else 0)
-    working = 2 * stream
+    working = stream + 4 * step.tokens * D
     if model.tied:
         # The head's gradient waits for this one; where it is transposed, the sum is a third.
         working += 4 * table * (2 if size == 4 else 1)

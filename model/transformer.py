@@ -92,7 +92,8 @@ class Transformer(LanguageModel, ABC):
     ) -> Tensor:
         B, T = tokens.shape
         p = self.config.dropout if self.training else 0.0
-        x = dropout(self.embed(tokens, 0), p)  # (B, T, D)
+        x = self.embed(tokens, 0)  # (B, T, D)
+        x = dropout(x if self.residual_dtype is None else x.to(self.residual_dtype), p)
         mask = training_mask(self.config.attention, x, (B, T), documents, p, self.head_size)
         ctx = ForwardContext((B, T), mask, self.rope_table(0, T, x), p)
         x = x.flatten(0, 1)  # (R, D)

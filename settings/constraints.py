@@ -299,6 +299,14 @@ def _evaluating_once_needs_held_out_text(c: Any) -> str | None:
     return "{0} evaluates on held-out text, but {1} holds none out"
 
 
+@rule("low_precision.residual_dtype", "low_precision.compute_dtype")
+def _a_stream_in_bfloat16_goes_with_products_in_it(c: Any) -> str | None:
+    low = c.low_precision
+    if low.residual_dtype == "float32" or low.compute_dtype == "bfloat16":
+        return None
+    return "{0} needs matrix products in bfloat16, but {1}"
+
+
 @rule("low_precision.use_fp8", "low_precision.compute_dtype")
 def _fp8_is_used_beside_bfloat16(c: Any) -> str | None:
     if not c.low_precision.use_fp8 or c.low_precision.compute_dtype == "bfloat16":

@@ -5,6 +5,7 @@ The order: `Precision(...)` checks the device; `prepare` adds adapters, which fr
 then come the optimizer, saved state, the compiler and DDP.
 
     bfloat16, float16    autocast; master weights stay float32; float16 with a loss scaler
+    residual stream      of gpt and llama in bfloat16: cast after the embedding
     FP8                  products with hidden weights from 8-bit operands (fp8.py)
     4-bit weights        the last part of the run computes with rounded weights (weights_4bit.py)
     adapters             trained beside frozen 4-bit weights (lora.py)
@@ -108,6 +109,8 @@ class Precision:
         whether adapters quantize the model's weights; False if a checkpoint replaces them.
         """
         lines = []
+        if self.config.residual_dtype == "bfloat16":
+            lines.append(self._narrow_residual_stream(model))
         if apply_lora(model, self.config, init):
             lines.append(lora_description(model))
         elif self.config.use_4bit:
@@ -120,6 +123,12 @@ class Precision:
             if not self.fp8.compiles:
                 lines.append("fp8: delayed scaling of linear layers goes without torch.compile")
         return lines
+
+    def _narrow_residual_stream(self, model: LanguageModel) -> str:
+        if self.dtype is not torch.bfloat16:  # the sum of both types would be float32 again
+            return f"low_precision.residual_dtype=bfloat16: float32, as products are {self.name}"
+        model.residual_dtype = torch.bfloat16
+        return "Residual stream in bfloat16, norms in float32"
 
     def _fp8_description(self, fp8: Fp8Backend, model: LanguageModel) -> str:
         # By weights: BDH uses each of its weights in every layer. The one more is the head, which

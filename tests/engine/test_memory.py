@@ -74,6 +74,7 @@ def transformer(name: str, batch: int, block: int, **model: Any) -> dict[str, di
 
 FLOAT32 = {"low_precision": {"compute_dtype": "float32"}}
 FP8 = {"low_precision": {"use_fp8": True}}
+NARROW = {"low_precision": {"residual_dtype": "bfloat16"}}
 slow = pytest.mark.slow
 STEPS: list[Any] = [
     bdh(2, 256, n_layer=3, n_embd=128),
@@ -100,6 +101,8 @@ STEPS: list[Any] = [
     transformer("llama", 12, 64, n_layer=4, n_embd=128, d_ff=512),
     transformer("llama", 12, 64, n_layer=4, n_embd=128, d_ff=512, dropout=0.1) | FLOAT32,
     transformer("llama", 4, 256, n_embd=128, n_kv_head=2, mask="causal_document"),
+    transformer("gpt", 4, 256, n_layer=3, n_embd=128) | NARROW,
+    transformer("llama", 4, 256, n_layer=3, n_embd=128, dropout=0.1) | NARROW,
     pytest.param(transformer("llama", 1, 1024, n_kv_head=1, vocab_size=8192) | FLOAT32, marks=slow),
     pytest.param(bdh(2, 256, n_layer=3, n_embd=128) | FP8, marks=slow),
     pytest.param(

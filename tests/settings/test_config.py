@@ -36,7 +36,7 @@ from settings.values import check_value, to_text
 from tests.settings.conftest import ROOT, Ask, Complain, check, table
 
 OPTIONS = list(schema().options.values())
-OWNED = {option.name: option.models for option in OPTIONS if option.models}
+OWNED = {option.name: option.models for option in schema().in_section("model") if option.models}
 
 
 def test_the_reference_file_is_the_defaults_word_for_word() -> None:
@@ -134,6 +134,11 @@ dataset.name=owt dataset.train_data_path=a.bin
 dataset.val_data_path=a.bin
     dataset.val_data_path=a.bin needs a token file to train on, but
     dataset.train_data_path=null.
+low_precision.residual_dtype=bfloat16
+    low_precision.residual_dtype=bfloat16 is an option of gpt and llama, but model.name=bdh.
+low_precision.residual_dtype=bfloat16 low_precision.compute_dtype=float32 model.name=gpt
+    low_precision.residual_dtype=bfloat16 needs matrix products in bfloat16, but
+    low_precision.compute_dtype=float32.
 low_precision.use_fp8=true low_precision.compute_dtype=float16
     low_precision.use_fp8=true computes everything else in bfloat16, but
     low_precision.compute_dtype=float16.
