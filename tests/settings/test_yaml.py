@@ -81,7 +81,7 @@ VALUES = [  # section, line of the section, message
     ("model", "name: rnn", "expected one of bdh, gpt, llama, got 'rnn'. The default is bdh."),
     ("model", "mlp_bias: maybe", "expected true or false, got 'maybe'. The default is null."),
     ("dataloader", "num_workers: 5000", "must be in [0, 1024], got 5000."),
-    ("system", "compile: maybe", "expected true, false or auto, got 'maybe'."),
+    ("system", "compile: maybe", "expected true, false, auto or graphs, got 'maybe'."),
     ("system", "device: cuda0", "expected auto | cpu | cuda | cuda:N | mps, got 'cuda0'."),
 ]
 
