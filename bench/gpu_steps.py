@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from bench.precision_modes import (
     ENGINE_CURRENT,
     FP8_CURRENT,
     FP8_DELAYED,
+    RESIDUAL_BF16,
     TRITON,
     Mode,
     Sections,
@@ -36,7 +38,6 @@ from bench.precision_modes import (
 )
 from engine.hardware.cuda_graph import record_graph
 from engine.hardware.distributed import World
-from engine.loss import inputs_and_targets
 from engine.planning.memory import MemoryEstimator
 from model import build_model
 from model.bdh import BDH, tiling
@@ -73,7 +74,7 @@ def prediction(
 def bdh(bench: Bench) -> Iterator[Row]:
     reference = load(bench.reference) if bench.reference else None
     torch.manual_seed(1)
-    batch = inputs_and_targets(random_rows(bench, "bdh-25m", (2, 128)), bench.device)[:2]
+    batch = bdh_batch(bench, (2, 128))
     for kind in rivals(bench, reference):
         try:
             ((name, logits, loss, gradient),) = rounding(
@@ -97,6 +98,11 @@ def long(bench: Bench) -> Iterator[Row]:
             return
 
 
+def bdh_batch(bench: Bench, shape: Shape) -> tuple[Tensor, Tensor]:
+    rows = random_rows(bench, "bdh-25m", shape)
+    return rows[:, :-1], rows[:, 1:].contiguous()  # the reference views its targets
+
+
 def bdh_steps(bench: Bench, shape: Shape, dropout: float) -> Iterator[Row]:
     """Forward and backward, without an optimizer."""
     config = BF16.config(sections(bench, "bdh-25m", shape)).to_bdh_config()
@@ -104,12 +110,13 @@ def bdh_steps(bench: Bench, shape: Shape, dropout: float) -> Iterator[Row]:
     reference = load(bench.reference) if bench.reference else None
     torch.manual_seed(1)
     weights = BDH(config).to(bench.device)
-    batch = inputs_and_targets(random_rows(bench, "bdh-25m", shape), bench.device)[:2]
+    batch = bdh_batch(bench, shape)
     free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
     works = []
     for kind in rivals(bench, reference):
         needed = 0 if kind.ours else step_bytes(kind, config, *shape)
-        if kind.dtype is torch.float32 or (bench.cuda and needed > 0.9 * free):
+        in_float32 = kind.ours and kind.dtype is torch.float32
+        if in_float32 or (bench.cuda and needed > 0.9 * free):
             continue
         path: KernelPath = "triton" if kind.triton else "torch"
         works.append(
@@ -237,13 +244,14 @@ def profile(bench: Bench, title: str, step: Callable[[], object]) -> Iterator[Ro
 def transformers(bench: Bench) -> Iterator[Row]:
     for shape in ((12, 1024), (48, 1024)):
         shape = shape_for(bench, shape)
-        works = [step_work(bench, "gpt2-124m", shape)]
+        works = [step_work(bench, "gpt2-124m", shape, mode) for mode in (BF16, RESIDUAL_BF16)]
         if bench.nanogpt is not None:
             works.insert(0, nanogpt_work(bench, bench.nanogpt, shape))
         yield from bench.compare(works)
         if bench.tiny:
             return
-    yield from bench.compare([step_work(bench, "llama-1b", (4, 2048))])
+    modes = (BF16, RESIDUAL_BF16)
+    yield from bench.compare([step_work(bench, "llama-1b", (4, 2048), mode) for mode in modes])
 
 
 def nanogpt_work(bench: Bench, directory: Path, shape: Shape) -> Work:
@@ -311,12 +319,14 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def memory_row(bench: Bench, name: ModelName, shape: Shape, mode: Mode) -> Row:
+    gc.collect()  # what the models before have left in cycles
+    before = held(bench.device) if bench.cuda else 0
     trainer = compiled_trainer(bench, name, shape, mode)
     rows = random_rows(bench, name, shape)
     for _ in range(2):  # the first step compiles and makes the optimizer's state
         reset_peak(bench.device)
         trainer.step(rows)
-    peak = held(bench.device, peak=True)
+    peak = held(bench.device, peak=True) - before
     world = World(0, 1, bench.device)
     estimator = MemoryEstimator(
         trainer.config, trainer.model, trainer.precision, world, compiled=bench.cuda

@@ -60,6 +60,7 @@ KINDS = ("nf4", "fp4")
 HISTORY = 16
 DELAYED = {"recipe": "delayed", "amax_history_len": HISTORY}
 BF16 = Mode("bf16")
+RESIDUAL_BF16 = Mode("bf16, residual stream too", {"residual_dtype": "bfloat16"})
 TRITON = Mode("bf16, Triton kernels", system={"kernels": "triton"})
 FLOAT32 = Mode("float32").in_float32()
 FP8_CURRENT = Mode("fp8 native, current scaling", {"use_fp8": True}, {"backend": "native"})

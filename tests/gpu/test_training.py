@@ -21,6 +21,7 @@ MODELS = {
     "gpt": "name: gpt",
     "llama": "name: llama",
     "gpt, documents": "name: gpt, mask: causal_document",
+    "llama, documents": "name: llama, mask: causal_document",
     "bdh, documents": "name: bdh, mlp_internal_dim_multiplier: 8, mask: causal_document",
 }
 TINY = """
@@ -129,9 +130,12 @@ def test_a_step_that_is_not_finite_is_never_taken_and_names_its_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_formats_than_bfloat16_learn_too(runs: Runs, dtype: str) -> None:
-    assert runs.train("gpt", f"compute_dtype={dtype}", "compile=false") == 0
+@pytest.mark.parametrize("name", ["gpt", "llama, documents"])
+@pytest.mark.parametrize(
+    "option", ["compute_dtype=float32", "compute_dtype=float16", "residual_dtype=bfloat16"]
+)
+def test_runs_in_other_formats_learn(runs: Runs, name: str, option: str) -> None:
+    assert runs.train(name, option, "compile=false") == 0
     assert runs.losses()[-1] < runs.losses()[0]
 
 
