@@ -31,7 +31,7 @@ from engine.precision.fp8_native import NativeBackend
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
 from model.bdh.tiling import Tiling
-from model.bdh.triton.shapes import kept_layers, tiling_of
+from model.bdh.triton.shapes import tiling_of
 from model.memory import StepShape, activation_bytes, cached_bytes
 from model.transformer import Transformer
 
@@ -198,15 +198,18 @@ class _Sizes:
 def _bdh_step(model: BDH, batch: int, block: int, dtype: Format, casts: Casts = "current") -> Step:
     """casts: of FP8; only `epilogue` has products in 8 bits on the Triton path."""
     H, D, N = model.shape
-    tiling = Tiling.of((batch, block), model.shape, torch.bfloat16, on_cpu=False)
-    C = (tiling_of(block, model.shape) if model.triton else tiling).chunk
+    tokens, products = (batch, block), torch.bfloat16
+    tiling = Tiling.of(tokens, model.shape, products, on_cpu=False)
+    if model.triton:
+        tiling = tiling_of(tokens, model.shape, products)
+    C = tiling.chunk
     X = batch * math.ceil(block / C)
     sizes = _Sizes(X * C, D, H * N, H, C, X, block > C)
     step = Step(dtype, TRITON_S if model.triton else COMPILED_S)
     for layer in range(model.n_layer):
         if model.triton:
             _triton_forward(step, sizes)
-            _triton_backward(step, sizes, layer < kept_layers(int(sizes.wide)))
+            _triton_backward(step, sizes, layer < tiling.kept_layers)
         else:
             _torch_forward(step, sizes, casts)
             _torch_backward(step, sizes, casts)

@@ -21,7 +21,7 @@ import torch
 from model.attention import uses_math_on_cpu
 from model.bdh.model import BDH
 from model.bdh.tiling import Geometry, Tiling
-from model.bdh.triton.shapes import WIDE_BUFFERS, kept_layers, sequences_at_once, tiling_of
+from model.bdh.triton.shapes import WIDE_BUFFERS, tiling_of
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama, mlp_width
@@ -71,7 +71,7 @@ def cached_bytes(model: LanguageModel, step: StepShape) -> int:
 
 def _tiling(model: BDH, step: StepShape) -> Tiling:
     if model.triton:
-        return tiling_of(step.block, model.shape)
+        return tiling_of((step.batch, step.block), model.shape, step.dtype)
     return Tiling.of((step.batch, step.block), model.shape, step.dtype, step.on_cpu)
 
 
@@ -122,20 +122,23 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
 
 def _triton_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     """Returns what forward keeps, and what backward needs on top at the last layer."""
-    (H, D, N), size = model.shape, step.dtype.itemsize
-    tiling = _tiling(model, step)
-    sequence, C = tiling.padded(step.block), tiling.chunk
-    of_part = sequences_at_once(step.batch, sequence * H * N * size)
-    M, rows = step.batch * sequence, of_part * sequence  # of all sequences, of a part
+    (H, D, N), size, n_layer = model.shape, step.dtype.itemsize, model.n_layer
+    tiling, C = _tiling(model, step), _tiling(model, step).chunk
+    groups, sequence = tiling.sequence_groups(step.batch), tiling.padded(step.block)
+    M, rows = step.batch * sequence, groups[0].stop * sequence  # of all sequences, of a group
     packed = 3 * H * D * N * size
     saved = M * (2 * D * 4 + H * (C * size + D * size + 4))
-    wide = M * H * N * size
-    layers = min(model.n_layer, kept_layers(wide))  # that keep s and r
-    buffers = (WIDE_BUFFERS - 2 * (layers == model.n_layer)) * rows * H * N * size
+    layers = min(n_layer, tiling.kept_layers)  # that keep s and r
+    kept = 2 * layers * M * H * N * size
+
+    # If all layers keep s and r, backward has no buffers for them.
+    buffers = (WIDE_BUFFERS - 2 * (layers == n_layer)) * rows * H * N * size
     states = 2 * rows // C * H * N * D * size if sequence > C else 0
     # The gradient of a and its steps; the stream, the gradients of x and y, and their casts.
-    narrow = rows * H * (C * size + D * (3 * 4 + 2 * size)) + M * D * (4 * 4 + 2 * size)
-    return packed + model.n_layer * saved + 2 * layers * wide, buffers + states + narrow
+    narrow = rows * H * (C * size + D * (3 * 4 + 2 * size)) + rows * D * (4 * 4 + 2 * size)
+    if len(groups) > 1:  # the gradients of earlier groups
+        narrow += 3 * H * D * N * 4
+    return packed + n_layer * saved + kept, buffers + states + narrow
 
 
 def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:

@@ -105,10 +105,10 @@ def fused_layers(x: Tensor, weights: Weights, args: LayerStackArgs) -> Tensor:
     # On the device, where a CUDA graph draws another seed in each replay.
     seed = torch.randint(2**62, (), device=x.device) if args.dropout else None
     with torch.no_grad():
-        tiles = _cut(weights, args)
+        packed = _implementation(args).pack(weights, args)
 
     def layers(x: Tensor, args: LayerStackArgs) -> Tensor:
-        inputs = (x, *weights, args, seed, trained, tiles)
+        inputs = (x, *weights, args, seed, trained, packed)
         result: Tensor = _FusedLayers.apply(*inputs)  # type: ignore[no-untyped-call]
         return result
 
@@ -120,61 +120,115 @@ def fused_layers(x: Tensor, weights: Weights, args: LayerStackArgs) -> Tensor:
     return torch.cat([layers(x[g], args.of_sequences(g, x.shape[1])) for g in groups])
 
 
+def _implementation(args: LayerStackArgs) -> Any:
+    """Returns the class that computes layers: tile by tile, or by Triton kernels."""
+    if not args.triton:
+        return TiledLayers
+    from model.bdh.triton.layers import TritonLayers  # here, because Triton is optional
+
+    return TritonLayers
+
+
 class _FusedLayers(torch.autograd.Function):
+    """The stack of layers with its norms and residuals, around either implementation of a layer."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, args, seed, trained, tiles = rest
-        ws = Workspace(args, tiles, x.shape, seed)
-        stream = ws.geo.split(x.to(ws.sum_dtype))
-        saved: list[Tensor] = []
+        *weights, args, seed, trained, packed = rest
+        layers = _implementation(args)(args, packed, x.shape, seed)
+        stream = layers.geo.split(x.to(layers.sum_dtype))
+        saved: list[Tensor | None] = []
         for layer in range(args.n_layer):
-            y, of_heads = layer_forward(ws, stream, layer)
+            y, of_layer = layers.forward(stream, layer, trained)
             if trained:
-                saved += [stream, y, *(part for heads in of_heads for part in heads)]
-            stream = norm(stream + norm(y))
-            del y, of_heads
+                saved += [stream, y, *of_layer]
+            stream = _norm(stream + _norm(y))
+            del y, of_layer
         if saved:
             ctx.save_for_backward(*weights, *saved)
             ctx.args, ctx.seed, ctx.shape, ctx.dtype = args, seed, x.shape, x.dtype
-            ctx.tiles = tiles
-        return ws.geo.join(stream).to(x.dtype)
+            ctx.packed = packed
+        output: Tensor = layers.geo.join(stream).to(x.dtype)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         args: LayerStackArgs = ctx.args
         weights, saved = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
-        # Autograd frees only what it saved itself, so the tiles are freed here; with retain_graph
-        # a second backward pass cuts them anew.
-        tiles, ctx.tiles = ctx.tiles or _cut(weights, args), None
-        ws = Workspace(args, tiles, ctx.shape, ctx.seed)
-        gradients = WeightGradients(weights, ws.sum_dtype, args)
+        implementation = _implementation(args)
+        # Autograd frees only what it saved itself, so the packed weights are freed here; with
+        # retain_graph a second backward pass packs them anew.
+        packed, ctx.packed = ctx.packed or implementation.pack(weights, args), None
+        layers = implementation(args, packed, ctx.shape, ctx.seed)
+        gradients = layers.weight_gradients(weights)
         per_layer = len(saved) // args.n_layer
-        dstream = ws.geo.split(dx.to(ws.sum_dtype))
+        dstream = layers.geo.split(dx.to(layers.sum_dtype))
         for layer in reversed(range(args.n_layer)):
-            stream, y, *parts = saved[-per_layer:]
+            stream, y, *of_layer = saved[-per_layer:]
             del saved[-per_layer:]
-            of_heads = [SavedHeads(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
-            del parts
-            dsum = norm_backward(dstream, stream + norm(y))
-            dy = norm_backward(dsum, y)
-            layer_backward = LayerBackward(ws, stream, dy, layer, gradients)
-            dstream = layer_backward.run(of_heads).add_(dsum)
-            gradients.is_first_layer = False
-        dx = ws.geo.join(dstream).to(ctx.dtype)
+            dsum = _norm_backward(dstream, stream + _norm(y))
+            dy = _norm_backward(dsum, y)
+            dstream = layers.backward(stream, dy, layer, of_layer, gradients).add_(dsum)
+        dx = layers.geo.join(dstream).to(ctx.dtype)
         return dx, *gradients.cast_like(weights), None, None, None, None
 
 
-def _cut(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:
-    return list(pack(weights, args.rotation.cos.dtype, args.tiling.pairs, args.backend.weight))
+class TiledLayers:
+    """Layers of matmuls by a backend and elementwise operations, tile by tile.
+
+    `model.bdh.triton.layers.TritonLayers` has the same methods.
+    """
+
+    def __init__(
+        self,
+        args: LayerStackArgs,
+        tiles: list[TileWeights],
+        x_shape: torch.Size,
+        seed: Tensor | None,
+    ) -> None:
+        self._ws = Workspace(args, tiles, x_shape, seed)
+        self.geo, self.sum_dtype = self._ws.geo, self._ws.sum_dtype
+
+    @staticmethod
+    def pack(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:
+        """Returns the weights as `__init__` wants them; made once for all groups of sequences."""
+        dtype, backend = args.rotation.cos.dtype, args.backend
+        return list(pack(weights, dtype, args.tiling.pairs, backend.weight))
+
+    def forward(self, stream: Tensor, layer: int, trained: bool) -> tuple[Tensor, list[Tensor]]:
+        """Returns the layer's output before its norm and residual, (X, C, D), and what backward
+        needs; stream (X, C, D)."""
+        y, of_heads = layer_forward(self._ws, stream, layer)
+        return y, [part for heads in of_heads for part in heads]
+
+    def weight_gradients(self, weights: Sequence[Tensor]) -> WeightGradients:
+        """Returns empty sums, to which `backward` adds."""
+        return WeightGradients(weights, self.sum_dtype, self._ws.args)
+
+    def backward(
+        self,
+        stream: Tensor,
+        dy: Tensor,
+        layer: int,
+        saved: list[Tensor],
+        gradients: WeightGradients,
+    ) -> Tensor:
+        """Returns the gradient of the stream by way of the layer; dy is that of its output. Empties
+        `saved`."""
+        of_heads = [SavedHeads(*saved[i : i + 3]) for i in range(0, len(saved), 3)]
+        saved.clear()
+        dx = LayerBackward(self._ws, stream, dy, layer, gradients).run(of_heads)
+        gradients.is_first_layer = False
+        return dx
 
 
-def norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def norm_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Returns the gradient of x from the gradient of norm(x)."""
+def _norm_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient of x from the gradient of _norm(x)."""
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, None, None, LAYER_NORM_EPS)
     result: Tensor = torch.ops.aten.native_layer_norm_backward(

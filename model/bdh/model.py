@@ -122,7 +122,7 @@ class BDH(LanguageModel):
             return dense_layers(x, self.projections(weights), args)
         # Triton kernels neither continue states nor count, and have float32 sums.
         triton = self.triton and for_training and dtype != torch.float64
-        tiling = tiling_of(x.shape[1], self.shape) if triton else self._tiling(x, dtype)
+        tiling = tiling_of(x.shape[:2], self.shape, dtype) if triton else self._tiling(x, dtype)
         stack = LayerStackArgs(
             n_layer=self.n_layer,
             dropout=dropout,
@@ -133,12 +133,9 @@ class BDH(LanguageModel):
             documents=documents,
             states=states,
             active=active,
+            triton=triton,
         )
-        if triton:
-            from model.bdh.triton.layers import triton_layers as layers  # Triton is optional
-        else:
-            layers = fused_layers
-        result: Tensor = layers(x, weights, stack)
+        result: Tensor = fused_layers(x, weights, stack)
         return result
 
     def use_triton(self) -> str | None:

@@ -83,6 +83,8 @@ class Tiling:
     gradients_in_products: bool = False
     """Whether gradients of all neurons are added to those of other layers within the products, with
     one rounding less, instead of after them."""
+    kept_layers: int = 0
+    """The most layers that keep wide tensors for backward (Triton)."""
 
     def padded(self, length: int) -> int:
         """Returns the number of tokens rounded up to whole chunks."""

@@ -22,6 +22,8 @@ class LayerStackArgs:
     position; replaced by the sums rotated to the position after the last chunk. Without gradients.
     active: (n_layer, 2), to which the numbers of positive u and z are added.
     first_token: the number of tokens in the sequences of the batch that come before these.
+    triton: whether to compute by Triton kernels (`model.bdh.triton`), without states, active, ops
+    and backend.
     """
 
     n_layer: int
@@ -34,6 +36,7 @@ class LayerStackArgs:
     active: Tensor | None = None
     backend: MatmulBackend = field(default_factory=PlainMatmul)
     first_token: int = 0
+    triton: bool = False
 
     def of_sequences(self, rows: slice, length: int) -> LayerStackArgs:
         """Returns the arguments for some sequences of the batch, of this length."""

@@ -29,7 +29,7 @@ pytestmark = [
     *gpu_tests,
     pytest.mark.skipif(not (ON_CUDA or INTERPRETED), reason="needs CUDA or Triton's interpreter"),
 ]
-layers = pytest.importorskip("model.bdh.triton.layers", reason="needs Triton", exc_type=ImportError)
+pytest.importorskip("triton")
 
 NAMES = ("output", "x", "encoder", "encoder_v", "decoder")  # gradients but for the first
 
@@ -43,8 +43,8 @@ class Case:
     n_layer: int = 2
     documents: Tensor | None = None
     dropout: float = 0.0
-    wide_bytes: int = 2**34
-    kept_bytes: int = 2**33
+    sequences: int | None = None
+    kept_layers: int = 3
 
 
 SHORT = documents_of([10, 22, 16], [48])
@@ -58,8 +58,8 @@ CASES = {
     "padded blocks": Case((2, 41, 32, 2, 64), documents=SHORT[:, :41], dropout=0.25),
     "chunks": Case(LONG_SHAPE, 32),
     "chunks, documents, dropout": Case(LONG_SHAPE, 32, documents=LONG, dropout=0.25),
-    "s and r computed again": Case(LONG_SHAPE, 32, documents=LONG, dropout=0.25, kept_bytes=0),
-    "sequences one by one": Case(LONG_SHAPE, 32, documents=LONG, dropout=0.25, wide_bytes=0),
+    "s and r computed again": Case(LONG_SHAPE, 32, documents=LONG, dropout=0.25, kept_layers=1),
+    "sequences one by one": Case(LONG_SHAPE, 32, documents=LONG, dropout=0.25, sequences=1),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 BORDERS = CASES["chunks, documents, dropout"]
@@ -91,34 +91,31 @@ def outcome(function: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, T
     return dict(zip(NAMES, (output.detach(), *gradients), strict=True))
 
 
-def args_of(case: Case, products: torch.dtype) -> LayerStackArgs:
-    _, _, _, H, N = case.shape
+def args_of(case: Case, products: torch.dtype, triton: bool) -> LayerStackArgs:
+    H, N = case.shape[3:]
+    tiling = Tiling(case.chunk, H, N // 2, True, case.sequences, kept_layers=case.kept_layers)
     return LayerStackArgs(
         n_layer=case.n_layer,
         dropout=case.dropout,
         rotation=rotation(rope_frequencies(N), case.chunk, products, DEVICE),
-        tiling=Tiling(case.chunk, H, N // 2, True),
+        tiling=tiling,
         ops=EAGER,
         documents=None if case.documents is None else case.documents.to(DEVICE),
+        triton=triton,
     )
 
 
 def by_torch(case: Case, products: torch.dtype) -> dict[str, Tensor]:
+    args = args_of(case, products, triton=False)
     inputs = inputs_of(case, torch.promote_types(products, torch.float32))
     torch.manual_seed(3)
-    return outcome(lambda i: fused_layers(i[0], i[1:], args_of(case, products)), inputs)
+    return outcome(lambda i: fused_layers(i[0], i[1:], args), inputs)
 
 
-def by_kernels(
-    case: Case, monkeypatch: pytest.MonkeyPatch, products: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    monkeypatch.setattr(shapes, "WIDE_BYTES", case.wide_bytes)
-    monkeypatch.setattr(shapes, "KEPT_BYTES", case.kept_bytes)
+def by_kernels(case: Case, products: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    args = args_of(case, products, triton=True)
     torch.manual_seed(3)
-    args = args_of(case, products)
-    return outcome(
-        lambda i: layers.triton_layers(i[0], i[1:], args), inputs_of(case, torch.float32)
-    )
+    return outcome(lambda i: fused_layers(i[0], i[1:], args), inputs_of(case, torch.float32))
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
@@ -127,42 +124,36 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: f
 
 
 @each_case
-def test_values_and_gradients_equal_autograd_of_the_definition(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients_equal_autograd_of_the_definition(case: Case) -> None:
     case = replace(case, dropout=0.0)
     inputs = inputs_of(case, torch.float64)
     cpu = tuple(t.cpu() for t in inputs)
     expected = outcome(lambda i: reference(i, case.n_layer, case.documents), cpu)  # type: ignore[arg-type]
-    found = {name: value.cpu() for name, value in by_kernels(case, monkeypatch).items()}
+    found = {name: value.cpu() for name, value in by_kernels(case).items()}
     assert_close(found, expected, 1e-6)
 
 
 @each_case
-def test_dropout_keeps_what_it_keeps_in_the_other_path(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_keeps_what_it_keeps_in_the_other_path(case: Case) -> None:
     if not case.dropout:
         pytest.skip("without dropout")
     # Another mask would be wrong by as much as the values themselves.
     expected = by_torch(case, torch.float64)
     assert error(expected["output"], by_torch(replace(case, dropout=0.0), torch.float64)["output"])
-    assert_close(by_kernels(case, monkeypatch), expected, 1e-6)
+    assert_close(by_kernels(case), expected, 1e-6)
 
 
-def test_two_runs_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = (by_kernels(BORDERS, monkeypatch) for _ in range(2))
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    one, other = (by_kernels(BORDERS) for _ in range(2))
     assert [name for name in NAMES if not torch.equal(one[name], other[name])] == []
 
 
-def test_memory_that_is_kept_or_shared_changes_no_bit_of_a_sequence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Only sums over sequences, the gradients of weights, may be added in another order."""
-    expected = by_kernels(BORDERS, monkeypatch)
-    recomputed = by_kernels(replace(BORDERS, kept_bytes=0), monkeypatch)
+def test_memory_that_is_kept_or_shared_changes_no_bit_of_a_sequence() -> None:
+    """Only sums over sequences, the gradients of weights, are added in another order."""
+    expected = by_kernels(BORDERS)
+    recomputed = by_kernels(replace(BORDERS, kept_layers=1))
     assert [name for name in NAMES if not torch.equal(recomputed[name], expected[name])] == []
-    cut = by_kernels(replace(BORDERS, wide_bytes=0), monkeypatch)
+    cut = by_kernels(replace(BORDERS, sequences=1))
     for name in ("output", "x"):
         assert torch.equal(cut[name], expected[name])
 
@@ -170,13 +161,13 @@ def test_memory_that_is_kept_or_shared_changes_no_bit_of_a_sequence(
 def test_a_retained_graph_goes_backward_twice_alike() -> None:
     case = CASES["chunks"]
     variables = tuple(t.requires_grad_() for t in inputs_of(case, torch.float32))
-    args = args_of(case, torch.float32)
-    total = layers.triton_layers(variables[0], variables[1:], args).square().sum()
+    args = args_of(case, torch.float32, triton=True)
+    total = fused_layers(variables[0], variables[1:], args).square().sum()
     first = torch.autograd.grad(total, variables, retain_graph=True)
     second = torch.autograd.grad(total, variables)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with torch.inference_mode():
-        found = layers.triton_layers(variables[0], variables[1:], args).square().sum()
+        found = fused_layers(variables[0], variables[1:], args).square().sum()
     assert torch.equal(found, total)
 
 
@@ -227,11 +218,9 @@ def test_predicted_activations_are_near_the_measured(
     ],
     ids=str,
 )
-def test_16_bits_err_no_more_than_the_other_path(
-    case: Case, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_16_bits_err_no_more_than_the_other_path(case: Case, products: torch.dtype) -> None:
     expected, other = by_torch(case, torch.float64), by_torch(case, products)
-    found = by_kernels(case, monkeypatch, products)
+    found = by_kernels(case, products)
     for name in NAMES:
         limit = 1.2 * error(other[name], expected[name]) + 1e-3
         assert error(found[name], expected[name]) < limit, name

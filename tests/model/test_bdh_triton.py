@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.bdh.triton.shapes import sequences_at_once, tiling_of
+from model.bdh.triton.shapes import tiling_of
 from model.generate import Sampling, generate
 from tests.model.bdh_reference import small_bdh
 from tests.triton_kernels import (
@@ -25,16 +25,19 @@ from tests.triton_kernels import (
     width=st.sampled_from([64, 128, 256, 512]),
     batch=st.integers(1, 300),
 )
-def test_chunks_are_whole_blocks_and_parts_cover_the_batch(
+def test_chunks_are_whole_blocks_and_wide_tensors_fit_their_budget(
     length: int, width: int, batch: int
 ) -> None:
-    tiling = tiling_of(length, (4, width, 1024))
+    tiling = tiling_of((batch, length), (4, width, 8192), torch.bfloat16)
     assert tiling.chunk % (64 if length > 32 else 16) == 0
     assert tiling.chunk <= 2 * max(2 * width, 256)
     padding = tiling.padded(length) - length
     assert padding < 64 * max(1, 4 * length // width)  # less than two blocks in each chunk
-    at_once = sequences_at_once(batch, 2**30)
-    assert 1 <= at_once <= max(1, 2**34 // (5 * 2**30))
+    wide = tiling.padded(length) * 4 * 8192 * 2
+    groups = tiling.sequence_groups(batch)
+    assert groups[0].stop == 1 or 5 * groups[0].stop * wide <= 2**34
+    assert 2 * tiling.kept_layers * batch * wide <= 2**33
+    assert not (len(groups) > 1 and tiling.kept_layers)
 
 
 def test_what_is_not_training_needs_no_triton() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from model.bdh.tiling import Tiling
 
 WIDTHS = (64, 128, 256, 512)  # of the residual stream: attend holds whole rows of it
 WIDE_BUFFERS = 5  # s, r, z, dv and du, all alive in backward
 # Budgets do not depend on the memory of the GPU: sums, and so the losses of a resumed run, would.
-WIDE_BYTES = 2**34  # of these buffers: more sequences are taken in parts
+WIDE_BYTES = 2**34  # of these buffers: beyond it, sequences are taken in groups
 KEPT_BYTES = 2**33  # of s and r kept for backward: other layers compute them again, 1 product of 10
 
 
@@ -23,29 +27,20 @@ def misfit(shape: tuple[int, int, int]) -> str | None:
     return None
 
 
-def tiling_of(length: int, shape: tuple[int, int, int]) -> Tiling:
-    """Returns the tiling of sequences of so many tokens: chunks in whole blocks, all neurons."""
-    H, D, N = shape
+def tiling_of(tokens: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> Tiling:
+    """Returns the tiling for tokens (B, T) and encoders of this shape, (H, D, N): chunks of whole
+    blocks, all neurons in one tile."""
+    (batch, length), (H, D, N) = tokens, shape
     longest = _longest_chunk(D)
     if length > 2 * longest:  # as `Tiling.of` does
         chunk = min(longest, _round_up(-(-length // -(-length // longest)), 128))
     else:
         # Padding is computed like tokens, small blocks are slow: a compromise.
         chunk = _round_up(length, 64 if length > 32 else 16)
-    return Tiling(chunk, H, N // 2, True)
-
-
-def sequences_at_once(batch: int, wide_bytes: int) -> int:
-    """Returns how many sequences go through a layer together, in parts of nearly equal size.
-
-    wide_bytes: of a wide tensor of one sequence."""
-    fitting = max(1, WIDE_BYTES // (WIDE_BUFFERS * wide_bytes))
-    return -(-batch // -(-batch // fitting))
-
-
-def kept_layers(wide_bytes: int) -> int:
-    """Returns how many layers keep s and r for backward; wide_bytes: of one of the two."""
-    return KEPT_BYTES // (2 * wide_bytes)
+    wide = _round_up(length, chunk) * H * N * dtype.itemsize  # of one sequence
+    sequences = max(1, WIDE_BYTES // (WIDE_BUFFERS * wide))
+    kept = KEPT_BYTES // (2 * wide * batch) if batch <= sequences else 0
+    return Tiling(chunk, H, N // 2, True, sequences=sequences, kept_layers=kept)
 
 
 def _longest_chunk(width: int) -> int:
