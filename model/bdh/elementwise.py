@@ -134,14 +134,15 @@ def _scan_states(
     # (g, B) instead of S, some steps could join two dimensions where others could not.
     count = sums.shape[1]
     first, second = state.unbind(1)
-    states = [sums] * (2 * count)
+    before: dict[int, Halves] = {}
     for k in reversed(range(count)) if reverse else range(count):
-        states[2 * k : 2 * k + 2] = first.to(sums.dtype), second.to(sums.dtype)
+        before[k] = first, second
         if carries is not None:
             first, second = first * carries[k], second * carries[k]
         a, b = sums[:, k, 0] + first, sums[:, k, 1] + second
         first, second = a * cos + b * sin, b * cos - a * sin
-    return torch.stack(states, 1).view(sums.shape), torch.stack((first, second), 1)
+    halves = [half.to(sums.dtype) for k in range(count) for half in before[k]]
+    return torch.stack(halves, 1).view(sums.shape), torch.stack((first, second), 1)
 
 
 EAGER = ElementwiseOps(
