@@ -4,9 +4,9 @@
 products is needed as it is and transposed. torch's copy of an 8-bit transpose moves single bytes
 that are far apart. Here a block is read once, and written both ways from registers.
 
-The numbers are bit for bit those of `fp8_native.cast_with_scale` on Hopper; on Ada GPUs float32
-becomes e4m3 by way of float16, and may be rounded twice. No block depends on another one,
-and the maximum is taken over blocks in a second step: nothing is atomic, so runs are reproducible.
+The numbers are bit for bit those of `fp8_native.cast_with_scale` on Hopper; on Ada float32 becomes
+e4m3 by way of float16, and may be rounded twice. No block depends on another one, and the maximum
+is taken over blocks in a second step: nothing is atomic, so runs are reproducible.
 
 This file imports Triton, which comes with torch for CUDA: import it only for tensors on a GPU.
 Not measured on a GPU; docs/gpu-predictions.md says what it should save.
@@ -68,8 +68,7 @@ def cast_kernel(
 
 def amax_of(x: Tensor) -> Tensor:
     """Returns the largest absolute value of each matrix of x (g, M, K): (g,) in float32."""
-    amax = _launch(x, None, None)
-    return amax.amax(1)
+    return _launch(x, None, None).amax(1)
 
 
 def cast_both_layouts(
@@ -91,12 +90,17 @@ def _launch(x: Tensor, scale: Tensor | None, out: tuple[Tensor, Tensor] | None) 
     grid = triton.cdiv(K, BLOCK), triton.cdiv(M, BLOCK), g
     amax = torch.empty(g, grid[0] * grid[1], dtype=torch.int32, device=x.device)
     rows, columns = out or (None, None)
-    limit = 0.0 if rows is None else torch.finfo(rows.dtype).max
-    one_scale = scale is not None and scale.dim() == 0
     cast_kernel[grid](
-        *(x, scale, rows, columns, amax, M, K, *x.stride()),
-        LIMIT=limit,
-        ONE_SCALE=one_scale,
+        x,
+        scale,
+        rows,
+        columns,
+        amax,
+        M,
+        K,
+        *x.stride(),
+        LIMIT=0.0 if rows is None else torch.finfo(rows.dtype).max,
+        ONE_SCALE=scale is not None and scale.dim() == 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
