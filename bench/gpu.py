@@ -91,7 +91,7 @@ def plan(options: argparse.Namespace) -> None:
         when = f"from {began:3.0f} s, at most {limit:3.0f} s" if limit else f"left out: {reason}"
         print(f"  {part.name:13} {when}: {part.title}")
         began += limit
-    for flag in ("reference", "nanogpt", "text"):
+    for flag in ("reference", "nanogpt"):
         where = getattr(options, flag)
         print(f"  --{flag}: {where or 'not given, so that its rows are left out'}")
 
@@ -140,7 +140,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: tries the bench itself")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a clone of pathwaycom/bdh")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="trains BDH for `generate`")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # how a part is started
     parser.add_argument("--limit", type=float, default=600, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -6,7 +6,6 @@
 #   .whl/*.whl                            wheels to install for this call, such as bitsandbytes
 #   .ref/bdh/bdh.py                       the public reference of BDH
 #   .ref/nanogpt/model.py                 nanoGPT
-#   .ref/text.txt                         text to train on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -18,7 +17,6 @@ export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Kept between calls, so that a second one need not compile again.
 export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton
 export XDG_CACHE_HOME=$scratch/cache
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 if compgen -G ".whl/*.whl" >/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade \
@@ -27,5 +25,4 @@ fi
 given=()
 [ -f .ref/bdh/bdh.py ] && given+=(--reference .ref/bdh)
 [ -f .ref/nanogpt/model.py ] && given+=(--nanogpt .ref/nanogpt)
-[ -f .ref/text.txt ] && given+=(--text .ref/text.txt)
 exec "$python" -m bench.gpu ${OUT:+--out "$OUT"} "${given[@]}" "$@"
