@@ -1,5 +1,4 @@
-"""Micro-steps of `system.compile: graphs`. A CPU has no CUDA graph: a call that computes anew from
-the same fixed places stands in for a replay."""
+"""Micro-steps of `system.compile: graphs`. A CPU has no CUDA graph: recorded operators stand in."""
 
 from __future__ import annotations
 
@@ -13,21 +12,15 @@ from torch import Tensor
 
 from engine import graphed_step
 from engine.checkpoint.load import load_checkpoint
+from tests.recorded import record_operators
 from tests.runs import assert_equal, metrics, only_run, run_here
 
 STEPS = ["compute_dtype=float32", "max_iters=4", "test_freq=2", "log_freq=1", "checkpoint_freq=2"]
 
 
-def computed_anew(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """As `record_graph`: the results of all calls are one tensor."""
-    with torch.random.fork_rng([]):
-        result = function()
-    return lambda: result.copy_(function())
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed_step, "record_graph", computed_anew)
+    monkeypatch.setattr(graphed_step, "record_graph", record_operators)
     monkeypatch.setattr("engine.setup.build.check_graphs", lambda config, world: None)
     monkeypatch.setattr("engine.compile.compiler_for", lambda device: None)
 
@@ -55,6 +48,7 @@ def test_recorded_steps_train_as_others_do(
         assert metrics(only_run(folder)) == metrics(only_run(plain))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_runs_without_a_graph(
     tiny: list[str],
     tmp_path: Path,

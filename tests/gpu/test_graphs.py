@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,6 +21,7 @@ from model import LanguageModel, build_model
 from model.generate import RecordedDecoder, Sampling, generate
 from tests.gpu.devices import DEVICE, ON_CUDA, gpu_tests
 from tests.model.transformers import config
+from tests.recorded import record_operators
 
 pytestmark = gpu_tests
 TOKENS = 48
@@ -29,14 +29,7 @@ each_model = pytest.mark.parametrize("name", ["bdh", "gpt", "llama"])
 documents = partial(document_ids, separator=0)
 
 
-def computed_anew(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Stands in for `record_graph` where these tests are tried on a CPU."""
-    with torch.random.fork_rng([]):
-        result = function()
-    return lambda: result.copy_(function())
-
-
-record = record_graph if ON_CUDA else computed_anew
+record = record_graph if ON_CUDA else record_operators
 
 
 def model_of(name: str, **options: Any) -> LanguageModel:

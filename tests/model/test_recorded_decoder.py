@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from model import LanguageModel, build_model
 from model.generate import Decoder, RecordedDecoder, Sampling, generate
 from tests.model.transformers import BLOCK, config
+from tests.recorded import record_operators
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,14 +32,8 @@ def small(variant: str) -> LanguageModel:
     return model
 
 
-def computed_anew(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """As `record_graph`: writes what the step writes, and the results of all calls are one."""
-    result = step()
-    return lambda: result.copy_(step())
-
-
 def recorded(model: LanguageModel, samples: int, room: int) -> RecordedDecoder:
-    return RecordedDecoder(model, samples, room, CPU, computed_anew)
+    return RecordedDecoder(model, samples, room, CPU, record_operators)
 
 
 @EACH
