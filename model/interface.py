@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
         """Returns logits (B, T, V) of the next token at each position of tokens (B, T); with
-        targets (B, T) their cross-entropy in nats instead, summed, float32, ().
+        targets (B, T) their cross-entropy in nats instead, (): summed, in float32 at least.
 
         documents (B, T): a number per document; tokens attend within their own document only.
         Targets of `model.loss.IGNORED` add nothing. The loss is computed here and not by the
