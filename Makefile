@@ -10,12 +10,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # PyTorch's CPU wheels (pytorch.org, Get Started): make TORCH_INDEX=https://... demo
 TORCH_INDEX ?=
 
-.PHONY: help demo quick test check facts browser bench clean
+.PHONY: help demo quick test kernels check facts browser bench clean
 
 help:
 	@echo "make demo    install, train a small BDH for minutes, print a sample, write a report"
 	@echo "make quick   lint, types and the tests that take no processes or training: a minute or so"
 	@echo "make test    install, then lint, types and all tests"
+	@echo "make kernels Triton kernels without a GPU: interpreted, and compiled for several GPUs"
 	@echo "make check   lint and types only"
 	@echo "make facts   measures of the code: lines, functions, comments, import depth"
 	@echo "make bench   speed and memory against the physical limits (minutes)"
@@ -35,6 +36,15 @@ test: check browser
 
 quick: check
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not gpu"
+
+# In an environment of its own: Triton's interpreter needs an older numpy.
+kernels: $(VENV)-kernels/triton
+	$(VENV)-kernels/bin/python -m pytest tests/model/test_bdh_triton.py tests/precision/test_fp8_cast.py
+
+$(VENV)-kernels/triton: requirements.txt requirements-dev.txt requirements-gpu-dev.txt
+	$(MAKE) VENV=$(VENV)-kernels $(VENV)-kernels/dev
+	$(VENV)-kernels/bin/pip install --quiet --no-deps -r requirements-gpu-dev.txt
+	@touch $@
 
 facts: $(VENV)/bin/python
 	@$(BIN)/python -m bench.facts
@@ -66,7 +76,7 @@ ifneq ($(TEXT),)
 endif
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-kernels .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A venv that was made in part (Debian without python3-venv) would pass for a whole one.
 $(VENV)/bin/python:

@@ -89,6 +89,23 @@ def test_a_run_learns_and_resumes_where_it_was(
 
 @cuda_only
 @pytest.mark.slow
+def test_a_run_changes_to_triton_kernels_and_back(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, found = "bdh, documents", []
+    for kernels in ("torch", "triton"):
+        shutil.rmtree(runs.folder / "runs", ignore_errors=True)
+        assert runs.train(name, "dropout=0.1", "compile=false", f"kernels={kernels}") == 0
+        found.append(runs.losses())
+    assert "Kernels: Triton" in capsys.readouterr().out
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    middle = f"resume_from_checkpoint={runs.run / 'checkpoint_3.pt'}"
+    assert runs.train(name, "dropout=0.1", "compile=false", "kernels=torch", middle) == 0
+    assert runs.losses() == pytest.approx(found[0], rel=0.02)
+
+
+@cuda_only
+@pytest.mark.slow
 @each_model
 def test_recorded_steps_train_as_compiled_ones_do(
     runs: Runs, name: str, capsys: pytest.CaptureFixture[str]
