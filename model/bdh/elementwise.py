@@ -136,12 +136,12 @@ def _scan_states(
     first, second = state.unbind(1)
     before: dict[int, Halves] = {}
     for k in reversed(range(count)) if reverse else range(count):
-        before[k] = first, second
+        before[k] = first.to(sums.dtype), second.to(sums.dtype)
         if carries is not None:
             first, second = first * carries[k], second * carries[k]
         a, b = sums[:, k, 0] + first, sums[:, k, 1] + second
         first, second = a * cos + b * sin, b * cos - a * sin
-    halves = [half.to(sums.dtype) for k in range(count) for half in before[k]]
+    halves = [half for k in range(count) for half in before[k]]
     return torch.stack(halves, 1).view(sums.shape), torch.stack((first, second), 1)
 
 
