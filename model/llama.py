@@ -47,7 +47,10 @@ class RMSNorm(nn.Module):
         if x.is_cpu and not torch.compiler.is_compiling():
             y: Tensor = _NormOnCPU.apply(x, self.weight)  # type: ignore[no-untyped-call]  # torch
             return y
-        return F.rms_norm(x, self.weight.shape, self.weight, EPS)
+        # For two dtypes torch has no fused kernel, only the formula in many, and it warns.
+        exact = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.rms_norm(x.to(exact), self.weight.shape, self.weight.to(exact), EPS)
+        return y.to(x.dtype)
 
 
 class _NormOnCPU(torch.autograd.Function):

@@ -96,6 +96,12 @@ def test_the_norm_and_its_gradients_are_torchs_own(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+def test_the_norm_of_a_narrow_stream_takes_torchs_kernel() -> None:
+    """It is for one dtype. Torch warns of two, and warnings are errors here."""
+    stream = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
+    assert RMSNorm(8).to("meta")(stream).dtype == torch.bfloat16
+
+
 def test_the_angles_are_exact_under_autocast_and_at_a_million() -> None:
     torch.manual_seed(0)
     model = llama()
