@@ -259,7 +259,7 @@ class LowPrecisionConfig(Section, section="low_precision", on_resume="explicit",
         "bfloat16", "dtype of matrix products"
     )
     residual_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "gpt, llama: of the residual stream", models=("gpt", "llama")
+        "float32", "gpt, llama: dtype of the residual stream", models=("gpt", "llama")
     )
 
 
@@ -303,10 +303,10 @@ class SystemConfig(Section, section="system", on_resume="free", effect="results"
 
     device: str = option("auto", "auto: the fastest available", form=DEVICE)
     compile: bool | Literal["auto", "graphs"] = option(
-        "auto", "auto: where faster; graphs: CUDA graphs"
+        "auto", "torch.compile; graphs: CUDA graphs too"
     )
     kernels: Literal["auto", "torch", "triton"] = option(
-        "auto", "bdh on CUDA; auto: where measured"
+        "auto", "bdh on CUDA; auto: triton where timed"
     )
 
 

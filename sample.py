@@ -168,10 +168,9 @@ def write_samples(arguments: argparse.Namespace) -> None:
     context = model.max_context if asked == 0 else min(asked, model.max_context or asked)
     cache_bytes = model.cache_bytes(len(ids) + arguments.max_new_tokens)
     batch_size = max(1, min(_MAX_BATCH, _MAX_CACHE_BYTES // cache_bytes))
-    room = min(len(ids) + arguments.max_new_tokens, context or LARGEST)
-    on_cuda = device.type == "cuda"
+    max_length = min(len(ids) + arguments.max_new_tokens, context or LARGEST)
     autocast: AbstractContextManager[None] = contextlib.nullcontext()
-    if on_cuda:
+    if device.type == "cuda":
         from engine.precision.precision import round_linear_weights
 
         autocast = round_linear_weights(model, config.low_precision, device)
@@ -182,7 +181,9 @@ def write_samples(arguments: argparse.Namespace) -> None:
             # Each sample has a generator of its own, so it does not depend on its batch.
             seeds = [(arguments.seed + number) % (LARGEST + 1) for number in numbers]
             generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-            decoder = _recorded_decoder(model, len(numbers), room, device) if on_cuda else None
+            decoder = None
+            if device.type == "cuda":
+                decoder = _recorded_decoder(model, len(numbers), max_length, device)
             start = torch.tensor([ids], device=device)
             tokens = generate(model, start, sampling, generators, context, decoder)
             samples = []
@@ -198,11 +199,12 @@ def write_samples(arguments: argparse.Namespace) -> None:
 
 
 def _recorded_decoder(
-    model: LanguageModel, batch_size: int, room: int, device: torch.device
+    model: LanguageModel, batch_size: int, max_length: int, device: torch.device
 ) -> RecordedDecoder:
-    """Returns what launches all kernels of a token at once, as a CUDA graph.
+    """Returns a decoder that launches all kernels of a token at once, as a CUDA graph, or one by
+    one where they cannot be recorded.
 
-    room: the most tokens of a sample.
+    max_length: the most tokens of a sample.
     """
     from engine.hardware.cuda_graph import record_graph
     from model.generate import RecordedDecoder
@@ -212,10 +214,10 @@ def _recorded_decoder(
             return record_graph(step, device)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            print(f"note: no CUDA graph, so more time per token: {reason}", file=sys.stderr)
+            print(f"note: tokens are computed without a CUDA graph: {reason}", file=sys.stderr)
             return step
 
-    return RecordedDecoder(model, batch_size, room, device, record)
+    return RecordedDecoder(model, batch_size, max_length, device, record)
 
 
 def _load(

@@ -94,7 +94,7 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
         precision.unscale(optimizer)
         norm = gradient_norm(trainer.model)
         trainer.check_finite(step, world.all_reduce_sum(step_loss), norm)
-        # Without knowing the norm: gradients below the limit are then multiplied by 1.
+        # Where the norm is read late, clipping always runs: it multiplies small gradients by 1.
         if max_norm > 0.0 and (trainer.reads_late or step.grad_norm > max_norm):
             clip_gradients(trainer.model, norm, max_norm)
         rate = learning_rate(step.number, config, trainer.size.steps)

@@ -31,7 +31,7 @@ from engine.precision.fp8_native import NativeBackend
 from model import LanguageModel, build_model
 from model.bdh.model import BDH
 from model.bdh.tiling import Tiling
-from model.bdh.triton.shapes import tiling_of
+from model.bdh.triton.shapes import triton_tiling
 from model.memory import StepShape, activation_bytes, cached_bytes
 from model.transformer import Transformer
 
@@ -201,7 +201,7 @@ def _bdh_step(model: BDH, batch: int, block: int, dtype: Format, casts: Casts = 
     tokens, products = (batch, block), torch.bfloat16
     tiling = Tiling.of(tokens, model.shape, products, on_cpu=False)
     if model.triton:
-        tiling = tiling_of(tokens, model.shape, products)
+        tiling = triton_tiling(tokens, model.shape, products)
     C = tiling.chunk
     X = batch * math.ceil(block / C)
     sizes = _Sizes(X * C, D, H * N, H, C, X, block > C)

@@ -375,8 +375,8 @@ def generating(
         model = build_model(BF16.config(sections(bench, name, (1, 1024)))).eval()
         decoder = Decoder(model, 1)
         if recorded:
-            room = position + tokens * (WARM_UP + TURNS)
-            decoder = RecordedDecoder(model, 1, room, bench.device, record_graph)
+            max_length = position + tokens * (WARM_UP + TURNS)
+            decoder = RecordedDecoder(model, 1, max_length, bench.device, record_graph)
         token = decoder.prefill(torch.randint(256, (1, position))).argmax(-1, keepdim=True)
 
     @torch.inference_mode()

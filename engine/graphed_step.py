@@ -15,7 +15,7 @@ from model import LanguageModel
 
 
 def check_graphs(config: Config, world: World) -> None:
-    """Raises ConfigError where `system.compile: graphs` has no device or too many processes."""
+    """Raises ConfigError where `system.compile: graphs` meets no CUDA or several processes."""
     if config.system.compile != "graphs":
         return
     if world.device.type != "cuda":
@@ -33,8 +33,8 @@ def check_graphs(config: Config, world: World) -> None:
 class GraphedStep:
     """Forward, loss and backward of one micro-batch, recorded once.
 
-    Batches are copied to one place, and gradients add up in one place: `optimizer.zero_grad` may
-    drop them, since the first micro-batch of a step puts them back as zeros.
+    A graph reads its inputs and adds its gradients at fixed addresses. `optimizer.zero_grad` may
+    still set gradients to None: the first micro-batch of a step puts them back, as zeros.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GraphedStep:
         shape: tuple[int, int],
         document_ids: DocumentIds | None,
     ) -> None:
-        """shape: of the rows, (B, T + 1). Leaves no gradients."""
+        """shape: (B, T + 1) of a micro-batch. Gradients are None afterwards."""
         device = precision.device
         self._rows = torch.ones(shape, dtype=torch.long, device=device)
         self._step_targets = torch.ones((), device=device)
@@ -62,15 +62,16 @@ class GraphedStep:
         self._replay = record_graph(forward_backward, device)
         model.zero_grad(set_to_none=True)
         # The graph reads tables that modules have cached (rope). An evaluation of other lengths may
-        # drop them there, so they are held here as well.
+        # drop them there; these references keep their memory from being reused.
         found = (value for module in model.modules() for value in vars(module).values())
         self._caches = [value.copy() for value in found if isinstance(value, dict)]
 
     def __call__(self, rows: Tensor, step_targets: int, first: bool) -> Tensor:
-        """Adds the gradients of rows (B, T + 1); returns their part of the step's loss, which the
-        next call overwrites.
+        """Adds the gradients of rows (B, T + 1); returns their part of the step's loss, (), which
+        the next call overwrites.
 
-        step_targets: the tokens that the step's loss is the mean of. first: of the step's rows.
+        step_targets: tokens that the step's loss is the mean over. first: whether these are the
+        first rows of the step.
         """
         if first:
             self._start_step()
@@ -87,8 +88,8 @@ class GraphedStep:
 def graphed_step(
     model: LanguageModel, precision: Precision, config: Config, document_ids: DocumentIds | None
 ) -> tuple[GraphedStep | None, str]:
-    """Returns the recorded step where the config asks for it, None where it does not or recording
-    failed, and what happened in words."""
+    """Returns the recorded step, or None where the config asks for none or recording failed, and
+    words for the line that tells how the run computes."""
     if config.system.compile != "graphs":
         return None, ""
     shape = micro_batch(config), config.training.block_size + 1

@@ -1,4 +1,4 @@
-"""One optimizer step: its data, and its loss and gradient norm on their way to the host."""
+"""One optimizer step: its data, and its loss and gradient norm, which the host may read late."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data import StepBatch
 
 @dataclass
 class Step:
-    """What a step trains on, and what came of it."""
+    """The data of a step, and its loss and gradient norm once they are read."""
 
     number: int
     """Counted from 1."""
@@ -26,9 +26,9 @@ class Step:
     save_time_over: bool
     """Whether some process found that `training.save_every` seconds had passed."""
     began_s: float
-    """By `time.monotonic`, before the data was waited for."""
+    """`time.monotonic()` before the wait for data."""
     waited_s: float
-    """Seconds until the data was there."""
+    """Time waited for data."""
     loss: float = math.nan
     grad_norm: float = math.nan
     _values: Tensor | None = None
@@ -40,7 +40,7 @@ class Step:
         return self.batch.micro_batches
 
     def start_reading(self, values: Tensor) -> None:
-        """Starts to copy loss and gradient norm, values (2,), to the host; does not wait for it."""
+        """Starts to copy loss and gradient norm, values (2,), to the host without waiting."""
         if values.is_cuda:
             pinned = torch.empty_like(values, device="cpu", pin_memory=True)
             self._values = pinned.copy_(values, non_blocking=True)

@@ -62,12 +62,12 @@ class Trainer:
     stop_after: int | None = None
     """Steps after which the loop ends as if a stop had been requested; None: never."""
     found_inf: Tensor | None = None
-    """A flag () on the device, set by the first step that is not finite; the optimizer then changes
-    nothing any more. So the host may read loss and gradient norm one step late, and the device
-    never waits for it. None: the host reads them before it calls the optimizer."""
+    """A flag () on the device, set to 1 by the first step whose loss or gradient norm is not
+    finite; from then on the optimizer changes nothing. So the host may read both one step late, and
+    the device does not wait for it. None: the host reads them before it calls the optimizer."""
     _unread: Step | None = None
-    _grad_norm: float = math.nan  # of the last step that was counted
-    _counted_s: float = 0.0  # when it was
+    _grad_norm: float = math.nan  # of the last step whose values were counted
+    _counted_s: float = 0.0  # time.monotonic() when they were
     _overflows: int = 0
     _clock_s: float = field(default_factory=time.monotonic)  # when elapsed_s was last updated
 
@@ -79,15 +79,19 @@ class Trainer:
     def next_step(self, stop: StopRequest) -> Step | None:
         """Returns the next step with its data; None where some process was asked to stop.
 
-        What the processes have to agree on is exchanged here, in one message: all of them stop and
-        save after the same step.
+        The processes exchange here, in one message, all that they have to agree on, so that they
+        stop and save after the same step.
         """
         if self._reached_stop_after():
             return None
         began_s = time.monotonic()
         batch = None if stop else next(self.batches)
         waited_s = time.monotonic() - began_s
-        own = [0, 0, 0, 0] if batch is None else [1, *self._to_agree_on(batch)]
+        own = [0, 0, 0, 0]  # this process stops
+        if batch is not None:
+            ids = self.data.document_ids
+            own_targets = sum(count_targets(rows, ids) for rows in batch.micro_batches)
+            own = [1, own_targets, batch.epoch, int(self.saver.time_over)]
         goes_on, targets, epochs, save_times = zip(*self.world.all_gather(own), strict=True)
         if batch is None or not all(goes_on):
             stop.follow()
@@ -102,13 +106,8 @@ class Trainer:
             waited_s=waited_s,
         )
 
-    def _to_agree_on(self, batch: StepBatch) -> tuple[int, int, int]:
-        """Returns targets, epochs after the batch and whether it is time to save, here alone."""
-        targets = sum(count_targets(rows, self.data.document_ids) for rows in batch.micro_batches)
-        return targets, batch.epoch, int(self.saver.time_over)
-
     def should_stop(self, stop: StopRequest) -> bool:
-        """Returns whether to cut an evaluation short, since some process was asked to stop."""
+        """Returns whether to cut an evaluation short because some process was asked to stop."""
         # A finished run still makes its last evaluation.
         if self._reached_stop_after() and not self.state.finished(self.config.training):
             return True
@@ -174,11 +173,11 @@ class Trainer:
         if read is not None:
             self._count_values(read)
 
-    def settle(self) -> None:
-        """Reads the values of the last step if they are unread; raises NonFiniteError.
+    def read_last_step(self) -> None:
+        """Reads loss and gradient norm of the last step if still unread; raises NonFiniteError.
 
-        Called before a log line, an evaluation or a checkpoint, so that these hold every step done
-        and none that was left out.
+        Called before a log line, an evaluation or a checkpoint, so that these hold every step taken
+        and none that the optimizer skipped.
         """
         if self._unread is not None:
             self._read(self._unread)
@@ -186,12 +185,12 @@ class Trainer:
             self._count_values(read)
 
     def _count_values(self, step: Step) -> None:
-        """Takes a step that was read into the mean loss, the times and the live line."""
+        """Adds a step whose values were read to the mean loss, the times and the live line."""
         state, now = self.state, time.monotonic()
         state.loss_sum += step.loss
         state.loss_steps += 1
         self._grad_norm = step.grad_norm
-        # Of two steps that overlap, the second one's time begins when the first one was read.
+        # Read late, two steps overlap: the time of the second counts from the end of the first.
         seconds = now - max(step.began_s, self._counted_s)
         self._counted_s = now
         self.reporter.step(state, step.loss, seconds, step.waited_s)
@@ -202,7 +201,7 @@ class Trainer:
 
     def log(self, learning_rate: float) -> None:
         """Writes a line and a record of the steps since the last one."""
-        self.settle()
+        self.read_last_step()
         self._update_elapsed()
         self.reporter.log(self.state, learning_rate, self._grad_norm)
 
@@ -210,7 +209,7 @@ class Trainer:
         """Evaluates on the fixed rows of both splits. A stop cuts it short; a resume makes up for
         it. An error here (memory runs out, say) must not cost the steps done: they are saved first.
         """
-        self.settle()
+        self.read_last_step()
         console.info(RULE, f"Evaluating at iteration {self.state.step}...")
         self.reporter.live.tell("evaluating")
         try:
@@ -225,7 +224,7 @@ class Trainer:
 
     def save(self, final: bool = False) -> None:
         """Saves a checkpoint unless this step has one; see `CheckpointSaver.save` for failures."""
-        self.settle()
+        self.read_last_step()
         if not self.saver.needed(self.state):
             return
         self.reporter.live.tell("saving")
@@ -275,7 +274,7 @@ class Trainer:
         Single-process only: other ranks would not join the gather, so the last checkpoint remains
         the newest. Raises NonFiniteError where the last step was not taken.
         """
-        self.settle()
+        self.read_last_step()
         unsaved = self.state.step > self.saver.saved_step
         if self.world.size == 1 and unsaved and not self.optimizer_step_in_progress:
             with contextlib.suppress(UserError, OSError):  # the first error is the one to report

@@ -100,10 +100,10 @@ def decoding_mask(kind: str, x: Tensor, tokens: int, seen: int) -> AttentionMask
     return AttentionMask(kernel, is_causal=False, bias=causal_bias(tokens, seen, x))
 
 
-def decoding_mask_at(kind: str, x: Tensor, position: Tensor, room: int) -> AttentionMask:
-    """Returns the mask of one token at a position () on the device, in a cache with `room`."""
-    hidden = torch.arange(room, device=x.device) > position
-    bias = x.new_zeros(1, room, dtype=matmul_dtype(x)).masked_fill(hidden, -torch.inf)
+def decoding_mask_at(kind: str, x: Tensor, position: Tensor, max_length: int) -> AttentionMask:
+    """Returns the mask of one token at a position () on the device, in a cache of this length."""
+    hidden = torch.arange(max_length, device=x.device) > position
+    bias = x.new_zeros(1, max_length, dtype=matmul_dtype(x)).masked_fill(hidden, -torch.inf)
     return AttentionMask("math" if kind == "math" else "sdpa", is_causal=False, bias=bias)
 
 
@@ -201,9 +201,9 @@ class KVCache:
     Appending copies the new tokens only, except when the capacity doubles.
     """
 
-    def __init__(self, limit: int | None, room: int | None = None) -> None:
+    def __init__(self, limit: int | None, max_length: int | None = None) -> None:
         self.limit = limit  # the most tokens there can be; None: any number
-        self.room = room  # tokens to have room for from the start; None: the cache grows
+        self.max_length = max_length  # tokens to allocate at first; None: the cache grows
         self.length = 0
         self.keys: Tensor | None = None  # (B, K, capacity, d), in the dtype of the first ones
         self.values: Tensor | None = None
@@ -220,7 +220,7 @@ class KVCache:
 
     def write(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v (B, K, 1, d) of one token at a position () on the device; returns the keys
-        and values of the whole room, which is allocated already, (B, K, room, d)."""
+        and values of the whole cache, filled or not, (B, K, max_length, d)."""
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, position.view(1), k.to(self.keys.dtype))
         self.values.index_copy_(2, position.view(1), v.to(self.values.dtype))
@@ -228,9 +228,9 @@ class KVCache:
 
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         B, K, _, d = like.shape
-        if self.room is not None:  # zeros: `write` returns what is not filled yet too
-            assert old is None and self.length <= self.room, "the room of a cache is full"
-            return like.new_zeros(B, K, self.room, d)
+        if self.max_length is not None:  # zeros: `write` returns what is not filled yet too
+            assert old is None and self.length <= self.max_length, "the cache is full"
+            return like.new_zeros(B, K, self.max_length, d)
         larger = like.new_empty(B, K, capacity(self.length, self.limit), d)
         if old is not None:
             larger.narrow(2, 0, old.shape[2]).copy_(old)

@@ -39,22 +39,22 @@ class Decoder:
 
 
 class RecordedDecoder(Decoder):
-    """Feeds tokens to a model by one recorded step, in a cache that does not move or grow."""
+    """Feeds tokens to a model by a recorded step, with a cache of fixed size and address."""
 
     @torch.inference_mode()
     def __init__(
         self,
         model: LanguageModel,
         batch_size: int,
-        room: int,
+        max_length: int,
         device: torch.device,
         record: Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]],
     ) -> None:
-        """room: the most tokens of a sample. record: returns what does again what a function does,
-        such as `engine.hardware.cuda_graph.record_graph`."""
+        """max_length: the most tokens of a sample. record: returns a function that repeats the work
+        of the one it is given, e.g. `engine.hardware.cuda_graph.record_graph`."""
         super().__init__(model, batch_size)
-        self.room, self.length = room, 0
-        self.cache = model.init_cache(batch_size, room)
+        self.max_length, self.length = max_length, 0
+        self.cache = model.init_cache(batch_size, max_length)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self._position = torch.zeros((), dtype=torch.long, device=device)
         model.prefill_or_decode(self._tokens, self.cache)  # allocates the cache
@@ -69,8 +69,9 @@ class RecordedDecoder(Decoder):
         return self.model.prefill_or_decode(tokens, self.cache)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """As of `Decoder`; the next call overwrites what it returns."""
-        assert self.length < self.room, "the room of the cache is full"
+        """Appends tokens (B, 1); returns the logits after them, (B, V), which the next call
+        overwrites."""
+        assert self.length < self.max_length, "the cache is full"
         self._tokens.copy_(tokens)
         self._position.fill_(self.length)
         self.length += 1
@@ -89,8 +90,8 @@ def generate(
     """Yields the next token of each sample, (B,), endlessly, after a prompt (1, T >= 1).
 
     There is one sample for each generator, and it does not depend on the others. context: the most
-    tokens the model sees; None: all, or `model.max_context`. decoder: of this model and of as many
-    samples; None: a new one.
+    tokens the model sees; None: all, or `model.max_context`. decoder: one made for this model and
+    number of samples; None: a new `Decoder`.
     """
     if model.max_context is not None:
         context = min(context or model.max_context, model.max_context)

@@ -37,8 +37,8 @@ class LanguageModel(nn.Module):
     """The longest context the model can take, in tokens; None: any."""
     n_layer: int
     residual_dtype: torch.dtype | None = None
-    """What the residual stream of GPT and Llama is cast to, under autocast in the same dtype; None:
-    it has the embedding's. Norms compute in float32 in any case."""
+    """dtype of the residual stream of GPT and Llama, the same as autocast's; None: that of the
+    embedding. Norms compute in float32 either way."""
     layers_share_weights = False
     """Whether all layers use the same weights. If not, each layer has at least one of its own."""
 
@@ -51,15 +51,15 @@ class LanguageModel(nn.Module):
     their own (Transformer Engine, for BDH); None: not used."""
 
     def use_triton(self) -> str | None:
-        """Computes fused layers by Triton kernels from now on; returns why not where they do not
-        take the model's shapes. Only for models with a `matmul_backend`, on CUDA."""
+        """Switches fused layers to Triton kernels. Returns None, or the reason if they do not take
+        the model's shapes. Only for models with a `matmul_backend`, on CUDA."""
         raise NotImplementedError
 
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
         """Returns logits (B, T, V) of the next token at each position of tokens (B, T); with
-        targets (B, T) their cross-entropy in nats instead, (): summed, in float32 at least.
+        targets (B, T), their summed cross-entropy () in nats instead, in float32 at least.
 
         documents (B, T): a number per document; tokens attend within their own document only.
         Targets of `model.loss.IGNORED` add nothing. The loss is computed here and not by the
@@ -96,16 +96,16 @@ class LanguageModel(nn.Module):
             for operand in "xwg"  # activation, weight, gradient of the output
         }
 
-    def init_cache(self, batch_size: int, room: int | None = None) -> Any:
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> Any:
         """Returns an empty cache for this many samples, for the model's own methods only.
 
-        room: the most tokens there will be; the first ones allocate all of it, as `decode_at`
-        needs it. None: the cache grows.
+        max_length: tokens that the first call allocates memory for, as `decode_at` needs it. None:
+        the cache grows.
         """
         raise NotImplementedError
 
     def clear_cache(self, cache: Any) -> None:
-        """Empties a cache in its own memory."""
+        """Empties a cache without allocating it anew."""
         raise NotImplementedError
 
     def prefill_or_decode(self, tokens: Tensor, cache: Any) -> Tensor:
@@ -119,9 +119,9 @@ class LanguageModel(nn.Module):
         """Writes one token of each sample, (B, 1), to its place in the cache; returns the logits
         after it, (B, V).
 
-        position: the number of tokens before it, () int64 on the device. All calls do the same work
-        at the same addresses, wherever the position is, so that one can be recorded as a CUDA
-        graph. `prefill_or_decode` begins anew after it, with a cleared cache.
+        position: the number of tokens before it, () int64 on the device. Every call does the same
+        work at the same addresses, so that one can be recorded as a CUDA graph. After it,
+        `prefill_or_decode` needs a cleared cache.
         """
         raise NotImplementedError
 

@@ -1,10 +1,10 @@
 """The training loss: cross-entropy of the next token, as a sum over tokens.
 
 Logits are by far the largest tensor of a model with a large vocabulary: 64 x 1024 tokens of GPT-2
-have 3.3 billion. Beyond `CHUNK_LOGITS` head and loss are computed for some rows after the other,
-and the gradients of each chunk while its logits exist, so that nothing is computed twice.
+have 3.3 billion. Beyond `CHUNK_LOGITS`, head and loss are computed for a chunk of rows at a time,
+and so are the gradients, while the chunk's logits exist: nothing is kept or computed twice.
 
-R rows, one for each token, D = n_embd, V vocabulary
+R rows, one per token; D = n_embd, V vocabulary
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from model.attention import matmul_dtype
 IGNORED = -100  # a target that adds nothing to the loss
 
 # The most logits that exist at once: 256 MiB in bfloat16. Each chunk adds a product to the head's
-# gradient, (V, D) in float32, so chunks of few rows would mostly wait for memory: these have 2,668
-# rows of GPT-2's vocabulary. Small models stay below, and compute the loss in one piece.
+# gradient, (V, D) in float32, so chunks of few rows would mostly wait for memory (reasoned): these
+# have 2,668 rows of GPT-2's vocabulary. Small models stay below and compute the loss in one piece.
 CHUNK_LOGITS = 1 << 27
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the summed cross-entropy in nats of logits (R, V) against targets (R,), ();
-    computed in float32 at least."""
+    """Returns the summed cross-entropy () in nats of logits (R, V) against targets (R,), in float32
+    at least."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(exact, targets, ignore_index=IGNORED, reduction="sum")
 
 
 def chunk_count(rows: int, vocabulary: int) -> int:
-    """Returns in how many chunks of rows `head_loss` computes; 1: whole, by plain autograd."""
+    """Returns into how many chunks `head_loss` cuts the rows; 1: plain autograd."""
     return max(1, -(-rows * vocabulary // CHUNK_LOGITS))
 
 
@@ -57,8 +57,8 @@ def head_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -
 class _ChunkedHeadLoss(torch.autograd.Function):
     """`head_loss` in chunks of rows.
 
-    The loss is a sum, so one number is all that its gradients still depend on in the backward
-    pass: they are computed for 1 in the forward pass, and multiplied later.
+    The loss is a number, and its gradients are proportional to the number that backward receives:
+    forward computes them for 1, and backward multiplies.
     """
 
     @staticmethod
@@ -76,8 +76,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             rows, kept = rows.to(dtype), (wanted != IGNORED).to(dtype)
             loss, dlogits = _loss_and_gradient(F.linear(rows, w, b), wanted)
             losses.append(loss)
-            # Rows without a target are left out of the products, which costs less than a pass
-            # over the logits.
+            # Rows without a target are zeroed in the products' narrow operand or result, which
+            # costs less than a pass over the logits.
             if needs_x:
                 dx.append((dlogits @ w).mul_(kept.unsqueeze(1)))
             if dw is not None:
@@ -101,14 +101,14 @@ class _ChunkedHeadLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the loss of a chunk, (), and the gradient of its logits, in their dtype; that of rows
-    without a target has no meaning."""
+    """Returns the loss of a chunk, (), and the gradient of its logits (R, V), in their dtype; rows
+    without a target hold no meaningful gradient."""
     exact = torch.promote_types(logits.dtype, torch.float32)
-    p = logits.log_softmax(-1, dtype=exact)
-    loss = F.nll_loss(p, targets, ignore_index=IGNORED, reduction="sum")
-    p = p.exp_()
+    log_p = logits.log_softmax(-1, dtype=exact)
+    loss = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="sum")
+    p = log_p.exp_()
     targets = targets.clamp(min=0).unsqueeze(1)
-    if torch.compiler.is_compiling():  # which fuses a comparison, but not writes to single places
+    if torch.compiler.is_compiling():  # the compiler fuses a comparison, but not a scatter
         p = p - (torch.arange(p.shape[1], device=p.device) == targets).to(exact)
     else:
         p.scatter_add_(1, targets, p.new_full((), -1.0).expand_as(targets))

@@ -21,7 +21,7 @@ import torch
 from model.attention import uses_math_on_cpu
 from model.bdh.model import BDH
 from model.bdh.tiling import Geometry, Tiling
-from model.bdh.triton.shapes import WIDE_BUFFERS, tiling_of
+from model.bdh.triton.shapes import WIDE_BUFFERS, triton_tiling
 from model.gpt import GPT
 from model.interface import LanguageModel
 from model.llama import Llama, mlp_width
@@ -71,7 +71,7 @@ def cached_bytes(model: LanguageModel, step: StepShape) -> int:
 
 def _tiling(model: BDH, step: StepShape) -> Tiling:
     if model.triton:
-        return tiling_of((step.batch, step.block), model.shape, step.dtype)
+        return triton_tiling((step.batch, step.block), model.shape, step.dtype)
     return Tiling.of((step.batch, step.block), model.shape, step.dtype, step.on_cpu)
 
 

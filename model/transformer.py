@@ -41,7 +41,7 @@ class ForwardContext:
     rope_table: Tensor | None = None
     dropout: float = 0.0
     caches: list[KVCache] | None = None
-    position: Tensor | None = None  # of the one token, () on the device; None: after the last one
+    position: Tensor | None = None  # () on the device, of the token of `decode_at`
 
     def all_keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that a layer attends to: k and v (B, K, T, d) in training,
@@ -77,7 +77,7 @@ class Transformer(LanguageModel, ABC):
 
     @abstractmethod
     def final_norm(self, x: Tensor) -> Tensor:
-        """Returns what the head is given for x (R, D)."""
+        """Returns the input of the head, (R, D), from x (R, D) after the last block."""
 
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor | None:
         """Returns cosines and sines of positions begin .. end - 1; None without rope."""
@@ -93,7 +93,7 @@ class Transformer(LanguageModel, ABC):
         B, T = tokens.shape
         p = self.config.dropout if self.training else 0.0
         x = self.embed(tokens, 0)  # (B, T, D)
-        x = dropout(x if self.residual_dtype is None else x.to(self.residual_dtype), p)
+        x = dropout(x.to(self.residual_dtype or x.dtype), p)
         mask = training_mask(self.config.attention, x, (B, T), documents, p, self.head_size)
         ctx = ForwardContext((B, T), mask, self.rope_table(0, T, x), p)
         x = x.flatten(0, 1)  # (R, D)
@@ -111,9 +111,9 @@ class Transformer(LanguageModel, ABC):
         kept = 2 * self.config.n_layer * self.n_kv_head * self.head_size * room
         return kept * next(self.parameters()).element_size()
 
-    def init_cache(self, batch_size: int, room: int | None = None) -> list[KVCache]:
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> list[KVCache]:
         """Returns empty caches, one per layer; the first tokens allocate them."""
-        return [KVCache(self.max_context, room) for _ in range(self.config.n_layer)]
+        return [KVCache(self.max_context, max_length) for _ in range(self.config.n_layer)]
 
     def clear_cache(self, cache: list[KVCache]) -> None:
         for layer in cache:
@@ -133,11 +133,11 @@ class Transformer(LanguageModel, ABC):
 
     @torch.no_grad()
     def decode_at(self, tokens: Tensor, cache: list[KVCache], position: Tensor) -> Tensor:
-        room = cache[0].room
-        assert room is not None
+        max_length = cache[0].max_length
+        assert max_length is not None
         x = self.embed(tokens, position)
-        mask = decoding_mask_at(self.config.attention, x, position, room)
-        table = self.rope_table(0, room, x)
+        mask = decoding_mask_at(self.config.attention, x, position, max_length)
+        table = self.rope_table(0, max_length, x)
         table = None if table is None else table.index_select(1, position.view(1))
         ctx = ForwardContext((len(tokens), 1), mask, table, caches=cache, position=position)
         x = x.flatten(0, 1)

@@ -1,11 +1,11 @@
 """CUDA graphs: work whose kernels are recorded once and launched together.
 
-Launching a kernel costs the CPU some microseconds. Work of hundreds of kernels that take less than
-that leaves the GPU waiting for the CPU, unless all of them are launched by one call.
+Launching a kernel costs the CPU some microseconds. Hundreds of kernels that are shorter than that
+leave the GPU waiting for the CPU, unless one call launches all of them.
 
-A replay knows nothing of Python: kernels run with the addresses, shapes and numbers that they were
-recorded with. So inputs are copied to where the recorded ones were, results appear where they did,
-and nothing that a kernel reads may have been freed. Random numbers are fresh in every replay.
+A replay runs no Python: kernels get the addresses, shapes and scalars that they were recorded with.
+So inputs are copied into the recorded tensors, results appear in the recorded tensors, and nothing
+that a kernel reads may be freed. Random numbers are drawn anew in every replay.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _WARM_UP = 3  # calls before recording: they compile, and libraries make their w
 
 
 def record_graph(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Records what `function` computes on a CUDA device; returns what does it again, and returns
-    the same tensor each time with new numbers in it.
+    """Records the kernels of `function` on a CUDA device; returns a function that replays them and
+    returns the recorded result, overwritten.
 
-    `function` is called a few times, and what it writes is written. Random generators are put back.
-    Raises RuntimeError where it does what cannot be recorded, such as waiting for the device.
+    `function` runs a few times first, and what it writes then stays; random generators are put
+    back. Raises RuntimeError where it does what cannot be recorded, such as waiting for the device.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
     stream.wait_stream(torch.cuda.current_stream(device))

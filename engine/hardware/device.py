@@ -35,7 +35,8 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 4090 Laptop": {},
 }
 
-_UNTIL_EXIT = ExitStack()  # settings of torch that end with the process
+# Holds contexts of torch open until the process ends: one that is freed undoes its setting.
+_UNTIL_EXIT = ExitStack()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -89,8 +90,8 @@ def prepare_device(device: torch.device) -> None:
 def _prefer_cudnn_attention() -> None:
     """Makes cuDNN's attention the first choice of this process, where it takes the operands.
 
-    torch prefers FlashAttention-2, which was written for Ampere and leaves much of a Hopper GPU
-    idle. The order is asked for when a kernel is chosen, in compiled code when it is compiled.
+    torch prefers FlashAttention-2, which was written for Ampere and does not use all of what Hopper
+    offers (reasoned, not measured). Compiled code keeps the choice made when it was compiled.
     """
     order = (
         SDPBackend.CUDNN_ATTENTION,
@@ -102,9 +103,8 @@ def _prefer_cudnn_attention() -> None:
 
 
 def cuda_versions(device: torch.device) -> dict[str, str | int | None]:
-    """Returns what computes on a CUDA device beside torch, for environment.json; empty for others.
-
-    None stands for what is not there or cannot be found out.
+    """Returns compute capability and versions of driver and libraries, for environment.json; empty
+    for other devices than CUDA. None: not there, or unknown.
     """
     if device.type != "cuda":
         return {}

@@ -87,7 +87,7 @@ class World:
         return bool(self.all_reduce_max(torch.tensor(flag, dtype=torch.uint8)))
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Returns the `numbers` of each process, as many from all, by rank."""
+        """Returns the `numbers` of each process, by rank; all give equally many."""
         if self.size == 1:
             return [list(numbers)]
         own = torch.tensor(numbers)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
-# Of memory that runs out, where torch raises a plain RuntimeError: on a CPU, from the CUDA runtime,
-# from cuBLAS and cuDNN, which make their handles late, and from NCCL.
+# Out of memory where torch raises a plain RuntimeError: on a CPU, from the CUDA runtime, from NCCL,
+# and from cuBLAS and cuDNN, whose handles are made at first use.
 _RAN_OUT = re.compile(
     "can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED|failure.* 'out of memory'"
 )
@@ -85,8 +85,8 @@ def free_bytes(device: torch.device) -> int | None:
 def cublas_workspace_bytes(device: torch.device) -> int:
     """Returns what torch allocates for cuBLAS in a training step; 0 elsewhere than on CUDA.
 
-    There is one workspace for each thread that multiplies: the loop's, and autograd's for the
-    backward pass. The sizes are torch's defaults.
+    Each thread has its own workspace: the main one, and autograd's for the backward pass. The sizes
+    are torch's defaults.
     """
     if device.type != "cuda":
         return 0

@@ -31,9 +31,8 @@ from engine.optim.quantized_moments import (
 )
 
 MIN_NUMEL = 4096  # numbers; smaller tensors are too few bytes to matter
-# Numbers of a tensor that are updated at a time: multiples of NOISE_SPAN, which give equal results.
-# A chunk is about 130 kernels, and a GPU takes microseconds for the smallest of them; a CPU's
-# caches hold small chunks only.
+# Numbers of a tensor that are updated at a time. Any multiple of NOISE_SPAN gives equal results: a
+# CPU's caches want small chunks, and a GPU large ones, since a chunk is about 130 kernels.
 CHUNK, CUDA_CHUNK = NOISE_SPAN, 32 * NOISE_SPAN  # 2 ** 19, 2 ** 24
 SMALLEST_ROOT = 1e-18  # of v; squares of smaller gradients are subnormal in float32, or zero
 

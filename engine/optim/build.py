@@ -75,14 +75,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether `attach_found_inf` works: with torch's fused AdamW alone."""
+    """Returns whether the optimizer heeds `found_inf`: only torch's fused AdamW does."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return type(optimizer) is torch.optim.AdamW and fused
 
 
 def attach_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
-    """Returns a flag () on the device, 0 at first. While it is 1, steps of the optimizer change
-    neither weights nor state: its kernel reads the flag, as that of torch.amp.GradScaler."""
+    """Returns a flag () on the device, 0 at first. While it is 1, optimizer steps change neither
+    weights nor state: the kernel reads the flag, which torch.amp.GradScaler uses too."""
     found_inf = torch.zeros((), device=device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's AdamW.step looks for it
     return found_inf

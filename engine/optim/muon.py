@@ -30,9 +30,9 @@ ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0; the rest stays near 1
 SMALLEST_NORM = 1e-7
 UPDATE_RMS = 0.2  # the usual root mean square of AdamW's update, in learning rates
-# Numbers of equal matrices that CUDA updates together: one by one, each matrix costs 20 launches,
-# about 1,000 a step for GPT-2. Each number takes 10 bytes meanwhile, 340 MB in all. On a CPU it
-# would save nothing, and with several threads round differently.
+# The most numbers of equally shaped matrices that CUDA updates together: one by one, each matrix
+# takes 20 launches, about 1,000 a step for GPT-2. Each number takes 10 bytes meanwhile, 340 MB in
+# all. On a CPU batches would save nothing, and with several threads round differently.
 CUDA_BATCH = 2**25
 
 
@@ -60,8 +60,8 @@ class Muon(torch.optim.Optimizer):
             if not group["matrices"]:
                 adamw_step(group["params"], self.state, group)
                 continue
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for batch in equal_shapes(moving, group["params"][0].device):
+            with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for batch in batch_by_shape(with_grad, group["params"][0].device):
                 self._update_matrices(batch, group)
 
     def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -82,24 +82,24 @@ class Muon(torch.optim.Optimizer):
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         scale = UPDATE_RMS * math.sqrt(max(stacked[0].shape[1:]))
         matrices = torch.cat(stacked) if len(stacked) > 1 else stacked[0]
-        stacked.clear()
+        stacked.clear()  # frees the copies
         updates = orthogonalize(matrices, dtype).chunk(len(parameters))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
-def equal_shapes(parameters: Sequence[P], device: torch.device) -> list[list[P]]:
-    """Returns the parameters in lists that are updated together on a device."""
+def batch_by_shape(parameters: Sequence[P], device: torch.device) -> list[list[P]]:
+    """Returns lists of parameters of one shape that are updated together; of one each on a CPU."""
     by_shape = defaultdict[torch.Size, list[P]](list)
     for parameter in parameters:
         by_shape[parameter.shape].append(parameter)
-    most = CUDA_BATCH if device.type == "cuda" else 0
-    found = list[list[P]]()
+    numel = CUDA_BATCH if device.type == "cuda" else 0
+    batches = list[list[P]]()
     for shape, same in by_shape.items():
-        count = max(1, most // shape.numel())
-        found += [same[start : start + count] for start in range(0, len(same), count)]
-    return found
+        count = max(1, numel // shape.numel())
+        batches += [same[start : start + count] for start in range(0, len(same), count)]
+    return batches
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -154,8 +154,8 @@ def noise(count: int, key: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns numbers (count,) between 0 and 1, of 65,536 different values, hashed from the key and
     the position alone.
 
-    The key's last number is where in its tensor the first one stands, and where a span begins. Each
-    span has its own key, so that noise of several spans equals that of one after the other.
+    The key's last number is the position of the first one in its tensor, where a span of NOISE_SPAN
+    begins. Each span has its own key, so that a call over several spans equals a call for each.
 
     A random generator would have a state to save, and processes that hold the same weights would
     round them differently.
@@ -177,7 +177,7 @@ def noise(count: int, key: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _hashed(key: tuple[int, ...]) -> tuple[int, int]:
-    """Returns two 32-bit integers."""
+    """Returns two signed 32-bit integers."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     first, second = (int.from_bytes(part, "big", signed=True) for part in (digest[:4], digest[4:]))
     return first, second

@@ -24,7 +24,7 @@ from engine.hardware.memory import (
     free_bytes,
 )
 from engine.optim.adamw_4bit import chunk_size, is_quantizable
-from engine.optim.muon import equal_shapes
+from engine.optim.muon import batch_by_shape
 from engine.optim.quantized_moments import Quantized4bit
 from engine.precision.precision import Precision
 from model.interface import LanguageModel
@@ -220,7 +220,7 @@ def _muon_bytes(model: LanguageModel, device: torch.device) -> int:
         groups[n_fused].append(weight)
     largest = 0
     for n_fused, weights in groups.items():
-        for batch in equal_shapes(weights, device):
+        for batch in batch_by_shape(weights, device):
             # The direction in float32; x, the next x and a third; the square of the shorter side.
             numel = batch[0].numel()
             rows, columns = numel // batch[0].shape[-1] // n_fused, batch[0].shape[-1]

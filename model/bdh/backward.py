@@ -32,8 +32,8 @@ class WeightGradients:
         x: Any,
         gradient: Any,
     ) -> None:
-        """Adds x^T gradient, (g, D, n) to columns of an encoder, or (g, n, D) to rows of the
-        decoder; both are operands of the backend."""
+        """Adds the product x^T gradient, of operands of the backend: (g, D, n) to columns of an
+        encoder, or (g, n, D) to rows of the decoder."""
         H, D, N = self._shape
         total = self._sums[("encoder", "encoder_v", "decoder").index(name)]
         if self._in_products and pairs == slice(0, N // 2):

@@ -121,10 +121,10 @@ def fused_layers(x: Tensor, weights: Weights, args: LayerStackArgs) -> Tensor:
 
 
 def _implementation(args: LayerStackArgs) -> Any:
-    """Returns the class that computes layers: tile by tile, or by Triton kernels."""
+    """Returns `TiledLayers` or `TritonLayers`."""
     if not args.triton:
         return TiledLayers
-    from model.bdh.triton.layers import TritonLayers  # here, because Triton is optional
+    from model.bdh.triton.layers import TritonLayers  # not above: Triton is optional
 
     return TritonLayers
 
@@ -192,7 +192,7 @@ class TiledLayers:
 
     @staticmethod
     def pack(weights: Sequence[Tensor], args: LayerStackArgs) -> list[TileWeights]:
-        """Returns the weights as `__init__` wants them; made once for all groups of sequences."""
+        """Returns the weights for `__init__`; called once for all groups of sequences."""
         dtype, backend = args.rotation.cos.dtype, args.backend
         return list(pack(weights, dtype, args.tiling.pairs, backend.weight))
 
@@ -214,8 +214,8 @@ class TiledLayers:
         saved: list[Tensor],
         gradients: WeightGradients,
     ) -> Tensor:
-        """Returns the gradient of the stream by way of the layer; dy is that of its output. Empties
-        `saved`."""
+        """Returns the gradient of the stream (X, C, D) by way of the layer; dy (X, C, D) is that of
+        the layer's output. Empties `saved`, to free memory early."""
         of_heads = [SavedHeads(*saved[i : i + 3]) for i in range(0, len(saved), 3)]
         saved.clear()
         dx = LayerBackward(self._ws, stream, dy, layer, gradients).run(of_heads)

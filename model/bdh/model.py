@@ -37,7 +37,7 @@ from model.bdh.elementwise import EAGER, compiled_ops
 from model.bdh.fused_layers import fused_layers
 from model.bdh.recurrent import BDHState, step
 from model.bdh.tiling import Rotation, Tiling, rope_frequencies, rotation
-from model.bdh.triton.shapes import misfit, tiling_of
+from model.bdh.triton.shapes import triton_tiling, unsupported_shape
 from model.bdh.workspace import LayerStackArgs
 from model.interface import HiddenWeight, LanguageModel
 from model.loss import head_loss
@@ -122,7 +122,7 @@ class BDH(LanguageModel):
             return dense_layers(x, self.projections(weights), args)
         # Triton kernels neither continue states nor count, and have float32 sums.
         triton = self.triton and for_training and dtype != torch.float64
-        tiling = tiling_of(x.shape[:2], self.shape, dtype) if triton else self._tiling(x, dtype)
+        tiling = triton_tiling(x.shape[:2], self.shape, dtype) if triton else self._tiling(x, dtype)
         stack = LayerStackArgs(
             n_layer=self.n_layer,
             dropout=dropout,
@@ -139,7 +139,7 @@ class BDH(LanguageModel):
         return result
 
     def use_triton(self) -> str | None:
-        reason = misfit(self.shape)
+        reason = unsupported_shape(self.shape)
         self.triton = reason is None
         return reason
 
@@ -162,8 +162,8 @@ class BDH(LanguageModel):
         H, D, N = self.shape
         return self.config.n_layer * H * N * D * max(4, self.encoder.element_size())
 
-    def init_cache(self, batch_size: int, room: int | None = None) -> BDHState:
-        """Returns the state before the first token: zeros. It is as large for any room."""
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> BDHState:
+        """Returns the state before the first token: zeros, of one size for any length."""
         H, D, N = self.shape
         shape = (self.config.n_layer, H, batch_size, 2, N // 2, D)
         exact = torch.promote_types(self.encoder.dtype, torch.float32)

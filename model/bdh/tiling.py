@@ -18,12 +18,12 @@ from torch import Tensor
 
 ROPE_THETA = 2.0**16
 _CPU_TILE = 2**22  # elements: a few tiles of this size fit in the L2 caches
-# A buffer of all tiles of a head group is kept for the second round of backward up to this size in
-# bytes, and there are two: of u and of du. Beyond it they are computed again.
+# The most bytes of u, or of du, of all tiles of a head group that are kept for the second round of
+# backward. Beyond it they are computed again.
 _CPU_CACHE = 2**28
-# Bytes of the four buffers of a tile on other devices. 16,384 tokens of 32,768 neurons in 16 bits,
-# which is more than fills a GPU. It is no share of the memory: plan and rounding depend on nothing
-# but the shapes, and more groups of sequences cost hardly more than a sum of gradients each.
+# Bytes of the four buffers of a tile on other devices: 16,384 tokens of 32,768 neurons in 16 bits,
+# more than fills a GPU (reasoned, not measured). No share of the GPU's memory, since sums would
+# round differently on another GPU; a further group of sequences costs one sum of gradients.
 _GPU_BUFFERS = 2**32
 _GPU_STRIP = 128  # rows of scores: the blocks in which cuBLAS computes
 _GPU_SCAN = 16  # chunks: beyond it the compiler cuts the scan into many kernels
@@ -76,13 +76,13 @@ class Tiling:
     sequences: int | None = None
     """The most sequences that go through the layers together; None: all."""
     strip: int | None = None
-    """Rows of scores that are computed in one product, of the columns up to the last row; None: all
-    rows of a chunk. Scores are causal, so that narrow strips need about half the products."""
+    """Rows of scores computed by one product, with the columns up to the last row only: scores are
+    causal, so narrow strips need about half the FLOPs. None: all rows of a chunk."""
     scan: int = 1
     """The most chunks whose states are computed by one operation, instead of one after another."""
     gradients_in_products: bool = False
-    """Whether gradients of all neurons are added to those of other layers within the products, with
-    one rounding less, instead of after them."""
+    """Whether a product adds its weight gradient to those of other layers itself, with one rounding
+    less, instead of a pass after it. Only where one tile holds all neurons."""
     kept_layers: int = 0
     """The most layers that keep wide tensors for backward (Triton)."""
 
@@ -91,8 +91,8 @@ class Tiling:
         return -(-length // self.chunk) * self.chunk
 
     def sequence_groups(self, batch: int) -> list[slice]:
-        """Returns the sequences of a batch that go through the layers together, in equal groups but
-        for the last."""
+        """Returns the groups of sequences that go through the layers together, equal but for the
+        last."""
         count = -(-batch // (self.sequences or batch))
         size = -(-batch // count)
         return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
@@ -105,12 +105,7 @@ class Tiling:
         that was measured on CPUs, a reasoned one for other devices."""
         batch, length = tokens
         H, D, N = shape
-        longest = max(2 * D, 256)
-        chunk = length
-        if length > 2 * longest:
-            # Scores cost C per token, states between chunks 2 D: a chunk of about 2 D balances
-            # them. Chunks are of equal size, and multiples of 32.
-            chunk = min(longest, -(-length // -(-length // longest) // 32) * 32)
+        chunk = chunk_tokens(length, D, 32)
         padded = -(-length // chunk) * chunk
         if on_cpu:
             return Tiling._of_cpu(chunk, batch * padded, H, N, dtype)
@@ -125,9 +120,10 @@ class Tiling:
 
     @staticmethod
     def _of_gpu(chunk: int, padded: int, H: int, N: int, dtype: torch.dtype) -> Tiling:
-        """One tile of all neurons: one small enough for the caches of a GPU does not fill it, and
-        more large ones only add passes over sums. Of sequences, heads and neurons the first are cut
-        first, because fewer sums go over them. padded: tokens of a sequence in chunks.
+        """One tile of all neurons where memory allows: a tile that fits into a GPU's caches does
+        not fill the GPU, and each further tile adds a pass over sums. Where memory does not allow
+        it, sequences are cut before heads and heads before neurons, since fewer sums go over them.
+        Reasoned, not measured. padded: tokens of a sequence in whole chunks.
         """
         of_neuron = 4 * padded * dtype.itemsize  # bytes in a sequence
         fitting = _GPU_BUFFERS // (of_neuron * N)  # heads
@@ -143,7 +139,23 @@ class Tiling:
         )
 
 
+def longest_chunk(width: int) -> int:
+    """Returns the most tokens of a chunk, where contexts are cut into chunks."""
+    # Scores cost C per token, states between chunks 2 D: a chunk of about 2 D balances them.
+    return max(2 * width, 256)
+
+
+def chunk_tokens(length: int, width: int, unit: int) -> int:
+    """Returns the chunk that a context is cut into: all of it up to twice the longest chunk, else
+    one of several equal chunks, a multiple of `unit`."""
+    longest = longest_chunk(width)
+    if length <= 2 * longest:
+        return length
+    return min(longest, -(-length // -(-length // longest) // unit) * unit)
+
+
 def _largest_divisor(heads: int, most: int) -> int:
+    """Returns the largest number of heads up to `most` that divides them; 1 at least."""
     return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= max(1, most))
 
 

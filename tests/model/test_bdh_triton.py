@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.bdh.triton.shapes import tiling_of
+from model.bdh.triton.shapes import triton_tiling
 from model.generate import Sampling, generate
 from tests.model.bdh_reference import small_bdh
 from tests.triton_kernels import (
@@ -28,7 +28,7 @@ from tests.triton_kernels import (
 def test_chunks_are_whole_blocks_and_wide_tensors_fit_their_budget(
     length: int, width: int, batch: int
 ) -> None:
-    tiling = tiling_of((batch, length), (4, width, 8192), torch.bfloat16)
+    tiling = triton_tiling((batch, length), (4, width, 8192), torch.bfloat16)
     assert tiling.chunk % (64 if length > 32 else 16) == 0
     assert tiling.chunk <= 2 * max(2 * width, 256)
     padding = tiling.padded(length) - length

@@ -23,7 +23,7 @@ class NextLetter(LanguageModel):
         self.sharpness = sharpness
         self.fed: list[tuple[int, ...]] = []
 
-    def init_cache(self, batch_size: int, room: int | None = None) -> None:
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> None:
         self.fed.append((batch_size,))
 
     def prefill_or_decode(self, tokens: Tensor, cache: None) -> Tensor:

@@ -32,8 +32,8 @@ def small(variant: str) -> LanguageModel:
     return model
 
 
-def recorded(model: LanguageModel, samples: int, room: int) -> RecordedDecoder:
-    return RecordedDecoder(model, samples, room, CPU, record_operators)
+def recorded(model: LanguageModel, samples: int, max_length: int) -> RecordedDecoder:
+    return RecordedDecoder(model, samples, max_length, CPU, record_operators)
 
 
 @EACH

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import engine.optim.muon
 from engine.optim.build import set_learning_rate
-from engine.optim.muon import COEFFICIENTS, Muon, equal_shapes, orthogonalize
+from engine.optim.muon import COEFFICIENTS, Muon, batch_by_shape, orthogonalize
 from tests.precision.optimizer_runs import (
     Toy,
     changed,
@@ -91,16 +91,16 @@ def test_stacked_matrices_move_as_separate_ones(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(parameter.double(), value, rtol=0, atol=1e-5)
 
 
-def test_equal_shapes_are_updated_together_on_cuda_within_the_bound_and_alone_on_a_cpu(
+def test_matrices_of_one_shape_are_updated_together_on_cuda_and_alone_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine.optim.muon, "CUDA_BATCH", 7 * 24)
     shapes = [(4, 6), (6, 4), *[(4, 6)] * 9, (50, 50), (50, 50)]
     parameters = [nn.Parameter(draw(*shape)) for shape in shapes]
-    together = equal_shapes(parameters, torch.device("cuda"))
+    together = batch_by_shape(parameters, torch.device("cuda"))
     assert [len(batch) for batch in together] == [7, 3, 1, 1, 1]
     assert all(len({p.shape for p in batch}) == 1 for batch in together)
-    assert [len(batch) for batch in equal_shapes(parameters, torch.device("cpu"))] == [1] * 13
+    assert [len(batch) for batch in batch_by_shape(parameters, torch.device("cpu"))] == [1] * 13
     assert {id(p) for batch in together for p in batch} == {id(p) for p in parameters}
 
 
@@ -118,8 +118,8 @@ def test_matrices_updated_together_move_as_they_do_alone(monkeypatch: pytest.Mon
 
     alone = moved()
     device = torch.device("cuda")
-    together = functools.partial(engine.optim.muon.equal_shapes, device=device)
-    monkeypatch.setattr(engine.optim.muon, "equal_shapes", lambda found, _: together(found))
+    together = functools.partial(engine.optim.muon.batch_by_shape, device=device)
+    monkeypatch.setattr(engine.optim.muon, "batch_by_shape", lambda found, _: together(found))
     for one, other in zip(moved(), alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 

@@ -6,8 +6,8 @@ here a wide tensor, (M, H * N), is whole: nothing is summed over tiles, and no p
 wide tensor but by the products that make and use it. Where five of them take too much memory,
 `fused_layers` takes the sequences in groups.
 
-Not all is done here: generation, evaluation of active neurons, other number formats and other
-devices take the way of `fused_layers`. Its dropout mask is the same, so that a run may change ways.
+Generation, counts of active neurons, other number formats and other devices are computed by
+`fused_layers.TiledLayers`. Dropout masks are the same there, so a run may change between the two.
 
 B batch, T tokens, D = n_embd, H heads, N neurons per head; K chunks of C tokens in a sequence,
 X chunks and M = X * C tokens in all
@@ -106,7 +106,7 @@ class TritonLayers:
 
     @staticmethod
     def pack(weights: Sequence[Tensor], args: LayerStackArgs) -> PackedWeights:
-        """Returns copies of the weights as `__init__` wants them."""
+        """Returns copies of the weights for `__init__`."""
         encoder, encoder_v, decoder = (w.detach().to(args.rotation.cos.dtype) for w in weights)
         flat = encoder.transpose(0, 1).flatten(1)
         return PackedWeights(flat.contiguous(), encoder_v.contiguous(), decoder.contiguous())
@@ -148,7 +148,8 @@ class TritonLayers:
         of_layer: Sequence[Any],
         gradients: _WeightGradients,
     ) -> Tensor:
-        """Returns the gradient of the stream by way of the layer; dy is that of its output."""
+        """Returns the gradient of the stream (X, C, D) by way of the layer; dy (X, C, D) is that of
+        the layer's output."""
         saved, rows = SavedLayer(*of_layer), (self.geo.M, self.geo.D)
         x = stream.to(self.dtype).view(rows)
         dy = dy.mul(self.dropout_scale).to(self.dtype).view(rows)
