@@ -40,8 +40,9 @@ class Rotation(NamedTuple):
 
 def rope_frequencies(neurons: int) -> Tensor:
     """Returns a new model's frequencies in turns per token, theta ** (-2i/N) / (2 pi): (N/2,) in
-    float64."""
-    exponent = torch.arange(0, neurons, 2, dtype=torch.float64) / neurons
+    float64 on the CPU."""
+    # Not on torch's default device, which may be another one while a model is made.
+    exponent = torch.arange(0, neurons, 2, dtype=torch.float64, device="cpu") / neurons
     return ROPE_THETA**-exponent / (2 * math.pi)
 
 
@@ -50,7 +51,7 @@ def rotation(frequencies: Tensor, chunk: int, dtype: torch.dtype, device: torch.
 
     dtype: of the products.
     """
-    tokens = torch.arange(chunk + 1, dtype=torch.float64)
+    tokens = torch.arange(chunk + 1, dtype=torch.float64, device="cpu")
     # Phases are in turns and reduced modulo one before the cosine: at large positions the angle
     # itself would have no digits left after the point.
     angles = torch.outer(tokens, frequencies).remainder(1.0) * (2 * math.pi)

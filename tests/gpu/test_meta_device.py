@@ -85,6 +85,14 @@ def test_a_training_step_stays_on_its_device(variant: str, tokens: int, document
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["bdh", "gpt", "llama"])
+def test_a_model_that_is_made_on_its_device_computes_there(variant: str) -> None:
+    with META:
+        model = build_model(config(variant, **SMALL))
+    torch.autograd.backward(loss_of(model, 16, documents=False))
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
 @DOCUMENTS
 @pytest.mark.parametrize("variant", ["bdh", "gpt", "llama"])
 def test_an_evaluation_stays_on_its_device(variant: str, documents: bool) -> None:
