@@ -40,7 +40,7 @@ def compile_model(
 
     In place, because a wrapped model would save its weights under other names. trial: runs the
     model once, for compilers fail only then; the run goes on without. It may draw random numbers,
-    which are put back, and leave nothing else behind. Its error is raised where memory ran out.
+    which are put back, and leave nothing else behind. Raises its error if memory ran out.
     """
     if not wanted:
         return None, "not compiled"
@@ -54,7 +54,7 @@ def compile_model(
         with torch.random.fork_rng(devices=devices):
             trial()
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
-        if ran_out(error):  # it would need more memory still
+        if ran_out(error):  # the eager model would need more still
             raise
         model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # the failed backward pass may have made some gradients

@@ -96,7 +96,7 @@ def graphed_step(
     try:
         return GraphedStep(model, precision, shape, document_ids), ", one CUDA graph per micro-step"
     except Exception as error:  # without a graph the same kernels run
-        if ran_out(error):
+        if ran_out(error):  # train.py tells the user how to need less
             raise
         model.zero_grad(set_to_none=True)
         reason = str(error).strip().splitlines()[0]

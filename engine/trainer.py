@@ -127,15 +127,15 @@ class Trainer:
         values = torch.stack((loss, grad_norm))
         step.start_reading(values)
         if self.found_inf is None:
-            self._read(step)
+            self._read_values(step)
             return
         # Never set back: the weights stay those of the last finite step until the host stops.
         self.found_inf.masked_fill_(~values.isfinite().all(), 1.0)
         if self._unread is not None:
-            self._read(self._unread)
+            self._read_values(self._unread)
 
-    def _read(self, step: Step) -> None:
-        """Reads loss and gradient norm; raises NonFiniteError.
+    def _read_values(self, step: Step) -> None:
+        """Reads loss and gradient norm of a step; raises NonFiniteError where one is not finite.
 
         With float16, gradients that overflow are routine: `precision.step` skips the update and
         halves the loss scale. Many in a row are not.
@@ -180,7 +180,7 @@ class Trainer:
         and none that the optimizer skipped.
         """
         if self._unread is not None:
-            self._read(self._unread)
+            self._read_values(self._unread)
             read, self._unread = self._unread, None
             self._count_values(read)
 

@@ -247,11 +247,9 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     devices = None if world.device.type != "cuda" else [world.device]
     # Buffers are frozen weights, equal from the start. torch 2.13 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
-    new, old = "forward_sync_buffers", "broadcast_buffers"
-    no_buffers: dict[str, Any] = {new if new in known else old: False}
-    wrapped = DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, **no_buffers
-    )
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+    wrapped = DistributedDataParallel(model, device_ids=devices, **options)
     # DDP's destructor can wait for ever for processes that have gone. The trainer is freed before
     # the process ends, so this second reference keeps DDP from being destroyed with it.
     # `end_process` then ends the process without destroying anything.

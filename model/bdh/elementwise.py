@@ -47,8 +47,8 @@ class ElementwiseOps(NamedTuple):
     advance_state(chunk_sum, state, carries, cos, sin):
         returns rotate_back(state * carries + chunk_sum), then chunk_sum = state as it was
     scan_states(sums, state, carries, cos, sin, reverse):
-        the same for K chunks, from the last one if reverse: returns the state before each chunk,
-        (S, K, 2, P), and the one after all, (S, 2, P)
+        advance_state over K chunks, from the last one if reverse: returns the state before each
+        chunk, (S, K, 2, P), and the one after all, (S, 2, P)
     add(total, product):
         total += product, both 2-D, of any dtypes
 

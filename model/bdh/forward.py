@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +124,7 @@ def scan_chunk_states(
         state = initial.flatten(2, 3)
     carries = ws.masks.carries_state
     if 1 < geo.K <= ws.args.tiling.scan:
-        sums, state = _scan_at_once(ws, sums, state, (cos, sin), reverse)
+        sums, state = _scan_at_once(ws, sums, state, cos, sin, reverse)
     else:
         for k in reversed(range(geo.K)) if reverse else range(geo.K):
             carried = None if carries is None else carries[k]
@@ -136,19 +135,17 @@ def scan_chunk_states(
 
 
 def _scan_at_once(
-    ws: Workspace, sums: Tensor, state: Tensor, rotation: Sequence[Tensor], reverse: bool
+    ws: Workspace, sums: Tensor, state: Tensor, cos: Tensor, sin: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the states before each chunk, (g * B, K, 2, p * D), and the last one; sums and state
-    as in `scan_chunk_states`, rotation (p, 1) each."""
+    """Returns the states before each chunk, (g * B, K, 2, p * D), and the last one, (g * B, 2,
+    p * D), from sums (g, B, K, n, D), state (g, B, n, D) and a chunk's cos and sin, (p, 1)."""
     geo, carries = ws.geo, ws.masks.carries_state
     rows = geo.g * geo.B
     if carries is not None:
         carries = carries.view(geo.K, 1, geo.B).expand(-1, geo.g, -1).reshape(geo.K, rows, 1)
-    cos, sin = (part.expand(-1, geo.D).flatten() for part in rotation)
-    shape = (rows, geo.K, 2, -1)
-    return ws.ops.scan_states(
-        sums.view(shape), state.reshape(rows, 2, -1), carries, cos, sin, reverse
-    )
+    cos, sin = (part.expand(-1, geo.D).flatten() for part in (cos, sin))
+    sums, state = sums.view(rows, geo.K, 2, -1), state.reshape(rows, 2, -1)
+    return ws.ops.scan_states(sums, state, carries, cos, sin, reverse)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

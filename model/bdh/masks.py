@@ -77,7 +77,7 @@ class HashDropout:
         device: torch.device,
         first_token: int = 0,
     ) -> None:
-        """seed: () int64, on the device. first_token: the tokens of sequences before these."""
+        """seed: () int64, on the device. first_token: tokens in the sequences before these."""
         dropped = min(round(probability * 2**32), 2**32 - 1)  # of all 2**32 hashes
         self.scale = 2**32 / (2**32 - dropped)
         self._threshold = dropped - 2**31

@@ -34,8 +34,8 @@ class BDHState:
 
     sums: Tensor  # (n_layer, H, B, 2, P, D)
     rows_v: Tensor | None  # encoder_v by neuron, (H * N, D), for gathering rows; None on a GPU
-    frequencies: Tensor  # turns per token of each pair, (P,) in float64; on the device of the sums
-    rotated_to: Tensor = field(init=False)  # the position that the sums are rotated to, (), there
+    frequencies: Tensor  # turns per token of each pair, (P,) in float64
+    rotated_to: Tensor = field(init=False)  # () int64: the position that the sums are rotated to
     position: int = 0  # tokens seen
 
     def __post_init__(self) -> None:

@@ -85,7 +85,7 @@ class Tiling:
     """Whether a product adds its weight gradient to those of other layers itself, with one rounding
     less, instead of a pass after it. Only where one tile holds all neurons."""
     kept_layers: int = 0
-    """The most layers that keep wide tensors for backward (Triton)."""
+    """Triton kernels only: the most layers that keep s and r for backward; the others recompute."""
 
     def padded(self, length: int) -> int:
         """Returns the number of tokens rounded up to whole chunks."""

@@ -22,8 +22,8 @@ class LayerStackArgs:
     position; replaced by the sums rotated to the position after the last chunk. Without gradients.
     active: (n_layer, 2), to which the numbers of positive u and z are added.
     first_token: the number of tokens in the sequences of the batch that come before these.
-    triton: whether to compute by Triton kernels (`model.bdh.triton`), without states, active, ops
-    and backend.
+    triton: whether Triton kernels (`model.bdh.triton`) compute. They ignore ops and backend, and
+    there are no states and active then.
     """
 
     n_layer: int
@@ -46,6 +46,14 @@ class LayerStackArgs:
             states=None if self.states is None else self.states[:, :, rows],
             first_token=rows.start * length,
         )
+
+    def hash_dropout(
+        self, seed: Tensor | None, geo: Geometry, device: torch.device
+    ) -> HashDropout | None:
+        """Returns the dropout of all layers; None without a seed, () int64."""
+        if seed is None:
+            return None
+        return HashDropout(self.dropout, seed, self.n_layer, geo, device, self.first_token)
 
 
 class TileBuffers:
@@ -90,11 +98,7 @@ class Workspace:
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         self.masks = ChunkMasks(args.documents, (geo.B, geo.K, geo.C), self.device)
         self.has_states = geo.K > 1 or args.states is not None
-        self._dropout: HashDropout | None = None
-        if seed is not None:
-            self._dropout = HashDropout(
-                args.dropout, seed, args.n_layer, geo, self.device, args.first_token
-            )
+        self._dropout = args.hash_dropout(seed, geo, self.device)
         self.dropout_scale = self._dropout.scale if self._dropout else 1.0
 
         shared = geo, self.dtype, self.device

@@ -61,7 +61,7 @@ def _block_of_program(rows, columns, GROUP: tl.constexpr):
 def _is_kept(row_hash, column_hash, threshold):
     """Returns what dropout keeps of a block: the mask of `masks.DropoutMask`, bit for bit.
 
-    No random numbers: forward and backward compute the same hashes, and so does the other path."""
+    No random numbers: forward, backward and `elementwise` compute the same hashes."""
     x = row_hash[:, None] + column_hash[None, :]
     x = (x ^ (x >> 16)) * _MULTIPLY_1
     x = (x ^ (x >> 15)) * _MULTIPLY_2

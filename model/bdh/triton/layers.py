@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.bdh.backward import norm_backward_from_output
 from model.bdh.forward import masked
-from model.bdh.masks import ChunkMasks, DropoutMask, HashDropout
+from model.bdh.masks import ChunkMasks, DropoutMask
 from model.bdh.tiling import Geometry
 from model.bdh.triton.launch import Capability, Kernels
 from model.bdh.workspace import LayerStackArgs
@@ -97,11 +97,7 @@ class TritonLayers:
             self.carries = masks.carries_state.view(geo.K, geo.B).mT.contiguous()
         self.kept_layers = args.tiling.kept_layers
         self._buffers: dict[str, Tensor] = {}
-        self._dropout: HashDropout | None = None
-        if seed is not None:
-            self._dropout = HashDropout(
-                args.dropout, seed, args.n_layer, geo, device, args.first_token
-            )
+        self._dropout = args.hash_dropout(seed, geo, device)
         self.dropout_scale = self._dropout.scale if self._dropout else 1.0
 
     @staticmethod
