@@ -89,8 +89,9 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
                     precision.backward(scale_loss_for_ddp(loss, world))
                 step_loss += loss.detach()
 
-        # DDP has averaged the gradients, so their norm is equal on all ranks. On a GPU, the values
-        # of this step are read during the next one: to wait for them would leave the GPU idle.
+        # DDP has averaged the gradients, so their norm is equal on all ranks. On a GPU, waiting for
+        # it would leave the device idle: where the optimizer can skip a step that is not finite,
+        # loss and norm are read during the next step.
         precision.unscale(optimizer)
         norm = gradient_norm(trainer.model)
         trainer.check_finite(step, world.all_reduce_sum(step_loss), norm)
