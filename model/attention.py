@@ -14,6 +14,7 @@ B samples, T tokens, S tokens seen, H heads, K heads of keys and values (H is a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Kernel = Literal["sdpa", "math", "flex"]
@@ -105,6 +107,18 @@ def decoding_mask_at(kind: str, x: Tensor, position: Tensor, max_length: int) ->
     hidden = torch.arange(max_length, device=x.device) > position
     bias = x.new_zeros(1, max_length, dtype=matmul_dtype(x)).masked_fill(hidden, -torch.inf)
     return AttentionMask("math" if kind == "math" else "sdpa", is_causal=False, bias=bias)
+
+
+def decoding_kernels(x: Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which sdpa does not choose cuDNN's attention, for generation.
+
+    cuDNN plans each new shape anew, and a growing cache has another one with every token.
+    """
+    if not x.is_cuda:
+        return nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context
 
 
 def causal_bias(tokens: int, seen: int, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from model.attention import (
     AttentionMask,
     KVCache,
     capacity,
+    decoding_kernels,
     decoding_mask,
     decoding_mask_at,
     dropout,
@@ -126,9 +127,7 @@ class Transformer(LanguageModel, ABC):
         x = self.embed(tokens, begin)
         mask = decoding_mask(self.config.attention, x, T, begin + T)
         ctx = ForwardContext((B, T), mask, self.rope_table(begin, begin + T, x), caches=cache)
-        x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, ctx)
+        x = self._decode(x, ctx)
         return self.lm_head(self.final_norm(x if T == 1 else x.view(B, T, -1)[:, -1]))
 
     @torch.no_grad()
@@ -140,10 +139,15 @@ class Transformer(LanguageModel, ABC):
         table = self.rope_table(0, max_length, x)
         table = None if table is None else table.index_select(1, position.view(1))
         ctx = ForwardContext((len(tokens), 1), mask, table, caches=cache, position=position)
+        return self.lm_head(self.final_norm(self._decode(x, ctx)))
+
+    def _decode(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Applies all blocks to new tokens, x (B, T, D); returns rows (B * T, D)."""
         x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, ctx)
-        return self.lm_head(self.final_norm(x))
+        with decoding_kernels(x):
+            for block in self.blocks:
+                x = block(x, ctx)
+        return x
 
     def notes(self, on_cpu: bool) -> list[str]:
         kind, p = self.config.attention, self.config.dropout
