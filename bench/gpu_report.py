@@ -120,6 +120,8 @@ class Report:
             "count the model's own FLOPs, without products that are computed again. Peak GB is",
             "beyond what was held before the step. Predicted: by bench/gpu_model.py, beforehand.",
         )
+        if "--tiny" in options:
+            self.write("", "Tiny sizes, to try the bench itself: no measurement.")
         if self.path.parent.name != "results":
             self.write("", f"To keep it: `cp {self.path.name} bench/results/`")
 

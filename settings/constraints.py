@@ -365,6 +365,15 @@ def _graphs_hold_no_8_bit_products(c: Any) -> str | None:
     return "{0} does not record 8-bit matmuls, but {1}; set system.compile to true"
 
 
+@rule("system.compile", "low_precision.lora_rank")
+def _graphs_hold_no_4_bit_products(c: Any) -> str | None:
+    # bitsandbytes launches its kernels outside of the stream that is recorded: a replay would
+    # leave them out, without an error.
+    if c.system.compile != "graphs" or c.low_precision.lora_rank is None:
+        return None
+    return "{0} does not record 4-bit weights, but {1}; set system.compile to true"
+
+
 @rule("system.kernels", "model.name")
 def _kernels_are_those_of_bdh(c: Any) -> str | None:
     if c.system.kernels != "triton" or c.model.name == "bdh":

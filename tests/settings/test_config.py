@@ -159,6 +159,9 @@ system.compile=true fp8.recipe=delayed low_precision.use_fp8=true model.name=gpt
 system.compile=graphs low_precision.use_fp8=true
     system.compile=graphs does not record 8-bit matmuls, but low_precision.use_fp8=true; set
     system.compile to true.
+system.compile=graphs low_precision.lora_rank=4 training.init_from=a model.name=gpt
+    system.compile=graphs does not record 4-bit weights, but low_precision.lora_rank=4; set
+    system.compile to true.
 system.kernels=triton model.name=gpt
     system.kernels=triton is for model.name=bdh, but model.name=gpt; set system.kernels to auto.
 system.kernels=triton low_precision.use_fp8=true
