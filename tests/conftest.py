@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 ROOT = Path(__file__).resolve().parent.parent
 
 TEXT = "the dragon egg hatches when warm and its wings grow with every neuron that fires"
+
+
+def pytest_collection_finish() -> None:
+    if "torch" in sys.modules:  # tests of the config run without it
+        from model.compiled import separate_caches_by_cpu
+
+        separate_caches_by_cpu()
 
 
 def write_corpus(folder: Path, documents: int = 240, seed: int = 0) -> Path:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import ConfigError
 from engine.hardware.memory import keep_freed_memory
+from model.compiled import separate_caches_by_cpu
 
 # Dense matmul rates in TFLOP/s from the makers' data sheets: 16 bits, FP8 and float32 (not TF32,
 # which torch leaves off). A device that is not listed gets no MFU.
@@ -67,10 +68,7 @@ def prepare_device(device: torch.device) -> None:
 
     Call it before anything is allocated there.
     """
-    # torch keeps compiled code on disk under a key without the CPU's instruction set. Code for
-    # AVX-512 computed nonsense in a process that was told to use AVX2, and would do so on another
-    # machine that shares the home directory.
-    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    separate_caches_by_cpu()
     if device.type == "cpu":
         keep_freed_memory()
     if device.type != "cuda":

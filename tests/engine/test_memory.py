@@ -46,8 +46,8 @@ def micro_step(estimator: MemoryEstimator, documents: DocumentIds | None = None)
 def measurable(config: Config) -> MemoryEstimator:
     """Returns the estimator of a run whose model is on this CPU."""
     if not supports_fast_bfloat16(CPU.device):  # in 16 bits such a CPU would take minutes
-        if config.low_precision.use_fp8:
-            pytest.skip("FP8 computes the rest in bfloat16, which takes minutes on this CPU")
+        if config.low_precision.use_fp8 or config.low_precision.residual_dtype == "bfloat16":
+            pytest.skip("computes in bfloat16, which takes minutes on this CPU")
         low = replace(config.low_precision, compute_dtype="float32")
         config = replace(config, low_precision=low)
     return estimator_of(config, "cpu")
