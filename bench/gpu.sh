@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures everything on a GPU in one call of at most ten minutes; `--help`, `--plan`, `--tiny`.
 #
-# The machine needs no network and none of our packages but torch, numpy and pyarrow. What may lie
+# The machine needs no network, and of our packages torch, numpy, pyarrow and PyYAML. What may lie
 # beside the checkout, untracked:
 #   .whl/*.whl                            wheels to install for this call, such as bitsandbytes
 #   .ref/bdh/bdh.py                       the public reference of BDH

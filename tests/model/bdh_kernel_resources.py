@@ -30,7 +30,7 @@ def launches(width: int, capability: int, plain: bool) -> list[Launch]:
     found: list[Launch] = []
 
     def record(
-        kernel: Any, programs: int, block: launch.Block, *args: object, **constants: object
+        kernel: Any, programs: int, block: launch.KernelBlock, *args: object, **constants: object
     ) -> None:
         found.append(Launch(kernel, args, constants, block.warps, block.stages))
 

@@ -23,7 +23,7 @@ Capability = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Block:
+class KernelBlock:
     """What a program computes at once, and how."""
 
     rows: int  # tokens
@@ -37,23 +37,25 @@ class Block:
 # programs to a multiprocessor where possible. At D = 256 a product has 4 steps, too few to hide the
 # epilogue behind: it is the other programs that do. Not timed on a GPU.
 _BLOCKS = {  # Hopper: 227 KB of shared memory, products of 64 rows at once
-    "encode": Block(64, 64, 64, 4, 3),
-    "scores": Block(128, 0, 64, 8, 4),
-    "attend": Block(64, 0, 64, 8, 3),
-    "gate": Block(128, 128, 64, 8, 3),
-    "gate_backward": Block(64, 64, 64, 4, 2),
-    "scores_backward": Block(128, 0, 64, 8, 3),
-    "rope_backward": Block(64, 64, 64, 4, 3),
-    "scan_states": Block(0, 8, 0, 4, 1),
+    "encode": KernelBlock(64, 64, 64, 4, 3),
+    "scores": KernelBlock(128, 0, 64, 8, 4),
+    "attend": KernelBlock(64, 0, 64, 8, 3),
+    "gate": KernelBlock(128, 128, 64, 8, 3),
+    "gate_backward": KernelBlock(64, 64, 64, 4, 2),
+    "scores_backward": KernelBlock(128, 0, 64, 8, 3),
+    "rope_backward": KernelBlock(64, 64, 64, 4, 3),
+    "scan_states": KernelBlock(0, 8, 0, 4, 1),
 }
 _SMALLER_BLOCKS = _BLOCKS | {  # other GPUs: they fit into 99 KB
-    "scores": Block(128, 0, 64, 8, 3),
-    "attend": Block(64, 0, 32, 8, 3),
-    "gate": Block(128, 64, 64, 8, 3),
+    "scores": KernelBlock(128, 0, 64, 8, 3),
+    "attend": KernelBlock(64, 0, 32, 8, 3),
+    "gate": KernelBlock(128, 64, 64, 8, 3),
 }
 
 
-def launch(kernel: Any, programs: int, block: Block, *args: object, **constants: object) -> None:
+def launch(
+    kernel: Any, programs: int, block: KernelBlock, *args: object, **constants: object
+) -> None:
     """Runs a kernel; constants are compiled into it."""
     options = {"num_warps": block.warps, "num_stages": block.stages}
     kernel[(programs,)](*args, **constants, **options)
@@ -151,14 +153,14 @@ class Kernels:
         sizes = self._widths | {"BN": block.columns, "REVERSE": reverse}
         launch(kernels.scan_states, programs, block, *args, **sizes)
 
-    def _block(self, kernel: str, rows: int, columns: int, depth: int) -> Block:
+    def _block(self, kernel: str, rows: int, columns: int, depth: int) -> KernelBlock:
         """Returns the table's block, halved until it divides these sizes."""
         block = self._table[kernel]
         if self._geo.D > 256 and kernel in ("attend", "scan_states"):
             # They hold rows of all D numbers in registers: as many numbers as at D = 256.
             block = replace(block, rows=block.rows // 2, columns=block.columns // 2)
         depth_bytes = 2 * block.depth  # of shared memory, in 16 bits
-        return Block(
+        return KernelBlock(
             rows=math.gcd(block.rows, rows),
             columns=math.gcd(block.columns, columns),
             depth=math.gcd(depth_bytes // max(2, self._itemsize), depth),
@@ -167,7 +169,7 @@ class Kernels:
         )
 
 
-def _blocked(block: Block) -> dict[str, int]:
+def _blocked(block: KernelBlock) -> dict[str, int]:
     return {"BM": block.rows, "BN": block.columns, "BK": block.depth, "GROUP": 8}
 
 
