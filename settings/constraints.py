@@ -447,3 +447,28 @@ def _adapters_leave_embedding_and_head(c: Any) -> str | None:
     if low.lora_rank is None or not (low.quantize_embedding or low.quantize_head):
         return None
     return "{0} freezes hidden matrices only, but {1} and {2}; set both to false"
+
+
+def _is_sharded(c: Any) -> bool:
+    return c.distributed.strategy in ("fsdp", "hsdp")
+
+
+@rule("distributed.strategy", "low_precision.use_4bit_optimizer")
+def _four_bit_moments_are_not_sharded(c: Any) -> str | None:
+    if not _is_sharded(c) or not c.low_precision.use_4bit_optimizer:
+        return None
+    return "{0} cannot shard 4-bit moments yet, but {1}; set one of them to its default"
+
+
+@rule("distributed.strategy", "optimizer.name")
+def _eight_bit_moments_are_not_sharded(c: Any) -> str | None:
+    if not _is_sharded(c) or c.optimizer.name != "adamw_8bit":
+        return None
+    return "{0} cannot shard 8-bit moments yet, but {1}; set optimizer.name to adamw"
+
+
+@rule("distributed.strategy", "low_precision.lora_rank")
+def _adapters_are_not_sharded(c: Any) -> str | None:
+    if not _is_sharded(c) or c.low_precision.lora_rank is None:
+        return None
+    return "{0} cannot shard adapters and their 4-bit weights yet, but {1}; use ddp"
