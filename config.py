@@ -159,9 +159,7 @@ class TrainingConfig(Section, section="training", on_resume="free", effect="resu
     )
     init_from: str = option("scratch", "initial weights: scratch, resume, gpt2, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", on_resume="fixed", ge=0)
-    recompute: Literal["none", "layer", "auto"] = option(
-        "none", "layer: recompute in backward; auto: if needed"
-    )
+    recompute: Literal["none", "layer", "auto"] = option("none", "recompute layers in backward")
     sample_prompt: str | None = option(None, "prompt to sample from at evaluations; null: off")
     sample_tokens: int = option(100, "length of that sample", ge=1, le=10**6, unit="tokens")
     use_oracle: bool = option(
@@ -289,7 +287,7 @@ class DistributedConfig(Section, section="distributed", on_resume="free", effect
 
     backend: Literal["auto", "nccl", "gloo"] = option("auto", "auto: nccl on CUDA, else gloo")
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
-        "auto", "fsdp: sharded; hsdp: in each node; auto: if needed"
+        "auto", "fsdp: sharded; hsdp: in each node"
     )
 
 

@@ -114,7 +114,6 @@ IGNORED: dict[str, str] = {
 # options that this version does not have -> the only values that may be given, without an effect
 UNSUPPORTED: dict[str, tuple[str, ...]] = {
     "optimizer.precision": ("float32",),
-    "distributed.strategy": ("auto", "ddp"),
 }
 
 TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alias in names}

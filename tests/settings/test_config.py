@@ -186,6 +186,15 @@ low_precision.lora_rank=4 low_precision.use_fp8=true training.init_from=gpt2
     low_precision.use_fp8=true.
 low_precision.lora_rank=4 optimizer.name=muon training.init_from=gpt2
     low_precision.lora_rank=4 trains adapters, but optimizer.name=muon is for whole matrices.
+distributed.strategy=fsdp low_precision.use_4bit_optimizer=true
+    distributed.strategy=fsdp cannot shard 4-bit moments yet, but
+    low_precision.use_4bit_optimizer=true; set one of them to its default.
+distributed.strategy=hsdp optimizer.name=adamw_8bit
+    distributed.strategy=hsdp cannot shard 8-bit moments yet, but optimizer.name=adamw_8bit; set
+    optimizer.name to adamw.
+distributed.strategy=fsdp low_precision.lora_rank=4 training.init_from=gpt2
+    distributed.strategy=fsdp cannot shard adapters and their 4-bit weights yet, but
+    low_precision.lora_rank=4; use ddp.
 """)
 RULES += [
     (
@@ -344,8 +353,8 @@ def test_unknown_names_in_a_checkpoint_are_refused() -> None:
         Config.from_dict({"training": {"sede": 3}}, source="x.json")
     with pytest.raises(ConfigError, match="expected a section"):
         Config.from_dict({"training": 3})
-    with pytest.raises(ConfigError, match="distributed.strategy: not available in this version"):
-        Config.from_dict({"distributed": {"strategy": "fsdp"}})
+    with pytest.raises(ConfigError, match="optimizer.precision: not available in this version"):
+        Config.from_dict({"optimizer": {"precision": "bfloat16"}})
 
 
 def test_tokens_per_step_fix_the_accumulation() -> None:

@@ -128,7 +128,7 @@ NAMES = [  # text, place and message
     ("training: {seed: !x 3}", "1: tags are not allowed, got !x."),
     ("fp8: {amax_history: 3}", "fp8.amax_history: unknown option. Did you mean amax_history_len?"),
     ("distributed: {x: 3}", "distributed.x: unknown option. See python train.py --help."),
-    ("distributed: {strategy: fsdp}", "distributed.strategy: not available in this version. Set"),
+    ("optimizer: {precision: bfloat16}", "optimizer.precision: not available in this version. Set"),
 ]
 
 
