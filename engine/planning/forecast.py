@@ -22,7 +22,12 @@ from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_b
 from engine.evaluation import evaluating
 from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import clip_gradients, gradient_norm
-from engine.planning.memory import MemoryBudget, MemoryEstimator, optimizer_state_bytes
+from engine.planning.memory import (
+    MemoryBudget,
+    MemoryEstimator,
+    optimizer_state_bytes,
+    shard_count,
+)
 from engine.planning.stopwatch import Stopwatch
 from engine.precision.precision import Precision
 from engine.train_state import saves_due, times_due
@@ -111,30 +116,36 @@ class TrialStep:
     flops_ratio: float = 1.0
     """FLOPs per token of the run's model / those of the trial's."""
     parameter_ratio: float = 1.0
-    """Parameters of the run's model / those of the trial's."""
+    """Parameters that a process of the run updates / those of the trial's model."""
 
 
 def choose_trial(
     estimator: MemoryEstimator, budget: MemoryBudget, build: Callable[[Config], LanguageModel]
 ) -> TrialStep:
-    """Returns what to time; `sizes` is empty where nothing fits. build: makes a config's model."""
     config, model, length = estimator.config, estimator.model, estimator.config.training.block_size
+    shards = shard_count(config, estimator.world)
+    # Each process times by itself, so its model is whole.
+    config = replace(config, distributed=replace(config.distributed, strategy="ddp"))
     limit = _MAX_PARAMETERS if estimator.world.on_cpu else math.inf
-    while _parameters(model) > limit and config.model.n_layer > 1:
+    sizes = _fitting_sizes(replace(estimator, config=config), budget)
+    while (_parameters(model) > limit or not sizes) and config.model.n_layer > 1:
         config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
         with torch.device("meta"):
             model = build(config)
-    smaller = replace(estimator, config=config, model=model)
+        sizes = _fitting_sizes(replace(estimator, config=config, model=model), budget)
     return TrialStep(
         config,
-        [
-            size
-            for size in _sizes(config)
-            if budget.fits(smaller.memory(_sized(config, *size))) is not False
-        ],
+        sizes,
         _flops(estimator.model, 1, length) / _flops(model, 1, length),
-        _parameters(estimator.model) / _parameters(model),
+        _parameters(estimator.model) / _parameters(model) / shards,
     )
+
+
+def _fitting_sizes(estimator: MemoryEstimator, budget: MemoryBudget) -> list[tuple[int, int]]:
+    """Returns the sizes of a micro-step that fit into memory, the smallest first."""
+    config = estimator.config
+    variants = [(size, _sized(config, *size)) for size in _sizes(config)]
+    return [s for s, each in variants if budget.fits(estimator.memory(each)) is not False]
 
 
 def _sizes(config: Config) -> Iterator[tuple[int, int]]:

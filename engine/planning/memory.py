@@ -140,6 +140,7 @@ class MemoryEstimator:
     def memory(self, config: Config | None = None) -> Memory:
         """Returns the memory of the run, or of a variant of it."""
         config = config or self.config
+        shards = shard_count(config, self.world)
         step = StepShape(
             batch=micro_batch(config),
             block=config.training.block_size,
@@ -149,9 +150,9 @@ class MemoryEstimator:
         )
         activations = activation_bytes(self.model, step)
         found = Memory(
-            weights=sum(weight.nbytes for weight in self._weights()),
-            gradients=sum(p.nbytes for p in _trained(self.model)),
-            optimizer=optimizer_state_bytes(self.model, config),
+            weights=sum(shard_bytes(weight, shards) for weight in self._weights()),
+            gradients=sum(shard_bytes(p, shards) for p in _trained(self.model)),
+            optimizer=optimizer_state_bytes(self.model, config, shards),
             copies=self.precision.master_bytes,
             activations=activations or 0,
             update=_update_bytes(self.model, config, self.precision),
@@ -179,17 +180,33 @@ def _trained(model: LanguageModel) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def optimizer_state_bytes(model: LanguageModel, config: Config) -> int:
-    """Returns the memory of the optimizer's state after its first step."""
+def shard_count(config: Config, world: World) -> int:
+    """Returns among how many processes `distributed.strategy` divides each weight."""
+    return world.size if config.distributed.strategy == "fsdp" else 1
+
+
+def shard_bytes(weight: Tensor, shards: int) -> int:
+    """Returns the largest part of a weight that one of so many processes holds, in bytes.
+
+    Rows are divided; where they do not come out even, torch fills the last shards up.
+    """
+    if shards == 1 or weight.dim() == 0:
+        return weight.nbytes
+    return -(-weight.shape[0] // shards) * (weight.nbytes // max(1, weight.shape[0]))
+
+
+def optimizer_state_bytes(model: LanguageModel, config: Config, shards: int = 1) -> int:
+    """Returns the memory of the optimizer's state after its first step; shards: processes among
+    which it is divided."""
     trained = _trained(model)
     if config.optimizer.name == "muon":
         hidden = {id(weight) for weight, _ in model.hidden_weights()}
-        return sum(p.nbytes * (1 if id(p) in hidden else 2) for p in trained)
+        return sum(shard_bytes(p, shards) * (1 if id(p) in hidden else 2) for p in trained)
     if config.low_precision.use_4bit_optimizer:
         return sum(_adamw_4bit_bytes(p) if is_quantizable(p) else 2 * p.nbytes for p in trained)
     if config.optimizer.name == "adamw_8bit":
         return sum(_adamw_8bit_bytes(p.numel()) for p in trained)
-    return sum(2 * p.nbytes for p in trained)
+    return sum(2 * shard_bytes(p, shards) for p in trained)
 
 
 def _adamw_4bit_bytes(parameter: Tensor) -> int:

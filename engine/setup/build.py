@@ -44,6 +44,7 @@ from engine.planning.batch_size import (
     with_batch,
 )
 from engine.planning.memory import MemoryBudget, MemoryEstimator, refuse_impossible
+from engine.planning.strategy import first_that_fits, strategy_choices
 from engine.planning.summary import (
     cost_lines,
     length_lines,
@@ -59,7 +60,7 @@ from engine.reporting import Reporter, RunSize
 from engine.run_directory.directory import RunDirectory, directory_lines
 from engine.saving import CheckpointSaver
 from engine.setup.prompt import sample_writer
-from engine.setup.run_setup import RunSetup, prepare_run
+from engine.setup.run_setup import EVAL_BATCH, RunSetup, prepare_run
 from engine.train_state import TrainState, restore_rng, seed_apart, seed_generators
 from engine.trainer import Trainer
 from model import LanguageModel, build_model, pretrained
@@ -93,13 +94,16 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     setup = prepare_run(request, world)
     steps = setup.planned_steps(world)
 
-    parts = build_parts(setup, steps, world)
+    # What `auto` becomes here is not saved: it follows from the memory of this machine.
+    resolved = resolve_auto(setup.config, steps, world, budget)
+    parts = build_parts(replace(setup, config=resolved), steps, world)
     estimator = MemoryEstimator(
-        setup.config, parts.model, parts.precision, world, parts.compile_wanted, base
+        resolved, parts.model, parts.precision, world, parts.compile_wanted, base
     )
-    if setup.config.training.batch_size == "auto":
-        setup = setup.with_batch(find_batch_size(setup, parts, estimator, budget))
-        estimator = replace(estimator, config=setup.config)
+    if resolved.training.batch_size == "auto":
+        batch = find_batch_size(setup, parts, estimator, budget)
+        setup = setup.with_batch(batch)
+        estimator = replace(estimator, config=with_batch(resolved, batch, EVAL_BATCH))
     config = setup.config
     stack.enter_context(explained_memory(estimator, budget))
     console.info(*cost_lines(estimator, budget, parts.optimizer), *parts.covered)
@@ -150,6 +154,27 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
 # Phase 2: model, number formats, optimizer
 
 
+def resolve_auto(config: Config, steps: int, world: World, budget: MemoryBudget) -> Config:
+    """Returns the config with values in place of `auto` for `distributed.strategy` and
+    `training.recompute`, and says where they are not the fastest.
+
+    A collective. Raises ConfigError for a model that no choice brings near this machine's memory.
+    """
+    choices = strategy_choices(config, world.size)
+    refuse_impossible(choices[-1], open_precision(config, world), world, build_model)
+    if len(choices) == 1:
+        return choices[0]
+    with torch.device("meta"):
+        model = build_model(config)
+    precision = open_precision(config, world)
+    precision.prepare(model, steps, init=False)
+    chosen, lines = first_that_fits(
+        choices, MemoryEstimator(config, model, precision, world), budget
+    )
+    console.info(*lines)
+    return chosen
+
+
 def open_precision(config: Config, world: World) -> Precision:
     """Checks that this device computes in the formats asked for; raises ConfigError."""
     return Precision(config.low_precision, world.device, config.fp8)
@@ -160,7 +185,6 @@ def build_parts(setup: RunSetup, steps: int, world: World) -> ModelParts:
     its optimizer."""
     config, start = setup.config, setup.start
     precision = open_precision(config, world)
-    refuse_impossible(config, precision, world, build_model)
     console.info("Initializing model...")
     seed_generators(config.training.seed)
     model = build_model(config)

@@ -16,7 +16,7 @@ from engine.kernels import check_kernels, choose_kernels
 from engine.monitor import console
 from engine.planning.batch_size import predict_batch_sizes, with_batch
 from engine.planning.forecast import BUDGET_S, choose_trial, forecast, measure
-from engine.planning.memory import MemoryBudget, MemoryEstimator, refuse_impossible
+from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.planning.stopwatch import Stopwatch, stopwatch
 from engine.planning.summary import (
     cost_lines,
@@ -30,7 +30,7 @@ from engine.planning.summary import (
 )
 from engine.precision.precision import Precision
 from engine.run_directory.directory import RunDirectory, directory_lines
-from engine.setup.build import new_optimizer, open_precision, wants_compiler
+from engine.setup.build import new_optimizer, open_precision, resolve_auto, wants_compiler
 from engine.setup.prompt import sample_writer
 from engine.setup.run_setup import EVAL_BATCH, RunSetup, prepare_run
 from model import LanguageModel, build_model
@@ -48,8 +48,8 @@ def dry_run(request: Request, world: World) -> None:
     done, saved = (setup.done, setup.start.saved) if setup else ((0, 0), {})
     epoch_tokens = setup.epoch_tokens if setup else 0
     steps = planned_steps(config, world.size, epoch_tokens, done)
+    config = resolve_auto(config, steps, world, budget)
     precision = open_precision(config, world)
-    refuse_impossible(config, precision, world, build_model)
     with torch.device("meta"):
         model = build_model(config)
     covered = precision.prepare(model, steps, init=False)
@@ -119,7 +119,7 @@ def time_lines(
     timed = [f"Timed on {world.device_name}", precision.name]
     if times.tokens < whole:
         timed.append(f"by {times.tokens:,} of the {whole:,} tokens of a micro-step")
-    if trial.config is not config:
+    if trial.config.model.n_layer < config.model.n_layer:
         timed.append(f"by {trial.config.model.n_layer} of {config.model.n_layer} layers")
     if span.start:
         timed.append(f"from step {span.start}")
