@@ -26,8 +26,10 @@ from config import (
     command_line,
     report_to_torchrun,
 )
+from settings.slurm import adopt_srun_ranks
 
 if __name__ == "__main__":  # --help and config errors are answered before torch is imported
+    adopt_srun_ranks()  # first, because messages ask for the rank
     REQUEST = command_line(sys.argv[1:])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports below

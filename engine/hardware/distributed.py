@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
 from engine.hardware.device import prepare_device, resolve_device
+from settings.slurm import MASTER_ADDR, MASTER_PORT, started_by_srun
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -130,24 +133,35 @@ class World:
 
 @contextlib.contextmanager
 def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterator[World]:
-    """Joins the processes that torchrun started and resolves `system.device`; raises ConfigError.
+    """Joins the processes that torchrun or srun started and resolves `system.device`; raises
+    ConfigError.
 
     From here on, ranks other than 0 print nothing on standard output, and torch is set up for the
     device.
     """
     size = _launcher_number("WORLD_SIZE", 1, 10**6) if os.environ.get("WORLD_SIZE") else 1
     device = resolve_device(system.device)
-    if size > 1:
-        device = _join(size, device, distributed.backend)
-    else:
+    if size == 1:
         prepare_device(device)
-    yield World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+        yield World(rank=0, size=1, device=device)
+        return
+    device = _join(size, device, distributed.backend)
+    # Launchers that do not say how many processes a machine has are taken to use one machine.
+    known = "LOCAL_WORLD_SIZE" in os.environ
+    local_size = _launcher_number("LOCAL_WORLD_SIZE", 1, size) if known else size
+    yield World(rank=dist.get_rank(), size=size, device=device, local_size=local_size)
     # The process group is not destroyed here: see `end_process`.
 
 
 def _join(size: int, device: torch.device, backend: str) -> torch.device:
     """Joins the process group and returns the device of this process."""
     missing = [name for name in _LAUNCHER if name not in os.environ]
+    if missing and started_by_srun():
+        raise ConfigError(
+            f"srun started {size} tasks, but {' and '.join(missing)} is not set. Write before srun:"
+            f"\n  {MASTER_ADDR}\n  {MASTER_PORT}\n"
+            "`python train.py ... --slurm` prints a script that has both."
+        )
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: several processes are "
@@ -175,10 +189,13 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
 
 def _gpu_of(local_rank: int) -> torch.device:
     """Returns the GPU of this process; raises ConfigError if there is none."""
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        # --gpus-per-task lets each task see its own GPUs only; here LOCAL_RANK picks among all.
+        how = "Use srun with --gpus-per-node, not --gpus-per-task, and as many tasks"
+        remedy = how if started_by_srun() else "Lower --nproc_per_node"
         raise ConfigError(
-            f"process {local_rank} of this machine has no GPU: torch sees "
-            f"{torch.cuda.device_count()}. Lower --nproc_per_node."
+            f"process {local_rank} of this machine has no GPU: torch sees {count}. {remedy}."
         )
     return torch.device("cuda", local_rank)
 
@@ -201,7 +218,7 @@ def _launcher_number(name: str, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ConfigError(
             f"the environment variable {name}={text!r} is not a whole number from {least} to "
-            f"{most}. Unset it to train in one process; torchrun sets it for several."
+            f"{most}. Unset it to train in one process; torchrun and srun set it for several."
         )
     return number
 
