@@ -41,6 +41,10 @@ class StepShape:
     on_cpu: bool
     accumulates: bool = False
     """Whether gradients are added to those of earlier micro-steps, there from the start."""
+    recompute: bool = False
+    """Whether layers keep only their inputs, as `training.recompute: layer` has it."""
+    shards: int = 1
+    """Processes among which the weights are divided; 1: each process has all."""
 
     @property
     def tokens(self) -> int:

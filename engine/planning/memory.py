@@ -147,6 +147,8 @@ class MemoryEstimator:
             dtype=self.precision.dtype,
             on_cpu=self.world.on_cpu,
             accumulates=accumulation_steps(config, self.world.size) > 1,
+            recompute=config.training.recompute == "layer",
+            shards=shards,
         )
         activations = activation_bytes(self.model, step)
         found = Memory(
