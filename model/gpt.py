@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -121,17 +120,22 @@ class GPT(Transformer):
             self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draws weights from N(0, 0.02**2); biases are 0, gains 1."""
+    def init_weight(self, name: str, weight: Tensor) -> None:
+        """Draws from N(0, 0.02**2); biases are 0, gains 1."""
+        if weight.dim() == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            return
         # Two layers in each block write to the residual stream. They start smaller, so that the
         # variance of the stream does not grow with depth.
         residual = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                parameter.normal_(std=residual if name.endswith("c_proj.weight") else INIT_STD)
+        weight.normal_(std=residual if name.endswith("c_proj.weight") else INIT_STD)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
+        """Keeps embedding and head tied where torch makes new parameters, as `to_empty` does."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        if self.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        return self
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -67,9 +67,26 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
+    @torch.no_grad()
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
+        for name, parameter in self.named_parameters():
+            self.init_weight(name, parameter)
+
+    def init_weight(self, name: str, weight: Tensor) -> None:
+        """Draws one weight in place, from torch's global generator.
+
+        name: of the parameter. weight: the parameter, or a whole tensor of its shape where the
+        parameter itself is a slice (engine/hardware/sharding.py). Weights are drawn in the order of
+        `named_parameters`, without gradients.
+        """
         raise NotImplementedError
+
+    def shard_groups(self) -> list[list[nn.Module]]:
+        """Returns, for each layer, the modules whose weights are gathered together in sharded
+        training, in the dtype of products; the other weights are gathered all at once. Empty: all
+        weights are."""
+        return []
 
     def hidden_weights(self) -> list[HiddenWeight]:
         """Returns the weight matrices between embedding and head, without either."""

@@ -173,26 +173,24 @@ class Llama(Transformer):
         self._rope_tables: dict[tuple[object, ...], Tensor] = {}
         self.init_weights()
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weight(self, name: str, weight: Tensor) -> None:
         """Draws matrices (out, in) from N(0, 2 / (in + out)) and embeddings from N(0, 1), both
         truncated at three standard deviations; gains are 1.
 
         A fused matrix is drawn as the `n_fused` matrices that it stacks. With grouped queries q is
         several of them, and its numbers are larger than those of one (D, D) matrix would be.
         """
-        # GPT-2's embeddings of std 0.02 make learning start late: 2.01 instead of 1.85 nats per
-        # byte of Shakespeare after 300 steps of 4 layers of 128.
-        fused = {id(weight): n_fused for weight, n_fused in self.hidden_weights()}
-        for parameter in self.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            rows, columns = parameter.shape[0] // fused.get(id(parameter), 1), parameter.shape[1]
-            std = math.sqrt(2 / (rows + columns))
-            if parameter is self.embedding.weight:
-                std = 1.0
-            nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+            return
+        module = self.get_submodule(name.removesuffix(".weight"))
+        n_fused = module.n_fused if isinstance(module, Linear) else 1
+        std = math.sqrt(2 / (weight.shape[0] // n_fused + weight.shape[1]))
+        if module is self.embedding:
+            # GPT-2's embeddings of std 0.02 make learning start late: 2.01 instead of 1.85 nats per
+            # byte of Shakespeare after 300 steps of 4 layers of 128.
+            std = 1.0
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -80,6 +80,9 @@ class Transformer(LanguageModel, ABC):
     def final_norm(self, x: Tensor) -> Tensor:
         """Returns the input of the head, (R, D), from x (R, D) after the last block."""
 
+    def shard_groups(self) -> list[list[nn.Module]]:
+        return [[block.get_submodule("attn"), block.get_submodule("mlp")] for block in self.blocks]
+
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor | None:
         """Returns cosines and sines of positions begin .. end - 1; None without rope."""
         return None

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import BDHConfig
-from model.attention import matmul_dtype
+from model.attention import Embedding, matmul_dtype
 from model.bdh.dense import DenseArgs, dense_layers
 from model.bdh.elementwise import EAGER, compiled_ops
 from model.bdh.fused_layers import fused_layers
@@ -66,7 +66,7 @@ class BDH(LanguageModel):
         self.config, self.n_layer = config, config.n_layer
         D, H, V = config.n_embd, config.n_head, config.vocab_size
         N = config.mlp_internal_dim_multiplier * D // H
-        self.embed = nn.Embedding(V, D)
+        self.embed = Embedding(V, D)
         self.encoder = nn.Parameter(torch.empty(H, D, N))  # E
         self.encoder_v = nn.Parameter(torch.empty(H, D, N))  # G
         self.decoder = nn.Parameter(torch.empty(H * N, D))  # W
@@ -85,10 +85,13 @@ class BDH(LanguageModel):
         H, D, N = self.encoder.shape
         return H, D, N
 
-    def init_weights(self) -> None:
-        """Draws every weight from N(0, 0.02**2), as the reference does."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=INIT_STD)
+    def init_weight(self, name: str, weight: Tensor) -> None:
+        """Draws from N(0, 0.02**2), as the reference does."""
+        if name == "encoder":
+            # The first weight. nn.Embedding drew its own before it, which these numbers stand for:
+            # a seed gives the weights that it always gave.
+            torch.empty(self.embed.weight.shape, device=weight.device).normal_()
+        weight.normal_(std=INIT_STD)
 
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
