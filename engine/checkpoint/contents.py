@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from config import CheckpointError, ConfigError, NonFiniteError
+from engine.checkpoint.stream import PendingTensor
 from engine.train_state import TrainState
 
 _PLAIN = (str, int, float, bool, NoneType)
@@ -232,7 +233,8 @@ def check_plain(value: object, place: str = "checkpoint") -> None:
         for index, item in enumerate(value):
             check_plain(item, f"{place}.{index}")
     else:
-        assert kind is Tensor or kind in _PLAIN, f"{place} is {_type_name(value)}"
+        known = kind in (Tensor, PendingTensor) or kind in _PLAIN
+        assert known, f"{place} is {_type_name(value)}"
 
 
 def _type_name(value: object) -> str:
@@ -241,21 +243,25 @@ def _type_name(value: object) -> str:
     return name if kind.__module__ == "builtins" else f"{kind.__module__}.{name}"
 
 
-def tensors(value: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields (dotted place, tensor) of every tensor inside nested dicts and lists."""
-    if isinstance(value, Tensor):
-        yield place, value
-    elif isinstance(value, dict | list | tuple):
+def leaves(value: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """Yields (dotted place, value) of everything inside nested dicts and lists."""
+    if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            yield from tensors(item, f"{place}.{key}" if place else str(key))
+            yield from leaves(item, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, value
 
 
 def check_finite(weights: dict[str, Any], step: int) -> None:
-    """Raises NonFiniteError naming the first tensor with NaN or infinity."""
+    """Raises NonFiniteError naming the first tensor with NaN or infinity.
+
+    Pending tensors are skipped: their numbers are checked once they are fetched.
+    """
     # One sum over all weights runs at memory speed. It may overflow without a NaN in them, so each
     # number is looked at only if the sum is not finite.
-    floating = [(n, t) for n, t in tensors(weights) if t.is_floating_point()]
+    found = leaves(weights)
+    floating = [(n, t) for n, t in found if isinstance(t, Tensor) and t.is_floating_point()]
     total = torch.zeros(())
     for _, tensor in floating:
         total = total.to(tensor.device) + tensor.sum(dtype=torch.float32)
@@ -271,6 +277,12 @@ def check_finite(weights: dict[str, Any], step: int) -> None:
 
 
 def tensor_bytes(content: object) -> int:
-    """Returns the bytes of all storages, shared ones once: what `torch.save` writes."""
-    storages = (tensor.untyped_storage() for _, tensor in tensors(content))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Returns the bytes of all storages, shared ones once: what the file will hold."""
+    sizes: dict[int, int] = {}
+    for _, value in leaves(content):
+        if isinstance(value, PendingTensor):
+            sizes[id(value.storage)] = value.storage.nbytes
+        elif isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())

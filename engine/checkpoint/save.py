@@ -1,9 +1,11 @@
 """Writes checkpoints.
 
-A checkpoint is one `torch.save` of nested dicts of tensors and plain values with a `format` field,
-and a manifest written after it (engine/run_directory/manifest.py). The order of a save:
+A checkpoint is a file of nested dicts of tensors and plain values with a `format` field, as
+`torch.save` makes it, and a manifest written after it (engine/run_directory/manifest.py). The order
+of a save, in the background thread of the main process (engine/saving.py):
 
-1. The content goes to a temporary file, which is hashed on the way and fsynced.
+1. The content goes to a temporary file, tensor by tensor (engine/checkpoint/stream.py), which is
+   hashed on the way and fsynced.
 2. The manifest of an earlier checkpoint of the same step, if there is one, is removed.
 3. The temporary file is renamed to `checkpoint_<step>.pt`; the folder is fsynced.
 4. The manifest is written in the same way: temporary file, fsync, rename, fsync of the folder.
@@ -20,11 +22,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from config import CheckpointError, WriteError
 from engine.checkpoint.contents import check_finite, check_plain, tensor_bytes
 from engine.checkpoint.retention import prune_checkpoints
+from engine.checkpoint.stream import write_tree
 from engine.monitor import console
 from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import (
@@ -36,7 +37,7 @@ from engine.run_directory.manifest import (
     render,
     verify,
 )
-from files.atomic import HashedFile, atomic_write, atomic_write_text, durable_remove
+from files.atomic import atomic_write, atomic_write_text, durable_remove
 from files.write_errors import as_write_error, check_space
 
 
@@ -105,7 +106,7 @@ def _write(path: Path, content: dict[str, Any], meta: CheckpointMeta) -> None:
 
     try:
         digest = atomic_write(
-            path, lambda out: _dump(content, out), before_rename=remove_old_manifest
+            path, lambda out: write_tree(content, out), before_rename=remove_old_manifest
         )
         time = datetime.now().astimezone().isoformat(timespec="seconds")
         manifest = Manifest(**vars(meta), size=digest.size, sha256=digest.sha256, time=time)
@@ -118,14 +119,3 @@ def _write(path: Path, content: dict[str, Any], meta: CheckpointMeta) -> None:
                 durable_remove(path)
         raise
 
-
-def _dump(content: dict[str, Any], out: HashedFile) -> None:
-    """Calls `torch.save` without its CRC32s, which no torch.load checks and which take as long as
-    our sha256. `unzip` reports such a file as damaged; torch reads it."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        # torch.save calls only `write` and `flush` of its file.
-        torch.save(content, out)  # type: ignore[arg-type]
-    finally:
-        torch.serialization.set_crc32_options(before)
