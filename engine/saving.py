@@ -1,14 +1,22 @@
-"""When checkpoints are saved, and what happens when a save fails."""
+"""When checkpoints are saved, and what happens when a save fails.
+
+A save stops training for a copy of the state to host memory (engine/checkpoint/snapshot.py). A
+thread of every process writes the file from it; rank 0's is the one that reaches the disk. Until it
+is there the checkpoint does not exist: a kill costs this save and no other.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from config import Config, WriteError
+from config import Config, UserError, WriteError
 from engine.checkpoint.save import save_checkpoint
+from engine.checkpoint.snapshot import Snapshot, SnapshotTaker
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.run_directory.directory import RunDirectory
@@ -17,10 +25,25 @@ from engine.train_state import TrainState, due
 ATTEMPTS = 3  # failed saves in a row before the run ends; one may be a passing fault
 
 
+class _Write(threading.Thread):
+    """Writes the snapshot of one step; `error` says why it could not."""
+
+    def __init__(self, state: TrainState, work: Callable[[], object]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.step, self.evaluated_step = state.step, state.evaluated_step
+        self.error: BaseException | None = None
+        self._work = work
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # raised where training looks after it
+            self.error = error
+
+
 @dataclass
 class CheckpointSaver:
-    """Saves a run's state when it is due. Every process calls every method: gathering the state
-    takes all of them, the main one writes the file."""
+    """Saves a run's state when it is due. Every process calls every method but `close`."""
 
     config: Config
     world: World
@@ -28,8 +51,19 @@ class CheckpointSaver:
     saved_step: int = 0
     saved_evaluation: int = 0
     """The step of the newest evaluation that a checkpoint holds."""
+    _write: _Write | None = None
+    """The save under way."""
     _failures: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._snapshots = SnapshotTaker(self.world)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has done its part of the save under way, so that `finish` need not
+        wait for it."""
+        return self._write is not None and not self._write.is_alive()
 
     @property
     def time_over(self) -> bool:
@@ -56,31 +90,66 @@ class CheckpointSaver:
         known = state.step == self.saved_step and state.evaluated_step == self.saved_evaluation
         return self.config.training.save_model and not known
 
-    def save(
-        self, state: TrainState, collect: Callable[[], dict[str, Any]], final: bool = False
-    ) -> bool:
-        """Saves what `collect` returns; tells whether it is on the disk.
+    def start(self, state: TrainState, collect: Callable[[], dict[str, Any]]) -> None:
+        """Copies what `collect` returns and starts to write it; `finish` tells how that ended.
+
+        Without memory for the copy it is written before this returns.
+        """
+        assert self._write is None, "one save at a time"
+        snapshot, copied = self._snapshots.take(collect())
+        self._write = _Write(state, partial(self._write_snapshot, snapshot))
+        if copied:
+            self._write.start()
+        else:
+            self._write.run()
+        self._saved_at = time.monotonic()
+
+    def _write_snapshot(self, snapshot: Snapshot) -> None:
+        try:
+            if self.world.is_main:
+                save_checkpoint(self.directory, snapshot.state, self.config.training.keep_last)
+        finally:
+            snapshot.exchange_rest()
+
+    def finish(self, final: bool = False) -> bool:
+        """Waits for the save under way, if there is one; returns whether one is now on the disk.
 
         A failed save is retried when the next one is due: a full disk may be emptied, and a lost
         checkpoint costs less than a lost run. Raises WriteError where the save is the run's last
-        one (`final`) or the third in a row to fail.
+        one (`final`) or the third in a row to fail, and NonFiniteError for NaN in the weights.
         """
-        content, error = collect(), None
-        if self.world.is_main:
-            try:
-                save_checkpoint(self.directory, content, self.config.training.keep_last)
-            except WriteError as failure:
-                error = failure
-        self._saved_at = time.monotonic()
-        outcome = self.world.broadcast((error, self.directory.last_checkpoint))
-        error, self.directory.last_checkpoint = outcome
-        if error is not None:
-            self._failures += 1
-            if final or self._failures == ATTEMPTS:
-                raise error
-            if self.world.is_main:
-                console.warning(f"{error}\nTraining goes on; the next checkpoint will try again.")
+        if self._write is None:
             return False
-        self._failures, self.saved_step = 0, state.step
-        self.saved_evaluation = state.evaluated_step
-        return True
+        write = self._wait()
+        if write.error is not None and not isinstance(write.error, UserError):
+            raise write.error
+        outcome = self.world.broadcast((write.error, self.directory.last_checkpoint))
+        error, self.directory.last_checkpoint = outcome
+        if error is None:
+            self._failures, self.saved_step = 0, write.step
+            self.saved_evaluation = write.evaluated_step
+            return True
+        self._failures += 1
+        if final or self._failures == ATTEMPTS or not isinstance(error, WriteError):
+            raise error
+        if self.world.is_main:
+            console.warning(f"{error}\nTraining goes on; the next checkpoint will try again.")
+        return False
+
+    def _wait(self) -> _Write:
+        write, self._write = self._write, None
+        assert write is not None
+        if write.is_alive():
+            write.join()
+        return write
+
+    def close(self) -> None:
+        """Waits for a save that is still under way because an error ended the run, and tells how it
+        ended. The other processes may be gone."""
+        if self._write is None:
+            return
+        error = self._wait().error
+        if error is not None:
+            console.warning(str(error))
+        elif self.world.is_main:
+            console.info(f"Saved checkpoint to {self.directory.last_checkpoint}")

@@ -80,19 +80,23 @@ class Trainer:
         """Returns the next step with its data; None where some process was asked to stop.
 
         The processes exchange here, in one message, all that they have to agree on, so that they
-        stop and save after the same step.
+        stop and save after the same step, and learn together that a checkpoint is on the disk.
         """
         if self._reached_stop_after():
             return None
         began_s = time.monotonic()
         batch = None if stop else next(self.batches)
         waited_s = time.monotonic() - began_s
-        own = [0, 0, 0, 0]  # this process stops
+        written = int(self.saver.is_written)
+        own = [0, 0, 0, 0, written]  # this process stops
         if batch is not None:
             ids = self.data.document_ids
             own_targets = sum(count_targets(rows, ids) for rows in batch.micro_batches)
-            own = [1, own_targets, batch.epoch, int(self.saver.time_over)]
-        goes_on, targets, epochs, save_times = zip(*self.world.all_gather(own), strict=True)
+            own = [1, own_targets, batch.epoch, int(self.saver.time_over), written]
+        all_own = self.world.all_gather(own)
+        goes_on, targets, epochs, save_times, writes = zip(*all_own, strict=True)
+        if all(writes):
+            self.finish_save()
         if batch is None or not all(goes_on):
             stop.follow()
             return None
@@ -223,14 +227,23 @@ class Trainer:
             self.reporter.evaluation(self.state, found, improved, self.evaluator.rows_digest)
 
     def save(self, final: bool = False) -> None:
-        """Saves a checkpoint unless this step has one; see `CheckpointSaver.save` for failures."""
+        """Starts to save a checkpoint unless this step has one, once the save before it is done.
+
+        final: waits until the file is on the disk. See `CheckpointSaver.finish` for failures.
+        """
         self.read_last_step()
-        if not self.saver.needed(self.state):
-            return
         self.reporter.live.tell("saving")
         began = time.monotonic()
-        if self.saver.save(self.state, self.state_dict, final):
+        self.finish_save()
+        if self.saver.needed(self.state):
+            self.saver.start(self.state, self.state_dict)
+            if final:
+                self.finish_save(final)
             self.reporter.pace.saves.add(time.monotonic() - began)
+
+    def finish_save(self, final: bool = False) -> None:
+        """Waits for a save under way and says where it is."""
+        if self.saver.finish(final):
             console.info(f"Saved checkpoint to {self.directory.last_checkpoint}")
 
     def state_dict(self) -> dict[str, Any]:

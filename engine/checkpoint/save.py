@@ -118,4 +118,3 @@ def _write(path: Path, content: dict[str, Any], meta: CheckpointMeta) -> None:
             with contextlib.suppress(OSError):
                 durable_remove(path)
         raise
-

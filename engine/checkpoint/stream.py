@@ -67,9 +67,10 @@ class _Pickler(pickle.Pickler):
         """Returns the reference: class of the storage, name in the file, device, and numbers."""
         # Deprecated, yet what the layout of the file is made of: a storage with a dtype. Those of
         # dtypes younger than that (float8) are plain bytes.
+        storage: UntypedStorage | PendingStorage
         if isinstance(obj, TypedStorage):
-            storage: UntypedStorage | PendingStorage = obj._untyped_storage
-            kind, identity, numel = obj._pickle_storage_type(), storage._cdata, obj._size()
+            storage, identity = obj._untyped_storage, obj._untyped_storage._cdata
+            kind, numel = obj._pickle_storage_type(), obj._size()  # type: ignore[no-untyped-call]
         elif isinstance(obj, UntypedStorage):
             storage, kind, identity, numel = obj, "UntypedStorage", obj._cdata, obj.nbytes()
         elif isinstance(obj, PendingStorage):
@@ -93,7 +94,8 @@ def write_tree(tree: dict[str, Any], out: HashedFile) -> None:
     pickler.dump(tree)
     # Without CRC32s, which no torch.load checks and which take as long as our sha256. `unzip`
     # reports such a file as damaged; torch reads it.
-    writer = torch._C.PyTorchFileWriter(out, False, _ALIGNMENT)
+    # The writer calls only `write` of its file.
+    writer = torch._C.PyTorchFileWriter(out, False, _ALIGNMENT)  # type: ignore[call-overload]
     try:
         _write_records(writer, data.getvalue(), pickler.storages)
     finally:  # also after an error: the writer's destructor would do it, too late to be caught
@@ -117,5 +119,5 @@ def _write_records(
         if isinstance(storage, PendingStorage):
             on_cpu = storage.fetch().untyped_storage()
         else:
-            on_cpu = storage.cpu()  # itself, if it is there already
-        writer.write_record(f"data/{number}", on_cpu, on_cpu.nbytes())
+            on_cpu = storage.cpu()  # type: ignore[no-untyped-call]  # itself, if it is there
+        writer.write_record(f"data/{number}", on_cpu, on_cpu.nbytes())  # type: ignore[arg-type]

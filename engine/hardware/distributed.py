@@ -44,6 +44,9 @@ class World:
     device: torch.device
     local_size: int = 1
     """Processes on this machine."""
+    saving_group: dist.ProcessGroup | None = None
+    """All processes once more, for the threads that write checkpoints: what these send must not mix
+    with what training sends."""
 
     @property
     def is_main(self) -> bool:
@@ -149,7 +152,8 @@ def enter_world(system: SystemConfig, distributed: DistributedConfig) -> Iterato
     # Launchers that do not say how many processes a machine has are taken to use one machine.
     known = "LOCAL_WORLD_SIZE" in os.environ
     local_size = _launcher_number("LOCAL_WORLD_SIZE", 1, size) if known else size
-    yield World(rank=dist.get_rank(), size=size, device=device, local_size=local_size)
+    saving_group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    yield World(dist.get_rank(), size, device, local_size, saving_group)
     # The process group is not destroyed here: see `end_process`.
 
 

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -69,6 +70,8 @@ class RunDirectory:
         self._environment = EnvironmentFile(self._config, facts or {})
         self._metrics = MetricsFile()
         self._lock: DirectoryLock | None = None
+        # Held while the files are written: training adds records while a thread saves.
+        self._writing = threading.RLock()
         self._started = datetime.now()
         self._progress: dict[str, Any] = {}
         self._ended: dict[str, Any] | None = None
@@ -168,14 +171,15 @@ class RunDirectory:
 
     def prepare(self) -> Path:
         """Returns the directory, created now if need be, with all metrics so far on the disk."""
-        if self.path is None:
-            self.path = self._create()
-        self._metrics.write(self.path, durable=True)
-        if self._environment.values.get(METRICS_BYTES) != self._metrics.size:
-            # A checkpoint is worth more than this file: a failure waits for the next save.
-            with contextlib.suppress(OSError):
-                self._environment.save(self.path, self._metrics.size)
-        return self.path
+        with self._writing:
+            if self.path is None:
+                self.path = self._create()
+            self._metrics.write(self.path, durable=True)
+            if self._environment.values.get(METRICS_BYTES) != self._metrics.size:
+                # A checkpoint is worth more than this file: a failure waits for the next save.
+                with contextlib.suppress(OSError):
+                    self._environment.save(self.path, self._metrics.size)
+            return self.path
 
     def count_step(self, step: int, tokens: int, elapsed_s: float) -> None:
         """Notes how far training got, for `end`, and creates the directory after `KEEP_AFTER_S`.
@@ -196,9 +200,10 @@ class RunDirectory:
 
         A failure is reported once and retried with the next record; `close` raises it if it stays.
         """
-        self._metrics.add(record)
-        if self.path is not None:
-            self._metrics.write(self.path)
+        with self._writing:
+            self._metrics.add(record)
+            if self.path is not None:
+                self._metrics.write(self.path)
 
     def end(self, state: str, reason: str = "") -> None:
         """Notes how this session ended, for environment.json: done, stopped or failed."""

@@ -128,6 +128,8 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     batches = open_batches(data, config, data_state, world, stack) if training else iter(())
     directory = open_directory(setup, training, run_facts(setup, parts, world, size), stack)
     trackers = open_trackers(config, directory, state, stack) if world.is_main else []
+    saver = CheckpointSaver(config, world, directory, state.step, state.evaluated_step)
+    stack.callback(saver.close)  # before the directory is given up
     console.info(*directory_lines(directory, setup.start.resume))
     console.info(*start_lines(setup, parts, world, state, compiled + recorded))
     return Trainer(
@@ -146,7 +148,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
         directory=directory,
         evaluator=evaluator,
         reporter=Reporter(config, world, parts.precision, size, directory, trackers, compile_s),
-        saver=CheckpointSaver(config, world, directory, state.step, state.evaluated_step),
+        saver=saver,
         found_inf=attach_found_inf(parts.optimizer, world.device) if reads_late(parts) else None,
     )
 
