@@ -47,7 +47,7 @@ from engine.hardware.distributed import (
     is_lost_peer,
     is_main_process,
     no_sync_until_last,
-    scale_loss_for_ddp,
+    scale_loss_for_averaging,
 )
 from engine.hardware.memory import ran_out
 from engine.loss import inputs_and_targets
@@ -68,7 +68,7 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     """The loop: batch, forward, loss, backward, clip, step; then log, evaluate, save when due."""
     config, state, world = trainer.config, trainer.state, trainer.world
     precision, optimizer, training = trainer.precision, trainer.optimizer, trainer.config.training
-    model, document_ids = trainer.ddp_model, trainer.data.document_ids
+    model, document_ids = trainer.parallel_model, trainer.data.document_ids
     max_norm = config.optimizer.grad_clip
     if state.evaluation_due(training):
         trainer.evaluate(stop)  # a resumed run: its stop had cut this evaluation short
@@ -88,12 +88,12 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
                     # Divided by the tokens of the whole step on all processes, so that the
                     # gradient does not depend on how the step is cut.
                     loss = loss_sum / step.targets
-                    precision.backward(scale_loss_for_ddp(loss, world))
+                    precision.backward(scale_loss_for_averaging(loss, world))
                 step_loss += loss.detach()
 
-        # DDP has averaged the gradients, so their norm is equal on all ranks. On a GPU, waiting for
-        # it would leave the device idle: where the optimizer can skip a step that is not finite,
-        # loss and norm are read during the next step.
+        # Gradients are averages over all ranks, so their norm is equal on all. On a GPU, waiting
+        # for it would leave the device idle: where the optimizer can skip a step that is not
+        # finite, loss and norm are read during the next step.
         precision.unscale(optimizer)
         norm = gradient_norm(trainer.model)
         trainer.check_finite(step, world.all_reduce_sum(step_loss), norm)

@@ -54,7 +54,7 @@ def measure(config: str, folder: str) -> tuple[float, float]:
         world = stack.enter_context(enter_world(request.config.system, request.config.distributed))
         trainer = build(request, world, stack)
         trainer.next_step(stop)  # the first batch opens files, once per run
-        trainer.ddp_model.forward = inner.wrap(trainer.ddp_model.forward)
+        trainer.parallel_model.forward = inner.wrap(trainer.parallel_model.forward)
         for name in ("backward", "step"):
             setattr(trainer.precision, name, inner.wrap(getattr(trainer.precision, name)))
         began = time.perf_counter()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from config import SystemConfig
+from config import ConfigError, SystemConfig
 from engine.hardware.device import compiler_for
 from engine.hardware.memory import ran_out
+from engine.hardware.sharding import is_sharded
+from model.interface import LanguageModel
 
 # Of a run on a CPU: about a minute on two cores. Compiling takes 13 s there, and makes steps of
 # small models a quarter and of large ones a half shorter.
@@ -40,14 +42,19 @@ def compile_model(
 
     In place, because a wrapped model would save its weights under other names. trial: runs the
     model once, for compilers fail only then; the run goes on without. It may draw random numbers,
-    which are put back, and leave nothing else behind. Raises its error if memory ran out.
+    which are put back, and leave nothing else behind. Raises its error if memory ran out, and
+    ConfigError if a sharded model cannot be compiled.
     """
     if not wanted:
         return None, "not compiled"
     compiler = compiler_for(device)
     if compiler is None:
         return None, f"not compiled: no compiler for {device.type} on this machine"
-    model.compile()
+    # Between the layers of a sharded model their weights are gathered.
+    if isinstance(model, LanguageModel) and is_sharded(model):
+        model.compile_layers()
+    else:
+        model.compile()
     began = time.monotonic()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -56,9 +63,12 @@ def compile_model(
     except Exception as error:  # compilers fail in many ways; the eager model does the same work
         if ran_out(error):  # the eager model would need more still
             raise
+        reason = str(error).strip().splitlines()[0]
+        words = f"{compiler} failed ({type(error).__name__}: {reason})"
+        if is_sharded(model):  # torch does not say how to go on after a forward pass that failed
+            raise ConfigError(f"system.compile: {words}. Set system.compile: false.") from error
         model.compile(disable=True)
         model.zero_grad(set_to_none=True)  # the failed backward pass may have made some gradients
-        reason = str(error).strip().splitlines()[0]
-        return None, f"not compiled: {compiler} failed ({type(error).__name__}: {reason})"
+        return None, f"not compiled: {words}"
     seconds = time.monotonic() - began
     return seconds, f"compiled with {compiler} in {seconds:.0f}s"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.run_data import RunData
 from engine.hardware.distributed import World
+from engine.hardware.sharding import is_sharded, reshard
 from engine.loss import DocumentIds, count_targets, next_token_loss
 from engine.precision.precision import Precision
 from model import LanguageModel
@@ -78,10 +79,16 @@ class Evaluator:
             val_losses=val[1],
             val_loss_quantized=None if rounded is None else rounded[0],
             bits_per_byte=None if per_token is None else bits_per_byte(val[0], per_token),
-            active_neurons=self._active_neurons(),
-            sample=self.sample() if self.sample and self.world.is_main else None,
+            active_neurons=self._active_neurons() if self._takes_part else {},
+            sample=self.sample() if self.sample and self._takes_part else None,
             seconds=time.monotonic() - began,
         )
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process computes what only the main one reports: its forward passes gather
+        the weights of a sharded model from all processes."""
+        return self.world.is_main or is_sharded(self.model)
 
     @property
     def evaluated_tokens(self) -> int:
@@ -94,7 +101,7 @@ class Evaluator:
         self, batches: tuple[Tensor, ...], stopped: Callable[[], bool]
     ) -> tuple[float, list[float]] | None:
         """Returns the mean loss over all tokens, and that of each batch."""
-        sums = batch_losses(self.model, batches, self._loss, stopped, self.world)
+        sums = batch_losses(self.model, batches, self._loss, stopped, self.world, self.micro_batch)
         if sums is None:
             return None
         counts = [count_targets(rows, self.data.document_ids) for rows in batches]
@@ -102,36 +109,33 @@ class Evaluator:
         return sum(sums) / max(1, sum(counts)), each
 
     def _loss(self, rows: Tensor) -> Tensor:
-        """Returns the summed loss of rows (B, T+1), in micro-batches that fit into memory."""
-        parts = []
-        for part in torch.split(rows, self.micro_batch):
-            with self.precision.autocast():
-                loss = next_token_loss(self.model, part, self.world.device, self.data.document_ids)
-            parts.append(loss)
-        return torch.stack(parts).sum()
+        """Returns the summed loss of rows (B, T+1)."""
+        with self.precision.autocast():
+            return next_token_loss(self.model, rows, self.world.device, self.data.document_ids)
 
     def _active_neurons(self) -> dict[str, list[float]]:
-        if not self.world.is_main:
-            return {}
         rows = self.data.evaluation[1][0].to(self.world.device).long()
         document_ids = self.data.document_ids
         ids = None if document_ids is None else document_ids(rows)[:, :-1]
-        with self.precision.autocast():
+        with evaluating(self.model), self.precision.autocast():
             return self.model.active_fraction(rows[:, :-1], ids)
 
 
-@torch.inference_mode()
+# Not in inference mode: weights that a sharded model gathers there could not be trained.
+@torch.no_grad()
 def batch_losses(
     model: nn.Module,
     batches: tuple[Tensor, ...],
     loss: Callable[[Tensor], Tensor],
     stopped: Callable[[], bool],
     world: World,
+    micro_batch: int,
 ) -> list[float] | None:
     """Returns the `loss` of each of the batches (B, T+1), with dropout off.
 
-    The processes share the batches. None when `stopped()`, asked by all of them together, became
-    true on the way. Draws nothing from any random generator.
+    loss: of at most `micro_batch` rows, which fit into memory. The processes share the batches.
+    None when `stopped()`, asked by all of them together, became true on the way. Draws nothing from
+    any random generator.
     """
     # On the device, so that the next batch is queued while this one is computed.
     losses = torch.zeros(len(batches), device=world.device)
@@ -139,8 +143,14 @@ def batch_losses(
         for first in range(0, len(batches), world.size):
             if stopped():
                 return None
-            if (mine := first + world.rank) < len(batches):
-                losses[mine] = loss(batches[mine])
+            together = batches[first : first + world.size]
+            # All processes compute equally often: a sharded model gathers weights from all of them.
+            # What a process without a batch computes, or beyond its last rows, does not count.
+            calls = max(math.ceil(len(rows) / micro_batch) for rows in together)
+            parts = torch.split(together[min(world.rank, len(together) - 1)], micro_batch)
+            found = [loss(parts[min(call, len(parts) - 1)]) for call in range(calls)]
+            if world.rank < len(together):
+                losses[first + world.rank] = torch.stack(found[: len(parts)]).sum()
     # Each process holds zeros where the others hold losses, so the sum is all of them.
     values: list[float] = world.all_reduce_sum(losses).tolist()
     return values
@@ -155,6 +165,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+        reshard(model)
 
 
 def digest_rows(batches: tuple[Tensor, ...], document_ids: DocumentIds | None) -> str:

@@ -19,6 +19,7 @@ from data.run_data import RunData
 from engine.evaluation import Evaluator
 from engine.graphed_step import GraphedStep
 from engine.hardware.distributed import World
+from engine.hardware.sharding import gathered
 from engine.loss import count_targets
 from engine.monitor import console
 from engine.monitor.console import RULE
@@ -42,8 +43,9 @@ class Trainer:
     world: World
     precision: Precision
     model: LanguageModel
-    ddp_model: nn.Module
-    """The model as training calls it: it exchanges gradients with the other processes."""
+    parallel_model: nn.Module
+    """The model as training calls it: it averages gradients over all processes. `model` itself, or
+    DDP around it."""
     graphed_step: GraphedStep | None
     """Forward and backward as a CUDA graph, where the config asks for one."""
     optimizer: torch.optim.Optimizer
@@ -254,8 +256,8 @@ class Trainer:
         """
         self._update_elapsed()
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gathered(self.model.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "precision": self.precision.state_dict(),
             "train": asdict(self.state),
             "cursor": merge_data_states(self.world.gather(self.data_state())),

@@ -88,6 +88,10 @@ class LanguageModel(nn.Module):
         weights are."""
         return []
 
+    def compile_layers(self, *, disable: bool = False) -> None:
+        """Compiles each layer by itself, where `compile` makes one graph of the whole model."""
+        self.compile(disable=disable)
+
     def hidden_weights(self) -> list[HiddenWeight]:
         """Returns the weight matrices between embedding and head, without either."""
         return []

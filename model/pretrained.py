@@ -282,10 +282,15 @@ def _read_cs336(
 
 
 def load_into(model: nn.Module, pretrained: Pretrained, block_size: int) -> None:
-    """Copies the weights into a model that was built with `pretrained.options`.
+    """Copies `fitting_weights` into the model."""
+    model.load_state_dict(fitting_weights(model, pretrained, block_size))
+
+
+def fitting_weights(model: nn.Module, pretrained: Pretrained, block_size: int) -> dict[str, Tensor]:
+    """Returns the state dict for a model that was built with `pretrained.options`.
 
     block_size: its positions; later ones of the weights are left out. Raises CheckpointError if the
-    weights do not fit; the model is then unchanged.
+    weights do not fit.
     """
     path = pretrained.path
     if pretrained.block_size is not None and block_size > pretrained.block_size:
@@ -314,7 +319,7 @@ def load_into(model: nn.Module, pretrained: Pretrained, block_size: int) -> None
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{path}: does not fit the model: {'; '.join(faults[:3])}{more}.")
-    model.load_state_dict(weights)
+    return weights
 
 
 def _published(name: str) -> Path:

@@ -83,6 +83,10 @@ class Transformer(LanguageModel, ABC):
     def shard_groups(self) -> list[list[nn.Module]]:
         return [[block.get_submodule("attn"), block.get_submodule("mlp")] for block in self.blocks]
 
+    def compile_layers(self, *, disable: bool = False) -> None:
+        for block in self.blocks:
+            block.compile(disable=disable)
+
     def rope_table(self, begin: int, end: int, x: Tensor) -> Tensor | None:
         """Returns cosines and sines of positions begin .. end - 1; None without rope."""
         return None

@@ -467,6 +467,21 @@ def _eight_bit_moments_are_not_sharded(c: Any) -> str | None:
     return "{0} cannot shard 8-bit moments yet, but {1}; set optimizer.name to adamw"
 
 
+@rule("distributed.strategy", "fp8.backend", "fp8.recipe")
+def _transformer_engine_is_not_sharded(c: Any) -> str | None:
+    te = c.fp8.backend == "transformer_engine" or c.fp8.recipe in ("block", "mxfp8")
+    if not _is_sharded(c) or not c.low_precision.use_fp8 or not te:
+        return None
+    return "{0} cannot shard Transformer Engine yet, as {1} with {2} needs it; use native or ddp"
+
+
+@rule("distributed.strategy", "low_precision.use_fp8", "training.sample_prompt")
+def _samples_without_fp8_need_the_whole_model(c: Any) -> str | None:
+    if not _is_sharded(c) or not c.low_precision.use_fp8 or c.training.sample_prompt is None:
+        return None
+    return "{0} with {1} cannot draw samples, which need the whole model, but {2}; set it to null"
+
+
 @rule("distributed.strategy", "low_precision.lora_rank")
 def _adapters_are_not_sharded(c: Any) -> str | None:
     if not _is_sharded(c) or c.low_precision.lora_rank is None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
@@ -260,10 +261,10 @@ def end_process(code: int) -> NoReturn:
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     """Returns the model whose backward pass averages gradients over all processes.
 
-    With one process that is `model` itself. DDP copies the weights of rank 0 to the others; its
-    parameters are `model`'s own.
+    With one process that is `model` itself, and a sharded model does it already. DDP copies the
+    weights of rank 0 to the others; its parameters are `model`'s own.
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(model, FSDPModule):
         return model
     devices = None if world.device.type != "cuda" else [world.device]
     # Buffers are frozen weights, equal from the start. torch 2.13 renamed the option.
@@ -278,16 +279,18 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
-def scale_loss_for_ddp(loss: Tensor, world: World) -> Tensor:
+def scale_loss_for_averaging(loss: Tensor, world: World) -> Tensor:
     """Multiplies the loss by the number of processes.
 
-    DDP averages gradients, but losses are already divided by the tokens of all processes.
+    DDP and FSDP average gradients, but losses are already divided by the tokens of all processes.
     """
     return loss if world.size == 1 else loss * world.size
 
 
 def no_sync_until_last(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """The context of a micro-step; gradients are exchanged in the last one of a step only."""
-    if not last and isinstance(model, DistributedDataParallel):
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif not last and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()

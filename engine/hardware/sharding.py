@@ -19,6 +19,7 @@ Everything else, embedding, norms and head, is gathered once per pass as it is, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that a forward pass without backward has left gathered. Until then they are
+    the model's parameters, and a change of the slices does not reach them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns the whole of a sharded tensor, on every process; a plain one as it is. A collective
     for sharded tensors."""
@@ -177,3 +185,12 @@ def sharding_lines(strategy: str, model: nn.Module, world: World) -> list[str]:
         f"Sharded ({strategy}): weights, gradients and optimizer state over {where}; "
         f"{format_bytes(local_bytes(model))} of weights in each"
     ]
+
+
+def gathered(tree: Any) -> Any:
+    """Returns nested dicts and lists with whole tensors in place of sharded ones. A collective."""
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gathered(value) for value in tree]
+    return full_tensor(tree) if isinstance(tree, Tensor) else tree

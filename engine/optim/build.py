@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import OptimizerConfig
+from engine.hardware.sharding import full_tensor, shard_like
 from engine.optim.adamw_4bit import AdamW4bit
 from engine.optim.muon import Muon
 from engine.precision.tensor_4bit import import_bitsandbytes
@@ -89,9 +90,20 @@ def attach_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores the moments; hyperparameters stay those of the present config."""
+    """Restores the moments, of which sharded parameters take their slices; hyperparameters stay
+    those of the present config."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def own_part(value: Any, parameter: Tensor) -> Any:
+        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+        return shard_like(value, parameter) if is_moment else value
+
+    state = {
+        number: {name: own_part(value, parameters[number]) for name, value in values.items()}
+        for number, values in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def check_optimizer(
@@ -195,7 +207,8 @@ def optimizer_lines(optimizer: torch.optim.Optimizer) -> list[str]:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """Returns the norm () of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return full_tensor(nn.utils.get_total_norm(gradients))
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:

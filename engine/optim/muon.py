@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.hardware.device import supports_fast_bfloat16
+from engine.hardware.sharding import full_tensor, shard_like
 from engine.optim.adamw import adamw_step
 
 P = TypeVar("P", bound=Tensor)
@@ -77,7 +78,9 @@ class Muon(torch.optim.Optimizer):
             # Queries, keys, values and heads are matrices of their own: orthogonalized as one
             # matrix, the singular values of a large part would determine the update of a small one.
             # One batched product computes all of them.
-            stacked.append(nesterov.reshape(group["matrices"], -1, parameter.shape[-1]))
+            # Of sharded parameters every process orthogonalizes the whole.
+            whole = full_tensor(nesterov)
+            stacked.append(whole.reshape(group["matrices"], -1, parameter.shape[-1]))
         bfloat16 = supports_fast_bfloat16(parameters[0].device)
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         scale = UPDATE_RMS * math.sqrt(max(stacked[0].shape[1:]))
@@ -86,7 +89,8 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalize(matrices, dtype).chunk(len(parameters))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+            own = shard_like(update.reshape(parameter.shape), parameter)
+            parameter.add_(own, alpha=-group["lr"] * scale)
 
 
 def batch_by_shape(parameters: Sequence[P], device: torch.device) -> list[list[P]]:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from config import ConfigError, Fp8Config
+from engine.hardware.sharding import is_sharded
 from engine.precision.fp8_backend import Fp8Backend
 from engine.precision.fp8_native import NativeBackend
 from engine.precision.fp8_te import TransformerEngineBackend, checked_library
@@ -44,7 +45,8 @@ def attach_fp8(
     """Attaches the configured backend to the model; dtype: of the products' results.
 
     `backend: auto` is Transformer Engine for its own recipes, and where it is installed for models
-    whose hidden weights are in linear layers; else plain torch. Raises ConfigError.
+    whose hidden weights are in linear layers; else, and for sharded models, plain torch. Raises
+    ConfigError.
     """
     backend = fp8.backend
     if backend == "auto":
@@ -52,7 +54,7 @@ def attach_fp8(
         # them BDH would hold activations of all neurons at once.
         linear = model.matmul_backend is None
         installed = device.type == "cuda" and find_spec("transformer_engine") is not None
-        te = fp8.recipe in TE_ONLY_RECIPES or (linear and installed)
+        te = fp8.recipe in TE_ONLY_RECIPES or (linear and installed and not is_sharded(model))
         backend = "transformer_engine" if te else "native"
     if backend == "transformer_engine":
         return TransformerEngineBackend(fp8, device, model)

@@ -101,6 +101,11 @@ class Precision:
         """The format of most matmuls: "fp8", or the dtype's name."""
         return self.name if self._fp8_config is None else "fp8"
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which products read hidden weights; 8-bit operands are cast from float32."""
+        return torch.float32 if self._fp8_config is not None else self.dtype
+
     def prepare(self, model: LanguageModel, planned_steps: int, init: bool = True) -> list[str]:
         """Attaches the formats to a model on its device, whose weights are drawn or loaded; returns
         lines for the start of the run that count what is covered. Raises ConfigError.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from config import LowPrecisionConfig
+from engine.hardware.sharding import full_tensor, shard_like
 from engine.precision.tensor_4bit import Tensor4bit, quantize
 from model import LanguageModel
 
@@ -60,7 +61,9 @@ class QuantizedWeights:
                 self._masters.append(parameter.detach().clone())
                 # In place, so that compiled graphs, DDP and the optimizer keep their references. It
                 # raises the tensor's version: autograd refuses a backward pass outside the block.
-                _write(parameter, self._pack(parameter).dequantize(parameter.dtype))
+                # A sharded weight is rounded whole: its scales are of blocks that slices would cut.
+                rounded = self._pack(full_tensor(parameter)).dequantize(parameter.dtype)
+                _write(parameter, shard_like(rounded, parameter))
             yield
         finally:
             # If rounding itself failed, there are fewer masters than parameters.

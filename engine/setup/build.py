@@ -23,6 +23,14 @@ from engine.graphed_step import check_graphs, graphed_step
 from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
 from engine.hardware.memory import allocated_bytes
+from engine.hardware.sharding import (
+    draw_weights,
+    is_sharded,
+    load_weights,
+    shard_mesh,
+    shard_model,
+    sharding_lines,
+)
 from engine.kernels import check_kernels, choose_kernels
 from engine.loss import DocumentIds, next_token_loss
 from engine.monitor import console
@@ -137,7 +145,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
         world=world,
         precision=parts.precision,
         model=parts.model,
-        ddp_model=wrap_ddp(parts.model, world),
+        parallel_model=wrap_ddp(parts.model, world),
         graphed_step=graphed,
         optimizer=parts.optimizer,
         data=data,
@@ -189,10 +197,8 @@ def build_parts(setup: RunSetup, steps: int, world: World) -> ModelParts:
     precision = open_precision(config, world)
     console.info("Initializing model...")
     seed_generators(config.training.seed)
-    model = build_model(config)
-    if start.weights is not None:
-        pretrained.load_into(model, start.weights, config.training.block_size)
-    model = model.to(world.device)
+    model = initial_model(setup, precision, world)
+    sharded = sharding_lines(config.distributed.strategy, model, world)
     covered = precision.prepare(model, steps, init=start.resume is None)
     kernels = choose_kernels(model, config, world.device)
     before = start.saved["train"]["compiled"] if start.saved else None
@@ -201,8 +207,28 @@ def build_parts(setup: RunSetup, steps: int, world: World) -> ModelParts:
         precision=precision,
         optimizer=new_optimizer(model, config),
         compile_wanted=wants_compiler(config, model, steps, world, before) and precision.compiles,
-        covered=[*covered, *kernels],
+        covered=[*sharded, *covered, *kernels],
     )
+
+
+def initial_model(setup: RunSetup, precision: Precision, world: World) -> LanguageModel:
+    """Returns the model on its device with fresh or pretrained weights, or before those of a
+    checkpoint. A sharded one is never whole: its weights are drawn or read one by one."""
+    config, start = setup.config, setup.start
+    mesh = shard_mesh(config.distributed.strategy, world)
+    if mesh is None:
+        model = build_model(config).to(world.device)
+    else:
+        with torch.device("meta"):
+            model = build_model(config)
+        shard_model(model, mesh, precision.weight_dtype)
+        model.to_empty(device=world.device)
+        if start.resume is None:
+            draw_weights(model)
+    if start.weights is not None:
+        block_size = config.training.block_size
+        load_weights(model, pretrained.fitting_weights(model, start.weights, block_size))
+    return model
 
 
 def new_optimizer(model: LanguageModel, config: Config) -> torch.optim.Optimizer:
@@ -230,7 +256,8 @@ def find_batch_size(
     most = world.all_reduce_min(sizes[0])  # processes may have different amounts of free memory
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
-    if not world.on_cpu:
+    # A sharded model cannot try: the processes would wait for one that has run out of memory.
+    if not world.on_cpu and not is_sharded(parts.model):
         document_ids = document_id_function(setup.dataset, setup.config)
 
         def attempt(each: int) -> None:
@@ -265,7 +292,7 @@ def restore(
             restore_rng(generators[world.rank], world.device)
         else:  # as many processes as never before: only dropout draws from these
             seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
-    parts.model.load_state_dict(saved["model"])
+    load_weights(parts.model, saved["model"])
     load_optimizer(parts.optimizer, saved["optimizer"])
     saved.clear()  # the checkpoint's tensors would take the memory of a second model until the end
     return state, data_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import islice
 
@@ -10,6 +11,7 @@ import torch
 from config import Config, DataError
 from data.tokenizers.base import Tokenizer
 from engine.evaluation import evaluating
+from engine.hardware.sharding import is_sharded
 from engine.precision.lora import apply_lora
 from engine.precision.precision import Precision
 from model import LanguageModel, build_model
@@ -41,7 +43,9 @@ def sample_writer(
         generator = torch.Generator(precision.device).manual_seed(training.seed)
         prompt = torch.tensor([ids], device=precision.device)
         sampling = Sampling(temperature=TEMPERATURE)
-        with evaluating(writer):
+        # Layers of a sharded model are gathered in the dtype of products, which needs autocast.
+        autocast = precision.autocast() if is_sharded(model) else contextlib.nullcontext()
+        with evaluating(writer), autocast:
             drawn = generate(writer, prompt, sampling, [generator], training.block_size)
             tokens = [int(token) for token in islice(drawn, training.sample_tokens)]
         return tokenizer.decode(ids + tokens)

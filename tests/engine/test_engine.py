@@ -180,14 +180,14 @@ def test_every_batch_has_its_loss_and_no_random_number_is_drawn() -> None:
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     before = torch.get_rng_state()
     batches = torch.split(rows, 2)
-    losses = batch_losses(model, batches, lambda batch: model(batch).sum(), lambda: False, ALONE)
+    losses = batch_losses(model, batches, lambda batch: model(batch).sum(), lambda: False, ALONE, 2)
     assert losses == [3.0, 6.0] and model.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_losses_of_batches_end_early_when_stopped() -> None:
     ones = (torch.ones(1),)
-    stopped = batch_losses(nn.Identity(), ones, lambda batch: batch.sum(), lambda: True, ALONE)
+    stopped = batch_losses(nn.Identity(), ones, lambda batch: batch.sum(), lambda: True, ALONE, 1)
     assert stopped is None
 
 

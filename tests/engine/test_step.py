@@ -50,7 +50,7 @@ def plant_nan(monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], step: in
     def scaled(loss: Tensor, world: object) -> Tensor:
         return loss * (torch.nan if trainers[-1].state.step + 1 == step else 1.0)
 
-    monkeypatch.setattr(train, "scale_loss_for_ddp", scaled)
+    monkeypatch.setattr(train, "scale_loss_for_averaging", scaled)
 
 
 @pytest.mark.parametrize(
