@@ -195,6 +195,12 @@ distributed.strategy=hsdp optimizer.name=adamw_8bit
 distributed.strategy=fsdp low_precision.lora_rank=4 training.init_from=gpt2
     distributed.strategy=fsdp cannot shard adapters and their 4-bit weights yet, but
     low_precision.lora_rank=4; use ddp.
+distributed.strategy=fsdp low_precision.use_fp8=true fp8.backend=transformer_engine
+    distributed.strategy=fsdp cannot shard Transformer Engine yet, as fp8.backend=transformer_engine
+    with fp8.recipe=current needs it; use native or ddp.
+distributed.strategy=fsdp low_precision.use_fp8=true training.sample_prompt=a
+    distributed.strategy=fsdp with low_precision.use_fp8=true cannot draw samples, which need the
+    whole model, but training.sample_prompt=a; set it to null.
 """)
 RULES += [
     (
