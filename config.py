@@ -8,6 +8,7 @@ at their defaults. No torch here: a mistake in a config is answered before torch
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,10 +33,11 @@ from settings.errors import Origin, Problem, raise_problems
 from settings.errors import UserError as UserError
 from settings.errors import WriteError as WriteError
 from settings.merge import Merged, entries_of, merge, read_layer
-from settings.names import EXTRA_OPTIONS, WORDS
+from settings.names import EXTRA_OPTIONS, WORDS, resolve
 from settings.render import dump, help_text
 from settings.rules import Rule, check_rules, model_option_rules, nearest_multiples
 from settings.rules import setting as setting
+from settings.sbatch import batch_script, submit
 from settings.schema import Form, Schema, Section, option, schema_of
 from settings.sources import read_layers
 from settings.superseded import drop_superseded
@@ -350,6 +352,7 @@ class Config:
             "--dry-run": arguments.dry_run,
             "--show-config": arguments.show_config,
             "--help": arguments.help,
+            "--slurm": arguments.slurm is not None,
         }
         others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
         arguments.problems += [f"{word}: not an override" for word in others]
@@ -472,8 +475,8 @@ class Request:
 
 
 def command_line(argv: Sequence[str]) -> Request:
-    """Returns what `argv` asks for; --help and --show-config print and leave with 0, mistakes leave
-    with 2 and a message.
+    """Returns what `argv` asks for; --help, --show-config and --slurm print and leave with 0,
+    mistakes leave with 2 and a message.
     """
     arguments = parse_arguments(argv, schema())
     if arguments.help:
@@ -481,6 +484,7 @@ def command_line(argv: Sequence[str]) -> Request:
         raise SystemExit(0)
     try:
         request = _load(arguments)
+        answer = _answer_of_slurm(arguments, request)
     except ConfigError as error:
         report_to_torchrun(str(error))
         if os.environ.get("RANK", "0") == "0":  # all processes read the same config: one prints
@@ -491,7 +495,39 @@ def command_line(argv: Sequence[str]) -> Request:
             print(f"note: {note}", file=sys.stderr)
         print(request.config.to_yaml(), end="")
         raise SystemExit(0)
+    if answer is not None:
+        print(answer, end="")
+        raise SystemExit(0)
     return request
+
+
+def _answer_of_slurm(arguments: Arguments, request: Request) -> str | None:
+    """Returns the batch script of --slurm, with --submit sbatch's answer; None without --slurm.
+
+    Notes go to standard error. Raises ConfigError, also for what is only wrong for this job.
+    """
+    if arguments.slurm is None:
+        return None
+    config, device = request.config, request.config.system.device
+    name = os.path.splitext(os.path.basename(request.files[-1]))[0] if request.files else "train"
+    job, notes = arguments.slurm.with_defaults(device, re.sub(r"[^\w.-]", "_", name))
+    if job.gpus and device in ("cpu", "mps") or not job.gpus and device.startswith("cuda"):
+        raise ConfigError(f"--slurm gpus={job.gpus}, but {setting(config, 'system.device')}.")
+    if config.training.batch_size != "auto":
+        accumulation_steps(config, job.processes)
+    words = list(job.words)
+    given = {key for name, _ in arguments.overrides for key in resolve(schema(), name).keys}
+    option = "training.resume_from_checkpoint"
+    if config.training.init_from != "resume" and config.training.resume_from_checkpoint is None:
+        if option in given:
+            notes.append(f"{option}=null: after a requeue the run begins anew")
+        else:
+            words.append("resume_from_checkpoint=auto")
+            notes.append("added: resume_from_checkpoint=auto, so that a requeued job goes on")
+    for note in (*request.notes, *notes):
+        print(f"note: {printable(note)}", file=sys.stderr)
+    script = batch_script(job, words)
+    return submit(script) if job.submit else script
 
 
 def _load(arguments: Arguments) -> Request:

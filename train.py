@@ -5,11 +5,12 @@
     torchrun --standalone --nproc_per_node=8 train.py my_experiment.yaml
     python train.py my_experiment.yaml --dry-run                # memory, time, data: no training
     python train.py my_experiment.yaml --check-resume           # is a resumed run the same run?
+    python train.py my_experiment.yaml --slurm nodes=2 gpus=8 time=24:00    # a batch script
     python train.py --help
 
 Reads the config, builds a trainer (engine/setup/build.py), then runs `train`, the loop. The run
 directory appears with the first checkpoint; `resume_from_checkpoint` continues it exactly. Under
-torchrun every process runs all of it; only rank 0 logs and writes files.
+torchrun or srun every process runs all of it; only rank 0 logs and writes files.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from engine.hardware.distributed import (
     is_main_process,
     no_sync_until_last,
     scale_loss_for_averaging,
+    wait_for_all,
 )
 from engine.hardware.memory import ran_out
 from engine.loss import inputs_and_targets
@@ -164,7 +166,9 @@ def main(request: Request) -> int:
     """Returns the exit code; an error a user can act on becomes one message, no traceback."""
     try:
         with StopRequest() as stop:
-            return run_to_the_end(request, stop)
+            code = run_to_the_end(request, stop)
+            wait_for_all()
+            return code
     except UserError as error:
         if request.config.training.debug:
             traceback.print_exc()

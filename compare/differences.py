@@ -24,6 +24,7 @@ _NOT_MACHINE = {
     "ended",
     "step",
     "folder",
+    "slurm_job",
 }
 
 

@@ -26,6 +26,7 @@ from engine.run_directory.manifest import best_step, complete_checkpoints, data_
 from engine.signals import StopRequest
 from engine.train_state import TrainState, due, saves_due, times_due
 from settings.formatting import format_count, format_duration
+from settings.slurm import started_by_srun
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Reporter:
             return
         path, size = quoted(self.directory.path), self.world.size
         start = f"torchrun --standalone --nproc_per_node={size}" if size > 1 else "python"
+        start = "srun python" if started_by_srun() else start
         console.info(
             f"Stopped by {stop.name} at step {state.step}. To go on:",
             f"  {start} {script('train.py')} --config {path}/config.yaml "

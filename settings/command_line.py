@@ -1,4 +1,4 @@
-"""Sorts a command line into files, overrides and switches (--dry-run, --show-config, --help, ...).
+"""Sorts a command line into files, overrides and switches (--dry-run, --slurm, --help, ...).
 
 `key=value`, `section.key=value`, `--key=value`, `--key value` and `--section.key=value` mean the
 same. Dashes in a key equal underscores. A boolean flag alone means true.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from settings.errors import Origin, Problem
 from settings.names import HINTS, guess, resolve
+from settings.sbatch import SlurmJob, take_slurm_words
 from settings.schema import Schema
 from settings.values import FALSE_WORDS, TRUE_WORDS, RefusedError, Scalar, shown
 from settings.yaml_reader import Entry
@@ -34,6 +35,7 @@ class Arguments:
     show_config: bool = False
     check_resume: int | None = None
     help: bool = False
+    slurm: SlurmJob | None = None
     problems: list[str] = field(default_factory=list)
 
     def entries(self, layer: int) -> tuple[list[Entry], list[Problem]]:
@@ -45,12 +47,19 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
     """Sorts the words of a command line; what cannot be understood goes into `problems`."""
-    parser = _Parser(list(argv), schema)
+    words, job, problems = take_slurm_words(argv, schema)
+    parser = _Parser(words, schema)
     while parser.words:
         parser.take()
-    if parser.found.dry_run and parser.found.check_resume is not None:
-        parser.found.problems.append("--dry-run and --check-resume exclude each other")
-    return parser.found
+    found = parser.found
+    found.slurm, found.problems = job, [*problems, *found.problems]
+    if found.dry_run and found.check_resume is not None:
+        found.problems.append("--dry-run and --check-resume exclude each other")
+    if job is not None and (found.dry_run or found.check_resume is not None or found.show_config):
+        found.problems.append(
+            "--slurm excludes --dry-run, --check-resume and --show-config: run them by themselves"
+        )
+    return found
 
 
 class _Parser:

@@ -86,6 +86,10 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("gpu", "cuda", "use_gpu"), "Write device=cuda"),
     "cpu": "Write device=cpu",
     **dict.fromkeys(("gpus", "num_gpus", "devices"), "Start it with torchrun --nproc_per_node=N"),
+    **dict.fromkeys(
+        ("nodes", "time", "partition", "account", "qos", "constraint", "mem", "cpus"),
+        "Keys of --slurm stand directly behind it",
+    ),
     **dict.fromkeys(("bf16", "bfloat16"), "Write dtype=bfloat16"),
     **dict.fromkeys(("fp16", "float16"), "Write dtype=float16"),
     **dict.fromkeys(("fp32", "float32"), "Write dtype=float32"),

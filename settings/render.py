@@ -17,6 +17,7 @@ VALUE_COLUMN = 34
 USAGE = """\
 usage: python train.py [FILE ...] [--config FILE] [key=value ...]
                        [--dry-run] [--show-config] [--check-resume[=STEPS]] [--help]
+                       [--slurm time=HOURS:MINUTES [nodes=N] [gpus=N] ... [--submit]]
 
 Train a small language model. Files (*.yaml, *.py) are applied in order, then overrides; without a
 file, config.yaml of the current folder. Paths are relative to the current folder. A Python preset
@@ -28,11 +29,14 @@ of nanoGPT is read as literals, on top of nanoGPT's defaults (configs/nanogpt.ya
   python train.py my.yaml --dry-run                  check everything, train nothing
   python train.py my.yaml lr=3e-4 --show-config      print the whole config that this makes
   python train.py my.yaml --check-resume             is a resumed run the same run, here?
+  python train.py my.yaml --slurm nodes=2 gpus=8 time=24:00    print a batch script for SLURM
   python train.py config/train_gpt2.py lr=5e-4       a preset of nanoGPT
   python train.py dataset=openwebtext                GPT-2 on data/openwebtext/train.bin
 
 An override is key=value, section.key=value, --key=value or --key value; --key alone is true.
-null clears an optional value. Options, with their defaults:
+null clears an optional value. Keys of --slurm: nodes, gpus (of each node), time (hours:minutes),
+cpus (of each process), mem (of each node), partition, account, qos, constraint, name; --submit
+gives the script to sbatch. Options, with their defaults:
 """
 
 

@@ -1,4 +1,4 @@
-"""Ranks of processes that SLURM's srun started, one task per process, without torchrun.
+"""What SLURM says of this process: its rank, if srun started several, and its job.
 
 Reference: the output environment variables in srun's manual, slurm.schedmd.com/srun.html.
 """
@@ -9,8 +9,10 @@ import os
 import re
 from collections.abc import MutableMapping
 
-MASTER_ADDR = 'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
-MASTER_PORT = "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))"
+RENDEZVOUS = """\
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export MASTER_ADDR MASTER_PORT"""
 """Lines of a batch script that say where processes meet. Jobs that share a node get different
 ports, all below 32768, where the ports begin that Linux gives to outgoing connections."""
 
@@ -37,6 +39,20 @@ def adopt_srun_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
 def started_by_srun(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Returns whether this process has its rank from srun."""
     return "RANK" in environ and environ["RANK"] == environ.get("SLURM_PROCID")
+
+
+def slurm_job() -> str | None:
+    """Returns this job's number, which a requeue keeps, and its cluster; None outside SLURM.
+
+    Tasks of an array have numbers of their own.
+    """
+    job, cluster = (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "CLUSTER_NAME"))
+    return f"{job} {cluster}".strip() if job.isdecimal() else None
+
+
+def was_requeued() -> bool:
+    """Returns whether this job ran before and was put back into the queue."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "prepare", "export", "runs")
+SCRIPTS = ("train", "launch", "sample", "prepare", "export", "runs")
 
 # Each folder may import itself and those above it in this list; of one line, none the others.
 FLOORS: tuple[tuple[str, ...], ...] = (

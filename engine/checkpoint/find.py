@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from config import CheckpointError, Config, ConfigError
 from engine.checkpoint.load import check_format
+from engine.run_directory.environment_file import read_environment, sessions_of
 from engine.run_directory.find_checkpoint import (
     Resume,
     newest_run,
@@ -26,6 +29,7 @@ from engine.run_directory.manifest import (
 )
 from engine.run_directory.saved_config import read_config
 from model.torch_file import load_torch_file
+from settings.slurm import slurm_job, was_requeued
 
 
 def resolve_resume(
@@ -35,24 +39,57 @@ def resolve_resume(
 
     The checkpoint is None for a fresh start: if `auto` finds no run to go on with.
 
+    In a job that SLURM put back into the queue, the run that the job wrote before is continued,
+    whatever `value` names: it began there.
+
     Args:
         value: a checkpoint; a run directory or part of its name, for its newest valid checkpoint;
-            a folder of runs, for that of its newest run; or `auto`, for that of the newest run
-            whose saved config has nothing `differing`.
+            a folder of runs, for that of its newest run; or `auto`, for that of this SLURM job's
+            run or else of the newest run whose saved config has nothing `differing`.
         checkpoint_dir: where `auto` and names of runs are looked for.
         differing: returns the options that make a saved config another experiment.
 
     Raises CheckpointError.
     """
-    if value == "auto":
+    path = None if value == "auto" else find_by_name(value, checkpoint_dir)
+    candidates: Iterable[Path] = ()
+    if path is None:
+        candidates = checkpoint_dir.glob("run_*")
+    elif was_requeued():
+        candidates = [path, path.parent, *path.glob("run_*")]
+    own = _run_of_this_job(candidates)
+    if own is not None:
+        newest, rejects = newest_valid(own)
+        lines = [f"not used: {line}" for line in rejects]
+        why = f"{own} is the run of this SLURM job ({slurm_job()})"
+        if newest is not None:
+            return newest, [*lines, f"{why}: continuing it"]
+        if path is None:
+            return None, [*lines, f"{why}, without a checkpoint yet: starting a new one"]
+    if path is None:
         return _newest_of_experiment(checkpoint_dir, differing)
-    resume, lines = _find(find_by_name(value, checkpoint_dir))
+    resume, lines = _find(path)
     if not (resume.run_dir / CONFIG).exists():
         raise CheckpointError(
             f"{resume.path}: no {CONFIG} beside it. Resuming continues in the run directory; "
             "give the checkpoint inside it."
         )
     return resume, lines
+
+
+def _run_of_this_job(runs: Iterable[Path]) -> Path | None:
+    """Returns the newest run that this SLURM job wrote with this command line, before a requeue.
+
+    A job may train several runs, one after the other: the command line tells them apart. It names
+    the config's file and not its content, so an edit of the file does not hide the run.
+    """
+    job = slurm_job()
+    for run in sorted(runs, reverse=True) if job else ():
+        with contextlib.suppress(OSError, ValueError):
+            for session in sessions_of(read_environment(run)):
+                if (session.get("slurm_job"), session.get("command")) == (job, sys.argv):
+                    return run
+    return None
 
 
 def find_model(path: Path) -> tuple[Path, list[str]]:

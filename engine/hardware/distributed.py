@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, DistributedConfig, SystemConfig
 from engine.hardware.device import prepare_device, resolve_device
-from settings.slurm import MASTER_ADDR, MASTER_PORT, started_by_srun
+from settings.slurm import RENDEZVOUS, started_by_srun
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
     if missing and started_by_srun():
         raise ConfigError(
             f"srun started {size} tasks, but {' and '.join(missing)} is not set. Write before srun:"
-            f"\n  {MASTER_ADDR}\n  {MASTER_PORT}\n"
+            f"\n{RENDEZVOUS}\n"
             "`python train.py ... --slurm` prints a script that has both."
         )
     if missing:
@@ -245,6 +245,16 @@ def is_lost_peer(error: BaseException) -> bool:
     # a lost peer.
     signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def wait_for_all() -> None:
+    """Waits until every process has done its work.
+
+    torchrun and srun kill the others half a minute after the first process has ended, and the main
+    one may still have files to write.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier would take a GPU
 
 
 def end_process(code: int) -> NoReturn:

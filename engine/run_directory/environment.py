@@ -1,6 +1,6 @@
 """The machine, versions and command line of a session, for environment.json.
 
-Reads no environment variable: they hold keys and tokens.
+Reads no environment variable but SLURM's job number: others hold keys and tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from settings.slurm import slurm_job
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken")
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,7 @@ def describe_session(device: str) -> dict[str, Any]:
         **{package: _version(package) for package in _PACKAGES},
         "git": _git_revision(),
         "host": socket.gethostname(),
+        "slurm_job": slurm_job(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),

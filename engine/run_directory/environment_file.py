@@ -92,6 +92,13 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return values
 
 
+def sessions_of(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what each session of a run wrote, the first one first."""
+    resumed = environment.get("resumed")
+    found = [environment, *(resumed if isinstance(resumed, list) else [])]
+    return [session for session in found if isinstance(session, dict)]
+
+
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
