@@ -39,6 +39,9 @@ class LanguageModel(nn.Module):
     residual_dtype: torch.dtype | None = None
     """dtype of the residual stream of GPT and Llama, the same as autocast's; None: that of the
     embedding. Norms compute in float32 either way."""
+    recompute: bool = False
+    """Whether a layer keeps only its input for backward, and is computed again there
+    (`training.recompute`). The numbers are the same."""
     layers_share_weights = False
     """Whether all layers use the same weights. If not, each layer has at least one of its own."""
 

@@ -105,7 +105,10 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
 
     packed = 3 * H * D * N * size  # the weights, cut into tiles
     rows = step.batch * tiling.padded(step.block)  # of all groups; M are those of one
-    kept = rows * (2 * D * sum_size + H * (C * size + D * size + sum_size))
+    kept = rows * D * sum_size
+    of_layer = D * sum_size + H * (C * size + D * size + sum_size)
+    recomputed = M * of_layer if step.recompute else 0
+    kept += 0 if step.recompute else rows * of_layer
 
     # Four buffers of neurons: of one tile for v and dz; for u and du of all neurons of a head group
     # if tiles are cached, else of one tile.
@@ -118,7 +121,7 @@ def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     scores = 2 * g * M * C * size
     states = (3 if 1 < sizes.K <= tiling.scan else 2) * g * X * n * D * size if sizes.K > 1 else 0
     products = g * max(M, n) * D * (size + sum_size)
-    backward = wide + streams + max(operands, scores + states + products)
+    backward = wide + streams + max(operands, scores + states + products) + recomputed
     if len(groups) > 1:  # the gradients of earlier groups
         backward += 3 * H * D * N * sum_size
     return packed + model.config.n_layer * kept, backward
@@ -131,8 +134,10 @@ def _triton_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     groups, sequence = tiling.sequence_groups(step.batch), tiling.padded(step.block)
     M, rows = step.batch * sequence, groups[0].stop * sequence  # of all sequences, of a group
     packed = 3 * H * D * N * size
-    saved = M * (2 * D * 4 + H * (C * size + D * size + 4))
-    layers = min(n_layer, tiling.kept_layers)  # that keep s and r
+    of_layer = D * 4 + H * (C * size + D * size + 4)
+    recomputed = rows * of_layer if step.recompute else 0
+    saved = M * (D * 4 + (0 if step.recompute else of_layer))
+    layers = 0 if step.recompute else min(n_layer, tiling.kept_layers)  # that keep s and r
     kept = 2 * layers * M * H * N * size
 
     # If all layers keep s and r, backward has no buffers for them.
@@ -142,7 +147,7 @@ def _triton_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
     narrow = rows * H * (C * size + D * (3 * 4 + 2 * size)) + rows * D * (4 * 4 + 2 * size)
     if len(groups) > 1:  # the gradients of earlier groups
         narrow += 3 * H * D * N * 4
-    return packed + n_layer * saved + kept, buffers + states + narrow
+    return packed + n_layer * saved + kept, buffers + states + narrow + recomputed
 
 
 def _dense_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
@@ -206,6 +211,10 @@ def _saved_per_token(model: Transformer) -> SavedPerToken:
 def _transformer_bytes(model: Transformer, step: StepShape) -> int:
     saved = _saved_per_token(model)
     layer = [_attention_stage(model, step, saved), _mlp_stage(model, step, saved)]
+    if step.recompute:
+        # Backward begins with a stage that makes what the layer keeps, but for its input.
+        made = sum(stage.saved for stage in layer) - step.tokens * _stream_bytes(model)
+        layer.append(Stage(-made, 0, 0, 0))
     stages = [
         _embedding_stage(model, step),
         *layer * model.config.n_layer,
@@ -231,8 +240,9 @@ def _peak_bytes(stages: Sequence[Stage]) -> int:
 
 
 def _stream_bytes(model: Transformer) -> int:
-    """Returns the bytes of a number of the residual stream."""
-    return 4 if model.residual_dtype is None else model.residual_dtype.itemsize
+    """Returns the bytes of a token in the residual stream."""
+    itemsize = 4 if model.residual_dtype is None else model.residual_dtype.itemsize
+    return itemsize * model.config.n_embd
 
 
 def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights: int) -> Stage:
@@ -242,7 +252,7 @@ def _branch_stage(model: Transformer, step: StepShape, norm_bytes: int, weights:
     # Frozen 4-bit weights are dequantized for each product: one matrix at a time, half of these.
     dequantized = (4 + size % 4) * weights // 2 if model.frozen else 0
     dropped = size * rows * D if model.config.dropout else 0
-    stream = _stream_bytes(model) * D
+    stream = _stream_bytes(model)
     saved = rows * (stream + norm_bytes + size * D) + dropped + cast
     working = rows * (stream + size * D) + dropped + dequantized
     return Stage(saved, 4 * weights, size * weights, working)
@@ -293,7 +303,7 @@ def _head_stages(model: Transformer, step: StepShape, saved: SavedPerToken) -> l
     """Returns the stages of norm and logits, and of the loss, which is computed in float32."""
     D, V, size, rows = model.config.n_embd, model.vocab_size, step.dtype.itemsize, step.tokens
     cast = size * V * D if size < 4 else 0
-    stream = _stream_bytes(model) * D
+    stream = _stream_bytes(model)
     kept = rows * (stream + saved.norm_bytes + size * D)
     if chunk_count(rows, V) > 1:
         # The gradient for 1, and in the backward pass the one that is multiplied.
@@ -309,7 +319,7 @@ def _embedding_stage(model: Transformer, step: StepShape) -> Stage:
     D, size, T = model.config.n_embd, step.dtype.itemsize, step.block
     by_sample = model.config.mask == "causal_document"
     masks = step.batch if by_sample else int(_keeps_scores(model, step))
-    stream, table = _stream_bytes(model) * step.tokens * D, model.vocab_size * D
+    stream, table = _stream_bytes(model) * step.tokens, model.vocab_size * D
     kept = masks * T * T * size + (stream if model.config.dropout else 0)
     working = stream + 4 * step.tokens * D
     if model.tied:

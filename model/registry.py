@@ -19,4 +19,6 @@ MODELS: dict[str, Callable[[Config], LanguageModel]] = {
 
 def build_model(config: Config) -> LanguageModel:
     """Builds the model that `config.model` describes, on the CPU, with freshly drawn weights."""
-    return MODELS[config.model.name](config)
+    model = MODELS[config.model.name](config)
+    model.recompute = config.training.recompute == "layer"
+    return model

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 from model.attention import (
@@ -106,11 +107,23 @@ class Transformer(LanguageModel, ABC):
         ctx = ForwardContext((B, T), mask, self.rope_table(0, T, x), p)
         x = x.flatten(0, 1)  # (R, D)
         for block in self.blocks:
-            x = block(x, ctx)
+            x = self._apply_block(block, x, ctx)
         x = self.final_norm(x)
         if targets is None:
             return self.lm_head(x).view(B, T, -1)
         return head_loss(x, self.lm_head.weight, self.lm_head.bias, targets.flatten())
+
+    def _apply_block(self, block: nn.Module, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Returns block(x, ctx). With `recompute` autograd keeps x alone of it, and computes the
+        block again in backward."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            y: Tensor = block(x, ctx)
+            return y
+        # Only dropout draws random numbers. Without it no generator has to be saved and put back,
+        # which a CUDA graph could not record.
+        draws = ctx.dropout > 0
+        y = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=draws)
+        return y
 
     def cache_bytes(self, length: int) -> int:
         if self.max_context is not None:

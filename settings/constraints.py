@@ -374,6 +374,27 @@ def _graphs_hold_no_4_bit_products(c: Any) -> str | None:
     return "{0} does not record 4-bit weights, but {1}; set system.compile to true"
 
 
+@rule("training.recompute", "low_precision.use_fp8", "fp8.backend", "fp8.recipe")
+def _transformer_engine_computes_nothing_again(c: Any) -> str | None:
+    # Its autocast is left by the time backward computes a layer again.
+    native = c.fp8.backend != "transformer_engine" and c.fp8.recipe in ("current", "delayed")
+    if c.training.recompute != "layer" or not c.low_precision.use_fp8 or native:
+        return None
+    return (
+        "{0} with {1} is for plain torch, but {2} and {3}; set backend to native, recipe to current"
+    )
+
+
+@rule("training.recompute", "system.compile", "model.dropout")
+def _graphs_put_no_generators_back(c: Any) -> str | None:
+    # Recomputed dropout needs the generator's state of the first time, which a recording cannot
+    # read; BDH's masks are hashes.
+    draws = c.model.dropout > 0 and c.model.name != "bdh"
+    if c.training.recompute != "layer" or c.system.compile != "graphs" or not draws:
+        return None
+    return "{0} with {1} has no dropout, but {2}; set system.compile to true"
+
+
 @rule("system.kernels", "model.name")
 def _kernels_are_those_of_bdh(c: Any) -> str | None:
     if c.system.kernels != "triton" or c.model.name == "bdh":

@@ -45,8 +45,8 @@ def attach_fp8(
     """Attaches the configured backend to the model; dtype: of the products' results.
 
     `backend: auto` is Transformer Engine for its own recipes, and where it is installed for models
-    whose hidden weights are in linear layers; else, and for sharded models, plain torch. Raises
-    ConfigError.
+    whose hidden weights are in linear layers; else plain torch. Its modules take no shards, and
+    cannot be called again in backward without its autocast. Raises ConfigError.
     """
     backend = fp8.backend
     if backend == "auto":
@@ -54,7 +54,8 @@ def attach_fp8(
         # them BDH would hold activations of all neurons at once.
         linear = model.matmul_backend is None
         installed = device.type == "cuda" and find_spec("transformer_engine") is not None
-        te = fp8.recipe in TE_ONLY_RECIPES or (linear and installed and not is_sharded(model))
+        fits = linear and not is_sharded(model) and not model.recompute
+        te = fp8.recipe in TE_ONLY_RECIPES or (fits and installed)
         backend = "transformer_engine" if te else "native"
     if backend == "transformer_engine":
         return TransformerEngineBackend(fp8, device, model)

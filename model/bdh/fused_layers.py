@@ -57,7 +57,8 @@ With chunks B8 also has dr += dc P^T + x dP^T, and dx += r dP.
 
 What is kept from forward to backward, per layer: x and y (M, D) in float32; for each head S (M, C)
 and a (M, D) in the dtype of products, and the inverse deviation of its norm. At D 256, H 4, N 8192
-and 512 tokens in bfloat16 that is 8 kB per token, where six wide tensors would be 390 kB.
+and 512 tokens in bfloat16 that is 8 kB per token, where six wide tensors would be 390 kB. With `recompute` only x is kept, 1 kB, and backward computes all of a layer
+again: 3 products with weights more, and the same numbers, since dropout masks are hashes.
 
 What it costs: a layer needs 9 products with weights, 3 forward and 6 backward; computing u and v
 again makes 2 more. That holds if u and du of all tiles of a head group fit in two buffers
@@ -139,9 +140,9 @@ class _FusedLayers(torch.autograd.Function):
         stream = layers.geo.split(x.to(layers.sum_dtype))
         saved: list[Tensor | None] = []
         for layer in range(args.n_layer):
-            y, of_layer = layers.forward(stream, layer, trained)
+            y, of_layer = layers.forward(stream, layer, trained and not args.recompute)
             if trained:
-                saved += [stream, y, *of_layer]
+                saved += [stream] if args.recompute else [stream, y, *of_layer]
             stream = _norm(stream + _norm(y))
             del y, of_layer
         if saved:
@@ -165,8 +166,12 @@ class _FusedLayers(torch.autograd.Function):
         per_layer = len(saved) // args.n_layer
         dstream = layers.geo.split(dx.to(layers.sum_dtype))
         for layer in reversed(range(args.n_layer)):
-            stream, y, *of_layer = saved[-per_layer:]
+            stream, *rest = saved[-per_layer:]
             del saved[-per_layer:]
+            if args.recompute:
+                y, of_layer = layers.forward(stream, layer, True)
+            else:
+                y, *of_layer = rest
             dsum = _norm_backward(dstream, stream + _norm(y))
             dy = _norm_backward(dsum, y)
             dstream = layers.backward(stream, dy, layer, of_layer, gradients).add_(dsum)
@@ -196,9 +201,9 @@ class TiledLayers:
         dtype, backend = args.rotation.cos.dtype, args.backend
         return list(pack(weights, dtype, args.tiling.pairs, backend.weight))
 
-    def forward(self, stream: Tensor, layer: int, trained: bool) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, stream: Tensor, layer: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Returns the layer's output before its norm and residual, (X, C, D), and what backward
-        needs; stream (X, C, D)."""
+        needs; stream (X, C, D). keep: whether backward will take it (for `TritonLayers`)."""
         y, of_heads = layer_forward(self._ws, stream, layer)
         return y, [part for heads in of_heads for part in heads]
 

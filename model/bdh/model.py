@@ -136,6 +136,7 @@ class BDH(LanguageModel):
             documents=documents,
             states=states,
             active=active,
+            recompute=self.recompute,
             triton=triton,
         )
         result: Tensor = fused_layers(x, weights, stack)

@@ -22,6 +22,7 @@ class LayerStackArgs:
     position; replaced by the sums rotated to the position after the last chunk. Without gradients.
     active: (n_layer, 2), to which the numbers of positive u and z are added.
     first_token: the number of tokens in the sequences of the batch that come before these.
+    recompute: whether a layer keeps its input alone for backward, and is computed again there.
     triton: whether Triton kernels (`model.bdh.triton`) compute. They ignore ops and backend, and
     there are no states and active then.
     """
@@ -36,6 +37,7 @@ class LayerStackArgs:
     active: Tensor | None = None
     backend: MatmulBackend = field(default_factory=PlainMatmul)
     first_token: int = 0
+    recompute: bool = False
     triton: bool = False
 
     def of_sequences(self, rows: slice, length: int) -> LayerStackArgs:

@@ -95,7 +95,8 @@ class TritonLayers:
         self.carries: Tensor | None = None  # (B, K)
         if masks.carries_state is not None:
             self.carries = masks.carries_state.view(geo.K, geo.B).mT.contiguous()
-        self.kept_layers = args.tiling.kept_layers
+        # A recomputed layer is kept from the start of its own backward pass to the end of it.
+        self.kept_layers = args.n_layer if args.recompute else args.tiling.kept_layers
         self._buffers: dict[str, Tensor] = {}
         self._dropout = args.hash_dropout(seed, geo, device)
         self.dropout_scale = self._dropout.scale if self._dropout else 1.0
@@ -107,12 +108,12 @@ class TritonLayers:
         flat = encoder.transpose(0, 1).flatten(1)
         return PackedWeights(flat.contiguous(), encoder_v.contiguous(), decoder.contiguous())
 
-    def forward(self, stream: Tensor, layer: int, trained: bool) -> tuple[Tensor, SavedLayer]:
+    def forward(self, stream: Tensor, layer: int, keep: bool) -> tuple[Tensor, SavedLayer]:
         """Returns the layer's output before its norm and residual, (X, C, D), and what backward
-        needs; stream (X, C, D)."""
+        needs; stream (X, C, D). keep: whether s and r may have memory of their own for it."""
         geo, kernels, weights = self.geo, self.kernels, self.weights
         x = stream.to(self.dtype).view(geo.M, geo.D)
-        wide, keep = (geo.M, geo.H * geo.N), trained and layer < self.kept_layers
+        wide, keep = (geo.M, geo.H * geo.N), keep and layer < self.kept_layers
         saved = SavedLayer(
             scores=x.new_empty(geo.M, geo.H, geo.C),
             a=x.new_empty(geo.M, geo.H, geo.D),
