@@ -123,6 +123,8 @@ class Transformer(LanguageModel, ABC):
         # which a CUDA graph could not record.
         draws = ctx.dropout > 0
         y = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=draws)
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()  # it would hold the casts of all layers' weights
         return y
 
     def cache_bytes(self, length: int) -> int:

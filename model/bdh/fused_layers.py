@@ -57,8 +57,9 @@ With chunks B8 also has dr += dc P^T + x dP^T, and dx += r dP.
 
 What is kept from forward to backward, per layer: x and y (M, D) in float32; for each head S (M, C)
 and a (M, D) in the dtype of products, and the inverse deviation of its norm. At D 256, H 4, N 8192
-and 512 tokens in bfloat16 that is 8 kB per token, where six wide tensors would be 390 kB. With `recompute` only x is kept, 1 kB, and backward computes all of a layer
-again: 3 products with weights more, and the same numbers, since dropout masks are hashes.
+and 512 tokens in bfloat16 that is 8 kB per token, where six wide tensors would be 390 kB. With
+`recompute` only x is kept, 1 kB, and backward begins with the layer's forward pass: 3 products with
+weights more, and the same numbers, since dropout masks are hashes.
 
 What it costs: a layer needs 9 products with weights, 3 forward and 6 backward; computing u and v
 again makes 2 more. That holds if u and du of all tiles of a head group fit in two buffers
@@ -149,6 +150,7 @@ class _FusedLayers(torch.autograd.Function):
             ctx.save_for_backward(*weights, *saved)
             ctx.args, ctx.seed, ctx.shape, ctx.dtype = args, seed, x.shape, x.dtype
             ctx.packed = packed
+            ctx.autocast = _current_autocast(x.device) if args.recompute else None
         output: Tensor = layers.geo.join(stream).to(x.dtype)
         return output
 
@@ -169,7 +171,8 @@ class _FusedLayers(torch.autograd.Function):
             stream, *rest = saved[-per_layer:]
             del saved[-per_layer:]
             if args.recompute:
-                y, of_layer = layers.forward(stream, layer, True)
+                with ctx.autocast:  # 8-bit products on a CPU depend on it
+                    y, of_layer = layers.forward(stream, layer, True)
             else:
                 y, *of_layer = rest
             dsum = _norm_backward(dstream, stream + _norm(y))
@@ -226,6 +229,12 @@ class TiledLayers:
         dx = LayerBackward(self._ws, stream, dy, layer, gradients).run(of_heads)
         gradients.is_first_layer = False
         return dx
+
+
+def _current_autocast(device: torch.device) -> torch.autocast:
+    """Returns a context with the autocast that is on now: backward runs without it."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -72,6 +72,10 @@ def transformer(name: str, batch: int, block: int, **model: Any) -> dict[str, di
     return bdh(batch, block, name=name, n_head=4, **model)
 
 
+def recomputed(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {**sections, "training": {**sections["training"], "recompute": "layer"}}
+
+
 FLOAT32 = {"low_precision": {"compute_dtype": "float32"}}
 FP8 = {"low_precision": {"use_fp8": True}}
 NARROW = {"low_precision": {"residual_dtype": "bfloat16"}}
@@ -104,6 +108,15 @@ STEPS: list[Any] = [
     transformer("gpt", 4, 256, n_layer=3, n_embd=128) | NARROW,
     transformer("llama", 4, 256, n_layer=3, n_embd=128, dropout=0.1) | NARROW,
     pytest.param(transformer("llama", 1, 1024, n_kv_head=1, vocab_size=8192) | FLOAT32, marks=slow),
+    recomputed(transformer("gpt", 12, 64, n_layer=4, n_embd=128, bias=True)),
+    recomputed(transformer("gpt", 1, 1024, n_layer=6, dropout=0.1)),
+    recomputed(transformer("gpt", 2, 64, n_layer=6, n_embd=256, vocab_size=8192)),
+    recomputed(transformer("llama", 12, 64, n_layer=8, n_embd=128, dropout=0.1) | FLOAT32),
+    recomputed(transformer("llama", 4, 256, n_layer=6, n_embd=128) | NARROW),
+    recomputed(bdh(2, 256, n_layer=6, n_embd=128, dropout=0.1)),
+    pytest.param(
+        recomputed(bdh(1, 2048, n_embd=128, n_head=2, mlp_internal_dim_multiplier=32)), marks=slow
+    ),
     pytest.param(bdh(2, 256, n_layer=3, n_embd=128) | FP8, marks=slow),
     pytest.param(
         bdh(1, 2048, n_embd=128, n_head=2, mlp_internal_dim_multiplier=32)
@@ -134,8 +147,9 @@ def test_predicted_activations_are_within_a_seventh_of_the_measured(
         (bdh(2, 256, n_layer=3, n_embd=128), 2),
         (bdh(8, 256, n_layer=2, n_embd=128, mlp_internal_dim_multiplier=64), 2),
         (bdh(1, 2048, n_embd=128, n_head=2, mlp_internal_dim_multiplier=32), 1),
+        (recomputed(bdh(8, 256, n_embd=128, mlp_internal_dim_multiplier=64)), 2),
     ],
-    ids=["whole", "groups", "chunks"],
+    ids=["whole", "groups", "chunks", "recomputed"],
 )
 def test_so_are_those_of_the_plan_for_a_gpu(
     sections: dict[str, dict[str, Any]], sequences: int, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +290,7 @@ WHOLE_STEPS: list[dict[str, dict[str, Any]]] = [
     {"model": GPT, "optimizer": {"name": "adamw_8bit"}, "training": {"batch_size": 1}},
     {"model": LLAMA, "training": {"block_size": 512, "batch_size": 2}},
     {"model": {**LLAMA, "n_kv_head": 2}, "training": {"gradient_accumulation_steps": 2}},
+    {"model": GPT, "training": {"gradient_accumulation_steps": 2, "recompute": "layer"}},
     {"model": LLAMA, "optimizer": {"name": "muon"}, "training": {"batch_size": 1}},
 ]
 

@@ -45,6 +45,7 @@ class Case:
     dropout: float = 0.0
     sequences: int | None = None
     kept_layers: int = 3
+    recompute: bool = False
 
 
 SHORT = documents_of([10, 22, 16], [48])
@@ -101,6 +102,7 @@ def args_of(case: Case, products: torch.dtype, triton: bool) -> LayerStackArgs:
         tiling=tiling,
         ops=EAGER,
         documents=None if case.documents is None else case.documents.to(DEVICE),
+        recompute=case.recompute,
         triton=triton,
     )
 
@@ -151,8 +153,9 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 def test_memory_that_is_kept_or_shared_changes_no_bit_of_a_sequence() -> None:
     """Only sums over sequences, the gradients of weights, are added in another order."""
     expected = by_kernels(BORDERS)
-    recomputed = by_kernels(replace(BORDERS, kept_layers=1))
-    assert [name for name in NAMES if not torch.equal(recomputed[name], expected[name])] == []
+    for other in (replace(BORDERS, kept_layers=1), replace(BORDERS, recompute=True)):
+        recomputed = by_kernels(other)
+        assert [name for name in NAMES if not torch.equal(recomputed[name], expected[name])] == []
     cut = by_kernels(replace(BORDERS, sequences=1))
     for name in ("output", "x"):
         assert torch.equal(cut[name], expected[name])

@@ -162,6 +162,13 @@ system.compile=graphs low_precision.use_fp8=true
 system.compile=graphs low_precision.lora_rank=4 training.init_from=a model.name=gpt
     system.compile=graphs does not record 4-bit weights, but low_precision.lora_rank=4; set
     system.compile to true.
+training.recompute=layer low_precision.use_fp8=true fp8.backend=transformer_engine
+    training.recompute=layer with low_precision.use_fp8=true is for plain torch, but
+    fp8.backend=transformer_engine and fp8.recipe=current; set backend to native, recipe to
+    current.
+training.recompute=layer system.compile=graphs model.dropout=0.1 model.name=gpt
+    training.recompute=layer with system.compile=graphs has no dropout, but model.dropout=0.1;
+    set system.compile to true.
 system.kernels=triton model.name=gpt
     system.kernels=triton is for model.name=bdh, but model.name=gpt; set system.kernels to auto.
 system.kernels=triton low_precision.use_fp8=true
