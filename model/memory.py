@@ -45,6 +45,8 @@ class StepShape:
     """Whether layers keep only their inputs, as `training.recompute: layer` has it."""
     shards: int = 1
     """Processes among which the weights are divided; 1: each process has all."""
+    gathered: torch.dtype = torch.float32
+    """Of a layer's weights, where they are divided and gathered for its products."""
 
     @property
     def tokens(self) -> int:
@@ -52,8 +54,9 @@ class StepShape:
 
 
 def activation_bytes(model: LanguageModel, step: StepShape) -> int | None:
-    """Returns the peak memory of forward and backward beyond weights and gradients; None for an
-    architecture without a formula."""
+    """Returns the peak memory of forward and backward beyond weights and gradients, of which a
+    process may have a shard: what it gathers counts here. None for an architecture without a
+    formula."""
     if isinstance(model, BDH):
         return _bdh_bytes(model, step)
     return _transformer_bytes(model, step) if isinstance(model, GPT | Llama) else None
@@ -90,7 +93,14 @@ def _bdh_bytes(model: BDH, step: StepShape) -> int:
     logits = _loss_bytes(step, model.config.n_embd, model.config.vocab_size)
     if step.accumulates:  # the gradients of all layers come together, at the end
         backward += sum(weight.nbytes for weight, _ in model.hidden_weights())
-    return embedded + forward + max(backward, logits)
+    found = embedded + forward + max(backward, logits)
+    if step.shards == 1:
+        return found
+    # All weights and their gradients are whole during a step. At its end the gradients, copied for
+    # the exchange, are as much again; gloo, on a CPU, sums them in one more copy.
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    exchange = (3 if step.on_cpu else 2) * whole
+    return max(found + 2 * whole - whole // step.shards, exchange)
 
 
 def _fused_layers_bytes(model: BDH, step: StepShape) -> tuple[int, int]:
@@ -211,20 +221,52 @@ def _saved_per_token(model: Transformer) -> SavedPerToken:
 def _transformer_bytes(model: Transformer, step: StepShape) -> int:
     saved = _saved_per_token(model)
     layer = [_attention_stage(model, step, saved), _mlp_stage(model, step, saved)]
+    if step.shards > 1:
+        layer = [_sharded_stage(stage, layer, step) for stage in layer]
     if step.recompute:
         # Backward begins with a stage that makes what the layer keeps, but for its input.
         made = sum(stage.saved for stage in layer) - step.tokens * _stream_bytes(model)
         layer.append(Stage(-made, 0, 0, 0))
-    stages = [
-        _embedding_stage(model, step),
-        *layer * model.config.n_layer,
-        *_head_stages(model, step, saved),
-    ]
+    ends = [_embedding_stage(model, step), *_head_stages(model, step, saved)]
+    stages = [ends[0], *layer * model.config.n_layer, *ends[1:]]
     if model.frozen:  # no weight has a gradient
         stages = [stage._replace(gradients=0, grad_cast=0) for stage in stages]
     if step.accumulates:  # each gradient is added at once and freed
         stages = [s._replace(gradients=0, grad_cast=max(s.gradients, s.grad_cast)) for s in stages]
+    if step.shards > 1:
+        root = sum(stage.gradients for stage in ends)
+        hidden = 4 * sum(weight.numel() for weight, _ in model.hidden_weights())
+        stages = _with_exchange(stages, root, root + hidden, step)
     return _peak_bytes(stages)
+
+
+def _sharded_stage(stage: Stage, layer: list[Stage], step: StepShape) -> Stage:
+    """Returns a stage of a layer whose weights are gathered for it and given back.
+
+    Its backward pass holds the layer's weights and their gradients, the weights of the layer
+    before, gathered ahead of time, and the float32 gradients of the layer after, on their way to
+    the processes that keep them.
+    """
+    weights = sum(each.gradients for each in layer)  # of the layer, in float32
+    narrow = step.gathered.itemsize < 4  # then autocast has nothing to cast
+    return Stage(
+        saved=stage.saved - (stage.grad_cast if narrow else 0),
+        gradients=stage.gradients // step.shards,
+        grad_cast=0,
+        working=stage.working + weights + 3 * (weights * step.gathered.itemsize // 4),
+    )
+
+
+def _with_exchange(stages: list[Stage], root: int, weights: int, step: StepShape) -> list[Stage]:
+    """Returns the stages of a step with sharded weights.
+
+    The weights of embedding and head, `root` bytes, are whole during the step; so are their
+    gradients until its end, where they are exchanged in a copy, which gloo, on a CPU, copies once
+    more. Where micro-steps accumulate, the gradients of all `weights` are whole until then.
+    """
+    whole = weights if step.accumulates else root
+    stages = [Stage(root, whole // step.shards - whole, 0, root if step.on_cpu else 0), *stages]
+    return [*stages, Stage(0, whole, 0, 0)] if step.accumulates else stages
 
 
 def _peak_bytes(stages: Sequence[Stage]) -> int:

@@ -18,7 +18,7 @@ from config import (
     micro_batch,
 )
 from engine.hardware.distributed import World
-from engine.hardware.memory import ran_out
+from engine.hardware.memory import free_bytes, ran_out
 from engine.planning.memory import Memory, MemoryBudget, MemoryEstimator
 from settings.formatting import format_bytes
 
@@ -35,7 +35,23 @@ def memory_lines(estimator: MemoryEstimator, budget: MemoryBudget) -> list[str]:
     lines = [f"Memory of a step: {format_bytes(memory.peak)}{there}: {memory.parts()}"]
     if budget.fits(memory) is False:
         lines.append(f"WARNING: it does not fit. {_advice(estimator, budget)}")
-    return lines
+    return [*lines, *_saving_lines(estimator, memory, budget)]
+
+
+def _saving_lines(estimator: MemoryEstimator, memory: Memory, budget: MemoryBudget) -> list[str]:
+    """Returns lines about the copy in host memory that a checkpoint is written from."""
+    waits = "training will wait while a checkpoint is written"
+    if estimator.world.on_cpu:
+        short = budget.fits(memory) and budget.fits(memory, copy=True) is False
+        return [f"WARNING: no memory for a copy to save from: {waits}"] if short else []
+    copy, free = estimator.copy_bytes(memory), free_bytes(torch.device("cpu"))
+    copies = estimator.world.local_size if memory.shards > 1 else 1
+    if copy == 0 or free is None:
+        return []
+    line = f"Saving copies {format_bytes(copies * copy)} to the host memory of a machine"
+    if copies * copy <= free:
+        return [f"{line}, of {format_bytes(free)} free"]
+    return [f"WARNING: {line}, and {format_bytes(free)} are free: {waits}"]
 
 
 def out_of_memory_lines(
@@ -54,7 +70,7 @@ def out_of_memory_lines(
     lines.append(f"A step needs {format_bytes(memory.peak)}: {memory.parts()}")
     total = memory.peak if budget.total is None else budget.total
     # The step has just failed, so what fits needs clearly less, whatever the prediction says.
-    budget = MemoryBudget(0, int(AUTO_SHARE * min(total, memory.peak)))
+    budget = MemoryBudget(0, int(AUTO_SHARE * min(total, memory.required)))
     if memory.peak >= AUTO_SHARE * total:
         return [*lines, _advice(estimator, budget)]
     lines.append(
@@ -81,7 +97,7 @@ def _advice(estimator: MemoryEstimator, budget: MemoryBudget) -> str:
     if not variants:
         return "Only a smaller model would fit: lower model.n_layer or model.n_embd."
     words = [
-        f"{_overrides(estimator.config, config)} ({format_bytes(memory.peak)})"
+        f"{_overrides(estimator.config, config)} ({format_bytes(memory.required)})"
         for config, memory in variants
     ]
     return "What would fit: " + ", or ".join(words)
@@ -232,17 +248,17 @@ def predict_batch_sizes(estimator: MemoryEstimator, budget: MemoryBudget) -> tup
     if not places:
         least = memories[-1]
         raise ConfigError(
-            f"training.batch_size=auto: {sizes[-1]} at a time need {format_bytes(least.peak)} "
+            f"training.batch_size=auto: {sizes[-1]} at a time need {format_bytes(least.required)} "
             f"({least.parts()}), and it may fill {AUTO_SHARE:.0%} of the "
             f"{format_bytes(budget.free)} free. Lower training.block_size or the size of the model."
         )
     first = places[0]
     why = "a whole step at once"
     if first:
-        why = f"{sizes[first - 1]} would need {format_bytes(memories[first - 1].peak)}"
+        why = f"{sizes[first - 1]} would need {format_bytes(memories[first - 1].required)}"
     line = (
         f"Batch size: {sizes[first]} of {sizes[0]} sequences, "
-        f"{format_bytes(memories[first].peak)}: the largest that fits in "
+        f"{format_bytes(memories[first].required)}: the largest that fits in "
         f"{AUTO_SHARE:.0%} of {format_bytes(budget.free)} free ({why})"
     )
     return [sizes[place] for place in places], line

@@ -23,6 +23,7 @@ from engine.hardware.memory import (
     cublas_workspace_bytes,
     free_bytes,
 )
+from engine.hardware.sharding import shard_counts, shard_dim
 from engine.optim.adamw_4bit import chunk_size, is_quantizable
 from engine.optim.muon import batch_by_shape
 from engine.optim.quantized_moments import Quantized4bit
@@ -53,7 +54,8 @@ class Memory:
     copies: int
     """The master weights, while their 4-bit values stand in their place."""
     activations: int
-    """The peak of forward and backward beyond weights and gradients."""
+    """The peak of forward and backward beyond weights and gradients; with sharded weights, what is
+    gathered of them too."""
     update: int
     """The temporaries of the optimizer's step."""
     cached: int
@@ -64,6 +66,11 @@ class Memory:
     """On a CPU: gaps that the C library keeps between blocks in use."""
     workspaces: int = 0
     """On CUDA: what cuBLAS takes from torch's allocator."""
+    saving: int = 0
+    """On a CPU: the copy that a checkpoint is written from. Without memory for it, training waits
+    while one is written."""
+    shards: int = 1
+    """Processes among which weights, gradients and optimizer state are divided."""
     complete: bool = True
     """False for an architecture without a formula: `activations` is 0 then."""
 
@@ -75,24 +82,31 @@ class Memory:
         return kept + max(self.copies + self.activations, self.update)
 
     @property
+    def required(self) -> int:
+        """What the process cannot run without."""
+        return self.step + self.process + self.fragmentation + self.workspaces
+
+    @property
     def peak(self) -> int:
         """The peak of the run, which `train/memory_bytes` will show."""
-        return self.step + self.process + self.fragmentation + self.workspaces
+        return self.required + self.saving
 
     def parts(self) -> str:
         """Returns every part that is not 0, in words."""
         update = max(0, self.update - self.copies - self.activations)
+        activations = "activations" if self.shards == 1 else "activations and gathered weights"
         counted = {
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "copies of rounded weights": self.copies,
-            "activations": self.activations,
+            activations: self.activations,
             "more in the optimizer's step": update,
             "cached tables": self.cached,
             "the process itself": self.process,
             "fragmentation": self.fragmentation,
             "workspaces of cuBLAS": self.workspaces,
+            "copy for saving": self.saving,
         }
         words = [f"{format_bytes(n)} {name}" for name, n in counted.items() if n]
         return ", ".join(words if self.complete else [*words, "activations not predicted"])
@@ -119,9 +133,12 @@ class MemoryBudget:
         """What the process can have in all; None where it is unknown."""
         return None if self.free is None else self.allocated + self.free
 
-    def fits(self, memory: Memory, share: float = 1.0) -> bool | None:
-        """Returns whether `memory` fits into this share of what is free; None where unknown."""
-        return None if self.free is None else memory.peak <= self.allocated + share * self.free
+    def fits(self, memory: Memory, share: float = 1.0, copy: bool = False) -> bool | None:
+        """Returns whether `memory` fits into this share of what is free; None where unknown. copy:
+        also what saving copies, without which a run does as well."""
+        if self.free is None:
+            return None
+        return (memory.peak if copy else memory.required) <= self.allocated + share * self.free
 
 
 @dataclass(frozen=True)
@@ -140,40 +157,64 @@ class MemoryEstimator:
     def memory(self, config: Config | None = None) -> Memory:
         """Returns the memory of the run, or of a variant of it."""
         config = config or self.config
-        shards = shard_count(config, self.world)
+        shards, several = shard_count(config, self.world), self.world.size > 1
+        accumulates = accumulation_steps(config, self.world.size) > 1
+        trained = sum(shard_bytes(p, shards) for p in _trained(self.model))
         step = StepShape(
             batch=micro_batch(config),
             block=config.training.block_size,
             dtype=self.precision.dtype,
             on_cpu=self.world.on_cpu,
-            accumulates=accumulation_steps(config, self.world.size) > 1,
+            # DDP's buckets hold gradients from the first step on.
+            accumulates=accumulates or (several and shards == 1),
             recompute=config.training.recompute == "layer",
             shards=shards,
+            gathered=self.precision.weight_dtype,
         )
         activations = activation_bytes(self.model, step)
         found = Memory(
-            weights=sum(shard_bytes(weight, shards) for weight in self._weights()),
-            gradients=sum(shard_bytes(p, shards) for p in _trained(self.model)),
+            weights=self._weight_bytes(shards),
+            # With accumulation torch makes new gradients, and copies them into DDP's buckets.
+            gradients=trained * (2 if accumulates and several and shards == 1 else 1),
             optimizer=optimizer_state_bytes(self.model, config, shards),
             copies=self.precision.master_bytes,
             activations=activations or 0,
-            update=_update_bytes(self.model, config, self.precision),
+            update=_update_bytes(self.model, config, self.precision, shards),
             cached=cached_bytes(self.model, step),
+            shards=shards,
             complete=activations is not None,
         )
         if not self.world.on_cpu:
             return replace(found, workspaces=cublas_workspace_bytes(self.world.device))
         allocated_and_freed = found.step - found.weights - found.gradients
         gaps = int(_FRAGMENTATION * allocated_and_freed) if can_keep_freed_memory() else 0
-        return replace(found, process=self._process_bytes(), fragmentation=gaps)
+        return replace(
+            found,
+            process=self._process_bytes(),
+            fragmentation=gaps,
+            saving=self.copy_bytes(found),
+        )
 
-    def _weights(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+    def _weight_bytes(self, shards: int) -> int:
+        buffers = sum(buffer.nbytes for buffer in self.model.buffers())  # never sharded
+        return buffers + sum(shard_bytes(p, shards) for p in self.model.parameters())
+
+    def copy_bytes(self, memory: Memory) -> int:
+        """Returns the host memory that saving takes, from the first save on: a copy of what this
+        process writes or sends and, on the main one, one sharded weight as a whole."""
+        if not self.config.training.save_model:
+            return 0
+        kept = memory.weights + memory.optimizer
+        if memory.shards == 1:
+            return kept if self.world.is_main else 0
+        largest = max((p.nbytes for p in self.model.parameters()), default=0)
+        return kept + (largest if self.world.is_main else 0)
 
     def _process_bytes(self) -> int:
         base = self.base
         if base is None:
-            model = sum(w.nbytes for w in self._weights() if w.device.type == "cpu")
+            own = (*self.model.parameters(), *self.model.buffers())
+            model = sum(weight.nbytes for weight in own if weight.device.type == "cpu")
             base = max(0, allocated_bytes(self.world.device) - model)
         return base + _KERNEL_BYTES + _COMPILER_BYTES * self.compiled
 
@@ -184,17 +225,13 @@ def _trained(model: LanguageModel) -> list[Tensor]:
 
 def shard_count(config: Config, world: World) -> int:
     """Returns among how many processes `distributed.strategy` divides each weight."""
-    return world.size if config.distributed.strategy == "fsdp" else 1
+    return shard_counts(config.distributed.strategy, world)[1]
 
 
 def shard_bytes(weight: Tensor, shards: int) -> int:
-    """Returns the largest part of a weight that one of so many processes holds, in bytes.
-
-    Rows are divided; where they do not come out even, torch fills the last shards up.
-    """
-    if shards == 1 or weight.dim() == 0:
-        return weight.nbytes
-    return -(-weight.shape[0] // shards) * (weight.nbytes // max(1, weight.shape[0]))
+    """Returns the largest part of a weight that one of so many processes holds, in bytes."""
+    length = weight.shape[shard_dim(weight.shape, shards)]
+    return weight.nbytes // length * -(-length // shards)
 
 
 def optimizer_state_bytes(model: LanguageModel, config: Config, shards: int = 1) -> int:
@@ -222,17 +259,17 @@ def _adamw_8bit_bytes(count: int) -> int:
     return 2 * count + 8 * -(-count // _BITSANDBYTES_BLOCK)  # two codes, and two scales of a block
 
 
-def _update_bytes(model: LanguageModel, config: Config, precision: Precision) -> int:
+def _update_bytes(model: LanguageModel, config: Config, precision: Precision, shards: int) -> int:
     """Returns what the optimizer's step takes beside weights, gradients and state."""
     if config.optimizer.name == "muon":
-        return _muon_bytes(model, precision.device)
+        return _muon_bytes(model, precision.device, shards)
     if config.low_precision.use_4bit_optimizer:
         largest = max((p.numel() for p in _trained(model) if is_quantizable(p)), default=0)
         return _ADAMW_4BIT_TEMPORARIES * 4 * min(chunk_size(precision.device), largest)
     return 0
 
 
-def _muon_bytes(model: LanguageModel, device: torch.device) -> int:
+def _muon_bytes(model: LanguageModel, device: torch.device, shards: int) -> int:
     itemsize = 2 if supports_fast_bfloat16(device) else 4
     groups = defaultdict[int, list[Tensor]](list)
     for weight, n_fused in model.hidden_weights():
@@ -244,7 +281,10 @@ def _muon_bytes(model: LanguageModel, device: torch.device) -> int:
             numel = batch[0].numel()
             rows, columns = numel // batch[0].shape[-1] // n_fused, batch[0].shape[-1]
             square = n_fused * min(rows, columns) ** 2
-            largest = max(largest, len(batch) * (4 * numel + itemsize * (3 * numel + square)))
+            needed = len(batch) * (4 * numel + itemsize * (3 * numel + square))
+            if shards > 1:  # the shard of one direction at a time, and what it is gathered into
+                needed += 4 * numel + shard_bytes(batch[0], shards)
+            largest = max(largest, needed)
     return largest
 
 
@@ -269,7 +309,8 @@ def refuse_impossible(
             shallow = replace(small, model=replace(small.model, n_layer=layers))
             with torch.device("meta"):
                 model = build(shallow)
-            peaks.append(MemoryEstimator(shallow, model, precision, world, base=0).memory().peak)
+            memory = MemoryEstimator(shallow, model, precision, world, base=0).memory()
+            peaks.append(memory.required)
     except (RuntimeError, OverflowError, TypeError):  # how torch says it differs by operator
         sizes = _size_options(config)
         raise ConfigError(f"{sizes}: no machine holds tensors of such sizes.") from None

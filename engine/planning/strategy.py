@@ -50,7 +50,7 @@ def first_that_fits(
     peaks = list[int]()
     for choice in choices:
         memory = estimator.memory(_with_smallest_batch(choice, estimator.world.size))
-        peaks.append(memory.peak)
+        peaks.append(memory.required)
         fits = budget.fits(memory, AUTO_SHARE) is not False
         if not estimator.world.any_rank(not fits):
             break

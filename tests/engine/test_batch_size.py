@@ -43,7 +43,7 @@ def test_both_suggestions_for_a_run_that_does_not_fit_would_fit_and_keep_its_tok
     share: float,
 ) -> None:
     estimator = big(gradient_accumulation_steps=2)
-    budget = MemoryBudget(0, int(share * estimator.memory().peak))
+    budget = MemoryBudget(0, int(share * estimator.memory().required))
     variants = suggest_fitting_configs(estimator, budget)
     assert len(variants) == 2
     for config, memory in variants:
@@ -69,7 +69,7 @@ def test_the_micro_batch_suggested_is_the_largest_that_fits() -> None:
             estimator.config.training, batch_size=batch, gradient_accumulation_steps=12 // batch
         )
         config = replace(estimator.config, training=sized)
-        budget = MemoryBudget(0, estimator.memory(config).peak)
+        budget = MemoryBudget(0, estimator.memory(config).required)
         assert suggest_fitting_configs(estimator, budget)[0][0] == config
 
 
@@ -102,7 +102,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_makes_up_the_step() ->
     estimator = automatic()
     assert batch_size_candidates(estimator.config, 1) == [24, 12, 8, 6, 4, 3, 2, 1]
     assert batch_size_candidates(estimator.config, 3) == [8, 4, 2, 1]
-    peak = estimator.memory(with_batch(estimator.config, 12)).peak
+    peak = estimator.memory(with_batch(estimator.config, 12)).required
 
     def chosen(allocated: int, free: int) -> list[int]:
         return predict_batch_sizes(estimator, MemoryBudget(allocated, free))[0]

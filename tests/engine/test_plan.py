@@ -202,7 +202,7 @@ def test_micro_steps_grow_in_length_then_in_number_up_to_the_runs_own() -> None:
 
 def test_only_what_fits_into_memory_is_timed() -> None:
     config = small(training={"batch_size": 6, "block_size": 256})
-    whole = estimator_of(config, base=0).memory().peak
+    whole = estimator_of(config, base=0).memory().required
     assert trial_of(config, whole).sizes[-1] == (6, 256)
     assert trial_of(config, whole - 1).sizes[-1] == (4, 256)
     assert trial_of(config, 1).sizes == []

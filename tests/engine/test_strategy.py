@@ -64,7 +64,7 @@ def agreed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_that_fits_is_taken_and_the_last_where_none_does(agreed: None) -> None:
     config = gpt()
     estimator, choices = of_processes(config, 2), strategy_choices(config, 2)
-    peaks = [estimator.memory(choice).peak for choice in choices]
+    peaks = [estimator.memory(choice).required for choice in choices]
     assert peaks[1] < peaks[0]
     for place, peak in enumerate(peaks):
         budget = MemoryBudget(0, int(peak / 0.9) + 1)
@@ -91,5 +91,5 @@ def test_with_an_automatic_batch_size_one_sequence_at_a_time_decides(agreed: Non
     config = gpt(training=training)
     estimator, choices = of_processes(config, 2), strategy_choices(config, 2)
     smallest = replace(choices[0], training=replace(choices[0].training, batch_size=1))
-    budget = MemoryBudget(0, int(estimator.memory(smallest).peak / 0.9) + 1)
+    budget = MemoryBudget(0, int(estimator.memory(smallest).required / 0.9) + 1)
     assert pair(first_that_fits(choices, estimator, budget)[0]) == ALL[0]
