@@ -1,9 +1,14 @@
-"""Times saving a checkpoint against a plain `torch.save` of the same state.
+"""Times saving a checkpoint against a plain `torch.save` of the same state, and what a save takes
+from training.
 
     python -m bench.checkpoint [--folder DIR] [--megabytes 240] [--rounds 9]
 
-Ours also hashes, syncs and writes a manifest; it may take 1.3 times as long. The ways are timed in
-turn, so that a slow moment of the machine slows all of them down.
+Ours also hashes, syncs and writes a manifest. The ways are timed in turn, so that a slow moment of
+the machine slows all of them down.
+
+What a save takes from training: a GPT of that size makes steps on all threads, a few without a
+save, with one that training waits for, and with one behind it, in turn. The figure is how much
+longer the steps took than those without.
 """
 
 from __future__ import annotations
@@ -24,9 +29,12 @@ import torch
 from config import Config
 from engine.checkpoint.load import load_checkpoint
 from engine.checkpoint.save import save_checkpoint
+from engine.hardware.distributed import World
 from engine.run_directory.directory import RunDirectory
 from engine.run_directory.manifest import verify
+from engine.saving import CheckpointSaver
 from engine.train_state import TrainState, rng_state
+from model import build_model
 
 
 def make_state(megabytes: int) -> dict[str, Any]:
@@ -97,6 +105,68 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, list[tuple[f
     return seconds
 
 
+def training_steps(megabytes: int) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
+    """Returns a function that makes a training step of a GPT on all threads, and one that returns
+    its state: weights and moments of so many megabytes."""
+    width = max(64, int((megabytes * 1e6 / 12 / 72) ** 0.5) // 64 * 64)  # 12 * 6 layers * width^2
+    shape = replace(Config().model, name="gpt", n_layer=6, n_embd=width, vocab_size=256)
+    model = build_model(replace(Config(), model=shape))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(256, (1, 129))
+
+    def step() -> None:
+        model(tokens[:, :-1], None, tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state() -> dict[str, Any]:
+        plain = make_state(0)
+        return {**plain, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    return step, state
+
+
+def measure_lost(folder: Path, megabytes: int, rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds that a save takes from training."""
+    step, collect = training_steps(megabytes)
+    training = replace(Config().training, checkpoint_dir=str(folder / "lost"), keep_last=1)
+    progress, world = TrainState(), World(0, 1, torch.device("cpu"))
+    found: dict[str, list[float]] = {}
+    with RunDirectory.start(replace(Config(), training=training)) as run:
+        saver = CheckpointSaver(replace(Config(), training=training), world, run)
+
+        def save() -> None:
+            progress.step += 1
+            saver.start(progress, lambda: collect() | {"train": asdict(progress)})
+
+        def save_and_wait() -> None:
+            save()
+            saver.finish()
+
+        def steps_behind(step_s: float) -> tuple[float, float]:
+            """Returns how long the save took, and how much of that was not spent on steps."""
+            start, count = time.perf_counter(), 0
+            save()
+            while not saver.is_written:
+                step()
+                count += 1
+            took = time.perf_counter() - start
+            saver.finish()
+            return took, took - count * step_s
+
+        for number in range(rounds + 1):
+            step_s = [timed(step)[0] for _ in range(6)]
+            waited = timed(save_and_wait)[0]
+            step_s += [timed(step)[0] for _ in range(6)]
+            took, lost = steps_behind(statistics.median(step_s))
+            if number:  # the first round is a warm-up
+                found.setdefault("waited for", []).append(waited)
+                found.setdefault("behind training", []).append(lost)
+                found.setdefault("until it is on the disk", []).append(took)
+                found.setdefault("a step", []).append(statistics.median(step_s))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -106,6 +176,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         seconds = measure(folder, options.megabytes, options.rounds)
+        lost = measure_lost(folder, options.megabytes, options.rounds)
     finally:
         shutil.rmtree(folder)
     base = statistics.median(wall for wall, _ in seconds["torch.save"])
@@ -114,6 +185,9 @@ def main() -> None:
     for name, values in seconds.items():
         median, cpu = (statistics.median(column) for column in zip(*values, strict=True))
         print(f"{name:20}  {median:8.3f}  {min(values)[0]:9.3f}  {cpu:8.3f}  {median / base:12.2f}")
+    print(f"Seconds that a save takes from training, on {torch.get_num_threads()} threads")
+    for name, each in lost.items():
+        print(f"{name:24}  median {statistics.median(each):6.3f}  largest {max(each):6.3f}")
 
 
 if __name__ == "__main__":
