@@ -28,13 +28,17 @@ MAX_SHARED_LAYERS = 10_000
 weight per layer, so the number of weights in the file is their limit."""
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, device: str | torch.device = "cpu", mmap: bool = False
+) -> dict[str, Any]:
     """Returns the content of a checkpoint, checked to be a `contents.Content`.
 
+    mmap: tensors on a CPU are parts of the file, read when they are used. They are for copying from
+    at once: a file that is cut short under them kills the process. It may be removed.
     Raises CheckpointError if a byte of the file or an entry of the content is not what it was.
     """
     manifest = verify(path)
-    content = check_format(path, load_torch_file(path, device))
+    content = check_format(path, load_torch_file(path, device, mmap))
     with as_checkpoint_error(path):  # a ValueError, KeyError, ... within becomes a CheckpointError
         check_type(content, Content)
         described = content["train"] | {"fingerprint": content["data"]["fingerprint"]}

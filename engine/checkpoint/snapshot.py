@@ -40,24 +40,31 @@ class LocalShard:
     ranks: list[int]
     """The processes that send a part, in order; rank 0 is the first."""
 
-    def exchange(self, world: World) -> Tensor:
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return self.shape.numel() * self.local.itemsize
+
+    def exchange(self, world: World, memory: Tensor) -> Tensor:
         """Returns the whole tensor on rank 0; the others send their part and return that.
 
-        Collective, in the threads that save.
+        Collective, in the threads that save. memory: 2 * nbytes on rank 0, for the result.
         """
         group = world.saving_group
         if not world.is_main:
             if world.rank in self.ranks and self.local.numel():
                 dist.send(self.local.cpu().contiguous(), dst=0, group=group)
             return self.local
-        whole = torch.empty(self.shape, dtype=self.local.dtype)
+        numbers = memory.view(self.local.dtype)
+        whole = numbers[: self.shape.numel()].view(self.shape)
         for rank, part in zip(self.ranks, whole.chunk(len(self.ranks), self.dim), strict=False):
             if rank == 0:
                 part.copy_(self.local)
-                continue
-            received = part if part.is_contiguous() else torch.empty_like(part).contiguous()
-            dist.recv(received, src=rank, group=group)
-            if received is not part:
+            elif part.is_contiguous():
+                dist.recv(part, src=rank, group=group)
+            else:
+                received = numbers[whole.numel() :][: part.numel()].view(part.shape)
+                dist.recv(received, src=rank, group=group)
                 part.copy_(received)
         return whole
 
@@ -76,6 +83,7 @@ class Snapshot:
     """In the order of the file."""
     _pending: dict[int, PendingStorage] = field(default_factory=dict)
     _exchanged: int = 0
+    _memory: Tensor | None = None
 
     def exchange_rest(self) -> None:
         """Exchanges the shards that are left: all on other processes than rank 0, and there those
@@ -86,7 +94,11 @@ class Snapshot:
     def _exchange(self) -> Tensor:
         shard = self.shards[self._exchanged]
         self._exchanged += 1
-        return shard.exchange(self.world)
+        if self._memory is None:
+            # One block for all: freed and asked for again, the C library would take more and more.
+            most = max(shard.nbytes for shard in self.shards) if self.world.is_main else 0
+            self._memory = torch.empty(2 * most, dtype=torch.uint8)
+        return shard.exchange(self.world, self._memory[: 2 * shard.nbytes])
 
     def place(self, name: str, value: Any) -> Any:
         """Returns what stands in the snapshot for a value of the state."""

@@ -31,7 +31,8 @@ class PendingStorage:
     dtype: torch.dtype
     numel: int
     fetch: Callable[[], Tensor]
-    """Returns its numbers, contiguous on the CPU. Called once, in the order of the file."""
+    """Returns its numbers, contiguous from the beginning of a storage on the CPU, until the next
+    call of one. Called once, in the order of the file."""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +118,8 @@ def _write_records(
         writer.write_record(name, content, len(content))
     for number, storage in enumerate(storages):
         if isinstance(storage, PendingStorage):
-            on_cpu = storage.fetch().untyped_storage()
+            on_cpu, size = storage.fetch().untyped_storage(), storage.nbytes
         else:
-            on_cpu = storage.cpu()  # type: ignore[no-untyped-call]  # itself, if it is there
-        writer.write_record(f"data/{number}", on_cpu, on_cpu.nbytes())  # type: ignore[arg-type]
+            # Itself, if it is there already.
+            on_cpu, size = storage.cpu(), storage.nbytes()  # type: ignore[no-untyped-call]
+        writer.write_record(f"data/{number}", on_cpu, size)  # type: ignore[arg-type]

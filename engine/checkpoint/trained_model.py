@@ -54,7 +54,7 @@ def open_model(
     chosen, lines = find_model(path)
     for line in lines:
         console.warning(line)
-    content = load_checkpoint(chosen, device)
+    content = load_checkpoint(chosen, device, mmap=True)
     config, weights = checked_config(chosen, content), content["model"]
     model = build_model(config)
     if apply_lora(model, config.low_precision, init=False):

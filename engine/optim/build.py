@@ -104,6 +104,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         for number, values in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # torch keeps tensors that need not move: these would keep the checkpoint's file mapped.
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if type(value) is Tensor and value.device.type == "cpu":
+                values[name] = value.clone()
 
 
 def check_optimizer(

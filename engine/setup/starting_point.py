@@ -59,7 +59,7 @@ def find_starting_point(request: Request, world: World) -> StartingPoint:
 
 
 def _from_checkpoint(config: Config, request: Request, resume: Resume) -> StartingPoint:
-    saved = load_checkpoint(resume.path)
+    saved = load_checkpoint(resume.path, mmap=True)
     saved_config = checked_config(resume.path, saved)
     if request.config.training.init_from == "resume":  # what the run began with, it keeps
         origin = saved_config.training.init_from
