@@ -63,6 +63,7 @@ def check_module(arguments: list[str]) -> None:
 def check_python(arguments: list[str]) -> None:
     scripts: dict[str, Callable[[list[str]], object]] = {
         "train.py": check_train,
+        "launch.py": check_torchrun,
         "sample.py": sample.read_arguments,
         "prepare.py": check_prepare,
         "export.py": export.read_arguments,
