@@ -515,12 +515,11 @@ def _answer_of_slurm(arguments: Arguments, request: Request) -> str | None:
         raise ConfigError(f"--slurm gpus={job.gpus}, but {setting(config, 'system.device')}.")
     if config.training.batch_size != "auto":
         accumulation_steps(config, job.processes)
-    words = list(job.words)
-    given = {key for name, _ in arguments.overrides for key in resolve(schema(), name).keys}
-    option = "training.resume_from_checkpoint"
-    if config.training.init_from != "resume" and config.training.resume_from_checkpoint is None:
-        if option in given:
-            notes.append(f"{option}=null: after a requeue the run begins anew")
+    words, training = list(job.words), config.training
+    if training.resume_from_checkpoint is None and training.init_from != "resume":
+        given = [key for name, _ in arguments.overrides for key in resolve(schema(), name).keys]
+        if "training.resume_from_checkpoint" in given or not training.save_model:
+            notes.append("a requeued job begins anew")
         else:
             words.append("resume_from_checkpoint=auto")
             notes.append("added: resume_from_checkpoint=auto, so that a requeued job goes on")

@@ -51,8 +51,8 @@ def slurm_job() -> str | None:
 
 
 def was_requeued() -> bool:
-    """Returns whether this job ran before and was put back into the queue."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    """Returns whether this is a job of SLURM that ran before and was put back into the queue."""
+    return slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -39,25 +39,21 @@ def resolve_resume(
 
     The checkpoint is None for a fresh start: if `auto` finds no run to go on with.
 
-    In a job that SLURM put back into the queue, the run that the job wrote before is continued,
-    whatever `value` names: it began there.
+    A job that SLURM put back into the queue continues the run that it wrote before, and not where
+    `value` let that begin.
 
     Args:
         value: a checkpoint; a run directory or part of its name, for its newest valid checkpoint;
-            a folder of runs, for that of its newest run; or `auto`, for that of this SLURM job's
-            run or else of the newest run whose saved config has nothing `differing`.
+            a folder of runs, for that of its newest run; or `auto`, for that of the newest run
+            whose saved config has nothing `differing`.
         checkpoint_dir: where `auto` and names of runs are looked for.
         differing: returns the options that make a saved config another experiment.
 
     Raises CheckpointError.
     """
     path = None if value == "auto" else find_by_name(value, checkpoint_dir)
-    candidates: Iterable[Path] = ()
-    if path is None:
-        candidates = checkpoint_dir.glob("run_*")
-    elif was_requeued():
-        candidates = [path, path.parent, *path.glob("run_*")]
-    own = _run_of_this_job(candidates)
+    near = (path, path.parent) if path else ()
+    own = _run_of_this_job([*near, *(path or checkpoint_dir).glob("run_*")])
     if own is not None:
         newest, rejects = newest_valid(own)
         lines = [f"not used: {line}" for line in rejects]
@@ -78,16 +74,15 @@ def resolve_resume(
 
 
 def _run_of_this_job(runs: Iterable[Path]) -> Path | None:
-    """Returns the newest run that this SLURM job wrote with this command line, before a requeue.
+    """Returns the newest run that this SLURM job wrote, with this command line, before a requeue.
 
     A job may train several runs, one after the other: the command line tells them apart. It names
     the config's file and not its content, so an edit of the file does not hide the run.
     """
-    job = slurm_job()
-    for run in sorted(runs, reverse=True) if job else ():
+    for run in sorted(runs, reverse=True) if was_requeued() else ():
         with contextlib.suppress(OSError, ValueError):
             for session in sessions_of(read_environment(run)):
-                if (session.get("slurm_job"), session.get("command")) == (job, sys.argv):
+                if (session.get("slurm_job"), session.get("command")) == (slurm_job(), sys.argv):
                     return run
     return None
 

@@ -29,12 +29,13 @@ def resumed(value: Path | str, folder: Path) -> tuple[Path | None, str]:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A run of job 7, in which this process is, and a newer one of job 8."""
+    """A run of job 7, as which this process has come back, and a newer one of job 8."""
     found = []
     for job in "78":
         monkeypatch.setenv("SLURM_JOB_ID", job)
         found.append(finished_run(tmp_path, 10, 20))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     return found[0], found[1]
 
 
@@ -50,6 +51,8 @@ def test_a_run_that_this_job_resumed_is_its_own(
     older, _ = (finished_run(tmp_path, 10) for _ in range(2))
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     reopen(older, tmp_path).close()
+    assert resumed("auto", tmp_path)[0] != data_path(older, 10)  # not requeued: by its config
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resumed("auto", tmp_path)[0] == data_path(older, 10)
 
 
@@ -70,13 +73,11 @@ def test_a_job_whose_run_has_no_checkpoint_begins_a_new_one(
 
 
 def test_a_requeued_job_does_not_begin_at_the_named_checkpoint_again(
-    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     own, other = runs
     first = data_path(own, 10)
-    assert resumed(first, tmp_path)[0] == first
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    data_path(own, 10).unlink()  # as `keep_last` would
+    first.unlink()  # as `keep_last` would
     for value in (first, own, own.parent):
         assert resumed(value, tmp_path)[0] == data_path(own, 20)
     assert resumed(data_path(other, 10), tmp_path)[0] == data_path(other, 10)
