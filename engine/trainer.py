@@ -19,7 +19,6 @@ from data.run_data import RunData
 from engine.evaluation import Evaluator
 from engine.graphed_step import GraphedStep
 from engine.hardware.distributed import World
-from engine.hardware.sharding import gathered
 from engine.loss import count_targets
 from engine.monitor import console
 from engine.monitor.console import RULE
@@ -256,8 +255,8 @@ class Trainer:
         """
         self._update_elapsed()
         return {
-            "model": gathered(self.model.state_dict()),
-            "optimizer": gathered(self.optimizer.state_dict()),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
             "train": asdict(self.state),
             "cursor": merge_data_states(self.world.gather(self.data_state())),

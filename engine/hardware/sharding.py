@@ -19,7 +19,6 @@ Everything else, embedding, norms and head, is gathered once per pass as it is, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,12 +184,3 @@ def sharding_lines(strategy: str, model: nn.Module, world: World) -> list[str]:
         f"Sharded ({strategy}): weights, gradients and optimizer state over {where}; "
         f"{format_bytes(local_bytes(model))} of weights in each"
     ]
-
-
-def gathered(tree: Any) -> Any:
-    """Returns nested dicts and lists with whole tensors in place of sharded ones. A collective."""
-    if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [gathered(value) for value in tree]
-    return full_tensor(tree) if isinstance(tree, Tensor) else tree
