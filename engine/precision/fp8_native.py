@@ -354,7 +354,8 @@ class Fp8Linear:
         """x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
         y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, self)  # type: ignore[no-untyped-call]
         y = y if bias is None else y + bias.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        # Not a view for nothing: FSDP warns of views, which must not be changed in place.
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def cast(
         self, x: Tensor, operand: OperandId, dtype: torch.dtype

@@ -1,0 +1,294 @@
+"""Sharded training: the run that DDP makes, with a slice of the model in each process.
+
+One group of processes makes many small runs: starting it costs more than a run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import train
+from config import DistributedConfig, SystemConfig, command_line
+from engine.evaluation import Evaluation
+from engine.hardware.distributed import World, enter_world
+from engine.hardware.sharding import (
+    full_tensor,
+    is_sharded,
+)
+from engine.loss import next_token_loss
+from engine.setup.build import build
+from engine.setup.check_resume import check_resume
+from engine.signals import StopRequest
+from engine.train_state import TrainState, seed_generators
+from engine.trainer import Trainer
+from model import build_model
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+CPU = torch.device("cpu")
+STEPS = 4
+COMMON = [f"max_iters={STEPS}", "log_freq=1", f"test_freq={STEPS}", "eval_iters=3", "dropout=0"]
+COMMON += ["n_layer=2", "n_embd=32", "n_head=4", "block_size=32", "batch_size=2"]
+COMMON += [
+    "tokens_per_step=512",
+    "compute_dtype=float32",
+    "device=cpu",
+    "compile=false",
+    "num_workers=0",
+]
+GPT_WORDS, LLAMA_WORDS = ["model.name=gpt"], ["model.name=llama", "d_ff=64"]
+BDH_WORDS = ["mlp_internal_dim_multiplier=8"]
+
+
+@dataclass
+class Made:
+    """What a run has computed."""
+
+    trainer: Trainer
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def evaluated(self) -> list[float]:
+        found = self.evaluations[-1]
+        active = sum(found.active_neurons.values(), []) if self.trainer.world.is_main else []
+        return [*found.val_losses, found.train_loss, *active]
+
+
+@dataclass
+class Runs:
+    """Makes runs of the tiny config in this process, one of a group."""
+
+    world: World
+    text: Path
+    folder: Path
+
+    def __call__(
+        self, *words: str, until: int | None = None, save: bool = False, fresh: bool = True
+    ) -> Made:
+        """Trains; until: the step after which the run stops. save: whether it saves then."""
+        arguments = [*COMMON, f"parquet_dir={self.text}", f"checkpoint_dir={self.folder}", *words]
+        arguments += [] if save else ["save_model=false"]
+        with ExitStack() as stack:
+            trainer = build(command_line(arguments), self.world, stack)
+            if fresh:
+                assert_drawn_as_on_one_process(trainer)
+            made = Made(trainer)
+            record(made)
+            trainer.stop_after = until
+            train.train(trainer, StopRequest())
+            trainer.save(final=True)
+        return made
+
+
+def record(made: Made) -> None:
+    """Keeps what the reporter of a run is told."""
+    reporter = made.trainer.reporter
+    step, log, evaluation = reporter.step, reporter.log, reporter.evaluation
+
+    def on_step(state: TrainState, loss: float, seconds: float, waited_s: float) -> None:
+        made.losses.append(loss)
+        step(state, loss, seconds, waited_s)
+
+    def on_log(state: TrainState, rate: float, norm: float) -> None:
+        made.norms.append(norm)
+        log(state, rate, norm)
+
+    def on_evaluation(state: TrainState, found: Evaluation, *rest: Any) -> None:
+        made.evaluations.append(found)
+        evaluation(state, found, *rest)
+
+    for name, function in {"step": on_step, "log": on_log, "evaluation": on_evaluation}.items():
+        setattr(reporter, name, function)
+
+
+def assert_drawn_as_on_one_process(trainer: Trainer) -> None:
+    """The weights of a new run are those that its seed gives in one process, bit for bit."""
+    seed_generators(trainer.config.training.seed)
+    expected = build_model(trainer.config).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(full_tensor(value), expected[name]), name
+
+
+def on_processes(count: int, body: Callable[[World], object], **environment: str) -> None:
+    """Calls `body` in `count` forked processes that have joined, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(count):
+        place = common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ.update(place)
+                with enter_world(SystemConfig(device="cpu"), DistributedConfig()) as world:
+                    body(world)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * count
+
+
+def assert_close(one: Iterable[float], other: Iterable[float], tolerance: float) -> None:
+    one = list(one)
+    assert one and list(other) == pytest.approx(one, abs=tolerance)
+
+
+def assert_same_run(ddp: Made, fsdp: Made, tolerance: float = 1e-5) -> None:
+    assert not is_sharded(ddp.trainer.model) and is_sharded(fsdp.trainer.model)
+    assert len(ddp.losses) == STEPS
+    assert_close(ddp.losses, fsdp.losses, tolerance)
+    assert_close(ddp.norms, fsdp.norms, 10 * tolerance)
+    assert_close(ddp.evaluated(), fsdp.evaluated(), tolerance)
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """The memory of this process's slices, counted from storages, each of them once."""
+    slices = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    storages = {s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in slices}
+    return sum(storages.values())
+
+
+def assert_divided(made: Made, shards: int) -> None:
+    """A process holds 1.15 of its share of weights, gradients and optimizer state at most."""
+    trainer, model = made.trainer, made.trainer.model
+    share = 1.15 * sum(parameter.nbytes for parameter in model.parameters()) / shards
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values() if v.dim()]
+    assert all(isinstance(value, DTensor) for value in moments)
+    rows = torch.zeros(2, 17, dtype=torch.long)
+    next_token_loss(trainer.parallel_model, rows, CPU).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters()))
+    assert held_bytes(model.parameters()) <= share
+    assert held_bytes(gradients) <= share
+    assert held_bytes(moments) <= 2 * share
+    model.zero_grad()
+
+
+def both(run: Runs, *words: str) -> tuple[Made, Made]:
+    return run(*words, "strategy=ddp"), run(*words, "strategy=fsdp")
+
+
+def two_processes(world: World, text: Path, folder: Path) -> None:
+    run = Runs(world, text, folder)
+    prompt = ["sample_prompt=the dragon", "sample_tokens=3"]
+    ddp, fsdp = both(run, *GPT_WORDS, *prompt, "use_4bit=false")
+    assert_same_run(ddp, fsdp)
+    assert_divided(fsdp, 2)
+    assert not world.is_main or ddp.evaluations[-1].sample == fsdp.evaluations[-1].sample
+    assert_same_run(*both(run, *LLAMA_WORDS, "use_4bit=true", "quantize_after=0.5"))
+    # BDH's default: all weights are gathered at the root, and rounded after half of the run.
+    ddp, fsdp = both(run, *BDH_WORDS, *prompt, "use_4bit=true", "quantize_after=0.5")
+    assert_same_run(ddp, fsdp)
+    assert_divided(fsdp, 2)
+    losses = [each.evaluations[-1].val_loss_quantized or 0.0 for each in (ddp, fsdp)]
+    assert losses[0] and losses[1] == pytest.approx(losses[0], abs=1e-4)
+    # 16 bits round the same numbers; what is left is the order of sums.
+    for words in (["compute_dtype=bfloat16"], ["compute_dtype=float16"], FP8):
+        assert_same_run(*both(run, *GPT_WORDS, *words), tolerance=2e-4)
+    ddp, fsdp = both(run, *BDH_WORDS, "use_4bit=false", "optimizer.name=muon")
+    assert_same_run(ddp, fsdp, tolerance=1e-4)  # its products are in bfloat16
+    assert_same_muon(ddp.trainer, fsdp.trainer)
+    words = [*GPT_WORDS, "strategy=fsdp", "use_4bit=false", "max_iters=4", "save_model=true"]
+    arguments = [*COMMON, f"parquet_dir={text}", f"checkpoint_dir={folder}", *words]
+    request = command_line([*arguments, "--check-resume=4"])
+    assert check_resume(request, world, StopRequest(), train.train) == 0
+
+
+FP8 = ["use_fp8=true", "fp8.recipe=delayed", "compute_dtype=bfloat16"]
+
+
+def assert_same_muon(ddp: Trainer, fsdp: Trainer) -> None:
+    """Momenta are sharded as their parameters are, and equal."""
+    compared = 0
+    pairs = zip(ddp.model.named_parameters(), fsdp.model.named_parameters(), strict=True)
+    for (_, one), (_, other) in pairs:
+        for name, value in ddp.optimizer.state[one].items():
+            found = fsdp.optimizer.state[other][name]
+            if value.dim():
+                assert isinstance(found, DTensor) and isinstance(other, DTensor)
+                assert found.placements == other.placements
+                assert torch.allclose(full_tensor(found), value, atol=1e-4)
+                compared += 1
+    assert compared > 3
+
+
+def four_processes(world: World, text: Path, folder: Path) -> None:
+    run = Runs(world, text, folder)
+    for words in (GPT_WORDS, [*BDH_WORDS, "n_head=2"]):
+        ddp, fsdp = both(run, *words, "use_4bit=false")
+        assert_same_run(ddp, fsdp)
+        assert_divided(fsdp, 4)
+        hsdp = run(*words, "use_4bit=false", "strategy=hsdp")
+        assert_same_run(ddp, hsdp)
+        assert_divided(hsdp, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_sharded_runs_are_those_of_ddp_with_a_share_of_the_memory(
+    count: int, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """Losses, norms, evaluations of an odd number of batches, memory, number formats, Muon."""
+    body = {2: two_processes, 4: four_processes}[count]
+    on_processes(count, lambda world: body(world, corpus_dir, tmp_path), LOCAL_WORLD_SIZE="2")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
+    corpus_dir: Path, tmp_path: Path
+) -> None:
+    """1 -> 2 -> 4 -> 1 processes, and from ddp to fsdp and back; also as weights to begin with."""
+    words = [*GPT_WORDS, "use_4bit=false", "max_iters=8", "batch_size=1", "test_freq=8"]
+    alone = Runs(World(0, 1, CPU), corpus_dir, tmp_path / "straight")
+    straight = alone(*words).losses
+
+    def continued(until: int, *more: str) -> Callable[[World], None]:
+        def go_on(world: World) -> None:
+            run = Runs(world, corpus_dir, tmp_path / "chain")
+            resume = [f"resume_from_checkpoint={tmp_path / 'chain'}"] if until > 2 else []
+            made = run(*words, *more, *resume, until=until, save=True, fresh=False)
+            assert_close(straight[until - len(made.losses) : until], made.losses, 1e-5)
+
+        return go_on
+
+    def on_two(world: World) -> None:
+        for until, strategy in ((4, "fsdp"), (5, "ddp"), (6, "fsdp")):
+            continued(until, f"strategy={strategy}")(world)
+        begun = [
+            Runs(world, corpus_dir, tmp_path / strategy)(
+                *words,
+                f"init_from={tmp_path / 'chain'}",
+                f"strategy={strategy}",
+                until=1,
+                fresh=False,
+            )
+            for strategy in ("ddp", "fsdp")
+        ]
+        assert_close(begun[0].losses, begun[1].losses, 1e-5)
+
+    continued(2)(World(0, 1, CPU))
+    on_processes(2, on_two)
+    on_processes(4, continued(7, "strategy=fsdp"))
+    continued(8)(World(0, 1, CPU))
