@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,21 +37,25 @@ from engine.signals import StopRequest
 from engine.train_state import TrainState, seed_generators
 from engine.trainer import Trainer
 from model import build_model
+from tests.conftest import TEXT
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 CPU = torch.device("cpu")
-STEPS = 4
+STEPS = 3
 COMMON = [f"max_iters={STEPS}", "log_freq=1", f"test_freq={STEPS}", "eval_iters=3", "dropout=0"]
 COMMON += ["n_layer=2", "n_embd=32", "n_head=4", "block_size=32", "batch_size=2"]
-COMMON += [
-    "tokens_per_step=512",
-    "compute_dtype=float32",
-    "device=cpu",
-    "compile=false",
-    "num_workers=0",
-]
+COMMON += ["tokens_per_step=256", "compute_dtype=float32", "device=cpu", "compile=false"]
+COMMON += ["token_dtype=uint16", "vocab_size=256", "tokenizer.name=bytes"]
 GPT_WORDS, LLAMA_WORDS = ["model.name=gpt"], ["model.name=llama", "d_ff=64"]
 BDH_WORDS = ["mlp_internal_dim_multiplier=8"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of tokens, which is read faster than documents."""
+    path = tmp_path_factory.mktemp("text") / "train.bin"
+    np.tile(np.frombuffer(TEXT.encode(), np.uint8), 60).astype(np.uint16).tofile(path)
+    return path
 
 
 @dataclass
@@ -80,7 +85,12 @@ class Runs:
         self, *words: str, until: int | None = None, save: bool = False, fresh: bool = True
     ) -> Made:
         """Trains; until: the step after which the run stops. save: whether it saves then."""
-        arguments = [*COMMON, f"parquet_dir={self.text}", f"checkpoint_dir={self.folder}", *words]
+        arguments = [
+            *COMMON,
+            f"train_data_path={self.text}",
+            f"checkpoint_dir={self.folder}",
+            *words,
+        ]
         arguments += [] if save else ["save_model=false"]
         with ExitStack() as stack:
             trainer = build(command_line(arguments), self.world, stack)
@@ -197,9 +207,9 @@ def two_processes(world: World, text: Path, folder: Path) -> None:
     assert_same_run(ddp, fsdp)
     assert_divided(fsdp, 2)
     assert not world.is_main or ddp.evaluations[-1].sample == fsdp.evaluations[-1].sample
-    assert_same_run(*both(run, *LLAMA_WORDS, "use_4bit=true", "quantize_after=0.5"))
+    assert_same_run(*both(run, *LLAMA_WORDS, "use_4bit=true", "quantize_after=0.4"))
     # BDH's default: all weights are gathered at the root, and rounded after half of the run.
-    ddp, fsdp = both(run, *BDH_WORDS, *prompt, "use_4bit=true", "quantize_after=0.5")
+    ddp, fsdp = both(run, *BDH_WORDS, *prompt, "use_4bit=true", "quantize_after=0.4")
     assert_same_run(ddp, fsdp)
     assert_divided(fsdp, 2)
     losses = [each.evaluations[-1].val_loss_quantized or 0.0 for each in (ddp, fsdp)]
@@ -211,7 +221,7 @@ def two_processes(world: World, text: Path, folder: Path) -> None:
     assert_same_run(ddp, fsdp, tolerance=1e-4)  # its products are in bfloat16
     assert_same_muon(ddp.trainer, fsdp.trainer)
     words = [*GPT_WORDS, "strategy=fsdp", "use_4bit=false", "max_iters=4", "save_model=true"]
-    arguments = [*COMMON, f"parquet_dir={text}", f"checkpoint_dir={folder}", *words]
+    arguments = [*COMMON, f"train_data_path={text}", f"checkpoint_dir={folder}", *words]
     request = command_line([*arguments, "--check-resume=4"])
     assert check_resume(request, world, StopRequest(), train.train) == 0
 
@@ -248,25 +258,25 @@ def four_processes(world: World, text: Path, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_sharded_runs_are_those_of_ddp_with_a_share_of_the_memory(
-    count: int, corpus_dir: Path, tmp_path: Path
+    count: int, text: Path, tmp_path: Path
 ) -> None:
     """Losses, norms, evaluations of an odd number of batches, memory, number formats, Muon."""
     body = {2: two_processes, 4: four_processes}[count]
-    on_processes(count, lambda world: body(world, corpus_dir, tmp_path), LOCAL_WORLD_SIZE="2")
+    on_processes(count, lambda world: body(world, text, tmp_path), LOCAL_WORLD_SIZE="2")
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
-    corpus_dir: Path, tmp_path: Path
+    text: Path, tmp_path: Path
 ) -> None:
     """1 -> 2 -> 4 -> 1 processes, and from ddp to fsdp and back; also as weights to begin with."""
     words = [*GPT_WORDS, "use_4bit=false", "max_iters=8", "batch_size=1", "test_freq=8"]
-    alone = Runs(World(0, 1, CPU), corpus_dir, tmp_path / "straight")
+    alone = Runs(World(0, 1, CPU), text, tmp_path / "straight")
     straight = alone(*words).losses
 
     def continued(until: int, *more: str) -> Callable[[World], None]:
         def go_on(world: World) -> None:
-            run = Runs(world, corpus_dir, tmp_path / "chain")
+            run = Runs(world, text, tmp_path / "chain")
             resume = [f"resume_from_checkpoint={tmp_path / 'chain'}"] if until > 2 else []
             made = run(*words, *more, *resume, until=until, save=True, fresh=False)
             assert_close(straight[until - len(made.losses) : until], made.losses, 1e-5)
@@ -277,7 +287,7 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
         for until, strategy in ((4, "fsdp"), (5, "ddp"), (6, "fsdp")):
             continued(until, f"strategy={strategy}")(world)
         begun = [
-            Runs(world, corpus_dir, tmp_path / strategy)(
+            Runs(world, text, tmp_path / strategy)(
                 *words,
                 f"init_from={tmp_path / 'chain'}",
                 f"strategy={strategy}",
