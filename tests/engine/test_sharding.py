@@ -187,7 +187,7 @@ def assert_divided(made: Made, shards: int) -> None:
     moments = [v for state in trainer.optimizer.state.values() for v in state.values() if v.dim()]
     assert all(isinstance(value, DTensor) for value in moments)
     rows = torch.zeros(2, 17, dtype=torch.long)
-    next_token_loss(trainer.parallel_model, rows, CPU).backward()
+    torch.autograd.backward(next_token_loss(trainer.parallel_model, rows, CPU))
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) == len(list(model.parameters()))
     assert held_bytes(model.parameters()) <= share
