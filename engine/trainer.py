@@ -249,6 +249,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that resuming needs, on any number of processes: tensors and plain values.
+        Tensors of a sharded model are `DTensor`s, which engine/checkpoint/snapshot.py gathers.
 
         engine/checkpoint/contents.py has its types. What one process alone knows is gathered: the
         place in the data and the random generators; the rest is equal in all of them.

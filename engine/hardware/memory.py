@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h
+_RETURNED_BYTES = 1 << 20  # freed blocks from this size on, by `return_freed_memory`
 # Out of memory where torch raises a plain RuntimeError: on a CPU, from the CUDA runtime, from NCCL,
 # and from cuBLAS and cuDNN, whose handles are made at first use.
 _RAN_OUT = re.compile(
@@ -36,6 +37,19 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Undoes `keep_freed_memory`: the C library returns large freed blocks to the system at once.
+
+    For sharded models on a CPU. Whole layers are gathered and freed between slices that stay, and
+    the gaps, of many sizes, came to more than all blocks in use. Does nothing without glibc.
+    """
+    if can_keep_freed_memory():
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 65536)  # glibc's default
+        library.mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, _RETURNED_BYTES)
 
 
 def can_keep_freed_memory() -> bool:

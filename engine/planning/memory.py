@@ -187,7 +187,8 @@ class MemoryEstimator:
         if not self.world.on_cpu:
             return replace(found, workspaces=cublas_workspace_bytes(self.world.device))
         allocated_and_freed = found.step - found.weights - found.gradients
-        gaps = int(_FRAGMENTATION * allocated_and_freed) if can_keep_freed_memory() else 0
+        keeps = can_keep_freed_memory() and shards == 1
+        gaps = int(_FRAGMENTATION * allocated_and_freed) if keeps else 0
         return replace(
             found,
             process=self._process_bytes(),

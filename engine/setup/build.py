@@ -22,7 +22,7 @@ from engine.evaluation import Evaluator
 from engine.graphed_step import check_graphs, graphed_step
 from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, is_main_process, wrap_ddp
-from engine.hardware.memory import allocated_bytes
+from engine.hardware.memory import allocated_bytes, return_freed_memory
 from engine.hardware.sharding import (
     draw_weights,
     is_sharded,
@@ -219,6 +219,8 @@ def initial_model(setup: RunSetup, precision: Precision, world: World) -> Langua
     if mesh is None:
         model = build_model(config).to(world.device)
     else:
+        if world.on_cpu:
+            return_freed_memory()
         with torch.device("meta"):
             model = build_model(config)
         shard_model(model, mesh, precision.weight_dtype)
