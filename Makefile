@@ -70,6 +70,7 @@ bench: $(VENV)/run
 	$(BIN)/python -m bench.precision --only size,time
 	$(BIN)/python -m bench.runs
 	$(BIN)/python -m bench.forecast --steps 20
+	$(BIN)/python -m bench.recompute --output
 	$(BIN)/python -m bench.bdh $(if $(REFERENCE),--reference $(REFERENCE)) --output
 ifneq ($(TEXT),)
 	$(BIN)/python -m bench.gpt $(if $(NANOGPT),--reference $(NANOGPT)) --text $(TEXT) --output

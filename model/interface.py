@@ -166,5 +166,6 @@ class LanguageModel(nn.Module):
         return []
 
     def flops_per_token(self, block_size: int) -> int:
-        """Returns the FLOPs of forward and backward per token at this context length."""
+        """Returns the FLOPs of forward and backward per token at this context length, whatever is
+        computed again: MFU is the model's work in the time that a step takes."""
         raise NotImplementedError

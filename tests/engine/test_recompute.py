@@ -91,6 +91,18 @@ def test_weights_scales_and_generators_are_those_of_a_run_that_keeps_all(
     assert_equal(trained(sections, "layer"), trained(sections, "none"), "run")
 
 
+def test_casts_of_weights_are_not_kept_until_the_loss() -> None:
+    model, _ = built({"model": {"name": "gpt", "n_layer": 6}}, "layer")
+    rows = torch.randint(256, (1, 17))
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            next_token_loss(model, rows, CPU.device)
+
+    casts = 2 * sum(weight.numel() for weight, _ in model.hidden_weights())
+    assert peak_bytes(forward) < casts / 2
+
+
 @pytest.mark.slow
 def test_a_compiled_model_recomputes_too_in_less_memory() -> None:
     sections: Sections = {"model": {"name": "gpt", "n_layer": 4}, "low_precision": FLOAT32}
