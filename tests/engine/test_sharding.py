@@ -19,17 +19,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import train
-from config import DistributedConfig, SystemConfig, command_line
+from config import ConfigError, DistributedConfig, SystemConfig, command_line
+from engine.compile import compile_model
 from engine.evaluation import Evaluation
 from engine.hardware.distributed import World, enter_world
-from engine.hardware.sharding import (
-    full_tensor,
-    is_sharded,
-)
+from engine.hardware.sharding import full_tensor, is_sharded, shard_dim, sharding_lines
 from engine.loss import next_token_loss
 from engine.setup.build import build
 from engine.setup.check_resume import check_resume
@@ -38,6 +36,7 @@ from engine.train_state import TrainState, seed_generators
 from engine.trainer import Trainer
 from model import build_model
 from tests.conftest import TEXT
+from tests.engine.planned_runs import configured
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 CPU = torch.device("cpu")
@@ -47,6 +46,8 @@ COMMON += ["n_layer=2", "n_embd=32", "n_head=4", "block_size=32", "batch_size=2"
 COMMON += ["tokens_per_step=256", "compute_dtype=float32", "device=cpu", "compile=false"]
 COMMON += ["token_dtype=uint16", "vocab_size=256", "tokenizer.name=bytes"]
 GPT_WORDS, LLAMA_WORDS = ["model.name=gpt"], ["model.name=llama", "d_ff=64"]
+UNEVEN = [*GPT_WORDS, "n_embd=30", "n_head=2"]
+"""Four processes cannot divide its widths: their slices are padded."""
 BDH_WORDS = ["mlp_internal_dim_multiplier=8"]
 
 
@@ -207,7 +208,8 @@ def two_processes(world: World, text: Path, folder: Path) -> None:
     assert_same_run(ddp, fsdp)
     assert_divided(fsdp, 2)
     assert not world.is_main or ddp.evaluations[-1].sample == fsdp.evaluations[-1].sample
-    assert_same_run(*both(run, *LLAMA_WORDS, "use_4bit=true", "quantize_after=0.4"))
+    words = [*LLAMA_WORDS, "use_4bit=true", "quantize_after=0.4", "recompute=layer"]
+    assert_same_run(*both(run, *words))
     # BDH's default: all weights are gathered at the root, and rounded after half of the run.
     ddp, fsdp = both(run, *BDH_WORDS, *prompt, "use_4bit=true", "quantize_after=0.4")
     assert_same_run(ddp, fsdp)
@@ -246,13 +248,17 @@ def assert_same_muon(ddp: Trainer, fsdp: Trainer) -> None:
 
 def four_processes(world: World, text: Path, folder: Path) -> None:
     run = Runs(world, text, folder)
-    for words in (GPT_WORDS, [*BDH_WORDS, "n_head=2"]):
-        ddp, fsdp = both(run, *words, "use_4bit=false")
-        assert_same_run(ddp, fsdp)
-        assert_divided(fsdp, 4)
-        hsdp = run(*words, "use_4bit=false", "strategy=hsdp")
-        assert_same_run(ddp, hsdp)
-        assert_divided(hsdp, 2)
+    words = ["use_4bit=false", "recompute=layer", "tokens_per_step=512"]
+    ddp, fsdp = both(run, *UNEVEN, *words)
+    assert_same_run(ddp, fsdp)
+    assert_divided(fsdp, 4)
+    hsdp = run(*UNEVEN, *words, "strategy=hsdp")
+    assert_same_run(ddp, hsdp)
+    assert_divided(hsdp, 2)
+    # Four processes cannot share two heads: BDH's weights are cut along the neurons.
+    ddp, fsdp = both(run, *BDH_WORDS, *words, "n_head=2")
+    assert_same_run(ddp, fsdp)
+    assert_divided(fsdp, 4)
 
 
 @pytest.mark.slow
@@ -270,7 +276,7 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
     text: Path, tmp_path: Path
 ) -> None:
     """1 -> 2 -> 4 -> 1 processes, and from ddp to fsdp and back; also as weights to begin with."""
-    words = [*GPT_WORDS, "use_4bit=false", "max_iters=8", "batch_size=1", "test_freq=8"]
+    words = [*UNEVEN, "use_4bit=false", "max_iters=8", "batch_size=1", "test_freq=8"]
     alone = Runs(World(0, 1, CPU), text, tmp_path / "straight")
     straight = alone(*words).losses
 
@@ -302,3 +308,44 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
     on_processes(2, on_two)
     on_processes(4, continued(7, "strategy=fsdp"))
     continued(8)(World(0, 1, CPU))
+
+
+def test_a_weight_is_cut_where_all_slices_are_equal() -> None:
+    assert shard_dim((8, 6), 4) == 0
+    assert shard_dim((4, 256, 8192), 8) == 2, "of BDH's encoder (H, D, N) the neurons"
+    assert shard_dim((3, 16, 8), 4) == 1
+    assert shard_dim((30, 6), 4) == 0, "padded: torch cuts only the first dimension unevenly"
+    assert shard_dim((7,), 4) == 0
+
+
+def test_the_start_says_what_is_sharded() -> None:
+    def line(strategy: str, size: int, local_size: int) -> str:
+        world = World(0, size, CPU, local_size)
+        return " ".join(sharding_lines(strategy, nn.Linear(256, 256, bias=False), world))
+
+    assert line("ddp", 4, 4) == line("auto", 4, 4) == ""
+    assert line("fsdp", 1, 1) == "distributed.strategy=fsdp: not sharded, with one process"
+    assert line("hsdp", 2, 1) == "distributed.strategy=hsdp: not sharded, with one process per node"
+    assert "over 8 processes; 262 kB of weights in each" in line("fsdp", 8, 4)
+    assert "over 4 processes, as fsdp does: they are on one node" in line("hsdp", 4, 4)
+    assert "over 4 processes of a node, the same on 2 nodes" in line("hsdp", 8, 4)
+
+
+def test_a_sharded_model_is_compiled_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    config = configured(model={"name": "llama", "vocab_size": 256})
+    model = build_model(config)
+    model.compile_layers()
+    assert compiled == [model.get_submodule(f"layers.{layer}") for layer in range(2)]
+
+
+def test_a_sharded_model_does_not_go_on_after_a_failed_compilation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing() -> None:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr("engine.compile.is_sharded", lambda model: True)
+    with pytest.raises(ConfigError, match="no such compiler.*Set system.compile: false"):
+        compile_model(nn.Linear(2, 2), True, CPU, failing)
