@@ -340,6 +340,7 @@ def test_a_sharded_model_is_compiled_layer_by_layer(monkeypatch: pytest.MonkeyPa
     assert compiled == [model.get_submodule(f"layers.{layer}") for layer in range(2)]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
 def test_a_sharded_model_does_not_go_on_after_a_failed_compilation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -347,5 +348,6 @@ def test_a_sharded_model_does_not_go_on_after_a_failed_compilation(
         raise RuntimeError("no such compiler")
 
     monkeypatch.setattr("engine.compile.is_sharded", lambda model: True)
+    monkeypatch.setattr("engine.compile.compiler_for", lambda device: "g++")
     with pytest.raises(ConfigError, match="no such compiler.*Set system.compile: false"):
         compile_model(nn.Linear(2, 2), True, CPU, failing)
