@@ -163,9 +163,9 @@ def _join(size: int, device: torch.device, backend: str) -> torch.device:
     missing = [name for name in _LAUNCHER if name not in os.environ]
     if missing and started_by_srun():
         raise ConfigError(
-            f"srun started {size} tasks, but {' and '.join(missing)} is not set. Write before srun:"
+            f"srun started {size} tasks, but did not get {', '.join(missing)}. Write before srun:"
             f"\n{RENDEZVOUS}\n"
-            "`python train.py ... --slurm` prints a script that has both."
+            "`python train.py ... --slurm` prints a script that has these lines."
         )
     if missing:
         raise ConfigError(

@@ -90,7 +90,7 @@ def test_srun_without_a_rendezvous_is_told_the_lines(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     for name, text in environ.items():
         monkeypatch.setenv(name, text)
-    with pytest.raises(ConfigError, match=r"(?s)ADDR and MASTER_PORT is not set.*hostnames"):
+    with pytest.raises(ConfigError, match=r"(?s)not get MASTER_ADDR, MASTER_PORT\..*hostnames"):
         enter_world(SystemConfig(device="cpu"), DistributedConfig()).__enter__()
 
 
