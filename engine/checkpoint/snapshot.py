@@ -25,9 +25,7 @@ from engine.hardware.memory import free_bytes
 from engine.monitor import console
 from settings.formatting import format_bytes
 
-# Of the free memory of a machine, how much copies may take. Evaluations, and what else a run has
-# not done yet at its first save, need some too.
-_FREE_SHARE = 0.5
+_FREE_SHARE = 0.9  # of a machine's free memory that copies may take
 
 
 @dataclass(frozen=True)
