@@ -55,7 +55,7 @@ from engine.hardware.memory import ran_out
 from engine.loss import inputs_and_targets
 from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
-from engine.planning.batch_size import out_of_memory_lines
+from engine.planning.advice import out_of_memory_lines
 from engine.precision.precision import disable_unavailable_4bit
 from engine.schedule import learning_rate
 from engine.setup.build import build

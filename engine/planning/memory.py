@@ -2,7 +2,8 @@
 
 All parts follow from the shapes of the weights, the config, and the formulas for activations in
 model/memory.py. So variants of a config can be compared on one model, which may be on the meta
-device: other batch sizes, another optimizer state. engine/planning/batch_size.py does that.
+device: other batch sizes, sharding, another optimizer state. batch_size.py, strategy.py and
+advice.py do that.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from config import (
     warmup_steps,
 )
 from engine.optim.build import optimizer_lines
-from engine.planning.batch_size import memory_lines
+from engine.planning.advice import memory_lines
 from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.schedule import learning_rate
 from model.interface import LanguageModel

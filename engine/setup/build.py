@@ -45,8 +45,8 @@ from engine.optim.build import (
     load_optimizer,
     takes_found_inf,
 )
+from engine.planning.advice import explained_memory
 from engine.planning.batch_size import (
-    explained_memory,
     find_batch_size_by_trial,
     predict_batch_sizes,
     with_batch,

@@ -10,16 +10,15 @@ import torch
 
 from config import Config, ConfigError
 from engine.hardware.distributed import World
+from engine.planning.advice import memory_lines, out_of_memory_lines, suggest_fitting_configs
 from engine.planning.batch_size import (
     batch_size_candidates,
     find_batch_size_by_trial,
-    memory_lines,
-    out_of_memory_lines,
     predict_batch_sizes,
-    suggest_fitting_configs,
     with_batch,
 )
 from engine.planning.memory import MemoryBudget, MemoryEstimator
+from engine.planning.strategy import strategy_choices
 from tests.engine.planned_runs import CPU, configured, estimator_of
 
 
@@ -71,6 +70,24 @@ def test_the_micro_batch_suggested_is_the_largest_that_fits() -> None:
         config = replace(estimator.config, training=sized)
         budget = MemoryBudget(0, estimator.memory(config).required)
         assert suggest_fitting_configs(estimator, budget)[0][0] == config
+
+
+def test_sharding_and_recomputation_are_offered_before_what_changes_the_numbers() -> None:
+    alone = big(batch_size=1)  # no smaller micro-batch is left
+    alone = replace(alone, config=strategy_choices(alone.config, 1)[0])
+    several = replace(alone, world=World(0, 4, CPU.device))
+    for estimator, option in (
+        (alone, "training.recompute=layer"),
+        (several, "distributed.strategy=fsdp"),
+    ):
+        budget = MemoryBudget(0, int(0.98 * estimator.memory().required))
+        line = memory_lines(estimator, budget)[1]
+        assert f"What would fit: {option} (" in line, line
+    (variant, memory), *_ = suggest_fitting_configs(several, budget)
+    lines = out_of_memory_lines(MemoryError(), replace(several, config=variant), budget)
+    assert "activations and gathered weights" in lines[1] and memory.shards == 4
+    said = memory_lines(several, MemoryBudget(0, 1 << 20))[1]
+    assert said.endswith("or shard it over more processes (distributed.strategy=fsdp).")
 
 
 def test_where_weights_alone_do_not_fit_a_smaller_model_is_what_is_left() -> None:
