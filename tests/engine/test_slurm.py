@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_a_job_saves_is_requeued_and_goes_on_with_its_run(
 
     first = job(tmp_path)
     wait_for(first, "Iter      3")
-    os.kill(int((tmp_path / "srun.pid").read_text()), 12)
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR2)
     output, _ = first.communicate()
     assert first.returncode == 143 and output.endswith("back in the queue: 4242\n"), output
     assert "SIGUSR2: finishing the step and saving" in output
