@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
     embedding. Norms compute in float32 either way."""
     recompute: bool = False
     """Whether a layer keeps only its input for backward, and is computed again there
-    (`training.recompute`). The numbers are the same."""
+    (`training.recompute`). The numbers are the same, but for what a compiler fuses and rounds."""
     layers_share_weights = False
     """Whether all layers use the same weights. If not, each layer has at least one of its own."""
 
