@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from config import Config, LowPrecisionConfig
 from engine.hardware.device import supports_fast_bfloat16
-from engine.hardware.distributed import World
+from engine.hardware.distributed import World, no_sync_until_last, wrap_ddp
+from engine.hardware.sharding import shard_mesh, shard_model
 from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import build_optimizer, clip_gradients, gradient_norm
 from engine.planning.memory import Memory, MemoryEstimator, optimizer_state_bytes
@@ -29,6 +31,7 @@ from model.memory import StepShape, activation_bytes
 from tests.conftest import ROOT, TEXT
 from tests.engine.allocations import peak_bytes
 from tests.engine.planned_runs import CPU, configured, estimator_of
+from tests.engine.test_sharding import on_processes
 from tests.model.test_bdh_dense import PlainProjections
 from tests.runs import run_here
 
@@ -320,6 +323,7 @@ RUNS: list[list[str]] = [
     ["model.n_layer=2", "mlp_internal_dim_multiplier=64", "training.batch_size=2"],
     ["model.name=gpt", "model.n_embd=768", "training.batch_size=2", "use_4bit_optimizer=true"],
     ["model.name=llama", "model.n_embd=384", "model.n_head=6", "optimizer.name=muon"],
+    ["model.name=gpt", "model.n_embd=512", "distributed.strategy=fsdp", "recompute=layer"],
 ]
 
 
@@ -335,8 +339,10 @@ def test_a_run_holds_the_memory_that_it_says_at_its_start(
     given += [f"train_data_path={text}", "token_dtype=uint8", "tokenizer.name=bytes"]
     given += ["vocab_size=256", "max_iters=3", "log_freq=1", "eval_iters=1", "test_freq=2"]
     given += ["low_precision.use_4bit=false", "system.compile=false", "system.device=cpu"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = several if "distributed.strategy=fsdp" in overrides else []
     done = subprocess.run(
-        [sys.executable, os.fspath(ROOT / "train.py"), *overrides, *given]
+        [sys.executable, *launcher, os.fspath(ROOT / "train.py"), *overrides, *given]
         + [f"training.checkpoint_dir={tmp_path}/runs"],
         cwd=ROOT,
         capture_output=True,
@@ -387,3 +393,61 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_allocated(
     assert largest.replace("tokenizer.vocab_multiple", "model.vocab_size") in told
     assert "no machine holds" in told or "a step takes about" in told
     assert not (tmp_path / "runs").exists()
+
+
+ON_PROCESSES: dict[int, list[tuple[str, dict[str, dict[str, Any]]]]] = {
+    2: [
+        ("fsdp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}}),
+        ("ddp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}} | FLOAT32),
+        ("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32),
+        ("fsdp", {"model": LLAMA, "optimizer": {"name": "muon"}} | FLOAT32),
+        ("fsdp", {"model": {"n_embd": 128}, "training": {"recompute": "layer"}} | FLOAT32),
+    ],
+    4: [("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32)],
+}
+
+
+def measured_on(world: World, strategy: str, sections: dict[str, dict[str, Any]]) -> float:
+    """Returns predicted by measured peak of a step of this process, one of several."""
+    alone = measurable(configured(**sections))
+    distributed = replace(alone.config.distributed, strategy=strategy)
+    config = replace(alone.config, distributed=distributed)
+    estimator = replace(alone, config=config, world=world)
+    predicted, model = estimator.memory(), estimator.model
+    mesh = shard_mesh(strategy, world)
+    if mesh is not None:
+        shard_model(model, mesh, estimator.precision.weight_dtype)
+    shared = wrap_ddp(model, world) if mesh is None else model
+    optimizer = optimizer_of(estimator)
+    rows = torch.randint(256, (4, 129), dtype=torch.uint8)
+    micro_steps = config.training.gradient_accumulation_steps
+
+    def step() -> None:
+        for number in range(1, micro_steps + 1):
+            with no_sync_until_last(shared, number == micro_steps):
+                with estimator.precision.autocast():
+                    loss = next_token_loss(shared, rows, CPU.device)
+                estimator.precision.backward(loss / 1000)
+        clip_gradients(model, gradient_norm(model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    kept = predicted.weights
+    if mesh is None:
+        step()  # DDP makes its buckets anew after the first step; they stay between steps
+        kept += predicted.weights
+    peak = peak_bytes(step)
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    kept += sum(m.to_local().nbytes if isinstance(m, DTensor) else m.nbytes for m in moments)
+    return predicted.step / (kept + peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_process_of_several_takes_what_was_predicted(count: int) -> None:
+    def body(world: World) -> None:
+        found = [measured_on(world, *case) for case in ON_PROCESSES[count]]
+        print(world.rank, [round(ratio, 3) for ratio in found], file=sys.stderr)
+        assert all(0.87 < ratio < 1.15 for ratio in found)
+
+    on_processes(count, body)
