@@ -395,7 +395,7 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_allocated(
     assert not (tmp_path / "runs").exists()
 
 
-ON_PROCESSES: dict[int, list[tuple[str, dict[str, dict[str, Any]]]]] = {
+ON_PROCESSES: dict[int, list[tuple[Any, dict[str, Any]]]] = {
     2: [
         ("fsdp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}}),
         ("ddp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}} | FLOAT32),
@@ -407,7 +407,7 @@ ON_PROCESSES: dict[int, list[tuple[str, dict[str, dict[str, Any]]]]] = {
 }
 
 
-def measured_on(world: World, strategy: str, sections: dict[str, dict[str, Any]]) -> float:
+def measured_on(world: World, strategy: Any, sections: dict[str, Any]) -> float:
     """Returns predicted by measured peak of a step of this process, one of several."""
     alone = measurable(configured(**sections))
     distributed = replace(alone.config.distributed, strategy=strategy)
