@@ -6,9 +6,9 @@ from training.
 Ours also hashes, syncs and writes a manifest. The ways are timed in turn, so that a slow moment of
 the machine slows all of them down.
 
-What a save takes from training: a GPT of that size makes steps on all threads, a few without a
-save, with one that training waits for, and with one behind it, in turn. The figure is how much
-longer the steps took than those without.
+What a save takes from training: a GPT of that size makes steps on all threads, in turn without a
+save, after one that it waits for, and with one behind them, which takes what these steps need more
+than those without: a copy of the state, and CPU time for hashing and writing.
 """
 
 from __future__ import annotations
@@ -126,6 +126,12 @@ def training_steps(megabytes: int) -> tuple[Callable[[], None], Callable[[], dic
     return step, state
 
 
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def measure_lost(folder: Path, megabytes: int, rounds: int) -> dict[str, list[float]]:
     """Returns the seconds that a save takes from training."""
     step, collect = training_steps(megabytes)
@@ -143,27 +149,27 @@ def measure_lost(folder: Path, megabytes: int, rounds: int) -> dict[str, list[fl
             save()
             saver.finish()
 
-        def steps_behind(step_s: float) -> tuple[float, float]:
-            """Returns how long the save took, and how much of that was not spent on steps."""
+        def steps_behind(step_s: float) -> dict[str, float]:
+            """Makes steps until a save is written; step_s: the time of one without a save."""
             start, count = time.perf_counter(), 0
-            save()
+            copy = seconds(save)
             while not saver.is_written:
                 step()
                 count += 1
             took = time.perf_counter() - start
             saver.finish()
-            return took, took - count * step_s
+            lost = took - count * step_s
+            return {"behind training": lost, "the copy": copy, "until it is on the disk": took}
 
         for number in range(rounds + 1):
-            step_s = [timed(step)[0] for _ in range(6)]
-            waited = timed(save_and_wait)[0]
-            step_s += [timed(step)[0] for _ in range(6)]
-            took, lost = steps_behind(statistics.median(step_s))
-            if number:  # the first round is a warm-up
-                found.setdefault("waited for", []).append(waited)
-                found.setdefault("behind training", []).append(lost)
-                found.setdefault("until it is on the disk", []).append(took)
-                found.setdefault("a step", []).append(statistics.median(step_s))
+            step_s = [seconds(step) for _ in range(5)]
+            waited = seconds(save_and_wait)
+            step_s += [seconds(step) for _ in range(5)]
+            each_s = statistics.median(step_s)
+            times = {"waited for": waited, **steps_behind(each_s), "a step": each_s}
+            os.sync()
+            for name, value in times.items() if number else ():  # the first round is a warm-up
+                found.setdefault(name, []).append(value)
     return found
 
 
