@@ -149,7 +149,10 @@ class CheckpointSaver:
         if self._write is None:
             return
         error = self._wait().error
-        if error is not None:
-            console.warning(str(error))
-        elif self.world.is_main:
+        if not self.world.is_main:
+            return
+        if error is None:
             console.info(f"Saved checkpoint to {self.directory.last_checkpoint}")
+        else:  # of torch where a process that has gone did not send its shards
+            known = isinstance(error, UserError)
+            console.warning(str(error) if known else "The save under way could not be finished.")
