@@ -1,8 +1,8 @@
 """Number formats of a run, wrapped around a finished model from outside; models know none of them.
 
-The order: `Precision(...)` checks the device; `prepare` adds adapters, which freeze the weights
-(hence before the optimizer is built), then attaches FP8 matmuls and takes charge of 4-bit weights;
-then come the optimizer, saved state, the compiler and DDP.
+The order: `Precision(...)` checks the device; the model may be sharded; `prepare` adds adapters,
+which freeze the weights (hence before the optimizer is built), then attaches FP8 matmuls and takes
+charge of 4-bit weights; then come the optimizer, saved state, the compiler and DDP.
 
     bfloat16, float16    autocast; master weights stay float32; float16 with a loss scaler
     residual stream      of gpt and llama in bfloat16: cast after the embedding

@@ -96,7 +96,7 @@ class Runs:
         arguments += [] if save else ["save_model=false"]
         with ExitStack() as stack:
             trainer = build(command_line(arguments), self.world, stack)
-            if fresh:
+            if fresh and is_sharded(trainer.model):
                 assert_drawn_as_on_one_process(trainer)
             made = Made(trainer)
             record(made)
