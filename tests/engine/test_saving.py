@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import threading
 import time
 from collections import OrderedDict
@@ -255,6 +256,29 @@ def test_a_resumed_run_keeps_nothing_of_its_file_mapped(
     resumed = f"resume_from_checkpoint={only_run(tmp_path)}"
     assert run_here([*words, "max_iters=6", "lr_decay_iters=4", resumed]) == 0
     assert "checkpoint_4.pt" not in mapped[0] and len(mapped) == 1
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait_for_a_save(tiny: list[str], tmp_path: Path) -> None:
+    fsync = os.fsync
+
+    def stuck_disk() -> None:
+        def stuck(descriptor: int) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pt"):
+                time.sleep(60)
+            fsync(descriptor)
+
+        setattr(os, "fsync", stuck)  # noqa: B010  # in a child that ends
+
+    words = ["log_freq=1", "test_freq=null", "checkpoint_freq=2", "max_iters=9999"]
+    child = start([*tiny, *words, f"checkpoint_dir={tmp_path}"], stuck_disk)
+    wait_for(child, "Iter      3")  # the next save waits for the one of step 2
+    child.send_signal(signal.SIGINT)
+    wait_for(child, "SIGINT: finishing the step and saving")
+    child.send_signal(signal.SIGINT)
+    output, _ = child.communicate()
+    assert child.returncode == 130 and "Second Ctrl-C" in output
+    assert steps_in(only_run(tmp_path)) == []
 
 
 @pytest.mark.slow
