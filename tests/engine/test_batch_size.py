@@ -90,6 +90,31 @@ def test_sharding_and_recomputation_are_offered_before_what_changes_the_numbers(
     assert said.endswith("or shard it over more processes (distributed.strategy=fsdp).")
 
 
+def test_what_saving_copies_is_said_and_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = big()
+    memory = estimator.memory()
+    state = memory.weights + memory.optimizer
+    assert memory.saving == memory.peak - memory.required == state
+    short = MemoryBudget(0, memory.required)
+    assert memory_lines(estimator, short)[1].startswith("WARNING: no memory for a copy to save")
+    assert len(memory_lines(estimator, MemoryBudget(0, memory.peak))) == 1
+    unsaved = replace(estimator.config.training, save_model=False)
+    config = replace(estimator.config, training=unsaved)
+    assert replace(estimator, config=config).memory().saving == 0
+    second = replace(estimator, world=World(1, 2, CPU.device)).memory()
+    assert second.saving == 0, "of what is not sharded only the main process keeps a copy"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("engine.planning.advice.free_bytes", lambda device: state)
+    on_cuda = replace(estimator, world=World(0, 1, torch.device("cuda", 0)))
+    assert on_cuda.memory().saving == 0, "it is host memory there"
+    _, line = memory_lines(on_cuda, MemoryBudget(0, 1 << 50))
+    assert line.startswith("Saving copies ") and line.endswith(" free")
+    monkeypatch.setattr("engine.planning.advice.free_bytes", lambda device: state - 1)
+    _, line = memory_lines(on_cuda, MemoryBudget(0, 1 << 50))
+    assert line.startswith("WARNING: Saving copies ") and "training will wait" in line
+
+
 def test_where_weights_alone_do_not_fit_a_smaller_model_is_what_is_left() -> None:
     estimator = big()
     said = memory_lines(estimator, MemoryBudget(0, estimator.memory().weights))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from config import Config, DistributedConfig
+from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import World
 from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.planning.strategy import first_that_fits, strategy_choices
+from model import LanguageModel, build_model
 from tests.engine.planned_runs import CPU, configured, estimator_of
+from tests.runs import only_run, run_here
 
 TRAINING = {"recompute": "auto", "batch_size": 4}
 GPT = {"name": "gpt", "n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 512}
@@ -93,3 +98,32 @@ def test_with_an_automatic_batch_size_one_sequence_at_a_time_decides(agreed: Non
     smallest = replace(choices[0], training=replace(choices[0].training, batch_size=1))
     budget = MemoryBudget(0, int(estimator.memory(smallest).required / 0.9) + 1)
     assert pair(first_that_fits(choices, estimator, budget)[0]) == ALL[0]
+
+
+def test_a_run_uses_what_auto_became_and_saves_auto(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built: list[bool] = []
+
+    def noted(config: Config) -> LanguageModel:
+        model = build_model(config)
+        built.append(model.recompute)
+        return model
+
+    monkeypatch.setattr("engine.setup.build.build_model", noted)
+    words = [*tiny, "max_iters=2", "log_freq=1", "test_freq=2", "recompute=auto", "dropout=0"]
+    assert run_here([*words, f"checkpoint_dir={tmp_path / 'enough'}"]) == 0
+    assert not built[-1] and "recompute their" not in capsys.readouterr().out
+    monkeypatch.setattr("engine.planning.memory.free_bytes", lambda device: 10 << 20)
+    assert run_here([*words, f"checkpoint_dir={tmp_path / 'short'}"]) == 0
+    assert built[-1]
+    assert "Layers recompute their activations: all activations kept" in capsys.readouterr().out
+    enough, short = only_run(tmp_path / "enough"), only_run(tmp_path / "short")
+    assert Config.from_yaml(short / "config.yaml").training.recompute == "auto"
+    saved = [load_checkpoint(run / "checkpoint_2.pt") for run in (enough, short)]
+    assert saved[1]["config"]["training"]["recompute"] == "auto"
+    weights = [each["model"] for each in saved]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
