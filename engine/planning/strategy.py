@@ -55,7 +55,10 @@ def first_that_fits(
         if not estimator.world.any_rank(not fits):
             break
     chosen = choices[len(peaks) - 1]
-    return chosen, [_reason(chosen, peaks, estimator.world.size, budget)] if peaks[1:] else []
+    if len(peaks) == 1:
+        return chosen, []
+    total = None if budget.total is None else estimator.world.all_reduce_min(budget.total)
+    return chosen, [_reason(chosen, peaks[0], estimator.world.size, total)]
 
 
 def _with_smallest_batch(config: Config, world_size: int) -> Config:
@@ -64,8 +67,9 @@ def _with_smallest_batch(config: Config, world_size: int) -> Config:
     return with_batch(config, batch_size_candidates(config, world_size)[-1])
 
 
-def _reason(chosen: Config, peaks: list[int], world_size: int, budget: MemoryBudget) -> str:
-    """Returns the line about a choice that is not the first; peaks: of all that were tried."""
+def _reason(chosen: Config, first_peak: int, world_size: int, total: int | None) -> str:
+    """Returns the line about a choice that is not the first; total: memory of the process that has
+    least."""
     changes, without = [], "all activations kept"
     if chosen.distributed.strategy == "fsdp":
         changes.append(f"sharded over {world_size} processes")
@@ -73,5 +77,5 @@ def _reason(chosen: Config, peaks: list[int], world_size: int, budget: MemoryBud
     if chosen.training.recompute == "layer":
         changes.append("layers recompute their activations")
     what = " and ".join(changes)
-    total = "" if budget.total is None else f" of {format_bytes(budget.total)}"
-    return f"{what[:1].upper()}{what[1:]}: {without} would need {format_bytes(peaks[0])}{total}"
+    there = "" if total is None else f" of {format_bytes(total)}"
+    return f"{what[:1].upper()}{what[1:]}: {without} would need {format_bytes(first_peak)}{there}"

@@ -64,6 +64,7 @@ def of_processes(config: Config, count: int) -> MemoryEstimator:
 def agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that all see what this one does."""
     monkeypatch.setattr(World, "any_rank", lambda self, flag: flag)
+    monkeypatch.setattr(World, "all_reduce_min", lambda self, value: value)
 
 
 def test_the_first_that_fits_is_taken_and_the_last_where_none_does(agreed: None) -> None:
@@ -85,10 +86,12 @@ def test_the_first_that_fits_is_taken_and_the_last_where_none_does(agreed: None)
 def test_a_process_follows_the_one_with_the_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([True, False])
     monkeypatch.setattr(World, "any_rank", lambda self, flag: next(answers))
+    monkeypatch.setattr(World, "all_reduce_min", lambda self, value: 5 * 10**6)
     estimator, choices = of_processes(gpt(), 2), strategy_choices(gpt(), 2)
     chosen, (line,) = first_that_fits(choices, estimator, MemoryBudget(0, 1 << 50))
     assert pair(chosen) == ALL[1]
     assert line.startswith("Sharded over 2 processes: a replica would need ")
+    assert line.endswith(" of 5 MB")
 
 
 def test_with_an_automatic_batch_size_one_sequence_at_a_time_decides(agreed: None) -> None:
