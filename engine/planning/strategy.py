@@ -58,7 +58,7 @@ def first_that_fits(
     if len(peaks) == 1:
         return chosen, []
     total = None if budget.total is None else estimator.world.all_reduce_min(budget.total)
-    return chosen, [_reason(chosen, peaks[0], estimator.world.size, total)]
+    return chosen, [_reason(choices[0], chosen, peaks[0], estimator.world.size, total)]
 
 
 def _with_smallest_batch(config: Config, world_size: int) -> Config:
@@ -67,14 +67,16 @@ def _with_smallest_batch(config: Config, world_size: int) -> Config:
     return with_batch(config, batch_size_candidates(config, world_size)[-1])
 
 
-def _reason(chosen: Config, first_peak: int, world_size: int, total: int | None) -> str:
+def _reason(
+    first: Config, chosen: Config, first_peak: int, world_size: int, total: int | None
+) -> str:
     """Returns the line about a choice that is not the first; total: memory of the process that has
     least."""
     changes, without = [], "all activations kept"
-    if chosen.distributed.strategy == "fsdp":
+    if chosen.distributed.strategy != first.distributed.strategy:
         changes.append(f"sharded over {world_size} processes")
         without = "a replica"
-    if chosen.training.recompute == "layer":
+    if chosen.training.recompute != first.training.recompute:
         changes.append("layers recompute their activations")
     what = " and ".join(changes)
     there = "" if total is None else f" of {format_bytes(total)}"

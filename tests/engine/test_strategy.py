@@ -81,6 +81,9 @@ def test_the_first_that_fits_is_taken_and_the_last_where_none_does(agreed: None)
     assert pair(chosen) == ALL[3]
     assert line.startswith("Sharded over 2 processes and layers recompute their activations: a rep")
     assert pair(first_that_fits(choices, estimator, MemoryBudget(0, None))[0]) == ALL[0]
+    sharded = [choices[1], choices[3]]  # what fsdp leaves open
+    _, (line,) = first_that_fits(sharded, estimator, MemoryBudget(0, 1 << 20))
+    assert line.startswith("Layers recompute their activations: all activations kept would need ")
 
 
 def test_a_process_follows_the_one_with_the_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
