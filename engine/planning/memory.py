@@ -123,10 +123,10 @@ class MemoryBudget:
 
     @staticmethod
     def of(world: World) -> MemoryBudget:
-        """Measures the device now. Processes on one CPU share what is free."""
+        """Measures the device now. Processes on the CPU of one machine share what is free."""
         free = free_bytes(world.device)
         if free is not None and world.on_cpu:
-            free //= world.size
+            free //= world.local_size
         return MemoryBudget(allocated_bytes(world.device), free)
 
     @property

@@ -133,7 +133,11 @@ def test_shellcheck_finds_nothing(printed: Printed) -> None:
         pytest.skip("shellcheck is not installed: pip install -r requirements-dev.txt")
     for line in VARIANTS:
         done = subprocess.run(
-            [shellcheck, "-"], input=printed(line), capture_output=True, text=True, check=False
+            [shellcheck, "--exclude=SC2016", "-"],  # the user's own $ is in single quotes
+            input=printed(line),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout
 
