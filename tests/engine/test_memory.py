@@ -323,7 +323,6 @@ RUNS: list[list[str]] = [
     ["model.n_layer=2", "mlp_internal_dim_multiplier=64", "training.batch_size=2"],
     ["model.name=gpt", "model.n_embd=768", "training.batch_size=2", "use_4bit_optimizer=true"],
     ["model.name=llama", "model.n_embd=384", "model.n_head=6", "optimizer.name=muon"],
-    ["model.name=gpt", "model.n_embd=512", "distributed.strategy=fsdp", "recompute=layer"],
 ]
 
 
@@ -339,10 +338,8 @@ def test_a_run_holds_the_memory_that_it_says_at_its_start(
     given += [f"train_data_path={text}", "token_dtype=uint8", "tokenizer.name=bytes"]
     given += ["vocab_size=256", "max_iters=3", "log_freq=1", "eval_iters=1", "test_freq=2"]
     given += ["low_precision.use_4bit=false", "system.compile=false", "system.device=cpu"]
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher = several if "distributed.strategy=fsdp" in overrides else []
     done = subprocess.run(
-        [sys.executable, *launcher, os.fspath(ROOT / "train.py"), *overrides, *given]
+        [sys.executable, os.fspath(ROOT / "train.py"), *overrides, *given]
         + [f"training.checkpoint_dir={tmp_path}/runs"],
         cwd=ROOT,
         capture_output=True,

@@ -154,6 +154,7 @@ def test_a_job_saves_is_requeued_and_goes_on_with_its_run(
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     own, other = tmp_path / "runs", tmp_path / "other"
     words = [*tiny, "max_iters=30", "log_freq=1", "dropout=0.1", "test_freq=null"]
+    words += ["distributed.strategy=fsdp", "training.recompute=layer"]
     script = [sys.executable, os.fspath(ROOT / "train.py"), *words, f"checkpoint_dir={own}"]
     slurm = ["--slurm", "nodes=2", "gpus=0", "time=1:03", "--submit"]
     asked = subprocess.run([*script, *slurm], cwd=tmp_path, capture_output=True, text=True)
