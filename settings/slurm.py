@@ -37,7 +37,10 @@ def adopt_srun_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def started_by_srun(environ: MutableMapping[str, str] = os.environ) -> bool:
-    """Returns whether this process has its rank from srun."""
+    """Returns whether this process has its rank from srun, and not from torchrun: of a torchrun in
+    a batch script, which is task 0 itself, the process of rank 0 sees two zeros."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return False
     return "RANK" in environ and environ["RANK"] == environ.get("SLURM_PROCID")
 
 

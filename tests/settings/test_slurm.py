@@ -32,6 +32,8 @@ def test_a_task_of_several_gets_torchruns_variables() -> None:
 def test_torchrun_under_srun_keeps_its_ranks() -> None:
     assert adopted(STEP | {"RANK": "1", "WORLD_SIZE": "16"}) == {}
     assert not started_by_srun(STEP | {"RANK": "1"})
+    in_batch_script = {"SLURM_PROCID": "0", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    assert not started_by_srun(in_batch_script)
 
 
 @pytest.mark.parametrize("tasks", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
