@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -43,14 +43,21 @@ def sample_writer(
         generator = torch.Generator(precision.device).manual_seed(training.seed)
         prompt = torch.tensor([ids], device=precision.device)
         sampling = Sampling(temperature=TEMPERATURE)
-        # Layers of a sharded model are gathered in the dtype of products, which needs autocast.
-        autocast = precision.autocast() if is_sharded(model) else contextlib.nullcontext()
-        with evaluating(writer), autocast:
+        sharded = _by_layers(precision) if is_sharded(model) else contextlib.nullcontext()
+        with evaluating(writer), sharded:
             drawn = generate(writer, prompt, sampling, [generator], training.block_size)
             tokens = [int(token) for token in islice(drawn, training.sample_tokens)]
         return tokenizer.decode(ids + tokens)
 
     return write
+
+
+@contextlib.contextmanager
+def _by_layers(precision: Precision) -> Iterator[None]:
+    """Encloses the sampling from a sharded model. Its layers are gathered in the dtype of products,
+    which needs autocast, and compiled by themselves: each new length would compile them anew."""
+    with precision.autocast(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def without_fp8(model: LanguageModel, config: Config, precision: Precision) -> LanguageModel:
