@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from config import ConfigError
 from engine.hardware.distributed import World
 from model.interface import LanguageModel
 from settings.formatting import format_bytes
@@ -49,7 +50,14 @@ def shard_counts(strategy: str, world: World) -> tuple[int, int]:
 
 def shard_mesh(strategy: str, world: World) -> DeviceMesh | None:
     """Returns the processes that `distributed.strategy` shards over: (shard,), or (replicate,
-    shard) with several replicas. None: not sharded. A collective."""
+    shard) with several replicas. None: not sharded. A collective. Raises ConfigError where hsdp
+    finds nodes with different numbers of processes: their meshes would wait for each other."""
+    counts = {count for (count,) in world.all_gather([world.local_size])}
+    if strategy == "hsdp" and len(counts) > 1:
+        raise ConfigError(
+            "distributed.strategy=hsdp shards within nodes of equally many processes, and these "
+            f"have from {min(counts)} to {max(counts)}. Set it to fsdp."
+        )
     replicas, shards = shard_counts(strategy, world)
     if shards == 1:
         return None

@@ -28,7 +28,13 @@ from config import ConfigError, DistributedConfig, SystemConfig, command_line
 from engine.compile import compile_model
 from engine.evaluation import Evaluation
 from engine.hardware.distributed import World, enter_world, no_sync_until_last
-from engine.hardware.sharding import full_tensor, is_sharded, shard_dim, sharding_lines
+from engine.hardware.sharding import (
+    full_tensor,
+    is_sharded,
+    shard_dim,
+    shard_mesh,
+    sharding_lines,
+)
 from engine.loss import next_token_loss
 from engine.setup.build import build
 from engine.setup.check_resume import check_resume
@@ -324,6 +330,16 @@ def test_a_weight_is_cut_where_all_slices_are_equal() -> None:
     assert shard_dim((3, 16, 8), 4) == 1
     assert shard_dim((30, 6), 4) == 0, "padded: torch cuts only the first dimension unevenly"
     assert shard_dim((7,), 4) == 0
+
+
+def test_nodes_of_different_sizes_are_refused_by_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each would build another mesh, and wait for processes that are not in it."""
+    monkeypatch.setattr(World, "all_gather", lambda self, numbers: [[2], [2], [1]])
+    for rank, local_size in enumerate((2, 2, 1)):
+        with pytest.raises(ConfigError, match="have from 1 to 2. Set it to fsdp"):
+            shard_mesh("hsdp", World(rank, 3, CPU, local_size))
 
 
 def test_the_start_says_what_is_sharded() -> None:
