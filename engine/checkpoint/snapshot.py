@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from engine.checkpoint.contents import check_finite, leaves
 from engine.checkpoint.stream import PendingStorage, PendingTensor
 from engine.hardware.distributed import World
-from engine.hardware.memory import free_bytes
+from engine.hardware.memory import free_bytes, pinned_bytes, ran_out
 from engine.monitor import console
 from settings.formatting import format_bytes
 
@@ -147,9 +147,11 @@ class SnapshotTaker:
         sources = {storage._cdata: storage for storage in storages}  # tied tensors share one
         copied = self._make_room([storage.nbytes() for storage in sources.values()])
         copies = dict(zip(sources, self._buffers, strict=True)) if copied else {}
+        on_cuda = self._world.device.type == "cuda"
         for key, buffer in copies.items():
-            buffer.copy_(sources[key], non_blocking=True)
-        if self._world.device.type == "cuda":
+            # Elsewhere nothing below would wait for the copies: Apple's GPUs make them late, too.
+            buffer.copy_(sources[key], non_blocking=on_cuda)
+        if on_cuda:
             torch.cuda.current_stream(self._world.device).synchronize()
         snapshot = Snapshot(self._world, state["train"]["step"], copies)
         placed = map_leaves(state, snapshot.place)
@@ -166,13 +168,15 @@ class SnapshotTaker:
         """Makes buffers of these sizes; returns whether all processes have the memory."""
         if [buffer.nbytes() for buffer in self._buffers] != sizes:
             self._buffers.clear()
-        needed = 0 if self._buffers else sum(sizes)
+        on_cuda = self._world.device.type == "cuda"
+        needed = 0 if self._buffers else sum(map(pinned_bytes, sizes) if on_cuda else sizes)
         free = free_bytes(torch.device("cpu"))
         needs = self._world.all_gather([needed])
         first = self._world.rank - self._world.rank % self._world.local_size
         on_machine = sum(each for (each,) in needs[first : first + self._world.local_size])
         short = free is not None and on_machine > _FREE_SHARE * free
-        if self._world.any_rank(short):
+        if self._world.any_rank(short or not self._allocate(sizes, on_cuda)):
+            self._buffers.clear()
             if self._world.is_main and not self._told:
                 console.warning(
                     f"A copy of the state needs {format_bytes(on_machine)} of host memory, more "
@@ -180,11 +184,20 @@ class SnapshotTaker:
                 )
             self._told = True
             return False
-        if not self._buffers:
-            # Pinned memory takes a GPU's data at full speed.
-            pinned = self._world.device.type == "cuda"
-            empty = partial(torch.empty, dtype=torch.uint8, pin_memory=pinned)
-            self._buffers = [empty(size).untyped_storage() for size in sizes]
+        return True
+
+    def _allocate(self, sizes: list[int], pinned: bool) -> bool:
+        """Makes the buffers that are missing; returns False where the system refuses the memory.
+
+        pinned: memory that takes a GPU's data at full speed. Systems limit it in ways of their own.
+        """
+        empty = partial(torch.empty, dtype=torch.uint8, pin_memory=pinned)
+        try:
+            self._buffers = self._buffers or [empty(size).untyped_storage() for size in sizes]
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            return False
         return True
 
 

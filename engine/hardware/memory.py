@@ -96,6 +96,11 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(known)) if known else None
 
 
+def pinned_bytes(size: int) -> int:
+    """Returns what torch takes for `size` bytes of pinned host memory: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def cublas_workspace_bytes(device: torch.device) -> int:
     """Returns what torch allocates for cuBLAS in a training step; 0 elsewhere than on CUDA.
 

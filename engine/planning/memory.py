@@ -23,6 +23,7 @@ from engine.hardware.memory import (
     can_keep_freed_memory,
     cublas_workspace_bytes,
     free_bytes,
+    pinned_bytes,
 )
 from engine.hardware.sharding import shard_counts, shard_dim
 from engine.optim.adamw_4bit import chunk_size, is_quantizable
@@ -178,7 +179,7 @@ class MemoryEstimator:
             # With accumulation torch makes new gradients, and copies them into DDP's buckets.
             gradients=trained * (2 if accumulates and several and shards == 1 else 1),
             optimizer=optimizer_state_bytes(self.model, config, shards),
-            copies=self.precision.master_bytes,
+            copies=self.precision.master_bytes // shards,
             activations=activations or 0,
             update=_update_bytes(self.model, config, self.precision, shards),
             cached=cached_bytes(self.model, step),
@@ -207,6 +208,9 @@ class MemoryEstimator:
         if not self.config.training.save_model:
             return 0
         kept = memory.weights + memory.optimizer
+        if self.world.device.type == "cuda":  # of each tensor in pinned memory
+            held = [shard_bytes(p, memory.shards) for p in self.model.parameters()]
+            kept = kept * sum(map(pinned_bytes, held)) // sum(held)
         if memory.shards == 1:
             return kept if self.world.is_main else 0
         largest = max((p.nbytes for p in self.model.parameters()), default=0)

@@ -27,6 +27,7 @@ from engine.hardware.memory import (
     cgroup_free_bytes,
     free_bytes,
     peak_memory_bytes,
+    pinned_bytes,
     ran_out,
 )
 from engine.planning.memory import MemoryBudget
@@ -74,8 +75,12 @@ def test_free_memory_is_less_than_there_is_and_processes_on_a_cpu_share_it() -> 
     free = free_bytes(CPU)
     assert free is not None and free_bytes(torch.device("mps")) is None
     assert 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    one, four = (MemoryBudget.of(World(0, size, CPU)).free for size in (1, 4))
+    one, four = (MemoryBudget.of(World(0, size, CPU, size)).free for size in (1, 4))
     assert one is not None and four == pytest.approx(one / 4, rel=0.2)
+
+
+def test_pinned_memory_is_counted_as_torch_rounds_it() -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
 
 
 def test_a_process_holds_what_it_allocates() -> None:

@@ -156,6 +156,24 @@ def test_without_memory_for_a_copy_training_waits_and_a_line_says_so_once(
     assert capsys.readouterr().err.count("training waits while a checkpoint is written") == 1
 
 
+def test_training_waits_where_the_system_refuses_the_memory_of_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pinned memory and limits of containers are known by trying alone; no run may end of it."""
+
+    def refused(*args: Any, **options: Any) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    state = make_state(5)
+    with open_saver(tmp_path) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", refused)
+            snapshot, copied = saver._snapshots.take(state)
+        assert not copied and snapshot.state["model"]["w"] is state["model"]["w"]
+        assert saver._snapshots.take(state)[1]
+    assert "training waits while a checkpoint is written" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     state = make_state(7)
     state["model"]["w"][3] = float("nan")
