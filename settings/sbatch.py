@@ -168,8 +168,8 @@ def batch_script(job: SlurmJob, words: Sequence[str]) -> str:
 {directives}
 
 # {LEAD_S} s before the time limit SLURM sends USR2 to the processes: they end their step, save, and
-# exit with 143. A step and a save have to fit into that time. If they do not, raise the {LEAD_S} of
-# --signal and lower the {nearly_over} below by as much.
+# exit with 143. A step and a save, or two where one is under way, have to fit into that time. If
+# they do not, raise the {LEAD_S} of --signal and lower the {nearly_over} below by as much.
 
 cd {shlex.quote(os.getcwd())} || exit 2
 {rendezvous}
