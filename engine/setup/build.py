@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from config import Config, Request, micro_batch
+from config import Config, ConfigError, Request, micro_batch
 from data import StepBatch
 from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import as_checkpoint_error
@@ -253,8 +253,14 @@ def find_batch_size(
 ) -> int:
     """Returns the largest `training.batch_size` that fits: by the prediction and, on a GPU, by
     trial. Raises ConfigError where none does."""
-    world = estimator.world
-    sizes, line = predict_batch_sizes(estimator, budget)
+    world, sizes, line, problem = estimator.world, [0], "", ""
+    try:
+        sizes, line = predict_batch_sizes(estimator, budget)
+    except ConfigError as error:
+        problem = str(error)
+    # Raised on all: the process that has too little memory may not be the one that prints.
+    if problems := list(filter(None, world.broadcast(world.gather(problem)))):
+        raise ConfigError(problems[0])
     most = world.all_reduce_min(sizes[0])  # processes may have different amounts of free memory
     sizes = [each for each in sizes if each <= most]
     batch = sizes[0]
