@@ -43,6 +43,7 @@ from settings.sources import read_layers
 from settings.superseded import drop_superseded
 from settings.terminal import printable
 from settings.torchrun import report_to_torchrun as report_to_torchrun
+from settings.torchrun import started_by_launch as started_by_launch
 from settings.torchrun import started_by_torchrun as started_by_torchrun
 from settings.values import RefusedError, check_value
 

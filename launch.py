@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from settings.errors import STOP_EXIT_CODES
+from settings.torchrun import LAUNCH
 
 FOLLOWS = (1, STOP_EXIT_CODES[signal.SIGTERM], -signal.SIGTERM)
 """Exit codes of processes that end because another one did: they lost it, or were stopped."""
@@ -50,6 +51,7 @@ def main() -> int:
     for number in STOP_EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
+    os.environ[LAUNCH] = "1"
     try:
         # A signal that torchrun handles ends all processes after 30 seconds, saved or not: it is
         # left SIGQUIT.

@@ -11,7 +11,7 @@ from statistics import fmean
 from textwrap import indent
 from typing import Any
 
-from config import Config, started_by_torchrun
+from config import Config, started_by_launch, started_by_torchrun
 from engine.evaluation import Evaluation
 from engine.hardware.device import peak_flops
 from engine.hardware.distributed import World
@@ -157,15 +157,15 @@ class Reporter:
         if not self.config.training.save_model:
             console.info(f"Stopped by {stop.name} at step {state.step}; save_model is false.")
             return
-        path, size = quoted(self.directory.path), self.world.size
-        start = f"torchrun --standalone --nproc_per_node={size}" if size > 1 else "python"
-        start = "srun python" if started_by_srun() else start
+        path = quoted(self.directory.path)
+        resume = f"resume_from_checkpoint={path}"
+        start = start_of(self.world)
+        again = f"{start} {script('train.py')} --config {path}/config.yaml {resume}"
         console.info(
             f"Stopped by {stop.name} at step {state.step}. To go on:",
-            f"  {start} {script('train.py')} --config {path}/config.yaml "
-            f"resume_from_checkpoint={path}",
+            f"  {again if start else f'the same command on every node, with {resume}'}",
         )
-        if started_by_torchrun():
+        if started_by_torchrun() and not started_by_launch():
             console.info(
                 "torchrun reports the stop as a failure below; the checkpoint is complete."
             )
@@ -207,6 +207,19 @@ class Reporter:
 def base_record(state: TrainState) -> dict[str, Any]:
     """Returns what every record begins with."""
     return {"step": state.step, "time": state.elapsed_s, "tokens": state.tokens}
+
+
+def start_of(world: World) -> str:
+    """Returns what stands before train.py to start these processes; empty if each node has its own
+    command, whose addresses are not known here."""
+    if started_by_srun():
+        return "srun python"
+    if world.size == 1:
+        return "python"
+    if world.size > world.local_size:
+        return ""
+    launcher = f"python {script('launch.py')}" if started_by_launch() else "torchrun"
+    return f"{launcher} --standalone --nproc_per_node={world.local_size}"
 
 
 def script(name: str) -> str:

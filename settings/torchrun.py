@@ -13,12 +13,19 @@ import json
 import os
 import time
 
+LAUNCH = "HATCHERY_LAUNCH"
+"""Set by launch.py, whose processes inherit it."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def started_by_torchrun() -> bool:
     """Returns whether torchrun started this process."""
     return _ERROR_FILE in os.environ
+
+
+def started_by_launch() -> bool:
+    """Returns whether launch.py started this process: torchrun, with the exit code of the run."""
+    return started_by_torchrun() and LAUNCH in os.environ
 
 
 def report_to_torchrun(message: str) -> None:
