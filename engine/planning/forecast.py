@@ -37,6 +37,8 @@ from settings.formatting import format_duration, format_plural, format_si
 BUDGET_S = 8.0  # of measuring all parts; what is under way then is finished
 TRIAL_S = 1.0  # micro-steps grow until one takes so long
 _EACH_S = 0.3  # of timing one size on the way there
+_LEAST_TOKENS = 256  # of a trial: fewer take hardly less time, which would be multiplied
+_ROUGH = 1 / 20  # of a micro-step's work: a forecast from less is called rough
 _MAX_PARAMETERS = 50_000_000  # of a trial on a CPU: one is drawn in 10 ns and updated in 5
 _DISK_RATE = 500e6  # bytes per second; nothing is written to find it out
 
@@ -118,17 +120,25 @@ class TrialStep:
     parameter_ratio: float = 1.0
     """Parameters that a process of the run updates / those of the trial's model."""
 
+    def is_rough(self, tokens: int) -> bool:
+        """Whether so many tokens of the trial are a small part of the run's micro-step."""
+        whole = micro_batch(self.config) * self.config.training.block_size
+        return tokens < _ROUGH * whole * self.flops_ratio
+
 
 def choose_trial(
     estimator: MemoryEstimator, budget: MemoryBudget, build: Callable[[Config], LanguageModel]
 ) -> TrialStep:
+    """Returns what to time: fewer layers before a smaller micro-step; `sizes` is empty where
+    nothing fits. build: makes a config's model."""
     config, model, length = estimator.config, estimator.model, estimator.config.training.block_size
+    whole = (micro_batch(config), length)
     shards = shard_count(config, estimator.world)
     # Each process times by itself, so its model is whole.
     config = replace(config, distributed=replace(config.distributed, strategy="ddp"))
     limit = _MAX_PARAMETERS if estimator.world.on_cpu else math.inf
     sizes = _fitting_sizes(replace(estimator, config=config), budget)
-    while (_parameters(model) > limit or not sizes) and config.model.n_layer > 1:
+    while (_parameters(model) > limit or whole not in sizes) and config.model.n_layer > 1:
         config = replace(config, model=replace(config.model, n_layer=config.model.n_layer // 2))
         with torch.device("meta"):
             model = build(config)
@@ -142,10 +152,12 @@ def choose_trial(
 
 
 def _fitting_sizes(estimator: MemoryEstimator, budget: MemoryBudget) -> list[tuple[int, int]]:
-    """Returns the sizes of a micro-step that fit into memory, the smallest first."""
+    """Returns the sizes of a micro-step that fit into memory, the smallest first; those of few
+    tokens only where no other fits."""
     config = estimator.config
     variants = [(size, _sized(config, *size)) for size in _sizes(config)]
-    return [s for s, each in variants if budget.fits(estimator.memory(each)) is not False]
+    found = [s for s, each in variants if budget.fits(estimator.memory(each)) is not False]
+    return [s for s in found if s[0] * s[1] >= _LEAST_TOKENS] or found
 
 
 def _sizes(config: Config) -> Iterator[tuple[int, int]]:
@@ -229,7 +241,8 @@ def measure(
     """Times the parts of the run that `trial` stands for, by the run's own objects on random
     tokens; the weights change.
 
-    Micro-steps grow until one takes long enough; a line through the last two gives the run's own.
+    Micro-steps grow until one takes long enough; a line through the last two gives the run's own,
+    so at least two are timed where time allows.
     """
     vocab = trial.config.model.vocab_size
     assert vocab is not None
@@ -240,7 +253,7 @@ def measure(
         parts.rows = torch.randint(vocab, (batch, length + 1))
         before, flops = (flops, seconds), _flops(model, batch, length)
         seconds = watch.fastest(parts.micro_step, _EACH_S, warm_up=number == 0)
-        if seconds > TRIAL_S * watch.scale or watch.is_over:
+        if watch.is_over or (number > 0 and seconds > TRIAL_S * watch.scale):
             break
     # An evaluation's forward pass is assumed to grow with the tokens as a micro-step does.
     growth = _on_line(before, (flops, seconds), whole) / seconds * trial.flops_ratio

@@ -94,8 +94,9 @@ def stopwatch(device: torch.device, budget_s: float) -> Iterator[Stopwatch]:
         yield Stopwatch(device, until)
         return
     busy, threads = busy_cores(), torch.get_num_threads()
-    idle = max(1, min(threads, round((os.cpu_count() or threads) - busy)))
-    if idle == threads:
+    left = round((os.cpu_count() or threads) - busy)
+    idle = max(1, min(threads, left))
+    if left >= threads:
         yield Stopwatch(device, until, busy=busy)
         return
     torch.set_num_threads(idle)

@@ -114,7 +114,8 @@ def time_lines(
             sample = _sample_s(trial.config, setup, model, precision, watch)
             times = replace(times, sample=sample * trial.flops_ratio)
     found = forecast(config, times, estimator.model, span, world.size)
-    yield found.line(world.size, ", before what compiling takes off" if estimator.compiled else "")
+    note = ", before what compiling takes off" if estimator.compiled else ""
+    yield found.line(world.size, ", rough" + note if trial.is_rough(times.tokens) else note)
     whole = micro_batch(config) * config.training.block_size
     timed = [f"Timed on {world.device_name}", precision.name]
     if times.tokens < whole:

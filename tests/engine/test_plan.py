@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,11 @@ def test_a_busy_machine_is_timed_with_the_threads_that_others_leave(
     threads = torch.get_num_threads()
     cores = os.cpu_count() or 1
     for busy, left in ((0.0, threads), (float(cores), 1), (cores + 5.0, 1)):
+        clock = time.perf_counter if busy == 0 else time.thread_time
         monkeypatch.setattr("engine.planning.stopwatch.busy_cores", lambda busy=busy: busy)
         with stopwatch(CPU.device, budget_s=1.0) as watch:
             assert torch.get_num_threads() == left
-            assert watch.scale == left / threads
+            assert watch.scale == left / threads and watch.clock is clock
         assert torch.get_num_threads() == threads
     missing = busy_cores(tmp_path / "none")
     assert missing == 0.0
@@ -194,18 +196,34 @@ def trial_of(config: Config, free: int | None = None) -> TrialStep:
 
 def test_micro_steps_grow_in_length_then_in_number_up_to_the_runs_own() -> None:
     config = small(training={"batch_size": 6, "block_size": 256})
-    assert trial_of(config).sizes == [(1, 64), (1, 128), (1, 256), (2, 256), (4, 256), (6, 256)]
+    assert trial_of(config).sizes == [(1, 256), (2, 256), (4, 256), (6, 256)]
     assert trial_of(small()).sizes == [(2, 32), (4, 32)]
     one = small(training={"batch_size": 1, "block_size": 100})
     assert trial_of(one).sizes == [(1, 100)]
 
 
 def test_only_what_fits_into_memory_is_timed() -> None:
-    config = small(training={"batch_size": 6, "block_size": 256})
+    config = small(model={"n_layer": 1}, training={"batch_size": 6, "block_size": 256})
     whole = estimator_of(config, base=0).memory().required
     assert trial_of(config, whole).sizes[-1] == (6, 256)
     assert trial_of(config, whole - 1).sizes[-1] == (4, 256)
     assert trial_of(config, 1).sizes == []
+    long = small(model={"n_layer": 1}, training={"batch_size": 1, "block_size": 512})
+    shorter = replace(long, training=replace(long.training, block_size=128))
+    least = estimator_of(shorter, base=0).memory().required
+    assert trial_of(long, least).sizes == [(1, 64), (1, 128)], "few tokens where no more fit"
+
+
+def test_layers_are_left_out_before_a_micro_step_is_timed_in_a_smaller_size() -> None:
+    config = small(model={"name": "gpt", "n_layer": 8}, training={"block_size": 1024})
+    fewer = replace(config, model=replace(config.model, n_layer=2))
+    found = trial_of(config, estimator_of(fewer, base=0).memory().required)
+    assert found.config.model.n_layer == 2 and found.sizes[-1] == (4, 1024)
+
+
+def test_a_forecast_from_a_small_part_of_a_micro_step_is_called_rough() -> None:
+    trial = TrialStep(small(training={"batch_size": 1, "block_size": 1024}), [], flops_ratio=16.0)
+    assert trial.is_rough(512) and not trial.is_rough(1024)
 
 
 def test_a_model_of_many_weights_is_timed_with_fewer_layers_on_a_cpu() -> None:
@@ -251,6 +269,20 @@ def test_a_slow_micro_step_is_timed_in_a_smaller_size_and_scaled_by_its_flops(
     assert times.tokens == 4 * 32, "9 seconds are enough"
     assert times.micro_step == pytest.approx(2.0 * (5 + 64), rel=0.15)
     assert times.evaluation_batch == pytest.approx(2.0 * (5 + 64), rel=0.15)
+
+
+def test_a_slow_first_micro_step_is_not_the_only_one_that_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("engine.planning.stopwatch.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Stopwatch, "matmul_rate", lambda *_: 1.0)
+    config, model = small(training={"batch_size": 64}), FakeModel(clock)
+    precision = Precision(config.low_precision, CPU.device)
+    optimizer = build_optimizer(model, config.optimizer, 0.1)
+    watch = Stopwatch(CPU.device, clock=lambda: clock[0])
+    times = measure(model, optimizer, precision, TrialStep(config, [(1, 32), (2, 32)]), watch)
+    assert times.tokens == 2 * 32
 
 
 def test_the_plan_tells_tokens_per_parameter() -> None:
