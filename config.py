@@ -509,6 +509,10 @@ def _answer_of_slurm(arguments: Arguments, request: Request) -> str | None:
     """
     if arguments.slurm is None:
         return None
+    if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(  # each process would submit the job
+            "--slurm: run it with python, without torchrun or srun: the script starts the processes"
+        )
     config, device = request.config, request.config.system.device
     name = os.path.splitext(os.path.basename(request.files[-1]))[0] if request.files else "train"
     job, notes = arguments.slurm.with_defaults(device, re.sub(r"[^\w.-]", "_", name))

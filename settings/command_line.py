@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from settings.errors import Origin, Problem
 from settings.names import HINTS, guess, resolve
-from settings.sbatch import SlurmJob, take_slurm_words
+from settings.sbatch import KEYS, SlurmJob, take_slurm_words
 from settings.schema import Schema
 from settings.values import FALSE_WORDS, TRUE_WORDS, RefusedError, Scalar, shown
 from settings.yaml_reader import Entry
@@ -48,7 +48,7 @@ class Arguments:
 def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
     """Sorts the words of a command line; what cannot be understood goes into `problems`."""
     words, job, problems = take_slurm_words(argv, schema)
-    parser = _Parser(words, schema)
+    parser = _Parser(words, schema, with_slurm=job is not None)
     while parser.words:
         parser.take()
     found = parser.found
@@ -65,10 +65,11 @@ def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
 class _Parser:
     """Takes words from the left; the value of a flag is the word after it."""
 
-    def __init__(self, words: list[str], schema: Schema) -> None:
+    def __init__(self, words: list[str], schema: Schema, with_slurm: bool) -> None:
         self.words = words
         self.found = Arguments()
         self._schema = schema
+        self._of_slurm = KEYS.keys() - {"name"} if with_slurm else ()  # `name` may be an option's
 
     def take(self) -> None:
         """Takes one word, and the next one if it is its value."""
@@ -101,6 +102,8 @@ class _Parser:
             self._check_resume(text)
         elif not text:
             self._problem(f"{key}=: empty value. Write {key}=null to clear an optional value")
+        elif key in self._of_slurm:
+            self._stray(key)
         else:
             self.found.overrides.append((key, text))
 
@@ -119,6 +122,10 @@ class _Parser:
     def _take_flag(self, key: str) -> None:
         if key == "config":
             self._add_file(self._pop_value() or "")
+            return
+        if key in self._of_slurm:
+            self._pop_value(optional=True)
+            self._stray(f"--{key}")
             return
         try:
             keys = resolve(self._schema, key).keys
@@ -150,6 +157,9 @@ class _Parser:
         if optional and ("=" in self.words[0] or self.words[0].lower().endswith(_FILE_ENDINGS)):
             return None
         return self.words.pop(0)
+
+    def _stray(self, key: str) -> None:
+        self._problem(f"{key}: unknown option. Keys of --slurm stand directly behind it")
 
     def _problem(self, text: str) -> None:
         self.found.problems.append(text)

@@ -31,6 +31,10 @@ EARLY_S = 90
 SHORTEST_S = 600
 CPUS = 4  # of each process, where the user gives no number: data, compilation, saving
 
+PER_GPU = """\
+# One process per GPU. Each has to see all GPUs of its node, since it takes cuda:LOCAL_RANK: so no
+# --gpus-per-task."""
+
 _TEXT = r"[\w.,:;&|*@+()\[\]=/-]+", "text without blanks"
 _TIME = r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d)(?::([0-5]\d))?"
 KEYS: dict[str, tuple[str, str]] = {
@@ -38,7 +42,8 @@ KEYS: dict[str, tuple[str, str]] = {
     "gpus": (r"\d{1,3}", "a whole number: GPUs of each node, 0 for a job on CPUs"),
     "time": (_TIME, "hours:minutes, hours:minutes:seconds or days-hours:minutes"),
     "cpus": (r"[1-9]\d{0,3}", "a whole number, at least 1: CPUs of each process"),
-    "mem": (r"\d{1,9}[KMGT]?", "memory of each node, such as 200G"),
+    # A number alone would be megabytes to SLURM; 0 is all that the node has.
+    "mem": (r"0|\d{1,9}[KMGT]", "memory of each node with its unit, such as 200G"),
     **dict.fromkeys(("partition", "account", "qos", "constraint", "name"), _TEXT),
 }
 """The keys of --slurm: the pattern of a value, and what it is in words."""
@@ -109,10 +114,16 @@ def take_slurm_words(
     Returns the words left, the job (None without --slurm), and problems. The keys end with the
     first word that is another option or no `key=value`.
     """
-    words, rest, keys, problems = list(argv), list[str](), dict[str, str](), list[str]()
+    words, rest, keys = list(argv), list[str](), dict[str, str]()
+    problems, asked = list[str](), False
     while words:
         word = words.pop(0)
-        if word == "--slurm":
+        if word.startswith("--slurm="):
+            joined = word.partition("=")[2]
+            problems.append(f"{word}: write --slurm {joined}".rstrip())
+            words[:0] = ["--slurm", joined] if joined else ["--slurm"]
+        elif word == "--slurm":
+            asked = True
             while words and (key := _slurm_key(words[0], schema)):
                 text = words.pop(0).partition("=")[2]
                 problem = "given twice" if key in keys else _refused(key, text)
@@ -121,7 +132,7 @@ def take_slurm_words(
         elif word != "--submit":
             rest.append(word)
     submitted = "--submit" in argv
-    if "--slurm" not in argv:
+    if not asked:
         return rest, None, ["--submit needs --slurm"] if submitted else []
     if "time" not in keys:
         problems.append("--slurm time: missing. Write time=HOURS:MINUTES, the limit of the job")
@@ -163,6 +174,7 @@ def batch_script(job: SlurmJob, words: Sequence[str]) -> str:
     directives = "\n".join(f"#SBATCH --{line}" for line in job.directives())
     rendezvous = f"{RENDEZVOUS}\n" if job.processes > 1 else ""
     nearly_over = job.limit_s - LEAD_S - EARLY_S
+    processes = PER_GPU if job.gpus else "# One process per node."
     return f"""\
 #!/bin/bash
 {directives}
@@ -173,8 +185,8 @@ def batch_script(job: SlurmJob, words: Sequence[str]) -> str:
 
 cd {shlex.quote(os.getcwd())} || exit 2
 {rendezvous}
-# One process per GPU. Each has to see all GPUs of its node, since it takes cuda:LOCAL_RANK: so no
-# --gpus-per-task. Config files are read when the job starts, and again after a requeue.
+{processes}
+# Config files are read when the job starts, and again after a requeue.
 srun --kill-on-bad-exit=1 --cpus-per-task={job.keys["cpus"]} \\
     {command}
 code=$?

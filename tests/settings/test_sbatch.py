@@ -74,6 +74,7 @@ def test_a_job_on_cpus_asks_for_no_gpus(printed: Printed) -> None:
     script = printed("device=cpu --slurm time=1:00")
     assert "gpus" not in "".join(directives(script)) and "ntasks-per-node=1" in script
     assert "MASTER_ADDR" not in script  # one process meets none
+    assert "# One process per node." in script and "LOCAL_RANK" not in script
 
 
 def test_a_time_is_hours_and_minutes(printed: Printed) -> None:
@@ -106,6 +107,13 @@ MISTAKES = {
     "--slurm time=1:00 'name=a b'": "--slurm name: expected text without blanks; got 'a b'.",
     "--slurm time=1:00 $'name=a\\n#SBATCH'": "--slurm name: expected text without blanks",
     "--slurm time=1:00 lr=1 nodes=2": "nodes: unknown option. Keys of --slurm stand directly",
+    "--slurm time=1:00 lr=1 gpus=2": "gpus: unknown option. Keys of --slurm stand directly",
+    "--gpus 2 --slurm time=1:00": "--gpus: unknown option. Keys of --slurm stand directly",
+    "gpus=2": "gpus: unknown option. Start it with torchrun",
+    "--slurm=nodes=2 time=1:00": "--slurm=nodes=2: write --slurm nodes=2.",
+    "--slurm= time=1:00": "--slurm=: write --slurm.",
+    "--slurm time=1:00 mem=64": "--slurm mem: expected memory of each node with its unit, such as "
+    "200G; got 64.",
     "--slurm time=1:00 batch_sise=8": "batch_sise: unknown option. Did you mean training.batch",
     "--slurm time=1:00 --dry-run": "--slurm excludes --dry-run, --check-resume and --show-config",
     "--submit": "--submit needs --slurm.",
@@ -117,6 +125,16 @@ def test_each_mistake_has_its_message(complaint: Complain) -> None:
         assert complaint(line.replace("$'", "'").replace("\\n", "\n")).startswith(
             f"command line: {message}"
         )
+
+
+def test_it_is_refused_in_one_of_several_processes(
+    complaint: Complain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"TORCHELASTIC_ERROR_FILE": "", "WORLD_SIZE": "2"}.items():
+        with monkeypatch.context() as started:
+            started.setenv(name, text)
+            refused = complaint("--slurm time=1:00 --submit")
+        assert refused.startswith("--slurm: run it with python, without torchrun or srun")
 
 
 def test_what_is_wrong_for_this_job_only_is_found_now(complaint: Complain) -> None:
