@@ -42,6 +42,7 @@ from settings.schema import Form, Schema, Section, option, schema_of
 from settings.sources import read_layers
 from settings.superseded import drop_superseded
 from settings.terminal import printable
+from settings.torchrun import let_rank_0_print as let_rank_0_print
 from settings.torchrun import report_to_torchrun as report_to_torchrun
 from settings.torchrun import started_by_launch as started_by_launch
 from settings.torchrun import started_by_torchrun as started_by_torchrun
@@ -490,6 +491,8 @@ def command_line(argv: Sequence[str]) -> Request:
         report_to_torchrun(str(error))
         if os.environ.get("RANK", "0") == "0":  # all processes read the same config: one prints
             print(error, file=sys.stderr)
+        else:
+            let_rank_0_print()
         raise SystemExit(error.exit_code) from None
     if request.show_config and not request.dry_run:
         for note in request.notes:

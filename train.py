@@ -25,6 +25,7 @@ from config import (
     Request,
     UserError,
     command_line,
+    let_rank_0_print,
     report_to_torchrun,
 )
 from settings.slurm import adopt_srun_ranks
@@ -176,6 +177,8 @@ def main(request: Request) -> int:
         # Errors raised on every rank are printed by rank 0, rank-local ones by the rank they hit.
         if is_main_process() or isinstance(error, DataError | MemoryShortError | NonFiniteError):
             console.warning(str(error))
+        else:
+            let_rank_0_print()
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         if ran_out(error):

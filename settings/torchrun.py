@@ -28,6 +28,12 @@ def started_by_launch() -> bool:
     return started_by_torchrun() and LAUNCH in os.environ
 
 
+def let_rank_0_print() -> None:
+    """Waits a moment on a rank that ends with the same error as rank 0, which prints it: launchers
+    kill all processes as soon as one has ended, rank 0 perhaps before it has come to print."""
+    time.sleep(1.0)
+
+
 def report_to_torchrun(message: str) -> None:
     """Writes why this process ends where torchrun looks for it; does nothing without torchrun."""
     path = os.environ.get(_ERROR_FILE)

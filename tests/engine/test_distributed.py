@@ -187,6 +187,21 @@ def test_torchrun_closes_with_the_cause_of_an_error(
         assert cause in last and len(last.splitlines()) <= 4, closing
 
 
+def test_a_rank_waits_for_rank_0_to_print_the_error_of_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited = list[float]()
+    monkeypatch.setattr("settings.torchrun.time.sleep", waited.append)
+    for word in ("batch_sise=8", "resume_from_checkpoint=nowhere"):  # without torch, and with it
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            with contextlib.suppress(SystemExit):
+                run_here([word, "device=cpu"])
+            printed = capsys.readouterr().err != ""
+            assert (printed, waited) == ((True, []) if rank == "0" else (False, [1.0]))
+        waited.clear()
+
+
 @pytest.mark.slow
 def test_epochs_end_for_all_processes_at_once(tmp_path: Path) -> None:
     (np.arange(2000) % 256).astype(np.uint16).tofile(tmp_path / "train.bin")
