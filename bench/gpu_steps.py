@@ -339,7 +339,7 @@ def memory_row(bench: Bench, name: ModelName, shape: Shape, mode: Mode) -> Row:
         trainer.config, trainer.model, trainer.precision, world, compiled=bench.cuda
     )
     title = f"{name}, {shape[0]} x {shape[1]}: {mode.title}"
-    return Row(title, [peak / GB], "GB", predicted=estimator.memory().peak / GB)
+    return Row(title, [peak / GB], "GB", predicted=estimator.memory().required / GB)
 
 
 # Generation

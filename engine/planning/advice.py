@@ -11,11 +11,12 @@ import torch
 from config import Config, ConfigError, MemoryShortError, accumulation_steps, micro_batch
 from engine.hardware.memory import free_bytes, ran_out
 from engine.planning.batch_size import AUTO_SHARE, divisors_below, is_allowed
-from engine.planning.memory import Memory, MemoryBudget, MemoryEstimator
+from engine.planning.memory import Memory, MemoryBudget, MemoryEstimator, shard_count
 from engine.planning.strategy import strategy_choices
 from settings.formatting import format_bytes
 
 MIN_BLOCK = 64  # tokens; shorter sequences are not suggested
+_WAITS = "training waits while a checkpoint is written"
 _GENERAL = "Lower training.batch_size, and raise gradient_accumulation_steps with it."
 
 
@@ -23,18 +24,24 @@ def memory_lines(estimator: MemoryEstimator, budget: MemoryBudget) -> list[str]:
     """Returns what a step needs and what there is and, where it does not fit, what would fit."""
     memory, total = estimator.memory(), budget.total
     there = "" if total is None else f" of {format_bytes(total)} there are"
-    lines = [f"Memory of a step: {format_bytes(memory.peak)}{there}: {memory.parts()}"]
+    copy = _copy(memory, budget)
+    lines = [f"Memory of a step: {format_bytes(memory.required)}{there}: {memory.parts()}{copy}"]
     if budget.fits(memory) is False:
         lines.append(f"WARNING: it does not fit. {_advice(estimator, budget)}")
-    return [*lines, *_saving_lines(estimator, memory, budget)]
+    return lines if estimator.world.on_cpu else [*lines, *_saving_lines(estimator, memory)]
 
 
-def _saving_lines(estimator: MemoryEstimator, memory: Memory, budget: MemoryBudget) -> list[str]:
-    """Returns lines about the copy in host memory that a checkpoint is written from."""
-    waits = "training will wait while a checkpoint is written"
-    if estimator.world.on_cpu:
-        short = budget.fits(memory) and budget.fits(memory, copy=True) is False
-        return [f"WARNING: no memory for a copy to save from: {waits}"] if short else []
+def _copy(memory: Memory, budget: MemoryBudget) -> str:
+    """Returns words about the copy that a checkpoint is written from, on a CPU."""
+    if memory.saving == 0:
+        return ""
+    words = f"; {format_bytes(memory.saving)} more for a copy while saving"
+    short = budget.fits(memory, copy=True) is False
+    return f"{words}, for which there is no room: {_WAITS}" if short else words
+
+
+def _saving_lines(estimator: MemoryEstimator, memory: Memory) -> list[str]:
+    """Returns lines about the copy in host memory that a GPU's checkpoint is written from."""
     copy, free = estimator.copy_bytes(memory), free_bytes(torch.device("cpu"))
     copies = estimator.world.local_size if memory.shards > 1 else 1
     if copy == 0 or free is None:
@@ -42,7 +49,7 @@ def _saving_lines(estimator: MemoryEstimator, memory: Memory, budget: MemoryBudg
     line = f"Saving copies {format_bytes(copies * copy)} to the host memory of a machine"
     if copies * copy <= free:
         return [f"{line}, of {format_bytes(free)} free"]
-    return [f"WARNING: {line}, and {format_bytes(free)} are free: {waits}"]
+    return [f"WARNING: {line}, and {format_bytes(free)} are free: {_WAITS}"]
 
 
 def out_of_memory_lines(
@@ -58,11 +65,11 @@ def out_of_memory_lines(
     if estimator is None or budget is None:
         return [*lines, _GENERAL]
     memory = estimator.memory()
-    lines.append(f"A step needs {format_bytes(memory.peak)}: {memory.parts()}")
-    total = memory.peak if budget.total is None else budget.total
+    lines.append(f"A step needs {format_bytes(memory.required)}: {memory.parts()}")
+    total = memory.required if budget.total is None else budget.total
     # The step has just failed, so what fits needs clearly less, whatever the prediction says.
     budget = MemoryBudget(0, int(AUTO_SHARE * min(total, memory.required)))
-    if memory.peak >= AUTO_SHARE * total:
+    if memory.required >= AUTO_SHARE * total:
         return [*lines, _advice(estimator, budget)]
     lines.append(
         f"{format_bytes(total)} were there when the run began: something else took them, or more "
@@ -86,8 +93,9 @@ def explained_memory(estimator: MemoryEstimator, budget: MemoryBudget) -> Iterat
 def _advice(estimator: MemoryEstimator, budget: MemoryBudget) -> str:
     variants = suggest_fitting_configs(estimator, budget)
     if not variants:
-        several = estimator.world.size > 1
-        more = ", or shard it over more processes (distributed.strategy=fsdp)" if several else ""
+        more = ", or shard it over more processes" if estimator.world.size > 1 else ""
+        if more and shard_count(estimator.config, estimator.world) == 1:
+            more += " (distributed.strategy=fsdp)"
         return f"Only a smaller model would fit: lower model.n_layer or model.n_embd{more}."
     words = [
         f"{_overrides(estimator.config, config)} ({format_bytes(memory.required)})"

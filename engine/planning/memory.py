@@ -90,11 +90,11 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The peak of the run, which `train/memory_bytes` will show."""
+        """The peak of the run, which `train/memory_bytes` will show from the first save on."""
         return self.required + self.saving
 
     def parts(self) -> str:
-        """Returns every part that is not 0, in words."""
+        """Returns every part of `required` that is not 0, in words."""
         update = max(0, self.update - self.copies - self.activations)
         activations = "activations" if self.shards == 1 else "activations and gathered weights"
         counted = {
@@ -108,7 +108,6 @@ class Memory:
             "the process itself": self.process,
             "fragmentation": self.fragmentation,
             "workspaces of cuBLAS": self.workspaces,
-            "copy for saving": self.saving,
         }
         words = [f"{format_bytes(n)} {name}" for name, n in counted.items() if n]
         return ", ".join(words if self.complete else [*words, "activations not predicted"])

@@ -19,6 +19,7 @@ from engine.planning.batch_size import (
 )
 from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.planning.strategy import strategy_choices
+from settings.formatting import format_bytes
 from tests.engine.planned_runs import CPU, configured, estimator_of
 
 
@@ -88,6 +89,8 @@ def test_sharding_and_recomputation_are_offered_before_what_changes_the_numbers(
     assert "activations and gathered weights" in lines[1] and memory.shards == 4
     said = memory_lines(several, MemoryBudget(0, 1 << 20))[1]
     assert said.endswith("or shard it over more processes (distributed.strategy=fsdp).")
+    said = memory_lines(replace(several, config=variant), MemoryBudget(0, 1 << 20))[1]
+    assert said.endswith("or shard it over more processes."), "it is sharded already"
 
 
 def test_what_saving_copies_is_said_and_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +99,17 @@ def test_what_saving_copies_is_said_and_not_required(monkeypatch: pytest.MonkeyP
     state = memory.weights + memory.optimizer
     assert memory.saving == memory.peak - memory.required == state
     short = MemoryBudget(0, memory.required)
-    assert memory_lines(estimator, short)[1].startswith("WARNING: no memory for a copy to save")
-    assert len(memory_lines(estimator, MemoryBudget(0, memory.peak))) == 1
+    (tight,) = memory_lines(estimator, short)
+    (roomy,) = memory_lines(estimator, MemoryBudget(0, memory.peak))
+    more = f"; {format_bytes(state)} more for a copy while saving"
+    assert roomy.startswith(f"Memory of a step: {format_bytes(memory.required)} of ")
+    assert roomy.endswith(memory.parts() + more)
+    waits = ", for which there is no room: training waits while a checkpoint is written"
+    assert tight.endswith(more + waits)
     unsaved = replace(estimator.config.training, save_model=False)
     config = replace(estimator.config, training=unsaved)
-    assert replace(estimator, config=config).memory().saving == 0
+    unsaving = replace(estimator, config=config)
+    assert unsaving.memory().saving == 0 and "copy" not in memory_lines(unsaving, short)[0]
     second = replace(estimator, world=World(1, 2, CPU.device)).memory()
     assert second.saving == 0, "of what is not sharded only the main process keeps a copy"
 
@@ -112,7 +121,7 @@ def test_what_saving_copies_is_said_and_not_required(monkeypatch: pytest.MonkeyP
     assert line.startswith("Saving copies ") and line.endswith(" free")
     monkeypatch.setattr("engine.planning.advice.free_bytes", lambda device: state - 1)
     _, line = memory_lines(on_cuda, MemoryBudget(0, 1 << 50))
-    assert line.startswith("WARNING: Saving copies ") and "training will wait" in line
+    assert line.startswith("WARNING: Saving copies ") and "training waits" in line
 
 
 def test_where_weights_alone_do_not_fit_a_smaller_model_is_what_is_left() -> None:
