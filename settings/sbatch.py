@@ -12,7 +12,6 @@ import difflib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -203,6 +202,8 @@ exit "$code"
 
 def submit(script: str) -> str:
     """Gives the script to sbatch and returns its answer; raises ConfigError."""
+    import subprocess  # not above: every start of train.py would wait for it
+
     try:
         done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except OSError as error:
