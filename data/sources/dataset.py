@@ -107,6 +107,17 @@ def tokens_of_splits(tokens: Integers, held_out: Booleans) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Source:
+    """One of the datasets that a run reads rows from."""
+
+    name: str
+    """As in `dataset.mixture`; empty without a mixture."""
+    weight: float
+    """Its share of the rows is this over the sum of all weights; 0 or more."""
+    dataset: Dataset
+
+
 class Dataset(ABC):
     """Text and the tokenizer of its tokens; fixed once opened."""
 
@@ -141,6 +152,11 @@ class Dataset(ABC):
     @abstractmethod
     def difference(self, saved: dict[str, Any]) -> str:
         """Returns the first difference from the `details` of a dataset of the same kind."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The datasets of a mixture; of any other dataset itself alone, without a name."""
+        return (Source("", 1.0, self),)
 
     @property
     def vocab_size(self) -> int:
