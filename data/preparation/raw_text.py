@@ -92,7 +92,7 @@ def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
 
 
 def _plan_row_groups(path: Path, column: str) -> Iterator[Piece]:
-    for group, (rows, _, size, _) in enumerate(read_footer(str(path), column)[0].tolist()):
+    for group, (rows, _, size, *_) in enumerate(read_footer(str(path), column)[0].tolist()):
         # The limit bounds the work: each piece of a row group decodes the rows before its own too.
         count = max(1, min(-(-size // PIECE_BYTES), _MAX_PIECES_PER_GROUP, rows))
         for n in range(count):

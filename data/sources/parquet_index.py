@@ -30,8 +30,10 @@ from data.sources.dataset import check_file_unchanged
 log = logging.getLogger(__name__)
 
 REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
-GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls")  # nulls: -1 where not recorded
+# Of the text column in a row group: nulls is -1 where not recorded, start is where its bytes begin.
+GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls", "start")
 _PAGE_HEADER_BYTES = 32  # hold the first four fields
+_FOOTER_END_BYTES = 8  # length and magic number
 
 
 class File(NamedTuple):
@@ -49,6 +51,8 @@ class Footer(NamedTuple):
     """(row groups, GROUP_FIELDS)"""
     unprotected: bool
     """Whether pages have no checksum, so that a flipped bit in their text goes unnoticed."""
+    bytes: int
+    """The size of the footer with its length and magic number: the end of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,10 @@ class Index:
     """(row groups of all files, GROUP_FIELDS)"""
     unprotected: Booleans
     """Files without page checksums."""
+    footer_bytes: Integers
+    """The size of each file's footer, with its length and magic number."""
+    tags: tuple[str, ...] = ()
+    """What names the content of each remote file; empty for a local folder."""
 
     @property
     def group_file(self) -> Integers:
@@ -113,7 +121,7 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
     no such text column raises DataError too or, with `skip_bad`, is left out with a warning.
     """
     found = _find_files(root)
-    cache = cache_path("index", os.path.realpath(root), column)
+    cache = cache_path("index", os.path.realpath(root), column, " ".join(GROUP_FIELDS))
     # Of 10,000 unchanged files only the listing is left to do: 0.1 s.
     arrays = load_arrays(cache)
     files = [] if arrays is None else _cached_files(arrays)
@@ -132,6 +140,7 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
         arrays["counts"],
         arrays["groups"],
         arrays["unprotected"],
+        arrays["footer_bytes"],
     )
 
 
@@ -211,6 +220,7 @@ def _to_arrays(footers: dict[File, Footer]) -> dict[str, Any]:
         "counts": np.array([len(each.groups) for each in footers.values()], dtype=np.int64),
         "groups": np.concatenate([each.groups for each in footers.values()]),
         "unprotected": np.array([each.unprotected for each in footers.values()], dtype=np.bool_),
+        "footer_bytes": np.array([each.bytes for each in footers.values()], dtype=np.int64),
         "names": np.frombuffer(names, dtype=np.uint8),
     }
 
@@ -222,7 +232,7 @@ def _cached_files(arrays: dict[str, Any]) -> list[File]:
 
 def _cached_footers(arrays: dict[str, Any]) -> Iterator[Footer]:
     groups = np.split(arrays["groups"], np.cumsum(arrays["counts"])[:-1])
-    return map(Footer, groups, arrays["unprotected"].tolist())
+    return map(Footer, groups, arrays["unprotected"].tolist(), arrays["footer_bytes"].tolist())
 
 
 def read_footer(path: str, column: str) -> Footer:
@@ -238,14 +248,16 @@ def read_footer(path: str, column: str) -> Footer:
                 statistics = chunk.statistics
                 nulls = statistics.null_count if statistics and statistics.has_null_count else -1
                 sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
-                rows.append((row_group.num_rows, *sizes, nulls))
+                start = chunk.dictionary_page_offset or chunk.data_page_offset
+                rows.append((row_group.num_rows, *sizes, nulls, start))
                 # The first page stands for all: writers protect all pages of a file or none.
-                first_page = first_page or chunk.dictionary_page_offset or chunk.data_page_offset
+                first_page = first_page or start
             header = file.read_at(_PAGE_HEADER_BYTES, first_page) if first_page else b""
     except (OSError, pa.ArrowException) as error:
         raise DataError(_diagnose(path, error)) from None
     groups = np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
-    return Footer(groups, bool(header) and not _has_checksum(header))
+    unprotected = bool(header) and not _has_checksum(header)
+    return Footer(groups, unprotected, metadata.serialized_size + _FOOTER_END_BYTES)
 
 
 def _has_checksum(header: bytes) -> bool:

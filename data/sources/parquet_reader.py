@@ -61,7 +61,7 @@ class RowGroupReader:
         Raises OSError or pyarrow.ArrowException if pages cannot be read, and DataError if the file
         is gone or is not the one that was indexed.
         """
-        rows, _, size, _ = self._index.groups[group]
+        rows, _, size, *_ = self._index.groups[group]
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group].slice(first, count)

@@ -78,7 +78,7 @@ def made_up_index(rows: list[int], sizes: list[int]) -> Index:
     """One file with these row groups."""
     groups = np.array([(r, s, s, 0) for r, s in zip(rows, sizes, strict=True)], dtype=np.int64)
     one = np.ones(1, dtype=np.int64)
-    return Index("root", "text", ("a",), one, one, one * len(rows), groups, one == 0)
+    return Index("root", "text", ("a",), one, one, one * len(rows), groups, one == 0, one)
 
 
 def test_row_groups_are_cut_as_the_example_says(monkeypatch: pytest.MonkeyPatch) -> None:
