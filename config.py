@@ -19,10 +19,11 @@ from typing import Any, Literal, get_type_hints
 from settings.command_line import Arguments, parse_arguments
 from settings.constraints import FP8_MULTIPLE as FP8_MULTIPLE
 from settings.constraints import GPT2_NAMES as GPT2_NAMES
-from settings.constraints import RULES, derived_values, micro_step_tokens
+from settings.constraints import derived_values, micro_step_tokens
 from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
 from settings.constraints import warmup_steps as warmup_steps
+from settings.entries import entries_of
 from settings.errors import STOP_EXIT_CODES as STOP_EXIT_CODES
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
@@ -32,13 +33,14 @@ from settings.errors import NonFiniteError as NonFiniteError
 from settings.errors import Origin, Problem, raise_problems
 from settings.errors import UserError as UserError
 from settings.errors import WriteError as WriteError
-from settings.merge import Merged, entries_of, merge, read_layer
+from settings.merge import Merged, merge, read_layer
+from settings.mixture import source_datasets as source_datasets
 from settings.names import EXTRA_OPTIONS, WORDS, resolve
 from settings.render import dump, help_text
-from settings.rules import Rule, check_rules, model_option_rules, nearest_multiples
+from settings.rules import RULES, Rule, check_rules, model_option_rules, nearest_multiples
 from settings.rules import setting as setting
 from settings.sbatch import batch_script, submit
-from settings.schema import Form, Schema, Section, option, schema_of
+from settings.schema import REQUIRED, Form, Schema, Section, entry_values, option, schema_of
 from settings.sources import read_layers
 from settings.superseded import drop_superseded
 from settings.terminal import printable
@@ -55,6 +57,7 @@ DEFAULT_FILE_HEADER = (
     "A test keeps this file equal to config.py. To write it anew: python config.py > config.yaml",
 )
 MOST_MICRO_STEPS = 10**6  # per optimizer step and process
+PLAIN_WORD = Form("a word of letters, digits and _ . -", r"[A-Za-z0-9_.-]+")
 DEVICE = Form("auto | cpu | cuda | cuda:N | mps", r"auto|cpu|cuda(:[0-9]{1,4})?|mps")
 
 
@@ -210,6 +213,22 @@ class DataLoaderConfig(Section, section="dataloader", on_resume="free", effect="
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig(Section, section="dataset.mixture", on_resume="explicit", effect="text"):
+    """One text of dataset.mixture; null: as in section dataset."""
+
+    name: str = option(REQUIRED, "what metrics call this source", form=PLAIN_WORD)
+    weight: float = option(REQUIRED, "share of the tokens, relative", effect="results", ge=0)
+    parquet_dir: str | None = option(None, "folder of parquet files")
+    train_data_path: str | None = option(None, "or a token file")
+    val_data_path: str | None = option(None, "held-out token file; null: test_fraction")
+    token_dtype: Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"] | None = option(
+        None, "of .bin, .ids", effect="eval_rows"
+    )
+    text_column: str | None = option(None, "parquet column with the documents")
+    test_fraction: float | None = option(None, "fraction held out", ge=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="text"):
     """The text to train on."""
 
@@ -234,6 +253,7 @@ class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="te
     retry_seconds: float = option(
         120.0, "remote reads are tried again", on_resume="free", effect="none", ge=0, le=240
     )
+    mixture: tuple[SourceConfig, ...] = option((), "several texts, by weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +398,9 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the sections as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        values["dataset"]["mixture"] = [entry_values(source) for source in self.dataset.mixture]
+        return values
 
     def to_yaml(self, header: Sequence[str] = ()) -> str:
         """Returns every option with its meaning, below `header` lines; it reads back equal."""

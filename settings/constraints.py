@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
-from settings.rules import Rule, is_default, nearest_multiples
+from settings.mixture import source_datasets
+from settings.rules import is_default, nearest_multiples, only_with, rule
 
 FP8_MULTIPLE = 16  # both sides of an 8-bit matrix product are multiples of it
 TOKENIZER_SIZES = {"bytes": 256, "gpt2": 50257}  # of tokenizers that need no file
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-Complain = Callable[[Any], "str | None"]
-Condition = Callable[[Any], bool]
-RULES: list[Rule] = []
-"""Every rule below, in order."""
 
 
 def warmup_steps(c: Any, total: int | None = None) -> int:
@@ -42,7 +37,7 @@ def micro_step_tokens(c: Any, world_size: int) -> int:
 def token_paths(dataset: Any) -> tuple[str, str | None] | None:
     """Returns the token files of training and held-out text; None if the text is parquet.
 
-    Without a second file, a part of the first is held out.
+    Without a second file, a part of the first is held out. dataset: of one source.
     """
     if dataset.name is not None:
         folder = os.path.join("data", dataset.name)
@@ -53,9 +48,18 @@ def token_paths(dataset: Any) -> tuple[str, str | None] | None:
 
 
 def holds_out(dataset: Any) -> bool:
-    """Returns whether there is text to evaluate on."""
-    paths = token_paths(dataset)
-    return dataset.test_fraction > 0 or (paths is not None and paths[1] is not None)
+    """Returns whether there is text to evaluate on; of a mixture, in every source."""
+    return not _holding_none_out(dataset)
+
+
+def _holding_none_out(dataset: Any) -> list[str]:
+    """Returns the sources without text to evaluate on."""
+    sources = source_datasets(dataset).items()
+    return [
+        name
+        for name, source in sources
+        if source.test_fraction == 0 and (token_paths(source) or ("", None))[1] is None
+    ]
 
 
 def derived_values(c: Any) -> dict[str, dict[str, Any]]:
@@ -89,8 +93,9 @@ def _derive_model_name(c: Any) -> str:
 
 
 def _derive_tokenizer(c: Any) -> str:
-    """Token files tell their tokenizer; text needs one."""
-    if c.tokenizer.name != "auto" or token_paths(c.dataset) is not None:
+    """Token files tell their tokenizer, and that of other sources; text alone needs one."""
+    tokens = any(map(token_paths, source_datasets(c.dataset).values()))
+    if c.tokenizer.name != "auto" or tokens:
         return str(c.tokenizer.name)
     return "gpt2" if c.training.init_from in GPT2_NAMES else "bytes"
 
@@ -102,29 +107,6 @@ def _derive_vocab_size(c: Any, tokenizer: str) -> int | None:
         multiple = c.tokenizer.vocab_multiple
         return int(math.ceil(TOKENIZER_SIZES[tokenizer] / multiple) * multiple)
     return size
-
-
-def rule(*keys: str, gives_way: tuple[str, ...] = ()) -> Callable[[Complain], Complain]:
-    """Adds the decorated function to RULES as the rule between these options."""
-
-    def add(complain: Complain) -> Complain:
-        RULES.append(Rule(keys, complain, gives_way))
-        return complain
-
-    return add
-
-
-def only_with(key: str, other: str, text: str) -> Callable[[Condition], Condition]:
-    """Adds a rule: `key` keeps its default unless the decorated condition on `other` holds."""
-
-    def add(holds: Condition) -> Condition:
-        def complain(c: Any) -> str | None:
-            return None if is_default(c, key) or holds(c) else text
-
-        RULES.append(Rule((key, other), complain, gives_way=(key,)))
-        return holds
-
-    return add
 
 
 @rule("model.n_embd", "model.n_head")
@@ -284,19 +266,28 @@ def _step_is_whole_micro_steps(c: Any) -> str | None:
     return "{0} is not a multiple of {1} * {2}; " + nearest_multiples(tokens, micro_step)
 
 
+def _no_held_out(c: Any) -> str:
+    if not c.dataset.mixture:
+        return "{1} holds none out"
+    names = ", ".join(_holding_none_out(c.dataset))
+    return f"of dataset.mixture {names} holds none out (test_fraction: 0)"
+
+
 # Two rules for one need: their remedies differ.
 @rule("training.test_freq", "dataset.test_fraction")
 def _evaluations_need_held_out_text(c: Any) -> str | None:
     if c.training.test_freq is None or holds_out(c.dataset):
         return None
-    return "{0} evaluates on held-out text, but {1} holds none out; set training.test_freq to null"
+    return (
+        f"{{0}} evaluates on held-out text, but {_no_held_out(c)}; set training.test_freq to null"
+    )
 
 
 @rule("training.eval_only", "dataset.test_fraction")
 def _evaluating_once_needs_held_out_text(c: Any) -> str | None:
     if not c.training.eval_only or holds_out(c.dataset):
         return None
-    return "{0} evaluates on held-out text, but {1} holds none out"
+    return f"{{0}} evaluates on held-out text, but {_no_held_out(c)}"
 
 
 @rule("low_precision.residual_dtype", "low_precision.compute_dtype")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from settings.entries import change_entry, describe, read_list, read_value
 from settings.errors import Origin, Problem
 from settings.names import (
     IGNORED,
@@ -23,15 +24,7 @@ from settings.names import (
     resolve,
 )
 from settings.schema import Option, Schema
-from settings.values import (
-    RefusedError,
-    Scalar,
-    check_value,
-    expected,
-    read_scalar,
-    shown,
-    to_text,
-)
+from settings.values import RefusedError, Scalar, shown, to_text
 from settings.yaml_reader import Entry, Group, Items, PythonValue, Value
 
 
@@ -63,6 +56,7 @@ class Layer:
     notes: list[str] = field(default_factory=list)  # for the user
     refused: set[str] = field(default_factory=set)  # options given with a value that is not taken
     unsupported: list[Unsupported] = field(default_factory=list)
+    changes: list[tuple[Option, Entry]] = field(default_factory=list)  # of one entry of a list
     incomplete: bool = False  # a part of the file could not be read
     native: bool = True  # every name is the own name of one of our options
 
@@ -104,6 +98,16 @@ class Merged:
         self.given[key] = Given(value, origin, key)
         self.note(why)
 
+    def change(self, option: Option, change: Entry) -> None:
+        """Changes one option of one entry of a list that an earlier layer gives."""
+        entries = self.given[option.key].value if option.key in self.given else option.default
+        try:
+            value = change_entry(option, entries, change)
+            self.given[option.key] = Given(value, change.origin, option.key)
+        except RefusedError as error:
+            self.refused.add(option.key)
+            self.problems.append(Problem(change.origin, f"{change.key}: {error}"))
+
     def note(self, text: str) -> None:
         """Keeps a line for the user, once."""
         if text not in self.notes:
@@ -121,6 +125,8 @@ def merge(layers: Sequence[Layer]) -> Merged:
     for layer in layers:
         merged.given |= layer.given  # a later layer wins
         merged.problems += layer.problems
+        for option, change in layer.changes:
+            merged.change(option, change)
         merged.refused |= layer.refused
         merged.incomplete |= layer.incomplete
         merged.notes += [note for note in layer.notes if note not in merged.notes]
@@ -158,7 +164,7 @@ class _LayerReader:
             else:
                 raise RefusedError(
                     f"{entry.key}: expected a section ('option: value' lines below it), "
-                    f"got {_describe(entry.value)}"
+                    f"got {describe(entry.value)}"
                 )
         except RefusedError as error:
             self._add_problem(entry, str(error))
@@ -185,6 +191,9 @@ class _LayerReader:
             return
         if target.is_alias and not self._schema.extra.keys() & set(target.keys):
             self.layer.note(f"{entry.key} is read as {' and '.join(target.keys)}")
+        if target.in_entry:
+            self.layer.changes.append((self._schema.options[target.keys[0]], entry))
+            return
         for key, value in zip(target.keys, _split_list(target, entry), strict=True):
             part = Entry(entry.key, value, entry.origin)
             if key in UNSUPPORTED:
@@ -196,7 +205,12 @@ class _LayerReader:
         option = self._schema.find(key)
         assert option is not None
         try:
-            value = read_value(option, self._replace_word(option, entry.value))
+            if option.entry_options:
+                value, problems = read_list(option, entry)
+                self.layer.problems += problems
+                self.layer.refused |= {key} if problems else set()
+            else:
+                value = read_value(option, self._replace_word(option, entry.value))
         except RefusedError as error:
             self.layer.refused.add(key)
             known = (key, key.split(".")[1])
@@ -261,25 +275,6 @@ class _LayerReader:
         self.layer.problems.append(Problem(entry.origin, text))
 
 
-def entries_of(values: Mapping[Any, Any], origin: Origin) -> list[Entry]:
-    """Returns entries for nested Python values, such as the config in a checkpoint."""
-    entries = []
-    for key, value in values.items():
-        is_group = isinstance(value, Mapping)
-        child = Group(tuple(entries_of(value, origin))) if is_group else PythonValue(value)
-        entries.append(Entry(str(key), child, origin))
-    return entries
-
-
-def read_value(option: Option, value: Value) -> Any:
-    """Returns what a value as written means for an option; raises RefusedError."""
-    if isinstance(value, Scalar):
-        return read_scalar(option, value)
-    if isinstance(value, PythonValue):
-        return check_value(option, value.value)
-    raise RefusedError(f"expected {expected(option)}, got {_describe(value)}")
-
-
 def assignments(values: Mapping[str, Any]) -> str:
     """Returns 'a=1, b=false' for a message."""
     return ", ".join(f"{key}={to_text(value)}" for key, value in values.items())
@@ -296,14 +291,6 @@ def _split_list(target: Target, entry: Entry) -> tuple[Value, ...]:
     if not isinstance(value, Items) or len(value.values) != len(target.keys):
         raise RefusedError(
             f"{entry.key}: expected a list of {len(target.keys)} numbers "
-            f"({', '.join(target.keys)}), got {_describe(value)}"
+            f"({', '.join(target.keys)}), got {describe(value)}"
         )
     return value.values
-
-
-def _describe(value: Value) -> str:
-    if isinstance(value, Items):
-        return f"a list of {len(value.values)}"
-    if isinstance(value, Group):
-        return "a section"
-    return shown(value.text if isinstance(value, Scalar) else value.value)

@@ -135,6 +135,7 @@ class Target:
     """What a name stands for. Several keys: a list gives one value to each."""
 
     keys: tuple[str, ...] = ()
+    in_entry: bool = False  # one option of one entry of the list that `keys` names
     ignored: str = ""  # the reason why the name has no effect
     is_alias: bool = False
 
@@ -143,6 +144,9 @@ def resolve(schema: Schema, written: str) -> Target:
     """Returns the target of 'name' or 'section.name'; RefusedError with the nearest known name."""
     if written in schema.options:
         return Target((written,))
+    listed = schema.list_of(written)
+    if listed is not None:
+        return Target((listed.key,), in_entry=True)
     head, dot, name = written.partition(".")
     for ignored in (head, written):
         if ignored in IGNORED:
@@ -172,7 +176,7 @@ def refuse_unknown_section(schema: Schema, name: str) -> None:
         return
     if schema.named(name) or name in TARGETS:
         raise RefusedError(f"{name}: is an option, not a section; got a section")
-    near = _nearest(name, {section: section for section in schema.sections})
+    near = nearest(name, {section: section for section in schema.sections})
     raise RefusedError(
         f"{_short(name)}: unknown section. {near or 'Sections: ' + ', '.join(schema.sections)}"
     )
@@ -183,7 +187,7 @@ def guess(schema: Schema, word: str) -> str:
     hint = HINTS.get(word.lower().replace("-", "_"))
     known = {name: key for name, key in TARGETS.items() if key in schema.options}
     known |= {key.split(".")[1]: key for key in (*schema.extra, *schema.options)}
-    return hint or _nearest(word, known) or "See python train.py --help"
+    return hint or nearest(word, known) or "See python train.py --help"
 
 
 def _resolve_dotted(schema: Schema, full: str) -> Target:
@@ -202,7 +206,7 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
     for alias, key in TARGETS.items():
         if key.startswith(f"{section}.") and "." not in alias:
             inside[alias] = key.split(".")[1]
-    near = _nearest(name, inside) or guess(schema, name)
+    near = nearest(name, inside) or guess(schema, name)
     raise RefusedError(f"{_short(full)}: unknown option. {near}")
 
 
@@ -218,7 +222,7 @@ def _resolve_bare(schema: Schema, name: str) -> Target:
     raise RefusedError(f"{_short(name)}: unknown option. {guess(schema, name)}")
 
 
-def _nearest(name: str, candidates: dict[str, str]) -> str:
+def nearest(name: str, candidates: dict[str, str]) -> str:
     """Returns 'Did you mean x?' for the candidate nearest to `name`, or ''."""
     near = difflib.get_close_matches(name[:100].lower(), candidates, 1)
     return f"Did you mean {candidates[near[0]]}?" if near else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from settings.schema import Option, Schema, title
+from settings.schema import REQUIRED, Option, Schema, title
 from settings.terminal import printable
 from settings.values import to_text
 
@@ -47,17 +47,21 @@ def help_text(schema: Schema) -> str:
         lines.append(f"{section}: {title(section_class)}")
         for option in schema.in_section(section):
             lines += _option_lines(option)
+            for own in option.entry_options:
+                lines += _option_lines(own, "  . ")
         lines.append("")
     return "\n".join(lines)
 
 
-def _option_lines(option: Option) -> list[str]:
+def _option_lines(option: Option, margin: str = "  ") -> list[str]:
     """Returns name, default and meaning, with the type below where it does not fit."""
-    head = f"  {option.name:<{NAME_WIDTH}}{to_text(option.default):<{DEFAULT_WIDTH}}"
+    default = "required" if option.default is REQUIRED else to_text(option.default)
+    width = NAME_WIDTH + 2 - len(margin)
+    head = f"{margin}{option.name:<{width}}{default:<{DEFAULT_WIDTH}}"
     kind = f"({option.describe()})"
     if len(head) + len(option.doc) + 1 + len(kind) <= WIDTH:
         return [f"{head}{option.doc} {kind}"]
-    return [head + option.doc, " " * len(head) + kind]
+    return [head + option.doc, " " * min(len(head), WIDTH - len(kind)) + kind]
 
 
 def dump(
@@ -70,7 +74,10 @@ def dump(
             lines.append("")
         lines += [f"# {title(section_class)}", f"{section}:"]
         for option in schema.in_section(section):
-            setting = f"  {option.name}: {to_text(values[section][option.name])}"
+            value = values[section][option.name]
+            entries = value if option.entry_options else ()
+            setting = f"  {option.name}:" + ("" if entries else f" {to_text(value)}")
             meaning = f"{option.doc} ({option.describe()})"
             lines.append(f"{setting:<{VALUE_COLUMN}}  # {meaning}")
+            lines += [f"    - {to_text(entry)}" for entry in entries]
     return "\n".join(lines) + "\n"

@@ -29,6 +29,35 @@ class Rule:
         return text.format(*(setting(sections, key) for key in self.keys)) if text else ""
 
 
+Complain = Callable[[Any], "str | None"]
+Condition = Callable[[Any], bool]
+RULES: list[Rule] = []
+"""Every rule of `settings.constraints` and `settings.mixture`, in the order of their lines."""
+
+
+def rule(*keys: str, gives_way: tuple[str, ...] = ()) -> Callable[[Complain], Complain]:
+    """Adds the decorated function to RULES as the rule between these options."""
+
+    def add(complain: Complain) -> Complain:
+        RULES.append(Rule(keys, complain, gives_way))
+        return complain
+
+    return add
+
+
+def only_with(key: str, other: str, text: str) -> Callable[[Condition], Condition]:
+    """Adds a rule: `key` keeps its default unless the decorated condition on `other` holds."""
+
+    def add(holds: Condition) -> Condition:
+        def complain(c: Any) -> str | None:
+            return None if is_default(c, key) or holds(c) else text
+
+        RULES.append(Rule((key, other), complain, gives_way=(key,)))
+        return holds
+
+    return add
+
+
 def check_rules(
     rules: Iterable[Rule],
     sections: Any,

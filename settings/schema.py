@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import (
     Any,
@@ -23,6 +23,7 @@ from typing import (
 )
 
 LARGEST_INT = 2**63 - 1  # what torch and the checkpoint can hold
+REQUIRED: Any = MISSING  # the default of an option that every entry of a list has to give
 
 OnResume: TypeAlias = Literal["fixed", "explicit", "free", "split"]
 """What a resumed run may change.
@@ -84,7 +85,9 @@ class Option:
 
     section: str
     name: str
-    kind: type | None  # bool, int, float or str; None where only `choices` are allowed
+    kind: type | None
+    """bool, int, float or str; of a list, the dataclass of its entries; None where only `choices`
+    are allowed."""
     choices: tuple[str, ...]
     optional: bool  # null is allowed
     default: Any
@@ -101,8 +104,16 @@ class Option:
     def key(self) -> str:
         return f"{self.section}.{self.name}"
 
+    @property
+    def entry_options(self) -> tuple[Option, ...]:
+        """The options that each entry of a list has; () for an option with a single value."""
+        is_list = self.kind is not None and issubclass(self.kind, Section)
+        return section_options(self.kind) if is_list else ()
+
     def describe(self) -> str:
         """Returns type, range and unit in a few words, as `--help` and the dump show them."""
+        if self.entry_options:
+            return f"list of {{{', '.join(own.name for own in self.entry_options[:2])}, ...}}"
         words: dict[type | None, list[str]]
         words = {None: [], bool: ["bool"], int: ["int"], float: ["float"], str: ["text"]}
         kinds = [self.form.text] if self.form else words[self.kind]
@@ -121,8 +132,20 @@ class Schema:
     extra: Mapping[str, Option]  # options of other trainers, which no section has
 
     def find(self, key: str) -> Option | None:
-        """Returns the option called 'section.name', if there is one."""
+        """Returns the option called 'section.name', or 'section.list.entry.name' of an entry, if
+        there is one."""
+        listed = self.list_of(key)
+        if listed is not None:
+            name = key.rpartition(".")[2]
+            return next((own for own in listed.entry_options if own.name == name), None)
         return self.options.get(key) or self.extra.get(key)
+
+    def list_of(self, key: str) -> Option | None:
+        """Returns the list that 'section.list.entry.name' or 'list.entry.name' is of, if any."""
+        for option in self.options.values() if key.count(".") > 1 else ():
+            if option.entry_options and key.startswith((f"{option.key}.", f"{option.name}.")):
+                return option
+        return None
 
     def in_section(self, section: str) -> list[Option]:
         """Returns the options of one section."""
@@ -199,6 +222,11 @@ def default_of(section: Any, name: str) -> Any:
     return next(item.default for item in fields(section) if item.name == name)
 
 
+def entry_values(entry: Any) -> dict[str, Any]:
+    """Returns an entry of a list as a dict, without the options that it leaves out."""
+    return {name: value for name, value in asdict(entry).items() if value is not None}
+
+
 def title(section_class: type[Any]) -> str:
     """Returns the first line of a section's docstring."""
     return (section_class.__doc__ or "").strip().splitlines()[0]
@@ -211,6 +239,8 @@ def extra_option(key: str, takes: Any, **limits: float) -> Option:
 
 
 def _read_hint(hint: Any) -> tuple[type | None, tuple[str, ...], bool]:
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], (), False
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = tuple(c for part in parts if get_origin(part) is Literal for c in get_args(part))
     kinds = [part for part in parts if part in (bool, int, float, str)]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from settings.schema import LARGEST_INT, Option
+from settings.schema import LARGEST_INT, REQUIRED, Option, Section, entry_values
 from settings.terminal import is_control
 
 NULL_WORDS = {"", "~", "null", "none"}
@@ -70,6 +71,8 @@ def read_scalar(option: Option, scalar: Scalar) -> Any:
 
 def check_value(option: Option, value: Any) -> Any:
     """Returns `value` in the option's type: 1 becomes 1.0 for a float. Raises RefusedError."""
+    if option.entry_options:
+        return _check_entries(option, value)
     if value is None:
         if option.optional:
             return None
@@ -88,8 +91,25 @@ def check_value(option: Option, value: Any) -> Any:
     return value
 
 
+def _check_entries(option: Option, entries: Any) -> Any:
+    """Returns the entries of a list; raises RefusedError."""
+    for entry in entries if isinstance(entries, tuple) else [entries]:
+        if type(entry) is not option.kind:
+            kind = option.kind.__name__ if option.kind else ""
+            raise RefusedError(f"expected a tuple of {kind}, got {shown(entry)}")
+        for own in option.entry_options:
+            try:
+                check_value(own, getattr(entry, own.name))
+            except RefusedError as error:
+                raise RefusedError(f"{own.name}: {error}") from None
+    return entries
+
+
 def expected(option: Option) -> str:
     """Returns what the option takes, for a message: 'a whole number', 'one of error, skip'."""
+    if option.entry_options:
+        keys = ", ".join(own.name for own in option.entry_options)
+        return f"a list of entries with the keys {keys}"
     words = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
     allowed = [*(words[option.kind] if option.kind else []), *option.choices]
     if len(allowed) == 1:
@@ -118,6 +138,12 @@ def to_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return _float_text(value)
+    if isinstance(value, Section):
+        value = entry_values(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {to_text(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(to_text, value)) + "]"
     if isinstance(value, str):
         # Only what no YAML reader takes for a date, a number or a boolean stays unquoted.
         plain = _PLAIN_TEXT.fullmatch(value) and value.lower() not in _WORDS | {"y", "n"}
@@ -176,6 +202,8 @@ def _check_text(option: Option, value: str) -> None:
 
 
 def _default(option: Option) -> str:
+    if option.default is REQUIRED:
+        return "It has no default"
     return f"The default is {to_text(option.default)}"
 
 

@@ -22,6 +22,7 @@ from config import (
     DatasetConfig,
     ModelConfig,
     ScheduleConfig,
+    SourceConfig,
     TokenizerConfig,
     TrainingConfig,
     accumulation_steps,
@@ -134,6 +135,25 @@ dataset.name=owt dataset.train_data_path=a.bin
 dataset.val_data_path=a.bin
     dataset.val_data_path=a.bin needs a token file to train on, but
     dataset.train_data_path=null.
+dataset.mixture=[{"name":"a","weight":1}]
+    dataset.mixture: source a names no text; set parquet_dir or train_data_path.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x","train_data_path":"y"}]
+    dataset.mixture: source a names two texts, parquet_dir and train_data_path; set one.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x","val_data_path":"y"}]
+    dataset.mixture: source a has val_data_path, which goes with train_data_path; set both.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"},{"name":"a","weight":1,"parquet_dir":"y"}]
+    dataset.mixture: two sources have the name a.
+dataset.mixture=[{"name":"a","weight":0,"parquet_dir":"x"}]
+    dataset.mixture: all weights are 0; one must be larger.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}] dataset.parquet_dir=z
+    dataset.parquet_dir=z is a text beside those of dataset.mixture; make it a source, or set one.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}] dataset.train_data_path=z
+    dataset.train_data_path=z is a text beside those of dataset.mixture; make it a source, or set
+    one.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}] dataset.name=z
+    dataset.name=z is a text beside those of dataset.mixture; make it a source, or set one.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}] training.epochs=2
+    training.epochs=2 counts passes over one text, and dataset.mixture has several; set max_iters.
 low_precision.residual_dtype=bfloat16
     low_precision.residual_dtype=bfloat16 is an option of gpt and llama, but model.name=bdh.
 low_precision.residual_dtype=bfloat16 low_precision.compute_dtype=float32 model.name=gpt
@@ -240,6 +260,10 @@ def sections(words: str) -> dict[str, dict[str, Any]]:
 
 
 def made(values: dict[str, dict[str, Any]]) -> Config:
+    values = {name: dict(options) for name, options in values.items()}
+    sources = values.get("dataset", {}).get("mixture", [])
+    if sources:
+        values["dataset"]["mixture"] = tuple(SourceConfig(**source) for source in sources)
     return Config(**{name: SECTIONS[name](**options) for name, options in values.items()})
 
 
@@ -289,6 +313,14 @@ LEFT_OUT = [  # what is said, what follows
     ("dataset.train_data_path=x", "tokenizer.name=auto model.vocab_size=null"),
     ("tokenizer.name=gpt2", "model.vocab_size=null"),
     ("tokenizer.name=gpt2 model.vocab_size=50304", "model.vocab_size=50304"),
+    (
+        'dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}]',
+        "tokenizer.name=bytes model.vocab_size=256",
+    ),
+    (
+        'dataset.mixture=[{"name":"a","weight":1,"train_data_path":"x"}]',
+        "tokenizer.name=auto model.vocab_size=null",
+    ),
     ("training.init_from=gpt2-xl", "model.name=gpt tokenizer.name=gpt2 model.vocab_size=null"),
     (
         "training.init_from=gpt2 dataset.name=x",
@@ -411,6 +443,9 @@ def test_to_bdh_config_gives_the_shape_of_the_model() -> None:
 def value_of(option: Option) -> st.SearchStrategy[Any]:
     """Draw any value that the option takes on its own."""
     limits = option.limits
+    if option.entry_options:
+        entry = {own.name: value_of(own) for own in option.entry_options}
+        return st.lists(st.fixed_dictionaries(entry), max_size=2)
     kinds: list[st.SearchStrategy[Any]] = []
     if option.kind is int:
         low = int(limits.ge or 0)

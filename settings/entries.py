@@ -1,0 +1,117 @@
+"""Reads a value as it was written: a single one, or a list whose entries have options of their own.
+
+The entries of a list are known by their name, so that an override can change one option of one of
+them: `mixture.web.weight=0.5`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from settings.errors import Origin, Problem
+from settings.names import nearest
+from settings.schema import REQUIRED, Option
+from settings.values import RefusedError, Scalar, check_value, expected, read_scalar, shown
+from settings.yaml_reader import Entry, Group, Items, PythonValue, Value
+
+
+def entries_of(values: Mapping[Any, Any], origin: Origin) -> list[Entry]:
+    """Returns entries for nested Python values, such as the config in a checkpoint."""
+    return [Entry(str(key), _value_of(value, origin), origin) for key, value in values.items()]
+
+
+def _value_of(value: Any, origin: Origin) -> Value:
+    if isinstance(value, Mapping):
+        return Group(tuple(entries_of(value, origin)))
+    if isinstance(value, (list, tuple)):
+        return Items(tuple(_value_of(each, origin) for each in value))
+    return PythonValue(value)
+
+
+def read_value(option: Option, value: Value) -> Any:
+    """Returns what a value as written means for an option; raises RefusedError."""
+    if isinstance(value, Scalar):
+        return read_scalar(option, value)
+    if isinstance(value, PythonValue):
+        return check_value(option, value.value)
+    raise RefusedError(f"expected {expected(option)}, got {describe(value)}")
+
+
+def describe(value: Value) -> str:
+    """Returns a value for a message, a list or a section in words."""
+    if isinstance(value, Items):
+        return f"a list of {len(value.values)}"
+    if isinstance(value, Group):
+        return "a section"
+    return shown(value.text if isinstance(value, Scalar) else value.value)
+
+
+def read_list(option: Option, given: Entry) -> tuple[tuple[Any, ...], list[Problem]]:
+    """Returns the entries of a list and what is wrong in them, each at its line; raises
+    RefusedError for what is no list of `key: value` pairs."""
+    if isinstance(given.value, Scalar) and given.value.text in ("[]", "null"):
+        return (), []
+    if not isinstance(given.value, Items):
+        raise RefusedError(f"expected {expected(option)}, got {describe(given.value)}")
+    assert option.kind is not None
+    made, problems = [], list[Problem]()
+    for number, item in enumerate(given.value.values, start=1):
+        place = f"{option.key}: entry {number}"
+        if not isinstance(item, Group):
+            raise RefusedError(f"entry {number}: expected key: value pairs, got {describe(item)}")
+        origin = item.entries[0].origin if item.entries else given.origin
+        values = dict[str, Any]()
+        found = [*_read_entry(option, item, values), *_missing(option, item, origin)]
+        problems += [Problem(each.origin, f"{place}: {each.text}") for each in found]
+        made += [] if found else [option.kind(**values)]
+    return tuple(made), problems
+
+
+def _read_entry(option: Option, item: Group, values: dict[str, Any]) -> Iterator[Problem]:
+    """Fills in the values of one entry; yields what cannot be taken."""
+    seen = dict[str, Entry]()
+    for child in item.entries:
+        first = seen.setdefault(child.key, child)
+        try:
+            own = entry_option(option, child.key)
+            if first is not child:
+                raise RefusedError(f"given twice (first at line {first.origin.line}). Keep one")
+            values[child.key] = read_value(own, child.value)
+        except RefusedError as error:
+            yield Problem(child.origin, f"{child.key}: {error}")
+
+
+def _missing(option: Option, item: Group, origin: Origin) -> Iterator[Problem]:
+    given = {child.key for child in item.entries}
+    for own in option.entry_options:
+        if own.default is REQUIRED and own.name not in given:
+            yield Problem(origin, f"{own.name} is missing ({own.doc})")
+
+
+def entry_option(option: Option, name: str) -> Option:
+    """Returns an option of the entries of a list; RefusedError with the nearest known name."""
+    known = {own.name: own for own in option.entry_options}
+    if name not in known:
+        near = nearest(name, {own: own for own in known}) or f"Keys: {', '.join(known)}"
+        raise RefusedError(f"unknown key. {near}")
+    return known[name]
+
+
+def change_entry(option: Option, entries: Iterable[Any], change: Entry) -> tuple[Any, ...]:
+    """Returns the entries with one option of one of them changed, as `mixture.web.weight` names it;
+    raises RefusedError."""
+    name, _, key = change.key.removeprefix(f"{option.section}.").partition(".")[2].rpartition(".")
+    value = read_value(entry_option(option, key), change.value)
+    entries = tuple(entries)
+    # A shell's option may be written with dashes or underscores alike.
+    chosen = [each for each in entries if _shell_name(each.name) == _shell_name(name)]
+    if not chosen:
+        known = ", ".join(each.name for each in entries) or "none"
+        raise RefusedError(f"no entry is named {shown(name)}. Entries: {known}")
+    return tuple(replace(each, **{key: value}) if each in chosen else each for each in entries)
+
+
+def _shell_name(name: str) -> str:
+    return name.replace("-", "_")
