@@ -242,7 +242,7 @@ class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="te
     max_cached_files: int = option(
         5, "open files, per worker", on_resume="free", effect="results", ge=1
     )
-    text_column: str = option("text", "parquet column with the documents")
+    text_column: str = option("auto", "parquet column of the text; auto: a usual name")
     test_fraction: float = option(0.05, "fraction held out for evaluation", ge=0, lt=1)
     on_bad_shard: Literal["error", "skip"] = option(
         "error", "unreadable file: stop or leave it out", effect="results"

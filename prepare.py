@@ -6,11 +6,11 @@
     python prepare.py SOURCE train.ids --tokenizer gpt2    # all tokens in one file
     python prepare.py train-tokenizer SOURCE OUT.json --vocab-size 10000
 
-SOURCE is a text file of any ending, .jsonl or .parquet: a file, a folder of them, a URL or (--urls)
-a list of URLs. If a folder holds .txt, .jsonl or .parquet files, only those are taken. For parquet,
-a text file longer than 16 KiB is cut at line ends, so that it can be shuffled and split; a .jsonl
-line or a parquet row is one document. If writing token files is interrupted, the same command
-continues.
+SOURCE is a text file of any ending, .jsonl or .parquet, also compressed (.gz, .zst, .bz2): a file,
+a folder of them, a URL or (--urls) a list of URLs. If a folder holds .txt, .jsonl or .parquet
+files, only those are taken. For parquet, a text file longer than 16 KiB is cut at line ends, so
+that it can be shuffled and split; a .jsonl line or a parquet row is one document. If writing token
+files is interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from data.preparation.errors import writing
 from data.preparation.next_command import train_on_parquet, train_on_tokens
 from data.preparation.parquet_writer import Document, write_folder
 from data.preparation.progress import ProgressLine
-from data.preparation.raw_text import file_size, read_documents
+from data.preparation.raw_text import file_size, find_text_column, read_documents
 from data.preparation.source_files import is_corpus, local_files
 from data.preparation.token_writer import FORMATS, Counts, TokenOutput
 from data.sources.meta import read_meta_file, write_json
+from data.sources.text_column import AUTO, USUAL_NAMES
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.build import build_tokenizer
@@ -50,6 +51,10 @@ _MIN_VOCAB_SIZE = 257  # 256 bytes and the separator
 _SOURCE = (
     "python-stdlib (the library of this Python), a text, .jsonl or .parquet file, a folder of such "
     "files, or the URL of one"
+)
+_COLUMN = (
+    "key or column of the text in .jsonl and .parquet (default: auto, the only one of strings, or "
+    f"one named {', '.join(USUAL_NAMES)})"
 )
 
 
@@ -78,8 +83,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("source", metavar="SOURCE", help=_SOURCE)
     out = "the folder to write; with --tokenizer also one file ending in " + ", ".join(FORMATS)
     add("out", metavar="OUT", type=Path, help=out)
-    column = "key or column of the text in .jsonl and .parquet (default: text)"
-    add("--text-column", default="text", metavar="NAME", help=column)
+    add("--text-column", default=AUTO, metavar="NAME", help=_COLUMN)
     add("--urls", action="store_true", help="SOURCE is a text file with one URL per line")
     add("--overwrite", action="store_true", help="replace what OUT holds of an earlier conversion")
     tokens = parser.add_argument_group("token files")
@@ -153,7 +157,7 @@ def read_tokenizer_arguments(argv: list[str]) -> argparse.Namespace:
     size = "tokens (default: 10000), of which 256 are the bytes and one ends documents"
     count = number_type(int, 1)
     add("--vocab-size", type=count, default=10_000, metavar="N", help=size)
-    add("--text-column", default="text", metavar="NAME", help="key or column of the text")
+    add("--text-column", default=AUTO, metavar="NAME", help=_COLUMN)
     add("--overwrite", action="store_true", help="replace OUT.json")
     args = parser.parse_args(argv)
     if args.out.suffix != ".json":
@@ -170,16 +174,27 @@ def write_parquet(args: argparse.Namespace) -> None:
     if is_corpus(args.source):
         written = stdlib_corpus.build(args.out, args.overwrite)
     else:
-        files = local_files(args.source, args.urls, _hidden_beside(args.out))
+        folder = _hidden_beside(args.out)
+        files = local_files(args.source, args.urls, folder)
         size = sum(map(file_size, files))
         file_bytes = min(max(size // _N_PARQUET_FILES, _MIN_FILE_BYTES), _MAX_FILE_BYTES)
-        documents = _named_documents(files, args.text_column)
+        documents = _named_documents(files, _text_column(args, files))
         written = write_folder(documents, args.out, file_bytes, args.overwrite)
+        _print_kept(folder)
     print(
         f"Wrote {written.documents} documents, {written.bytes / 1e6:.1f} MB of text, in "
         f"{written.files} files to {args.out} ({written.seconds:.1f} s)\n"
         f"Next: {train_on_parquet(args.out, written.bytes)}"
     )
+
+
+def _text_column(args: argparse.Namespace, files: Sequence[Path]) -> str:
+    """Returns the key or column of the text; says which one was found for `auto`."""
+    column: str = args.text_column
+    found = find_text_column(files) if column == AUTO else None
+    if found is not None:
+        print(f"Text column: {found}")
+    return found or column
 
 
 def _named_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
@@ -193,6 +208,11 @@ def _hidden_beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.download")
 
 
+def _print_kept(folder: Path) -> None:
+    if folder.exists():
+        print(f"The source is kept in {folder}; delete it if you no longer need it")
+
+
 def write_tokens(args: argparse.Namespace) -> None:
     """Writes token files and their description."""
     start = time.monotonic()
@@ -200,10 +220,11 @@ def write_tokens(args: argparse.Namespace) -> None:
     folder = _hidden_beside(args.out) if output.is_single else args.out / ".download"
     tokenizer = None if args.tokenizer == "char" else _load_tokenizer(args.tokenizer)
     try:
+        files = local_files(args.source, args.urls, folder)
         job = Job(
-            files=local_files(args.source, args.urls, folder),
+            files=files,
             output=output,
-            column=args.text_column,
+            column=_text_column(args, files),
             tokenizer=tokenizer,
             dtype=None if args.dtype in (None, "auto") else np.dtype(args.dtype),
             val_fraction=_val_fraction(args),
@@ -217,8 +238,7 @@ def write_tokens(args: argparse.Namespace) -> None:
             print(f"\nStopped. The same command continues from {kept[0]}", file=sys.stderr)
         raise
     _report(output, counts, time.monotonic() - start)
-    if folder.exists():
-        print(f"The downloaded source is kept in {folder}; delete it if you no longer need it")
+    _print_kept(folder)
     print(f"Next: {train_on_tokens(output, counts.train + counts.val)}")
 
 
@@ -279,7 +299,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     start = time.monotonic()
     files = local_files(args.source, False, _hidden_beside(args.out))
     sample: list[str] = []
-    texts = _sampled(files, args.text_column, sample)
+    texts = _sampled(files, _text_column(args, files), sample)
     tokenizer = train_bpe(str(args.out), texts, args.vocab_size)
     if not sample:
         raise DataError("no text found in the source: nothing was written")

@@ -77,17 +77,16 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def texts_differ(runs: Sequence[Run]) -> bool:
     """Returns whether runs were evaluated on different text: by their options or, if they share a
     tokenizer, by the fingerprints of their data, which are taken of tokens."""
-    configs = [run.config for run in runs if run.config]
-    keys = options_with_effect("text")
-    options = {tuple(config.get(key) for key in keys) for config in configs}
+    configs = [_own_options(run.config) for run in runs if run.config]
+    options = _differing_rows(configs, options_with_effect("text"))
     tokenizers = {config.get("tokenizer.name") for config in configs}
     fingerprints = {_fingerprint(run, as_dict(run.environment.get("data"))) for run in runs} - {""}
-    return len(options) > 1 or (len(tokenizers) == 1 and len(fingerprints) > 1)
+    return bool(options) or (len(tokenizers) == 1 and len(fingerprints) > 1)
 
 
 def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
     known = schema().options
-    configs = [_of_own_model(run.config) for run in runs]
+    configs = [_own_options(run.config) for run in runs]
     rows = _differing_rows(configs, known)
     for key in sorted({key for run in runs for key in run.config} - known.keys()):
         row = [config.get(key, MISSING) for config in configs]
@@ -99,13 +98,18 @@ def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return rows
 
 
-def _of_own_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without the options of other models, which keep their defaults."""
+def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config without the options of other models, which keep their defaults, and without
+    a text column that is `auto` still, as a run that reads token files leaves it."""
     own = config.get("model.name")
     others = {
-        k for k, option in schema().options.items() if option.models and own not in option.models
+        key
+        for key, option in schema().options.items()
+        if own is not None and option.models and own not in option.models
     }
-    return {key: value for key, value in config.items() if own is None or key not in others}
+    if config.get("dataset.text_column") == "auto":
+        others.add("dataset.text_column")
+    return {key: value for key, value in config.items() if key not in others}
 
 
 def _differing_rows(

@@ -19,6 +19,7 @@ from typing import Any
 from config import DataError
 from data.preparation.errors import read_error, writing
 from data.sources.meta import write_json
+from data.sources.prepare_command import uncompressed_name
 from files.atomic import durable_rename
 
 _ATTEMPTS = 5
@@ -26,7 +27,7 @@ FIRST_PAUSE_S = 1.0
 """Before the second attempt; it doubles with each further one."""
 _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 1 << 18
-_ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z", ".rar", ".pdf")
+_ARCHIVES = (".tgz", ".zip", ".xz", ".tar", ".7z", ".rar", ".pdf")
 _RETRIED = {408, 416, 425, 429}  # besides 500 and above
 
 
@@ -61,7 +62,7 @@ def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
     paths = []
     for number, url in enumerate(urls):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-        if name.lower().endswith(_ARCHIVES):
+        if uncompressed_name(name.lower()).endswith(_ARCHIVES):
             raise DataError(f"{url}: an archive, not text; download and unpack it, give the file")
         paths.append(folder / f"{number:05d}-{name}")
     return paths

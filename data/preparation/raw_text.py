@@ -13,18 +13,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import DataError
 from data.preparation.errors import read_error
-from data.sources.parquet_index import read_footer
+from data.sources.parquet_index import read_footer, text_column
+from data.sources.text_column import choose_column
 from data.tokenizers.base import Tokenizer
 
 _JSON_ENDINGS, _PARQUET_ENDING = (".jsonl", ".ndjson", ".json"), ".parquet"
-ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
-"""Files with these are taken from a folder that holds others too."""
 PIECE_BYTES = 1 << 20
 _DOCUMENT_BYTES = 1 << 14
 _MAX_PIECES_PER_GROUP = 16
@@ -75,6 +75,23 @@ def check_readable(path: Path) -> None:
             "(iconv -f LATIN1 -t UTF-8 FILE), name files of records .jsonl or .parquet; token "
             "files are used as they are: python train.py train_data_path=FILE"
         )
+
+
+def find_text_column(files: Sequence[Path]) -> str | None:
+    """Returns the column or key of the text in the first file of records; None if there is none.
+
+    Raises DataError if several could be meant.
+    """
+    for path in files:
+        if path.suffix.lower() == _PARQUET_ENDING:
+            return text_column(str(path))
+        if not is_text(path):
+            first = next(_json_records(path, 0, file_size(path)), None)
+            if first is not None:
+                record = first[1]
+                strings = [key for key, value in record.items() if isinstance(value, str)]
+                return choose_column(list(record), strings, str(path))
+    return None
 
 
 def plan_pieces(files: Sequence[Path], column: str) -> list[Piece]:
@@ -182,6 +199,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path, key: str, first: int, last: int) -> Iterator[str]:
     """Yields the texts of the lines that begin in bytes [first, last)."""
+    for at, record in _json_records(path, first, last):
+        yield _json_text(record, key, path, at)
+
+
+def _json_records(path: Path, first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the records of the lines that begin in bytes [first, last), each after its byte."""
     try:
         with path.open("rb") as file:
             # From one byte earlier: the line end there shows that a line begins at `first`.
@@ -192,23 +215,31 @@ def _json_lines(path: Path, key: str, first: int, last: int) -> Iterator[str]:
                 if at >= last:
                     return
                 if line.strip():
-                    yield _json_text(line, key, path, at)
+                    yield at, _json_record(line, path, at)
                 at += len(line)
     except OSError as error:
         raise read_error(path, error) from None
 
 
-def _json_text(line: bytes, key: str, path: Path, at: int) -> str:
-    """Returns the text of one record, whose line begins at byte `at`."""
+def _json_record(line: bytes, path: Path, at: int) -> dict[str, Any]:
+    """Returns the record of a line that begins at byte `at`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{_line_name(path, at)}: not JSON ({error}); every line is one record"
         ) from None
-    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise DataError(f"{_line_name(path, at)}: {kind}, not an object; every line is one record")
+    return record
+
+
+def _json_text(record: dict[str, Any], key: str, path: Path, at: int) -> str:
+    """Returns the text of the record whose line begins at byte `at`."""
+    text = record.get(key)
     if not isinstance(text, str):
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        keys = ", ".join(record)
         raise DataError(
             f"{_line_name(path, at)}: no string '{key}'; found: {keys}. Use --text-column NAME"
         )

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import pyarrow as pa
 
 from config import DataError
 from data.preparation import stdlib_corpus
 from data.preparation.download import download, is_url, local_paths, read_url_list
 from data.preparation.errors import writing
 from data.preparation.progress import ProgressLine
-from data.preparation.raw_text import ENDINGS, check_readable, find_non_text, is_text
+from data.preparation.raw_text import check_readable, file_size, find_non_text, is_text
+from data.sources.prepare_command import COMPRESSIONS, is_prepared, uncompressed_name
+from files.atomic import durable_rename
+
+_BLOCK_BYTES = 1 << 20
 
 
 def is_corpus(source: str) -> bool:
@@ -22,7 +28,16 @@ def is_corpus(source: str) -> bool:
 
 
 def local_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
-    """Returns the files to read; what must be downloaded or built goes to `folder` and stays."""
+    """Returns the files to read; what must be downloaded, built or unpacked goes to `folder` and
+    stays."""
+    files = _found_files(source, is_url_list, folder)
+    paths = [_unpacked(path, folder, number) for number, path in enumerate(files)]
+    for path in paths:
+        check_readable(path)
+    return paths
+
+
+def _found_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
     if is_corpus(source):
         corpus = folder / stdlib_corpus.NAME
         if not corpus.exists():
@@ -46,24 +61,57 @@ def _download_all(urls: Sequence[str], folder: Path) -> list[Path]:
             line.show(done, total)
         if line:
             line.end()
-        check_readable(path)
     return paths
+
+
+def _unpacked(path: Path, folder: Path, number: int) -> Path:
+    """Returns the file or, of a compressed one, its content in a file in `folder`."""
+    name = uncompressed_name(path.name)
+    if name == path.name:
+        return path
+    size, mtime_ns = file_size(path), path.stat().st_mtime_ns
+    target = folder / f"unpacked-{number:05d}-{name}"
+    # It carries the time of the source: another version of that is unpacked again.
+    if target.exists() and target.stat().st_mtime_ns == mtime_ns:
+        return target
+    line, part = ProgressLine(f"unpack {path.name}"), target.with_name(f"{target.name}.part")
+    with writing(part):
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as out:
+            for block, done in _uncompressed_blocks(path):
+                out.write(block)
+                line.show(done, size)
+        os.utime(part, ns=(mtime_ns, mtime_ns))
+        durable_rename(part, target)
+    line.end()
+    return target
+
+
+def _uncompressed_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yields the content of a compressed file in blocks, each with the bytes read for it so far."""
+    codec = COMPRESSIONS[path.suffix.lower()]
+    try:
+        with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, codec) as content:
+            while block := content.read(_BLOCK_BYTES):
+                yield block, packed.tell()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: no whole {codec} file ({error}). Download it again.") from None
 
 
 def list_files(source: Path) -> list[Path]:
     """Returns a text file, or those of a folder in bytewise order of their paths.
 
-    Hidden files are skipped. If a folder has files with the endings of `ENDINGS`, the others are
+    Hidden files are skipped. If a folder has files that `is_prepared` names, the others are
     skipped, and their endings are printed.
     """
     if source.is_file():
-        check_readable(source)
         return [source]
     if not source.is_dir():
         raise DataError(f"SOURCE '{source}': not found (working directory: {os.getcwd()})")
     found = [path for path in source.rglob("*") if _is_visible(path, source) and path.is_file()]
-    files = [path for path in found if path.suffix.lower() in ENDINGS]
+    files = [path for path in found if is_prepared(path.name)]
     files = files or [path for path in found if is_text(path) and find_non_text(path) is None]
+    files = files or [path for path in found if path.suffix.lower() == ".json"]
     skipped = Counter(path.suffix for path in set(found).difference(files))
     kinds = ", ".join(f"{count} *{ending}" for ending, count in skipped.most_common(5))
     if not files:

@@ -26,6 +26,8 @@ from config import DataError
 from data.loading.order import Booleans, Integers
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.dataset import check_file_unchanged
+from data.sources.prepare_command import prepare_remedy
+from data.sources.text_column import AUTO, USUAL_NAMES, column_number, find_column
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +120,12 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
 
     Files are sorted by the bytes of their relative path; names that start with '.' or '_' are
     passed over. Raises DataError for a missing or empty folder. A file that is not readable or has
-    no such text column raises DataError too or, with `skip_bad`, is left out with a warning.
+    no such text column raises DataError too or, with `skip_bad`, is left out with a warning. The
+    column `auto` is that of the first file that can be read.
     """
-    found = _find_files(root)
+    found = _find_files(root, column)
+    if column == AUTO:
+        column = _find_column(root, found, skip_bad)
     cache = cache_path("index", os.path.realpath(root), column, " ".join(GROUP_FIELDS))
     # Of 10,000 unchanged files only the listing is left to do: 0.1 s.
     arrays = load_arrays(cache)
@@ -144,10 +149,14 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
     )
 
 
-def _find_files(root: str) -> list[File]:
-    """Returns every parquet file, in bytewise order."""
+def _find_files(root: str, column: str) -> list[File]:
+    """Returns every parquet file, in bytewise order. `column` is that of the text, for a message
+    about text that is not parquet."""
     if not os.path.isdir(root):
         if os.path.exists(root):
+            if not root.endswith(".parquet"):
+                remedy = prepare_remedy(root, column)
+                raise DataError(f"dataset.parquet_dir '{root}' is no folder of parquet. {remedy}")
             parent = os.path.dirname(root) or "."
             raise DataError(f"dataset.parquet_dir '{root}' is a file; give its folder: {parent}")
         raise DataError(
@@ -162,9 +171,10 @@ def _find_files(root: str) -> list[File]:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     if not found:
         listed = ", ".join(f"{count} *{ending}" for ending, count in others.most_common(5))
+        remedy = prepare_remedy(root, column) if listed else "Correct the path."
         raise DataError(
             f"dataset.parquet_dir '{root}' holds no *.parquet (found {listed or 'nothing'}). "
-            f"Convert text with: python prepare.py {root} OUT"
+            f"{remedy}"
         )
     return sorted(found, key=lambda file: os.fsencode(file.path))
 
@@ -189,6 +199,17 @@ def _list_folder(
                 found.append(File(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
             else:
                 others[ending] += 1
+
+
+def _find_column(root: str, found: list[File], skip_bad: bool) -> str:
+    """Returns the text column of the first file; with `skip_bad`, of the first readable one."""
+    for file in found:
+        try:
+            return text_column(os.path.join(root, file.path))
+        except DataError:
+            if not skip_bad:
+                raise
+    return USUAL_NAMES[0]  # no file is readable: `_read_footers` says why
 
 
 def _read_footers(
@@ -235,12 +256,21 @@ def _cached_footers(arrays: dict[str, Any]) -> Iterator[Footer]:
     return map(Footer, groups, arrays["unprotected"].tolist(), arrays["footer_bytes"].tolist())
 
 
+def text_column(path: str) -> str:
+    """Returns the column of a file that holds the text; raises DataError if none is known to."""
+    try:
+        with pa.OSFile(path) as file:
+            return find_column(pq.read_metadata(file), path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(_diagnose(path, error)) from None
+
+
 def read_footer(path: str, column: str) -> Footer:
     """Reads the footer of one file; raises DataError, which says why it cannot be read."""
     try:
         with pa.OSFile(path) as file:  # given a path, Arrow would look for its file system: 15 us
             metadata = pq.read_metadata(file)
-            number = _column_number(metadata, column, path)
+            number = column_number(metadata, column, path)
             rows, first_page = [], 0
             for group in range(metadata.num_row_groups):
                 row_group = metadata.row_group(group)
@@ -273,38 +303,6 @@ def _has_checksum(header: bytes) -> bool:
             at += 1
         at += 1
     return header[at : at + 1] == b"\x15"
-
-
-def _column_number(metadata: Any, column: str, path: str) -> int:
-    """Returns the number of the text column; raises DataError unless it is one of strings."""
-    schema = metadata.schema
-    for number in range(metadata.num_columns):
-        leaf = schema.column(number)
-        # By path: a nested field may have the name of a column.
-        if leaf.path == column and leaf.physical_type == "BYTE_ARRAY":
-            if leaf.logical_type.type == "STRING" and leaf.max_repetition_level == 0:
-                return number
-            break
-    arrow = schema.to_arrow_schema()
-    if column not in arrow.names:
-        names = ", ".join(arrow.names[:20]) or "none"
-        raise DataError(f"{path}: no column '{column}'; columns: {names}. Set dataset.text_column.")
-    strings = ", ".join(field.name for field in arrow if _is_string(field.type)) or "none"
-    kind, name = arrow.field(column).type, repr(column)
-    remedy = "Name one of these: dataset.text_column=NAME, with prepare.py --text-column NAME"
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        remedy += f"; or store strings, in pandas: df[{name}] = df[{name}].str.decode('utf-8')"
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        remedy += f"; or store one string in each row, in pandas: df = df.explode({name})"
-    raise DataError(
-        f"{path}: column '{column}' is {kind}, not string; string columns: {strings}. {remedy}"
-    )
-
-
-def _is_string(kind: Any) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
 
 
 def _diagnose(path: str, error: Exception) -> str:

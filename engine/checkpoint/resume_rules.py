@@ -26,6 +26,7 @@ from config import (
     schema,
     sequences_per_step,
 )
+from data.sources.text_column import AUTO
 from settings.schema import OnResume
 
 SEQUENCES_PER_STEP = "sequences per step"
@@ -120,12 +121,16 @@ def keep_evaluation_batch(config: Config, saved: Config) -> tuple[Config, list[s
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
     """Returns `section.option` -> (then, now) of every option that differs."""
     now = present.to_dict()
-    return {
+    changed = {
         f"{section}.{option}": (then, now[section][option])
         for section, options in saved.to_dict().items()
         for option, then in options.items()
         if then != now[section][option]
     }
+    # `auto` is no other column than a named one until the text is opened, which then compares them.
+    if AUTO in changed.get("dataset.text_column", ()):
+        del changed["dataset.text_column"]
+    return changed
 
 
 def experiment_differences(saved: Config, present: Config) -> list[str]:

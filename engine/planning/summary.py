@@ -17,6 +17,8 @@ from config import (
     sequences_per_step,
     warmup_steps,
 )
+from data import Dataset
+from data.sources.text_column import AUTO
 from engine.optim.build import optimizer_lines
 from engine.planning.advice import memory_lines
 from engine.planning.memory import MemoryBudget, MemoryEstimator
@@ -50,6 +52,18 @@ def resolve_vocab_size(config: Config, vocab_size: int, tokenizer: str) -> tuple
     elif model.vocab_size > vocab_size:
         lines.append(f"Vocabulary: {model.vocab_size} ({_used(vocab_size, model.vocab_size)})")
     return replace(config, model=model), lines
+
+
+def resolve_text_column(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
+    """Returns the config with `dataset.text_column: auto` as the name of the column, and lines that
+    tell of it. It stays `auto` where not all text has one: token files and mixtures."""
+    if config.dataset.text_column != AUTO:
+        return config, []
+    columns = {each.name: each.dataset.details().get("text_column") for each in dataset.sources}
+    found = {f" of {name}" if name else "": column for name, column in columns.items() if column}
+    if "" in found:
+        config = replace(config, dataset=replace(config.dataset, text_column=found[""]))
+    return config, [f"Text column{source}: {column}" for source, column in found.items()]
 
 
 def _used(used: int, size: int | None) -> str:

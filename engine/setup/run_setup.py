@@ -19,7 +19,12 @@ from engine.checkpoint.resume_rules import (
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.planning.batch_size import with_batch
-from engine.planning.summary import origin_lines, planned_steps, resolve_vocab_size
+from engine.planning.summary import (
+    origin_lines,
+    planned_steps,
+    resolve_text_column,
+    resolve_vocab_size,
+)
 from engine.schedule import learning_rate
 from engine.setup.initial_weights import check_tokenizer
 from engine.setup.starting_point import StartingPoint, check_own_config, find_starting_point
@@ -72,8 +77,9 @@ def prepare_run(request: Request, world: World) -> RunSetup:
     console.info(*data_lines)
     if start.weights is not None and start.tokenizer is None:
         check_tokenizer(request, dataset.tokenizer, start.weights)
-    config, lines = resolve_vocab_size(start.config, dataset.vocab_size, dataset.tokenizer.name)
-    console.info(*start.lines, *lines)
+    config, column_lines = resolve_text_column(start.config, dataset)
+    config, lines = resolve_vocab_size(config, dataset.vocab_size, dataset.tokenizer.name)
+    console.info(*column_lines, *start.lines, *lines)
     if start.resume is None:
         request = replace(request, config=config)
     else:

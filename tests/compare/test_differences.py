@@ -16,6 +16,7 @@ from compare.differences import (
     differing_options,
     differing_without_effect,
     equal_options,
+    texts_differ,
 )
 from compare.paired import PairedDifference, compare_runs, t_quantile
 from compare.read import Run, read_run
@@ -70,6 +71,15 @@ def test_data_differ_by_fingerprint_and_by_the_lines_printed_about_them() -> Non
         "ledger": [[], ["Split: 5 %"]],
     }
     assert differing_data([runs[2], runs[0]]) == {"fingerprint": ["cafe", "f00d"]}
+
+
+def test_a_text_column_that_was_not_named_is_none_that_differs() -> None:
+    """As runs of token files leave it; of parquet files a run saves the name it found."""
+    found, other = make("run_a", "text_column=text"), make("run_b", "text_column=content")
+    unnamed = make("run_c", "text_column=auto")
+    assert differing_options([found, unnamed]) == {} and not texts_differ([found, unnamed])
+    assert differing_options([found, other]) == {"dataset.text_column": ["text", "content"]}
+    assert texts_differ([found, other])
 
 
 # ---- paired comparison

@@ -141,7 +141,7 @@ def test_the_result_carries_page_checksums(tmp_path: Path) -> None:
     [
         ("missing", None, "SOURCE '.*missing': not found"),
         ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: no string 'text'; found: body"),
+        ("a.jsonl", b'{"text": 1, "id": "x"}', r"a\.jsonl:1: no string 'text'; found: text, id"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y\\ud800"}', r"2: 'text' holds \\ud800 \(c"),
         ("a.parquet", b"<html>", r"starts with '<html>'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import logging
@@ -214,16 +215,44 @@ def test_all_files_bad_is_an_error_also_when_skipping(tmp_path: Path) -> None:
 
 def test_a_missing_or_wrong_folder_is_explained(tmp_path: Path) -> None:
     refused(r"'nowhere': not found \(working directory: .*prepare", Path("nowhere"))
+    refused(r"holds no \*\.parquet \(found nothing\)\. Correct the path", tmp_path)
     for name in ("a.jsonl", "b.jsonl", "c.tmp"):
         (tmp_path / name).touch()
     refused(r"holds no \*\.parquet \(found 2 \*\.jsonl, 1 \*\.tmp\)", tmp_path)
-    refused("is a file; give its folder", tmp_path / "c.tmp")
+    refused("is a file; give its folder", write(tmp_path / "a.parquet", ["x"]))
+
+
+@pytest.mark.parametrize("name", ["my text/a.jsonl.gz", "it's.txt", "c4/x.json.zst", "b/c.json"])
+def test_text_that_is_not_parquet_is_answered_with_the_command_that_prepares_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "text" if name.endswith(".txt") else '{"id": "1", "content": "text"}\n'
+    packed = {".gz": gzip.compress, ".zst": lambda data: bytes(pa.compress(data, "zstd"))}
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(packed.get(path.suffix, bytes)(text.encode()))
+    given = path if path.suffix == ".txt" else path.parent
+    Path(given.parent, "README").touch()
+    for _ in range(2):  # the second command must not name the folder that the first one wrote
+        with pytest.raises(DataError) as caught:
+            opened(given)
+        said = re.search(r"then set (.*)=(.*): python prepare.py (.*)$", str(caught.value))
+        assert said is not None and said[1] == "dataset.parquet_dir"
+        assert prepare.main(shlex.split(said[3])) == 0
+        assert texts_of(opened(Path(said[2]))) == ["text"]
+
+
+def test_the_command_that_prepares_text_keeps_the_column(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    then = r"then set dataset.parquet_dir=(\S*) dataset.text_column=auto"
+    refused(rf"{then}: python prepare.py \S* \1 --text-column body$", tmp_path, text_column="body")
 
 
 def test_the_text_column_must_be_there_and_hold_strings(tmp_path: Path) -> None:
     table = pa.table({"content": ["x"], "id": [1], "tags": [["y"]]})
     pq.write_table(table, tmp_path / "a.parquet")
-    refused("no column 'text'; columns: content, id, tags", tmp_path)
+    refused("no column 'text'; columns: content, id, tags", tmp_path, text_column="text")
     refused("'id' is int64, not string; string columns: content", tmp_path, text_column="id")
     refused("'tags' is list<.*>, not string", tmp_path, text_column="tags")
     assert texts_of(opened(tmp_path, text_column="content")) == ["x"]
@@ -231,6 +260,33 @@ def test_the_text_column_must_be_there_and_hold_strings(tmp_path: Path) -> None:
     assert texts_of(opened(tmp_path, text_column="content")) == ["x", "y"]  # others may differ
     pq.write_table(pa.table({"content": [1]}), tmp_path / "c.parquet")
     refused(r"c\.parquet: column 'content' is int64", tmp_path, text_column="content")
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"url": "s", "body": "s", "content": "s"}, "content"),
+        ({"id": 1, "story": "s"}, "story"),
+        ({"title": "s", "story": "s"}, "Columns of strings: title, story. Name one: dataset.text_"),
+        ({"id": 1}, "which one holds the text. Columns of strings: none"),
+        ({"id": "s", "text": b"s"}, "column 'text' is binary, not string; string columns: id"),
+        ({"id": "s", "text": ["s"]}, "column 'text' is list"),
+        ({"id": 1, "nested": {"text": "s"}, "story": "s"}, "story"),
+    ],
+)
+def test_the_text_column_is_the_only_one_of_strings_or_has_a_usual_name(
+    columns: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    table = pa.table({name: [value] for name, value in columns.items()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    if found not in columns:
+        refused(found, tmp_path)
+        return
+    dataset, named = opened(tmp_path), opened(tmp_path, text_column=found)
+    assert texts_of(dataset) == ["s"] and dataset.fingerprint == named.fingerprint
+    (tmp_path / "0.parquet").write_bytes(b"")
+    refused("empty", tmp_path)
+    assert texts_of(opened(tmp_path, on_bad_shard="skip")) == ["s"]
 
 
 def test_mostly_null_or_no_rows_or_one_row(tmp_path: Path) -> None:

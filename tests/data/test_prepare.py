@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import http.server
 import json
 import os
@@ -502,6 +503,43 @@ def test_a_column_that_holds_no_strings_is_answered_with_a_remedy(
         pq.write_table(pa.table({"text": values, "path": ["a"]}), "a.parquet")
         assert prepare.main(["a.parquet", "out"]) == 3
         assert re.search(remedy, capsys.readouterr().err.strip())
+
+
+def test_the_text_of_records_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.jsonl").write_text('\n{"id": "7", "content": "one"}\n{"content": "two"}\n')
+    Path("b.jsonl").write_text('{"id": "7", "story": "one"}\n')
+    pq.write_table(pa.table({"n": [1], "story": ["three"]}), "c.parquet")
+    for name, column, expected in [
+        ("a.jsonl", "content", ["one", "two"]),
+        ("c.parquet", "story", ["three"]),
+    ]:
+        run(name, f"{name}.ids", "--tokenizer", "bytes")
+        assert f"Text column: {column}\n" in capsys.readouterr().out
+        assert documents(ByteTokenizer(), tokens(f"{name}.ids")) == expected
+        assert prepare.main([name, f"{name}.out"]) == 0
+        assert pq.read_table(f"{name}.out")["text"].to_pylist() == expected
+    run("b.jsonl", "out", "--tokenizer", "bytes", code=3)
+    assert "Columns of strings: id, story. Name one:" in capsys.readouterr().err
+
+
+def test_compressed_files_are_unpacked_once_and_again_when_they_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in").mkdir()
+    Path("in/README.md").touch()
+    Path("in/a.txt.bz2").write_bytes(bz2.compress(b"one ") + bz2.compress(b"two"))
+    run("in", "one.ids", "--tokenizer", "bytes", "--overwrite")
+    assert bytes(tokens("one.ids")) == b"one two"
+    assert "kept in .one.ids.download" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "CompressedInputStream", None)
+        run("in", "one.ids", "--tokenizer", "bytes", "--overwrite")
+    Path("in/a.txt.bz2").write_bytes(bz2.compress(b"three"))
+    run("in", "one.ids", "--tokenizer", "bytes", "--overwrite")
+    assert bytes(tokens("one.ids")) == b"three"
+    Path("in/a.txt.bz2").write_bytes(bz2.compress(words(500).encode())[:-9])
+    run("in", "one.ids", "--tokenizer", "bytes", "--overwrite", code=3)
+    assert "a.txt.bz2: no whole bz2 file (Truncated" in capsys.readouterr().err
 
 
 def test_too_few_documents_for_a_split_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,22 @@ def test_what_may_not_differ_is_refused_and_what_may_is_printed(
 
 
 @pytest.mark.slow
+def test_a_run_that_named_its_text_column_goes_on_with_a_config_that_does_not(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny, into(tmp_path / "runs"), "max_iters=4", "test_freq=null"]
+    assert run_here([*arguments, "text_column=text"]) == 0
+    assert "Text column" not in capsys.readouterr().out
+    saved = only_run(tmp_path / "runs") / "config.yaml"
+    before = saved.read_text()
+    assert run_here([*arguments, AUTO, "max_iters=6"]) == 0
+    output = capsys.readouterr().out
+    assert "Text column: text\n" in output and "dataset.text_column" not in output
+    assert only_run(tmp_path / "runs") and "text_column: text" in before
+    assert "text_column: text" in saved.read_text()
+
+
+@pytest.mark.slow
 def test_auto_takes_another_learning_rate_for_another_experiment(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

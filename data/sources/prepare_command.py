@@ -1,0 +1,43 @@
+"""Text that is not parquet yet: which files hold some, and the command that makes parquet of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from itertools import count
+from pathlib import PurePosixPath
+
+from data.sources.text_column import AUTO
+
+_TEXT_ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""Arrow's names of them, by the ending that follows a file's own: a.jsonl.gz."""
+
+
+def uncompressed_name(name: str) -> str:
+    """Returns a file's name without the ending of a compression."""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in COMPRESSIONS else name
+
+
+def is_prepared(name: str) -> bool:
+    """Returns whether prepare.py takes a file of this name from a folder that holds others too."""
+    stem = uncompressed_name(name)
+    ending = os.path.splitext(stem)[1].lower()
+    # Settings are .json, compressed ones hardly.
+    return ending in _TEXT_ENDINGS or (stem != name and ending == ".json")
+
+
+def prepare_remedy(source: str, column: str = AUTO) -> str:
+    """Returns what to do with text at a path or URL: the command, quoted for a shell, and the
+    option to set then. `column` is dataset.text_column."""
+    name = uncompressed_name(PurePosixPath(os.path.abspath(source)).name)
+    stem = re.sub(r"[^\w.-]+", "-", os.path.splitext(name)[0]).strip("-.") or "text"
+    # prepare.py writes into no folder that is there already.
+    numbered = (f"data/{stem}-parquet{f'-{n}' if n else ''}" for n in count())
+    out = next(path for path in numbered if not os.path.exists(path))
+    named = [] if column == AUTO else ["--text-column", column]
+    then = f"dataset.parquet_dir={out}" + (" dataset.text_column=auto" if named else "")
+    command = shlex.join(["python", "prepare.py", source, out, *named])
+    return f"Prepare it, then set {then}: {command}"
