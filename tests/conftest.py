@@ -11,6 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.remote_servers import hub_server as hub_server
+from tests.remote_servers import s3_process as s3_process
+from tests.remote_servers import s3_server as s3_server
+from tests.remote_servers import web_server as web_server
+
 # Before torch is imported, and inherited by processes that tests start. Tensors in tests are small:
 # more threads only wait for each other, and `make test` has a process for each core.
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
