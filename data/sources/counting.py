@@ -122,7 +122,7 @@ def _measure_cached(
         what: identifies the figures in the cache.
         measure: returns the figures of one segment; called in several threads.
     """
-    root = os.path.realpath(index.root)
+    root = index.place
     rule = f"{what} {len(chosen)} of {len(table)}"
     cache = cache_path("tokens", root, index.column, index.digest(), rule)
     known = load_arrays(cache)

@@ -303,7 +303,7 @@ def _rewrite_command(index: Index) -> str:
 def characters(index: Index, config: DatasetConfig) -> list[str]:
     """Returns every character of the text, in the order of code points; reads the text once, later
     takes them from the cache."""
-    root = os.path.realpath(index.root)
+    root = index.place
     cache = cache_path("characters", root, index.column, index.digest())
     known = load_arrays(cache)
     if known is None:

@@ -15,8 +15,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +25,12 @@ import pyarrow.parquet as pq
 
 from config import DataError
 from data.loading.order import Booleans, Integers
+from data.remote.store import RemoteError
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.dataset import check_file_unchanged
 from data.sources.prepare_command import prepare_remedy
 from data.sources.text_column import AUTO, USUAL_NAMES, column_number, find_column
+from settings.addresses import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
 # Of the text column in a row group: nulls is -1 where not recorded, start is where its bytes begin.
 GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls", "start")
 _PAGE_HEADER_BYTES = 32  # hold the first four fields
-_FOOTER_END_BYTES = 8  # length and magic number
+FOOTER_END_BYTES = 8  # length and magic number
 
 
 class File(NamedTuple):
@@ -76,6 +79,10 @@ class Index:
     """The size of each file's footer, with its length and magic number."""
     tags: tuple[str, ...] = ()
     """What names the content of each remote file; empty for a local folder."""
+    address: str = ""
+    """The remote folder, file or glob as it was asked for; '' for a local folder."""
+    revision: str = ""
+    """The commit of a dataset on the Hub; '' elsewhere."""
 
     @property
     def group_file(self) -> Integers:
@@ -92,6 +99,11 @@ class Index:
     def rows(self) -> int:
         """The rows of all files."""
         return int(self.groups[:, 0].sum())
+
+    @property
+    def place(self) -> str:
+        """The folder, however it was spelled: caches of what was found in it go by this."""
+        return self.root if self.address else os.path.realpath(self.root)
 
     def path(self, file: int) -> str:
         """Returns the path of a file as the user can open it."""
@@ -123,17 +135,53 @@ def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
     no such text column raises DataError too or, with `skip_bad`, is left out with a warning. The
     column `auto` is that of the first file that can be read.
     """
-    found = _find_files(root, column)
+    return index_files(root, _find_files(root, column), LocalFooters(root), column, skip_bad)
+
+
+class Footers(Protocol):
+    """Reads the footers of a folder's files; `at_once` in as many threads."""
+
+    at_once: int
+
+    def read(self, file: File, column: str) -> Footer:
+        """Reads one footer; raises DataError, which says why it cannot be read."""
+
+    def column(self, file: File) -> str:
+        """Returns the column of the text; raises DataError if none is known to be it."""
+
+
+class LocalFooters:
+    """Reads the footers of files below a folder."""
+
+    at_once = 1
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def read(self, file: File, column: str) -> Footer:
+        """Reads one footer."""
+        return read_footer(os.path.join(self._root, file.path), column)
+
+    def column(self, file: File) -> str:
+        """Returns the column of the text."""
+        return text_column(os.path.join(self._root, file.path))
+
+
+def index_files(
+    root: str, found: list[File], footers: Footers, column: str, skip_bad: bool
+) -> Index:
+    """Returns the index of the files that were found, from the cache as far as they are there."""
     if column == AUTO:
-        column = _find_column(root, found, skip_bad)
-    cache = cache_path("index", os.path.realpath(root), column, " ".join(GROUP_FIELDS))
+        column = _find_column(found, footers, skip_bad)
+    place = root if is_remote(root) else os.path.realpath(root)
+    cache = cache_path("index", place, column, " ".join(GROUP_FIELDS))
     # Of 10,000 unchanged files only the listing is left to do: 0.1 s.
     arrays = load_arrays(cache)
     files = [] if arrays is None else _cached_files(arrays)
     if arrays is None or files != found:
         known = {} if arrays is None else dict(zip(files, _cached_footers(arrays), strict=True))
-        footers = _read_footers(root, column, found, known, skip_bad)
-        files, arrays = list(footers), _to_arrays(footers)
+        read = _read_footers(root, column, found, known, footers, skip_bad)
+        files, arrays = list(read), _to_arrays(read)
         save_arrays(cache, arrays)
     paths, sizes, mtimes_ns = zip(*files, strict=True)
     return Index(
@@ -201,11 +249,13 @@ def _list_folder(
                 others[ending] += 1
 
 
-def _find_column(root: str, found: list[File], skip_bad: bool) -> str:
+def _find_column(found: list[File], footers: Footers, skip_bad: bool) -> str:
     """Returns the text column of the first file; with `skip_bad`, of the first readable one."""
     for file in found:
         try:
-            return text_column(os.path.join(root, file.path))
+            return footers.column(file)
+        except RemoteError:
+            raise
         except DataError:
             if not skip_bad:
                 raise
@@ -213,24 +263,42 @@ def _find_column(root: str, found: list[File], skip_bad: bool) -> str:
 
 
 def _read_footers(
-    root: str, column: str, found: list[File], known: dict[File, Footer], skip_bad: bool
+    root: str,
+    column: str,
+    found: list[File],
+    known: dict[File, Footer],
+    footers: Footers,
+    skip_bad: bool,
 ) -> dict[File, Footer]:
     """Returns the footer of each readable file; `known` ones are not read again."""
-    footers: dict[File, Footer] = {}
-    first_error = ""
-    for file in found:
+
+    def read(file: File) -> Footer | DataError:
         try:
-            footers[file] = known.get(file) or read_footer(os.path.join(root, file.path), column)
+            return known.get(file) or footers.read(file, column)
+        except RemoteError:
+            raise
         except DataError as error:
             if not skip_bad:
                 raise
-            log.warning("skipped: %s", error)
-            first_error = first_error or str(error)
-    if not footers:
+            return error
+
+    readable: dict[File, Footer] = {}
+    first_error = ""
+    with ThreadPoolExecutor(footers.at_once, thread_name_prefix="footers") as pool:
+        # After an error `map` cancels the reads that have not begun.
+        for file, footer in zip(
+            found, (map if footers.at_once == 1 else pool.map)(read, found), strict=True
+        ):
+            if isinstance(footer, DataError):
+                log.warning("skipped: %s", footer)
+                first_error = first_error or str(footer)
+            else:
+                readable[file] = footer
+    if not readable:
         raise DataError(
             f"{root}: none of its {len(found)} parquet files can be read: {first_error}"
         )
-    return footers
+    return readable
 
 
 def _to_arrays(footers: dict[File, Footer]) -> dict[str, Any]:
@@ -262,32 +330,37 @@ def text_column(path: str) -> str:
         with pa.OSFile(path) as file:
             return find_column(pq.read_metadata(file), path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(_diagnose(path, error)) from None
+        raise DataError(_diagnose_file(path, error)) from None
 
 
 def read_footer(path: str, column: str) -> Footer:
     """Reads the footer of one file; raises DataError, which says why it cannot be read."""
     try:
         with pa.OSFile(path) as file:  # given a path, Arrow would look for its file system: 15 us
-            metadata = pq.read_metadata(file)
-            number = column_number(metadata, column, path)
-            rows, first_page = [], 0
-            for group in range(metadata.num_row_groups):
-                row_group = metadata.row_group(group)
-                chunk = row_group.column(number)
-                statistics = chunk.statistics
-                nulls = statistics.null_count if statistics and statistics.has_null_count else -1
-                sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
-                start = chunk.dictionary_page_offset or chunk.data_page_offset
-                rows.append((row_group.num_rows, *sizes, nulls, start))
-                # The first page stands for all: writers protect all pages of a file or none.
-                first_page = first_page or start
+            groups, size = footer_of(pq.read_metadata(file), column, path)
+            # The first page stands for all: writers protect all pages of a file or none.
+            first_page = int(groups[0, -1]) if len(groups) else 0
             header = file.read_at(_PAGE_HEADER_BYTES, first_page) if first_page else b""
     except (OSError, pa.ArrowException) as error:
-        raise DataError(_diagnose(path, error)) from None
+        raise DataError(_diagnose_file(path, error)) from None
+    return Footer(groups, bool(header) and not _has_checksum(header), size)
+
+
+def footer_of(metadata: Any, column: str, place: str) -> tuple[Integers, int]:
+    """Returns the row groups (n, GROUP_FIELDS) of a file's metadata and the size of its footer;
+    raises DataError, which names `place`, unless the column holds strings."""
+    number = column_number(metadata, column, place)
+    rows = []
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        chunk = row_group.column(number)
+        statistics = chunk.statistics
+        nulls = statistics.null_count if statistics and statistics.has_null_count else -1
+        sizes = chunk.total_compressed_size, chunk.total_uncompressed_size
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        rows.append((row_group.num_rows, *sizes, nulls, start))
     groups = np.array(rows, dtype=np.int64).reshape(-1, len(GROUP_FIELDS))
-    unprotected = bool(header) and not _has_checksum(header)
-    return Footer(groups, unprotected, metadata.serialized_size + _FOOTER_END_BYTES)
+    return groups, metadata.serialized_size + FOOTER_END_BYTES
 
 
 def _has_checksum(header: bytes) -> bool:
@@ -305,8 +378,8 @@ def _has_checksum(header: bytes) -> bool:
     return header[at : at + 1] == b"\x15"
 
 
-def _diagnose(path: str, error: Exception) -> str:
-    """Returns why this is not a parquet file, from its first and last bytes."""
+def _diagnose_file(path: str, error: Exception) -> str:
+    """Returns why a local file is not parquet."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -315,6 +388,11 @@ def _diagnose(path: str, error: Exception) -> str:
             tail = file.read(4)
     except OSError as unreadable:
         return f"{path}: cannot be read: {unreadable.strerror}. Check the file and its permissions."
+    return diagnose(path, head, size, tail, error)
+
+
+def diagnose(path: str, head: bytes, size: int, tail: bytes, error: Exception) -> str:
+    """Returns why a file is not parquet, from its first bytes, its size and its last four bytes."""
     start = head.lstrip()[:40].splitlines()[:1]
     shown = start[0].decode("utf-8", "replace") if start else ""
     if size == 0:

@@ -1,0 +1,102 @@
+"""What all kinds of servers have in common: how they are asked, and how a failure is told.
+
+One module for each kind (s3.py, gcs.py, web.py, hub.py) wraps the library that knows it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+from config import ConfigError
+
+CONNECT_S, SILENCE_S = 15.0, 30.0
+"""A request fails if nobody answers the call for so long, or nothing comes for so long."""
+_SLOWEST_BYTES_PER_S = 50_000  # slower than this counts as a server that stays away
+IN_FLIGHT = 32
+"""Requests at a time, where many files are asked for."""
+
+_MODULES = {"s3": "s3", "gs": "gcs", "http": "web", "https": "web", "hf": "hub"}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+
+
+class RemoteFile(NamedTuple):
+    """A file as its server lists it."""
+
+    path: str
+    """Below the listing's root."""
+    size: int
+    """Bytes."""
+    tag: str
+    """Changes with the content: an ETag, a generation, a date; '' where the server has none."""
+
+
+class Failure(NamedTuple):
+    """Why a request failed, without anything that may be secret."""
+
+    status: int | None
+    """Of HTTP; None if there was no answer."""
+    reason: str
+    wait_s: float | None = None
+    """How long the server asks to wait."""
+
+
+class NoRangesError(Exception):
+    """A server that answers with the whole file where a part is asked for."""
+
+
+class Access(Protocol):
+    """One kind of server, with connections that all threads of a process share."""
+
+    login: str
+    """What to do about a refused login, for messages."""
+
+    def read(self, url: str, tag: str, start: int, stop: int) -> bytes:
+        """Returns bytes [start, stop) of a file, if it still has this tag."""
+
+    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+        """Returns the files that an address means, by their full addresses: one, those below a
+        folder, or those that match a glob. Sizes and tags may be given for these endings only."""
+
+    def explain(self, error: Exception) -> Failure:
+        """Returns what an error of the other two means."""
+
+
+def access_to(url: str) -> Access:
+    """Returns the access to the server of an address; ConfigError if a package is missing."""
+    # By process: a forked child must not use the connections and threads of its parent.
+    return _access(url.split("://", 1)[0], os.getpid())
+
+
+@cache
+def _access(scheme: str, process: int) -> Access:
+    del process
+    try:
+        module: Any = importlib.import_module(f"data.remote.{_MODULES[scheme]}")
+    except ImportError as error:
+        raise ConfigError(
+            f"{scheme}:// needs {_PACKAGES.get(scheme, 'huggingface_hub')}, which cannot be "
+            f"imported here ({error}). Install it: pip install -r requirements-remote.txt"
+        ) from None
+    access: Access = module.connect()
+    return access
+
+
+def timeout_s(count: int) -> float:
+    """Returns how long a read of `count` bytes may take."""
+    return SILENCE_S + count / _SLOWEST_BYTES_PER_S
+
+
+def failure_of_status(status: int, headers: Mapping[str, str]) -> Failure:
+    """Returns the failure that an HTTP answer means."""
+    wait = headers.get("Retry-After", headers.get("retry-after", ""))
+    # It may also be a date, which the growing pauses do as well as.
+    return Failure(status, f"HTTP {status}", float(wait) if wait.isdigit() else None)
+
+
+def has_magic(path: str) -> bool:
+    """Returns whether a path is a glob."""
+    return any(character in path for character in "*[")
