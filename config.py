@@ -7,6 +7,7 @@ at their defaults. No torch here: a mistake in a config is answered before torch
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -442,6 +443,12 @@ def micro_batch(config: Config) -> int:
 def eval_batch(config: Config) -> int:
     """Returns the sequences of an evaluation's batch."""
     return config.training.eval_batch_size or micro_batch(config)
+
+
+def eval_batches(config: Config) -> int:
+    """Returns the batches that an evaluation takes of each source, from each split: equally many,
+    so that runs whose weights differ are evaluated on the same rows."""
+    return math.ceil(config.training.eval_iters / len(source_datasets(config.dataset)))
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compare.json_values import as_float
@@ -123,10 +123,19 @@ def metrics_of(runs: Sequence[Run]) -> list[str]:
         for record in run.records:
             found |= {key for key in record.keys() & waiting if value_of(record[key]) is not None}
             waiting -= found
-    known = [key for key in METRICS if key in found]
-    return known + sorted(found - {*known})
+    order = list(METRICS)
+
+    def place(key: str) -> tuple[int, str]:
+        whole = key if key in METRICS else key.rpartition("/")[0]  # that of all sources
+        return (order.index(whole) if whole in METRICS else len(order)), key
+
+    return sorted(found, key=place)
 
 
 def described(metric: str) -> Metric:
-    """Returns how a metric is shown; one that this version does not know, by its key."""
+    """Returns how a metric is shown: that of one source of a mixture (eval/val_loss/web) as that of
+    all; one that this version does not know, by its key."""
+    whole, _, source = metric.rpartition("/")
+    if metric not in METRICS and whole in METRICS:
+        return replace(METRICS[whole], title=f"{METRICS[whole].title}, {source}")
     return METRICS.get(metric, Metric(metric))

@@ -33,20 +33,21 @@ def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
     Runs whose config cannot be read differ in nothing.
     """
-    harmless = options_with_effect("none")
-    return {k: v for k, v in _all_differing_options(runs).items() if k not in harmless}
+    rows = _all_differing_options(runs)
+    return {key: row for key, row in rows.items() if not has_effect(key, "none")}
 
 
 def differing_without_effect(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Returns option -> its value in each run, for options that differ and only say where files go
     or what is shown."""
-    harmless = options_with_effect("none")
-    return {k: v for k, v in _all_differing_options(runs).items() if k in harmless}
+    rows = _all_differing_options(runs)
+    return {key: row for key, row in rows.items() if has_effect(key, "none")}
 
 
-def options_with_effect(*effects: Effect) -> set[str]:
-    """Returns the options that have one of these effects on results."""
-    return {key for key, option in schema().options.items() if option.effect in effects}
+def has_effect(key: str, *effects: Effect) -> bool:
+    """Returns whether an option of this version has one of these effects on results."""
+    option = schema().find(key)
+    return option is not None and option.effect in effects
 
 
 def equal_options(runs: Sequence[Run]) -> int:
@@ -78,7 +79,8 @@ def texts_differ(runs: Sequence[Run]) -> bool:
     """Returns whether runs were evaluated on different text: by their options or, if they share a
     tokenizer, by the fingerprints of their data, which are taken of tokens."""
     configs = [_own_options(run.config) for run in runs if run.config]
-    options = _differing_rows(configs, options_with_effect("text"))
+    keys = {key for config in configs for key in config if has_effect(key, "text")}
+    options = _differing_rows(configs, keys)
     tokenizers = {config.get("tokenizer.name") for config in configs}
     fingerprints = {_fingerprint(run, as_dict(run.environment.get("data"))) for run in runs} - {""}
     return bool(options) or (len(tokenizers) == 1 and len(fingerprints) > 1)

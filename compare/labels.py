@@ -104,9 +104,9 @@ def _joined(phrases: Sequence[tuple[str, bool]]) -> str:
 
 def _phrase(key: str, value: Any) -> tuple[str, bool]:
     """Returns an option in a word or two, and whether it is off."""
-    name = key.partition(".")[2].removeprefix("use_")
-    name = _SHORT.get(name, name)
-    option = schema().options.get(key)
+    listed, option = schema().list_of(key), schema().find(key)
+    name = key.removeprefix(f"{listed.key}.") if listed else key.partition(".")[2]
+    name = _SHORT.get(name.removeprefix("use_"), name.removeprefix("use_"))
     if value is MISSING:
         return "", True
     if value is None or value is False:

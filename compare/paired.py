@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from compare.differences import options_with_effect
+from compare.differences import has_effect
 from compare.json_values import as_float
 from compare.read import Run
 
@@ -146,11 +146,10 @@ def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str
 
 def _different_text(a: Run, b: Run) -> str:
     """Returns the reason, with the options that explain it; between tokenizers, bits per byte."""
-    choosing = options_with_effect("text", "eval_rows")
     keys = [
         key
         for key, value in a.config.items()
-        if key in choosing and key in b.config and value != b.config[key]
+        if has_effect(key, "text", "eval_rows") and value != b.config.get(key, value)
     ]
     why = f": they differ in {', '.join(keys)}" if keys else ""
     reason = f"they were evaluated on different held-out text{why}"

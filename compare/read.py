@@ -30,6 +30,7 @@ from engine.run_directory.find_runs import FOLDER, is_run, runs_in
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from engine.run_directory.saved_config import NOT_SAVED
 from files.regular import open_regular, read_regular
+from settings.entries import flat_options
 from settings.names import resolve
 from settings.values import RefusedError, Scalar, read_scalar
 from settings.yaml_reader import Group, read_file
@@ -249,7 +250,7 @@ def _read_config(
     users edit config.yaml.
     """
     copy = as_dict(environment.get("config"))
-    values = _flat(as_dict(copy.get("values")))
+    values = flat_options(as_dict(copy.get("values")))
     try:
         data = read_regular(path / CONFIG, MAX_BYTES)
     except OSError as error:
@@ -265,19 +266,11 @@ def _read_config(
             problems.append(f"{CONFIG}: {NOT_SAVED}")
     if not values:
         return {}
-    known = schema().options
-    unknown = [key for key in values if key not in known]
+    known = {k: o.default for k, o in schema().options.items() if not o.entry_options}
+    unknown = [key for key in values if schema().find(key) is None]
     if unknown:
         problems.append(f"{CONFIG}: options unknown to this version: {', '.join(unknown)}")
-    return {key: option.default for key, option in known.items()} | values
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, options in values.items()
-        for name, value in as_dict(options).items()
-    }
+    return known | values
 
 
 def _read_yaml(path: Path, data: bytes, problems: list[str]) -> dict[str, Any]:
@@ -287,7 +280,7 @@ def _read_yaml(path: Path, data: bytes, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         with redirect_stderr(io.StringIO()):  # the notes about aliases
-            return _flat(Config.from_yaml(path).to_dict())
+            return flat_options(Config.from_yaml(path).to_dict())
     except ConfigError as error:
         refused = str(error).removeprefix(f"{path}:").splitlines()
     entries, _ = read_file(path, 1)

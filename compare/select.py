@@ -99,7 +99,7 @@ def value_getter(runs: Sequence[Run], key: str) -> Callable[[Run], Any]:
         keys = resolve(schema(), key).keys
     except RefusedError as error:
         raise ConfigError(_unknown_key(key, runs, str(error))) from None
-    known = [key for key in keys if key in schema().options]
+    known = [key for key in keys if schema().find(key) and key not in schema().extra]
     if len(keys) != 1 or not known:
         example = " or ".join(known) or "one that python train.py --help names"
         raise ConfigError(f"{key}: is not one option of a run. Write {example}.")

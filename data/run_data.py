@@ -5,8 +5,9 @@ Only this module reads the whole config; the loader and the dataset below know o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from config import (
     ConfigError,
     accumulation_steps,
     eval_batch,
+    eval_batches,
     sequences_per_step,
+    source_datasets,
     token_paths,
 )
 from data.loading import load_plan
@@ -42,10 +45,14 @@ class RunData:
         self.document_ids = document_id_function(dataset, config)
         """Maps tokens (B, T) to the number of each token's document (B, T). None if tokens may
         attend to all tokens before them."""
-        self.evaluation = _evaluation_batches(dataset, config)
-        """Rows (n, T + 1) of the training and of the held-out text, in batches; () without any."""
-        self.bytes_per_token = self._count_bytes()
+        self.evaluation = {split: _batches(dataset, config, split) for split in ("train", "test")}
+        """Rows (n, T + 1) of the training and of the held-out text, in batches, by their source;
+        empty without evaluations."""
+        held_out = self.evaluation["test"]
+        self.bytes_per_token = self._count_bytes(chain(*held_out.values()))
         """Of the held-out rows; None without any, and if their tokens stand for no text."""
+        self.bytes_per_token_of = {name: self._count_bytes(held_out[name]) for name in held_out}
+        """Of those of each source."""
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of data and tokenizer, as plain values."""
@@ -62,13 +69,14 @@ class RunData:
         spec = batch_spec(self._config, rank, world_size, pin)
         return TrainLoader(self._dataset, spec, self._config.dataloader, data_state)
 
-    def _count_bytes(self) -> float | None:
-        if not self.evaluation:
-            return None
+    def _count_bytes(self, batches: Iterable[Tensor]) -> float | None:
         # Targets only, as the loss counts them.
-        tokens = torch.cat(self.evaluation[1])[:, 1:].reshape(-1)
-        count = self._dataset.tokenizer.count_bytes(tokens.numpy())
-        return count / len(tokens) if count else None
+        tokens = [rows[:, 1:].reshape(-1) for rows in batches]
+        if not tokens:
+            return None
+        targets = torch.cat(tokens)
+        count = self._dataset.tokenizer.count_bytes(targets.numpy())
+        return count / len(targets) if count else None
 
 
 def batch_spec(config: Config, rank: int, world_size: int, pin: bool = False) -> BatchSpec:
@@ -111,23 +119,25 @@ class RepeatFirstBatch(StepBatch):
         return self._first.describe()
 
 
-def embedded_is_missing(config: Config) -> bool:
-    """Returns whether the config's text is the embedded corpus and it has not been built yet."""
-    folder = Path(config.dataset.parquet_dir)
-    parquet = token_paths(config.dataset) is None
-    return parquet and stdlib_corpus.is_embedded(folder) and not folder.exists()
+def missing_corpus(config: Config) -> Path | None:
+    """Returns the folder of the embedded corpus if the run reads it and it has not been built."""
+    sources = source_datasets(config.dataset).values()
+    folders = [Path(source.parquet_dir) for source in sources if token_paths(source) is None]
+    missing = (path for path in folders if stdlib_corpus.is_embedded(path) and not path.exists())
+    return next(missing, None)
 
 
-def _evaluation_batches(dataset: Dataset, config: Config) -> tuple[tuple[Tensor, ...], ...]:
-    training = config.training
+def _batches(dataset: Dataset, config: Config, split: str) -> dict[str, tuple[Tensor, ...]]:
+    """Returns the rows (n, T + 1) of each source that a split is evaluated on, in batches."""
+    training, size = config.training, eval_batch(config)
     if training.test_freq is None and not training.eval_only:
-        return ()
-    size = eval_batch(config)
-    count = training.eval_iters * size
-    rows = (
-        evaluation_rows(dataset, name, training.block_size, count) for name in ("train", "test")
-    )
-    return tuple(torch.split(each, size) for each in rows)
+        return {}
+    count = eval_batches(config) * size
+    found = {}
+    for source in dataset.sources:
+        rows = evaluation_rows(source.dataset, split, training.block_size, count)
+        found[source.name] = torch.split(rows, size)
+    return found
 
 
 def document_id_function(dataset: Dataset, config: Config) -> Callable[[Tensor], Tensor] | None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,31 @@ from engine.hardware.sharding import is_sharded, reshard
 from engine.loss import DocumentIds, count_targets, next_token_loss
 from engine.precision.precision import Precision
 from model import LanguageModel
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """The mean loss on the held-out rows of one source, in nats per token."""
+
+    val_loss: float
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """The summed loss of each batch, and over how many targets."""
+
+    sums: list[float]
+    targets: list[int]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.sums) / max(1, sum(self.targets))
+
+    @property
+    def each(self) -> list[float]:
+        pairs = zip(self.sums, self.targets, strict=True)
+        return [loss / max(1, targets) for loss, targets in pairs]
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class Evaluation:
     """With the weights rounded; None where the run does not train for that."""
     bits_per_byte: float | None
     """None where tokens do not stand for text."""
+    sources: dict[str, SourceLoss]
+    """Of each source of a mixture; empty without one."""
     active_neurons: dict[str, list[float]]
     """Share of active neurons by kind and layer, on the first held-out batch."""
     sample: str | None
@@ -55,30 +83,29 @@ class Evaluator:
     """Equal for two runs if and only if they are evaluated on the same rows."""
 
     def __post_init__(self) -> None:
-        held_out = self.data.evaluation[1] if self.data.evaluation else ()
-        self.rows_digest = digest_rows(held_out, self.data.document_ids)
+        self.rows_digest = digest_rows(self._rows("test"), self.data.document_ids)
 
     def evaluate(self, stopped: Callable[[], bool]) -> Evaluation | None:
         """Returns the losses of both splits, or None where `stopped()` became true on the way."""
         began = time.monotonic()
-        train_batches, val_batches = self.data.evaluation
-        train = self._mean_loss(train_batches, stopped)
-        val = None if train is None else self._mean_loss(val_batches, stopped)
+        val_batches = self._rows("test")
+        train = self._losses(self._rows("train"), stopped)
+        val = None if train is None else self._losses(val_batches, stopped)
         if train is None or val is None:
             return None
         rounded = None
         if self.precision.quantized is not None:
             with self.precision.quantized.applied():
-                rounded = self._mean_loss(val_batches, stopped)
+                rounded = self._losses(val_batches, stopped)
             if rounded is None:
                 return None
-        per_token = self.data.bytes_per_token
         return Evaluation(
-            train_loss=train[0],
-            val_loss=val[0],
-            val_losses=val[1],
-            val_loss_quantized=None if rounded is None else rounded[0],
-            bits_per_byte=None if per_token is None else bits_per_byte(val[0], per_token),
+            train_loss=train.mean,
+            val_loss=val.mean,
+            val_losses=val.each,
+            val_loss_quantized=None if rounded is None else rounded.mean,
+            bits_per_byte=bits_per_byte(val.mean, self.data.bytes_per_token),
+            sources=self._source_losses(val),
             active_neurons=self._active_neurons() if self._takes_part else {},
             sample=self.sample() if self.sample and self._takes_part else None,
             seconds=time.monotonic() - began,
@@ -93,20 +120,31 @@ class Evaluator:
     @property
     def evaluated_tokens(self) -> int:
         """Tokens of one evaluation, over all processes."""
-        train, held_out = self.data.evaluation or ((), ())
-        passes = [*train, *held_out, *(held_out if self.precision.quantized is not None else ())]
-        return sum(rows[:, 1:].numel() for rows in passes)
+        held_out = self._rows("test") * (1 if self.precision.quantized is None else 2)
+        return sum(rows[:, 1:].numel() for rows in self._rows("train") + held_out)
 
-    def _mean_loss(
+    def _rows(self, split: str) -> tuple[Tensor, ...]:
+        """Returns the batches of all sources, one source after the other."""
+        return tuple(chain(*self.data.evaluation[split].values()))
+
+    def _losses(
         self, batches: tuple[Tensor, ...], stopped: Callable[[], bool]
-    ) -> tuple[float, list[float]] | None:
-        """Returns the mean loss over all tokens, and that of each batch."""
+    ) -> BatchLosses | None:
         sums = batch_losses(self.model, batches, self._loss, stopped, self.world, self.micro_batch)
         if sums is None:
             return None
-        counts = [count_targets(rows, self.data.document_ids) for rows in batches]
-        each = [one / max(1, count) for one, count in zip(sums, counts, strict=True)]
-        return sum(sums) / max(1, sum(counts)), each
+        return BatchLosses(sums, [count_targets(rows, self.data.document_ids) for rows in batches])
+
+    def _source_losses(self, losses: BatchLosses) -> dict[str, SourceLoss]:
+        """Returns, by source, the losses of its part of the held-out batches."""
+        found, first = dict[str, SourceLoss](), 0
+        for name, batches in self.data.evaluation["test"].items():
+            own = slice(first, first + len(batches))
+            mean = BatchLosses(losses.sums[own], losses.targets[own]).mean
+            bits = bits_per_byte(mean, self.data.bytes_per_token_of[name])
+            found |= {name: SourceLoss(mean, bits)} if name else {}
+            first = own.stop
+        return found
 
     def _loss(self, rows: Tensor) -> Tensor:
         """Returns the summed loss of rows (B, T+1)."""
@@ -114,7 +152,7 @@ class Evaluator:
             return next_token_loss(self.model, rows, self.world.device, self.data.document_ids)
 
     def _active_neurons(self) -> dict[str, list[float]]:
-        rows = self.data.evaluation[1][0].to(self.world.device).long()
+        rows = self._rows("test")[0].to(self.world.device).long()
         document_ids = self.data.document_ids
         ids = None if document_ids is None else document_ids(rows)[:, :-1]
         with evaluating(self.model), self.precision.autocast():
@@ -177,6 +215,9 @@ def digest_rows(batches: tuple[Tensor, ...], document_ids: DocumentIds | None) -
     return digest.hexdigest()[:12]
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Returns the loss in a unit that does not depend on the tokenizer."""
+def bits_per_byte(nats_per_token: float, bytes_per_token: float | None) -> float | None:
+    """Returns the loss in a unit that does not depend on the tokenizer; None for tokens that stand
+    for no text."""
+    if bytes_per_token is None:
+        return None
     return nats_per_token / (math.log(2) * bytes_per_token)

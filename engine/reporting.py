@@ -111,6 +111,11 @@ class Reporter:
             "eval/val_loss": found.val_loss,
             **({f"eval/val_loss_{rounded.metric}": found.val_loss_quantized} if rounded else {}),
             "eval/bits_per_byte": bits,
+            **{f"eval/val_loss/{name}": own.val_loss for name, own in found.sources.items()},
+            **{
+                f"eval/bits_per_byte/{name}": own.bits_per_byte
+                for name, own in found.sources.items()
+            },
             "eval/best_loss": state.best_val_loss,
             "eval/best_step": state.best_step,
             "eval/seconds": found.seconds,
@@ -125,6 +130,9 @@ class Reporter:
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
         parts.append(f"{found.seconds:.1f}s")
         console.info(" | ".join(parts + ["best so far"] * improved))
+        for name, own in found.sources.items():
+            per_byte = "" if own.bits_per_byte is None else f" | Bits/byte: {own.bits_per_byte:.3f}"
+            console.info(f"  {name}: Val loss: {own.val_loss:.4f}{per_byte}")
         if found.active_neurons:
             means = [f"{name} {fmean(each):.1%}" for name, each in found.active_neurons.items()]
             console.info(f"Active neurons: {', '.join(means)}")

@@ -25,7 +25,7 @@ class TrainState:
     tokens: int = 0
     """Tokens trained on, in all processes."""
     epoch: int = 0
-    """Completed passes over the training data."""
+    """Completed passes over the training data; of a mixture, over the source with the fewest."""
     elapsed_s: float = 0.0
     """Wall time of the run, of all its sessions together."""
     loss_sum: float = 0.0

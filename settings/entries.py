@@ -30,6 +30,22 @@ def _value_of(value: Any, origin: Origin) -> Value:
     return PythonValue(value)
 
 
+def flat_options(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config's plain values by 'section.name', those of an entry of a list by
+    'section.list.entry.name'."""
+    flat = dict[str, Any]()
+    for section, options in sections.items():
+        for name, value in options.items() if isinstance(options, Mapping) else ():
+            key = f"{section}.{name}"
+            if not isinstance(value, list):
+                flat[key] = value
+                continue
+            for entry in filter(lambda each: isinstance(each, Mapping), value):
+                own = f"{key}.{entry.get('name')}"
+                flat |= {f"{own}.{each}": entry[each] for each in entry if each != "name"}
+    return flat
+
+
 def read_value(option: Option, value: Value) -> Any:
     """Returns what a value as written means for an option; raises RefusedError."""
     if isinstance(value, Scalar):

@@ -182,6 +182,10 @@ class _LayerReader:
                 self._add_problem(child, str(error))
 
     def _add_option(self, entry: Entry) -> None:
+        listed = self._schema.list_of(entry.key)
+        if listed is not None:
+            self.layer.changes.append((listed, entry))
+            return
         target = resolve(self._schema, entry.key)
         # Only names of other trainers send a layer through settings.foreign.
         own_name = not target.is_alias and target.keys and target.keys[0] in self._schema.options
@@ -191,9 +195,6 @@ class _LayerReader:
             return
         if target.is_alias and not self._schema.extra.keys() & set(target.keys):
             self.layer.note(f"{entry.key} is read as {' and '.join(target.keys)}")
-        if target.in_entry:
-            self.layer.changes.append((self._schema.options[target.keys[0]], entry))
-            return
         for key, value in zip(target.keys, _split_list(target, entry), strict=True):
             part = Entry(entry.key, value, entry.origin)
             if key in UNSUPPORTED:

@@ -135,7 +135,6 @@ class Target:
     """What a name stands for. Several keys: a list gives one value to each."""
 
     keys: tuple[str, ...] = ()
-    in_entry: bool = False  # one option of one entry of the list that `keys` names
     ignored: str = ""  # the reason why the name has no effect
     is_alias: bool = False
 
@@ -146,7 +145,7 @@ def resolve(schema: Schema, written: str) -> Target:
         return Target((written,))
     listed = schema.list_of(written)
     if listed is not None:
-        return Target((listed.key,), in_entry=True)
+        return Target((f"{listed.section}.{written.removeprefix(f'{listed.section}.')}",))
     head, dot, name = written.partition(".")
     for ignored in (head, written):
         if ignored in IGNORED:

@@ -27,6 +27,7 @@ from config import (
     sequences_per_step,
 )
 from data.sources.text_column import AUTO
+from settings.entries import flat_options
 from settings.schema import OnResume
 
 SEQUENCES_PER_STEP = "sequences per step"
@@ -119,18 +120,16 @@ def keep_evaluation_batch(config: Config, saved: Config) -> tuple[Config, list[s
 
 
 def differences(saved: Config, present: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns `section.option` -> (then, now) of every option that differs."""
-    now = present.to_dict()
-    changed = {
-        f"{section}.{option}": (then, now[section][option])
-        for section, options in saved.to_dict().items()
-        for option, then in options.items()
-        if then != now[section][option]
-    }
+    """Returns `section.option` -> (then, now) of every option that differs; None for what a source
+    of a mixture leaves out."""
+    then, now = flat_options(saved.to_dict()), flat_options(present.to_dict())
+    pairs = {key: (then.get(key), now.get(key)) for key in [*then, *(now.keys() - then.keys())]}
     # `auto` is no other column than a named one until the text is opened, which then compares them.
-    if AUTO in changed.get("dataset.text_column", ()):
-        del changed["dataset.text_column"]
-    return changed
+    return {
+        key: pair
+        for key, pair in pairs.items()
+        if pair[0] != pair[1] and not (key.endswith(".text_column") and AUTO in pair)
+    }
 
 
 def experiment_differences(saved: Config, present: Config) -> list[str]:

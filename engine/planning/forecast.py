@@ -18,7 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import FP8_MULTIPLE, Config, accumulation_steps, eval_batch, micro_batch
+from config import (
+    FP8_MULTIPLE,
+    Config,
+    accumulation_steps,
+    eval_batch,
+    eval_batches,
+    micro_batch,
+    source_datasets,
+)
 from engine.evaluation import evaluating
 from engine.loss import DocumentIds, next_token_loss
 from engine.optim.build import clip_gradients, gradient_norm
@@ -298,7 +306,8 @@ def forecast(
     rounded = late / max(1, len(span))  # share of the steps with 4-bit weights
     # Both splits, the held-out one in 4 bits again, and a batch whose active neurons are counted.
     splits = 2 if times.rounding == 0 else 3
-    batches = splits * math.ceil(training.eval_iters / world_size) + 1
+    sources = len(source_datasets(config.dataset))
+    batches = splits * math.ceil(sources * eval_batches(config) / world_size) + 1
     flops = tokens * model.flops_per_token(training.block_size) / plain
     # Evaluations go through their batch in micro-batches.
     evaluated = eval_batch(config) / micro_batch(config)

@@ -4,6 +4,7 @@ plot of the learning rate."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from config import (
     warmup_steps,
 )
 from data import Dataset
+from data.sources.dataset import Source
 from data.sources.text_column import AUTO
 from engine.optim.build import optimizer_lines
 from engine.planning.advice import memory_lines
@@ -26,6 +28,7 @@ from engine.schedule import learning_rate
 from model.interface import LanguageModel
 from settings.formatting import format_count
 
+MOST_EPOCHS = 4  # of one text that are worth about as much as new text: arXiv 2305.16264
 BARS = " ▁▂▃▄▅▆▇█"  # eighths of a line
 
 
@@ -100,6 +103,7 @@ def length_lines(
 ) -> list[str]:
     """Returns the tokens per step, and the length of the run in steps, tokens and epochs.
 
+    epoch_tokens: 0 where there is no one epoch.
     error: the share by which `epoch_tokens` may be off where they are estimated; 0 where counted.
     done: steps and tokens before a resume, whose steps may have had another size.
     """
@@ -109,9 +113,35 @@ def length_lines(
     about, within = ("about ", f" (to within {error:.1%}: the data ends it)") if ends else ("", "")
     return [
         tokens_line(config, world_size),
-        f"Max iterations: {about}{steps}{within} = {format_count(planned)} tokens, "
-        f"about {planned / max(1, epoch_tokens):.2f} epochs",
+        f"Max iterations: {about}{steps}{within} = {format_count(planned)} tokens"
+        + (f", about {planned / epoch_tokens:.2f} epochs" if epoch_tokens else ""),
     ]
+
+
+def source_lines(
+    sources: Sequence[Source], block_size: int, left: int, before: Mapping[str, int]
+) -> list[str]:
+    """Returns for each source of a mixture its share, its tokens of this run and how often its text
+    is read, with a warning about those that are read too often.
+
+    left: tokens that the run is still to read. before: what it has read of each source.
+    """
+    lines, often = list[str](), list[str]()
+    whole = sum(source.weight for source in sources)
+    for source in sources:
+        share = source.weight / whole
+        tokens = before.get(source.name, 0) + share * left
+        epochs = tokens / max(1, source.dataset.epoch_tokens(block_size))
+        read = f"{format_count(tokens)} tokens, about {epochs:.2f} epochs"
+        shown = f"{share:.1%} of the tokens{' from here on' if before else ''}"
+        lines.append(f"Source {source.name}: {shown}; in the whole run {read}")
+        often += [source.name] if epochs > MOST_EPOCHS else []
+    if often:
+        lines.append(
+            f"Warning: more than {MOST_EPOCHS} epochs of {', '.join(often)}: text that is read "
+            "again teaches ever less from there on (Muennighoff et al., 2023)"
+        )
+    return lines
 
 
 def planned_tokens(

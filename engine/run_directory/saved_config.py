@@ -12,6 +12,7 @@ from config import CheckpointError, Config
 from engine.run_directory.environment_file import read_environment
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, MAX_BYTES
 from files.regular import read_regular
+from settings.entries import flat_options
 from settings.values import to_text
 
 NOT_SAVED = f"not what the run saved; its copy in {ENVIRONMENT} is used"
@@ -39,12 +40,12 @@ def check_config(folder: Path) -> None:
     saved, problem = read_config(folder)
     if not problem:
         return
-    now = Config.from_yaml(folder / CONFIG).to_dict()
+    then = flat_options(saved.to_dict())
+    now = flat_options(Config.from_yaml(folder / CONFIG).to_dict())
     differing = [
-        f"{section}.{name} (saved {to_text(then)}, now {to_text(now[section][name])})"
-        for section, options in saved.to_dict().items()
-        for name, then in options.items()
-        if now[section][name] != then
+        f"{key} (saved {to_text(then.get(key))}, now {to_text(now.get(key))})"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
     ]
     if differing:
         raise CheckpointError(

@@ -428,6 +428,7 @@ def start_lines(
         *filter(None, [precision.note]),
         *parts.model.notes(world.on_cpu),
         *length_lines(config, world.size, setup.epoch_tokens, error, setup.done),
+        *setup.source_lines(world),
         ratio_line(tokens, parts.model),
         f"Seed: {config.training.seed}",
         RULE,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from config import Config, Request, micro_batch
-from data.run_data import RunData, document_id_function, embedded_is_missing
+from data.run_data import RunData, document_id_function, missing_corpus
 from engine.graphed_step import check_graphs
 from engine.hardware.distributed import World
 from engine.kernels import check_kernels, choose_kernels
@@ -43,7 +43,8 @@ def dry_run(request: Request, world: World) -> None:
     check_graphs(request.config, world)
     check_kernels(request.config, world.device)
     budget = MemoryBudget.of(world)
-    setup = None if embedded_is_missing(request.config) else prepare_run(request, world)
+    missing = missing_corpus(request.config)
+    setup = None if missing else prepare_run(request, world)
     config = request.config if setup is None else setup.config
     done, saved = (setup.done, setup.start.saved) if setup else ((0, 0), {})
     epoch_tokens = setup.epoch_tokens if setup else 0
@@ -64,10 +65,9 @@ def dry_run(request: Request, world: World) -> None:
         config = with_batch(config, sizes[0], EVAL_BATCH)
         estimator, lines = replace(estimator, config=config), [line]
     if setup is None:
-        folder = config.dataset.parquet_dir
         console.info(*origin_lines(request))
         console.info(
-            f"Data: {folder} is missing; the run will build it from the Python standard library"
+            f"Data: {missing} is missing; the run will build it from the Python standard library"
         )
     else:
         RunData(setup.dataset, config)  # refuses text that is too short
@@ -77,6 +77,7 @@ def dry_run(request: Request, world: World) -> None:
     else:
         error = setup.dataset.stats.error
         console.info(*length_lines(config, world.size, epoch_tokens, error, done))
+        console.info(*setup.source_lines(world))
     tokens = planned_tokens(config, world.size, steps, done)
     console.info(ratio_line(tokens, model), *learning_rate_plot(config, steps))
     directory = RunDirectory.start(config)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, open_dataset
 from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
-from data.run_data import check_data_continues, embedded_is_missing
+from data.run_data import check_data_continues, missing_corpus
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import (
     adapt_to_world_size,
@@ -22,8 +21,10 @@ from engine.planning.batch_size import with_batch
 from engine.planning.summary import (
     origin_lines,
     planned_steps,
+    planned_tokens,
     resolve_text_column,
     resolve_vocab_size,
+    source_lines,
 )
 from engine.schedule import learning_rate
 from engine.setup.initial_weights import check_tokenizer
@@ -44,13 +45,25 @@ class RunSetup:
     start: StartingPoint
 
     epoch_tokens: int
-    """Tokens of one pass over the training text, as the run that goes on counts them."""
+    """Tokens of one pass over the training text, as the run that goes on counts them; 0 for a
+    mixture, whose sources end theirs at different steps."""
+    source_tokens: dict[str, int]
+    """Tokens that the run has behind it of each source of a mixture."""
     done: tuple[int, int]
     """Steps and tokens that the run has behind it: (0, 0) for a new one."""
 
     def planned_steps(self, world: World) -> int:
         """Optimizer steps of the whole run, those before a resume included."""
         return planned_steps(self.config, world.size, self.epoch_tokens, self.done)
+
+    def source_lines(self, world: World) -> list[str]:
+        """Returns what the run reads of each source of a mixture, as lines; [] without one."""
+        config = self.config
+        if not config.dataset.mixture:
+            return []
+        left = planned_tokens(config, world.size, self.planned_steps(world), self.done)
+        sources, block_size = self.dataset.sources, config.training.block_size
+        return source_lines(sources, block_size, left - self.done[1], self.source_tokens)
 
     def with_batch(self, batch: int) -> RunSetup:
         """Returns the setup with a number in the place of `training.batch_size: auto`."""
@@ -90,6 +103,7 @@ def prepare_run(request: Request, world: World) -> RunSetup:
         dataset=dataset,
         start=start,
         epoch_tokens=_epoch_tokens(dataset, config, start),
+        source_tokens=_source_tokens(start),
         done=done_steps(start),
     )
 
@@ -120,8 +134,16 @@ def done_steps(start: StartingPoint) -> tuple[int, int]:
 
 def _epoch_tokens(dataset: Dataset, config: Config, start: StartingPoint) -> int:
     # A run that an earlier version began goes on in that version's order of the data.
+    if config.dataset.mixture:
+        return 0
     version = start.saved["cursor"]["version"] if start.saved else PLAN_VERSION
     return dataset.epoch_tokens(config.training.block_size, version)
+
+
+def _source_tokens(start: StartingPoint) -> dict[str, int]:
+    cursor = start.saved.get("cursor", {})
+    sources = cursor.get("sources", [])
+    return {source["name"]: source["rows"] * cursor["block_size"] for source in sources}
 
 
 def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
@@ -136,8 +158,8 @@ def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
 def open_data(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     """Returns the indexed text, in the tokens of `tokenizer` or of the config. The embedded corpus
     is built where it is missing."""
-    if embedded_is_missing(config):
-        folder = Path(config.dataset.parquet_dir)
+    folder = missing_corpus(config)
+    if folder is not None:
         console.info(f"{folder} is missing: building it from the Python standard library...")
         built = stdlib_corpus.build(folder)
         size = f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB"

@@ -27,6 +27,7 @@ from compare.read import Run, find_runs, read_run, restart_command
 from compare.table import list_lines
 from config import Config, DataError
 from engine.run_directory.metrics_file import protected
+from settings.entries import flat_options
 from tests.compare.run_directories import (
     TOKENS_PER_STEP,
     append,
@@ -68,7 +69,7 @@ def test_the_config_is_that_of_the_reader_whether_it_is_read_from_its_copy_or_no
 ) -> None:
     run = make("run_a", "n_layer=3", "optimizer.name=muon", old=old)
     config = Config.from_yaml(run.path / "config.yaml").to_dict()
-    assert run.config == {f"{s}.{o}": v for s, values in config.items() for o, v in values.items()}
+    assert run.config == flat_options(config)
 
 
 def test_a_config_that_was_edited_yields_to_the_copy_of_what_the_run_saved() -> None:

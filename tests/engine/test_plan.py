@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
+from data.sources.dataset import Source
 from engine.optim.build import build_optimizer
 from engine.planning.forecast import Forecast, PartTimes, TrialStep, choose_trial, forecast, measure
 from engine.planning.memory import MemoryBudget
@@ -24,11 +25,13 @@ from engine.planning.summary import (
     length_lines,
     planned_tokens,
     ratio_line,
+    source_lines,
 )
 from engine.precision.precision import Precision
 from engine.schedule import learning_rate
 from engine.train_state import saves_due
 from model import LanguageModel, build_model
+from tests.data.parquet_folder import opened
 from tests.engine.planned_runs import CPU, configured, estimator_of
 
 TIMES = PartTimes(
@@ -105,6 +108,9 @@ def test_the_time_of_a_run_is_that_of_its_parts() -> None:
     assert found.step == pytest.approx(3 * 0.5 + 0.1)
     assert found.evaluation == pytest.approx((2 * 5 + 1) * 0.2)  # and one to count neurons
     assert found.total == pytest.approx(160 + 2 * 2.2 + found.save, rel=1e-3)
+    sources = [{"name": name, "weight": 1, "parquet_dir": "x"} for name in "ab"]
+    mixed = replace(config, dataset=Config.from_dict({"dataset": {"mixture": sources}}).dataset)
+    assert predicted(mixed, 100).evaluation == pytest.approx((2 * 2 * 3 + 1) * 0.2)
 
 
 def test_several_processes_share_steps_and_evaluations() -> None:
@@ -297,6 +303,19 @@ def test_a_plan_counts_the_tokens_of_steps_before_a_resume_as_they_were() -> Non
     config = small(training={"batch_size": 8, "max_iters": 60})
     line = length_lines(config, 1, 100_000, done=(40, 40 * 128))[-1]
     assert line == "Max iterations: 60 = 10.2 k tokens, about 0.10 epochs"
+
+
+def test_a_plan_tells_how_often_each_source_of_a_mixture_is_read(corpus_dir: Path) -> None:
+    dataset = opened(corpus_dir)
+    epoch = dataset.epoch_tokens(32)
+    sources = [Source("web", 3.0, dataset), Source("books", 1.0, dataset)]
+    web, books = source_lines(sources, 32, 4 * epoch, {})
+    assert web.startswith("Source web: 75.0% of the tokens; in the whole run ")
+    assert web.endswith(", about 3.00 epochs") and books.endswith(", about 1.00 epochs")
+    *_, books, warning = source_lines(sources, 32, 4 * epoch, {"books": 4 * epoch})
+    assert books.startswith("Source books: 25.0% of the tokens from here on; in the whole run ")
+    assert books.endswith(", about 5.00 epochs")
+    assert warning.startswith("Warning: more than 4 epochs of books: text that is read again")
 
 
 def test_a_start_tells_parameters_memory_and_work() -> None:

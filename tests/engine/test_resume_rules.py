@@ -13,7 +13,11 @@ import torch
 
 from config import CheckpointError, Config
 from engine.checkpoint.load import load_checkpoint
-from engine.checkpoint.resume_rules import check_resumable
+from engine.checkpoint.resume_rules import (
+    check_resumable,
+    differences,
+    experiment_differences,
+)
 from engine.hardware.device import compiler_for
 from tests.conftest import ROOT, write_corpus
 from tests.runs import assert_equal, assert_same_run, metrics, only_run, run_here, start, wait_for
@@ -284,3 +288,17 @@ def test_other_positions_of_a_gpt_are_another_model() -> None:
         check_resumable(then, now, "checkpoint_1.pt", 1, 1)
     bdh = replace(then, model=Config().model), replace(now, model=Config().model)
     assert "  training.block_size: 512 -> 16" in check_resumable(*bdh, "checkpoint_1.pt", 1, 1)
+
+
+def test_another_weight_of_a_source_is_another_experiment_that_is_named() -> None:
+    source = {"name": "web", "weight": 0.7, "parquet_dir": "w"}
+    then, now = (
+        Config.from_dict({"dataset": {"mixture": [source | changes]}})
+        for changes in ({}, {"weight": 0.5, "text_column": "body"})
+    )
+    assert differences(then, now) == {
+        "dataset.mixture.web.weight": (0.7, 0.5),
+        "dataset.mixture.web.text_column": (None, "body"),
+    }
+    assert "dataset.mixture.web.weight" in experiment_differences(then, now)
+    assert "  dataset.mixture.web.weight: 0.7 -> 0.5" in check_resumable(then, now, "c", 1, 1)
