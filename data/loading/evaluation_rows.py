@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.loading.order import Integers, Tokens, segment_order
 from data.loading.packing import windows
-from data.sources.dataset import Dataset, Segments, segments_of_split
+from data.sources.dataset import Dataset, Reader, Segments, segments_of_split
 from data.tokenizers.base import row_dtype
 
 _SEED = 0
@@ -69,10 +69,16 @@ def _pick_packed_rows(segments: Segments, chosen: Integers, empty: Tokens, rows:
     enough = 1 + int(np.searchsorted(tokens_until, 2 * rows * (empty.shape[1] - 1)))
     chosen = chosen[: max(_MIN_SEGMENTS, enough)]
     reader = segments.open_reader()
-    parts = (reader.tokens(int(segment), _SEED, 0, True) for segment in chosen)
-    sample = _spread_rows(parts, empty, rows)
+    sample = _spread_rows(_read_in_order(reader, chosen), empty, rows)
     reader.close()
     return sample
+
+
+def _read_in_order(reader: Reader, chosen: Integers) -> Iterator[Tokens]:
+    """Yields the tokens of segments; remote ones are asked for in advance."""
+    for i, segment in enumerate(chosen.tolist()):
+        reader.prefetch(0, map(int, chosen[i:]))
+        yield reader.tokens(segment, _SEED, 0, True)
 
 
 def _spread_rows(parts: Iterator[Tokens], kept: Tokens, rows: int) -> Tokens:

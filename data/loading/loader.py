@@ -63,6 +63,9 @@ class ChunkDataset(IterableDataset[Chunk]):
         lane_type: type[Lane] = RowLane if plan.segments.whole_rows else PackedLane
         starts = list(zip(plan.lanes, plan.start, strict=True))[worker::workers]
         try:
+            # The first segment of all lanes at once: the first batch needs every one of them.
+            for lane, (epoch, index, _) in starts:
+                source.prefetch(epoch, lane, index, 1)
             # Inside the try: a position that does not fit raises DataError too.
             lanes: list[Lane] = [lane_type(source, lane, position) for lane, position in starts]
             while True:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import bisect
 import mmap
 from abc import ABC, abstractmethod
-from itertools import pairwise, product
+from collections.abc import Iterator
+from itertools import islice, pairwise, product
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -56,7 +57,22 @@ class LaneReader:
         plan = self._plan
         segment = int(plan.lane_segments(epoch, lane)[index])
         tokens = self._reader.tokens(segment, plan.seed, epoch, plan.shuffle)
+        self.prefetch(epoch, lane, index + 1)
         return tokens[plan.share(epoch, lane, index).of(len(tokens))]
+
+    def prefetch(self, epoch: int, lane: int, index: int, count: int | None = None) -> None:
+        """States that a lane reads its index-th segment next, and those after it.
+
+        Args:
+            count: how many of them; None: all, to the end of the next epoch.
+        """
+        self._reader.prefetch(lane, islice(self._upcoming(epoch, lane, index), count))
+
+    def _upcoming(self, epoch: int, lane: int, index: int) -> Iterator[int]:
+        # A generator, as a reader of local files takes nothing from it: near the end of an epoch
+        # the next one would be planned too early.
+        yield from map(int, self._plan.lane_segments(epoch, lane)[index:])
+        yield from map(int, self._plan.lane_segments(epoch + 1, lane))
 
     def locate(self, lane: int, start: Position, length: int) -> tuple[str, list[range]]:
         """Returns where `length` tokens of one segment are stored (see `Reader.locate`)."""

@@ -25,12 +25,17 @@ _VERSION = 2
 _DIGEST_BYTES = 16
 
 
+def cache_folder() -> Path:
+    """Returns our folder in the user's cache folder; it may not be there yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base, "hatchery")
+
+
 def cache_path(kind: str, *identity: str) -> Path:
     """Returns the cache file for something of that kind and identity."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     what = "\0".join((str(_VERSION), *identity))
     key = hashlib.blake2b(os.fsencode(what), digest_size=12).hexdigest()
-    return Path(base, "hatchery", f"{kind}-{key}.npz")
+    return cache_folder() / f"{kind}-{key}.npz"
 
 
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:

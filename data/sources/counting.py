@@ -1,9 +1,9 @@
 """How many tokens the segments of a folder have: counted once, or estimated from a sample.
 
 The sizes in footers are of encoded pages, which store repeated text once. So the text itself is
-read: a folder of up to READ_BYTES whole, of a larger one a sample of segments. Of text whose tokens
-are not bytes up to ENCODE_BYTES are encoded, from every segment that is read. The counts are kept
-in the cache, so only the first start takes this time.
+read: a folder of up to READ_BYTES whole, of a larger one a sample of segments; of remote text
+REMOTE_BYTES. Of text whose tokens are not bytes up to ENCODE_BYTES are encoded, from every segment
+that is read. The counts are kept in the cache, so only the first start takes this time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from data.tokenizers.simple import ByteTokenizer
 log = logging.getLogger(__name__)
 
 READ_BYTES = 4 << 30  # compressed; about ten seconds of one core
+REMOTE_BYTES = 64 << 20  # of text
 ENCODE_BYTES = 16 << 20  # takes about as long
 SAMPLE_SEGMENTS = 256
+MIN_REMOTE_SEGMENTS = 8
 _MIN_ENCODED_BYTES = 1 << 10  # of a segment of which a part is encoded
 _MIN_ERROR = 0.001  # of an estimate
 _THREADS = 8
@@ -51,10 +53,7 @@ def count_tokens(
     index: Index, table: SegmentTable, tokenizer: Tokenizer, config: DatasetConfig
 ) -> TokenCounts:
     """Counts or estimates the tokens of all segments; raises DataError for unreadable text."""
-    # Every segment, or evenly spread ones: text often changes from the first file to the last.
-    chosen = np.arange(len(table))
-    if int(table.bytes.sum()) > READ_BYTES and len(table) > SAMPLE_SEGMENTS:
-        chosen = np.linspace(0, len(table) - 1, SAMPLE_SEGMENTS).astype(np.int64)
+    chosen = _choose_segments(index, table)
     measure = partial(_measure_cached, index, table, config, chosen)
     sizes = measure("text", DocumentReader.measure, columns=2)  # documents, bytes
     tokens, fraction = sizes.sum(axis=1), 1.0  # of bytes: one each, and one separator a document
@@ -75,6 +74,20 @@ def count_tokens(
         return TokenCounts(tokens, 0.0)
     # A segment of an estimated 0 tokens may have some, and lanes could not share it.
     return TokenCounts(np.maximum(estimates, 1), _error(tokens, weights))
+
+
+def _choose_segments(index: Index, table: SegmentTable) -> Integers:
+    """Returns every segment, or evenly spread ones: text often changes from file to file."""
+    among, total, count = np.arange(len(table)), int(table.bytes.sum()), SAMPLE_SEGMENTS
+    if index.tags and total > REMOTE_BYTES:
+        # Those that begin their row groups: all that is before a segment has to be fetched too.
+        among = np.flatnonzero(table.first == 0)
+        count = min(count, max(MIN_REMOTE_SEGMENTS, len(table) * REMOTE_BYTES // total))
+    elif total <= READ_BYTES:
+        return among
+    if len(among) <= count:
+        return among
+    return among[np.linspace(0, len(among) - 1, count).astype(np.int64)]
 
 
 def _error(tokens: Integers, sizes: Integers) -> float:

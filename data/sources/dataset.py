@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +44,12 @@ class Reader(Protocol):
         """Returns the tokens of a segment in one epoch, possibly as a view of something larger.
 
         Raises DataError, which names the file, if they cannot be read.
+        """
+
+    def prefetch(self, lane: int, segments: Iterable[int]) -> None:
+        """States which segments a lane reads next, so that remote ones are read in advance.
+
+        Replaces what was stated for the lane before. Only as many are taken as are of use.
         """
 
     def locate(

@@ -111,8 +111,10 @@ class ParquetSegments:
         among = starts if len(starts) >= _SAMPLE_SEGMENTS else np.arange(len(self.table))
         documents = self.open_documents()
         tokens = size = 0
-        for i in np.linspace(0, len(among) - 1, _SAMPLE_SEGMENTS).astype(np.int64):
-            texts, _ = documents.read(int(among[i]), 0, 0, False)
+        chosen = among[np.linspace(0, len(among) - 1, _SAMPLE_SEGMENTS).astype(np.int64)]
+        documents.prefetch(0, map(int, chosen))
+        for i in chosen:
+            texts, _ = documents.read(int(i), 0, 0, False)
             enough = size + _SAMPLE_BYTES
             for text in texts:
                 if size >= enough:
@@ -317,6 +319,7 @@ def _code_points(index: Index, config: DatasetConfig) -> npt.NDArray[np.uint32]:
     documents = DocumentReader(index, table, config)
     seen = np.zeros(0x110000, dtype=np.bool_)
     for segment in range(len(table)):
+        documents.prefetch(0, range(segment, len(table)))
         text, _ = documents.read(segment, 0, 0, False)
         if len(text):
             # UTF-32 has one number per character, so numpy finds them without a loop.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ import pyarrow.parquet as pq
 
 from config import DataError, DatasetConfig
 from data.loading.order import Integers, Tokens, document_order
+from data.remote.range_cache import Range
 from data.sources.parquet_index import REMEDY, Index, first_line
 from data.sources.parquet_segments import SegmentTable
+from data.sources.remote_parquet import RemoteFile, RemoteParquet
 from data.tokenizers.base import Tokenizer, storage_dtype
 from data.tokenizers.simple import SEPARATOR, SPACE, ByteTokenizer
 
@@ -35,20 +38,25 @@ WHOLE_GROUP_BYTES = 8 << 20
 WHOLE_GROUP_ROWS = 1 << 16
 KEPT_BYTES = 16 << 20
 _READ_BUFFER_BYTES = 1 << 16
+# Of remote text: ranges that a lane asks for in advance, and those of them of one row group.
+_LANE_RANGES, _GROUP_RANGES = 16, 2
+_LANE_SEGMENTS = 64  # in which they are looked for
 _OFFSET_LIMIT_BYTES = 1 << 30
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class RowGroupReader:
-    """Reads rows of row groups and keeps at most `max_files` files open; used by one thread.
+    """Reads rows of row groups and keeps at most a stated number of files open; for one thread.
 
     Besides the rows it returns it holds at most KEPT_BYTES of decoded small row groups, and for
-    each larger row group that is being read about three times the rows asked for.
+    each larger row group that is being read about three times the rows asked for; of remote files
+    also what is read ahead (data/remote/read_ahead.py).
     """
 
-    def __init__(self, index: Index, max_files: int) -> None:
-        self._index, self._max_files = index, max_files
+    def __init__(self, index: Index, config: DatasetConfig) -> None:
+        self._index, self._max_files = index, config.max_cached_files
+        self._remote = RemoteParquet(index, config) if index.tags else None
         self._group_file, self._group_number = index.group_file, index.group_number
         # All three in the order of their last use.
         self._files: OrderedDict[int, Any] = OrderedDict()
@@ -75,6 +83,32 @@ class RowGroupReader:
             self._kept.popitem(last=False)
         return array.slice(first, count)
 
+    def prefetch(self, lane: int, groups: Iterable[int]) -> None:
+        """States which row groups a lane reads next; those of remote files are asked for."""
+        if self._remote is None:
+            return
+        # Also of a row group that is decoded and kept: it may be dropped before its next segment
+        # is read, and its text is held until then.
+        ranges: dict[Range, None] = {}  # a set in the order of need
+        for group in groups:
+            file, partial = int(self._group_file[group]), self._partial.get(group)
+            layout = self._remote.layout(file)
+            if file not in self._files:
+                ranges[layout.tail] = None
+            offset = partial.source.tell() if partial and partial.source else 0
+            text = layout.text(int(self._group_number[group]), offset)
+            ranges |= dict.fromkeys(islice(text, _GROUP_RANGES))
+            if len(ranges) >= _LANE_RANGES:
+                break
+        self._remote.ranges.expect(lane, list(ranges))
+
+    def forget(self, group: int) -> None:
+        """Makes the next start read a damaged row group from the server, not from copies."""
+        if self._remote is not None:
+            layout = self._remote.layout(int(self._group_file[group]))
+            for damaged in layout.text(int(self._group_number[group])):
+                self._remote.ranges.forget(damaged)
+
     def _read_whole(self, group: int) -> Any:
         number = int(self._group_number[group])
         file = self._open(int(self._group_file[group]))
@@ -83,16 +117,21 @@ class RowGroupReader:
         return _one_array(table.column(0).chunks)
 
     def _read_part(self, group: int, first: int, count: int) -> Any:
-        file = self._open(int(self._group_file[group]))
+        number = int(self._group_file[group])
+        file, source = self._open(number), None
         partial = self._partial.pop(group, None)  # put back only if nothing goes wrong
         if partial is None or partial.row > first:  # pages can only be decoded forwards
+            if self._remote is not None:
+                # A view of its own, whose offset tells what of this row group is needed next.
+                source = self._remote.open(number)
+                file = _parquet_file(source, file.metadata)
             batches = file.iter_batches(
                 batch_size=count,
                 row_groups=[int(self._group_number[group])],
                 columns=[self._index.column],
                 use_threads=False,
             )
-            partial = _PartialGroup(batches)
+            partial = _PartialGroup(batches, source)
         array = partial.read(first, count)
         if partial.row < self._index.groups[group, 0]:
             self._partial[group] = partial
@@ -104,15 +143,14 @@ class RowGroupReader:
             return self._files[file]
         while len(self._files) >= self._max_files:
             self._close(next(iter(self._files)))
-        # At every opening: a file that changed since the index was read has other rows.
-        self._index.check_file(file)
-        self._files[file] = pq.ParquetFile(
-            self._index.path(file),
-            page_checksum_verification=True,
-            pre_buffer=False,
-            buffer_size=_READ_BUFFER_BYTES,
-        )
-        return self._files[file]
+        if self._remote is not None:
+            opened = _parquet_file(self._remote.open(file))  # every request checks the tag
+        else:
+            # At every opening: a file that changed since the index was read has other rows.
+            self._index.check_file(file)
+            opened = _parquet_file(self._index.path(file))
+        self._files[file] = opened
+        return opened
 
     def _close(self, file: int) -> None:
         opened = self._files.pop(file)
@@ -125,13 +163,26 @@ class RowGroupReader:
         for file in list(self._files):
             self._close(file)
         self._kept.clear()
+        if self._remote is not None:
+            self._remote.ranges.close()
+
+
+def _parquet_file(source: str | RemoteFile, metadata: Any = None) -> Any:
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        page_checksum_verification=True,
+        pre_buffer=False,
+        buffer_size=_READ_BUFFER_BYTES,
+    )
 
 
 class _PartialGroup:
     """A row group that is decoded from the front; `row` is the next row."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[Any], source: RemoteFile | None) -> None:
         self._batches, self._rest = batches, pa.array([], pa.string())
+        self.source = source
         self.row = 0
 
     def read(self, first: int, count: int) -> Any:
@@ -173,7 +224,7 @@ class DocumentReader:
         self._index, self._table = index, table
         self._skip_bad = config.on_bad_shard == "skip"
         _use_compact_memory()
-        self._groups = RowGroupReader(index, config.max_cached_files)
+        self._groups = RowGroupReader(index, config)
         self.unreadable: set[int] = set()
         """The segments that could not be read and were skipped."""
         self.skipped_counts = Counter[str]()
@@ -192,6 +243,11 @@ class DocumentReader:
         chosen = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
         return array.take(chosen), rows + int(self._table.first[segment])
 
+    def prefetch(self, lane: int, segments: Iterable[int]) -> None:
+        """States which segments a lane reads next, in order."""
+        groups = (int(self._table.group[each]) for each in islice(segments, _LANE_SEGMENTS))
+        self._groups.prefetch(lane, groups)
+
     def measure(self, segment: int) -> tuple[int, int]:
         """Returns how many documents a segment has, and the bytes of their text."""
         array = self._read(segment)
@@ -200,13 +256,16 @@ class DocumentReader:
     def _read(self, segment: int) -> Any:
         """Returns all rows of a segment; none if it cannot be read and is to be skipped."""
         first, count = int(self._table.first[segment]), int(self._table.rows[segment])
+        group = int(self._table.group[segment])
         try:
-            array = self._groups.read(int(self._table.group[segment]), first, count)
+            array = self._groups.read(group, first, count)
             # Arrow does not check UTF-8 on its own, and a tokenizer would fail far from the cause.
             array.validate(full=True)
             if len(array) != count:  # page headers are not under the checksum
                 raise pa.ArrowInvalid(f"{len(array)} rows, the footer says {count}")
+        # Not DataError, which a server that stays away raises: nothing is wrong with its text.
         except (OSError, pa.ArrowException) as error:
+            self._groups.forget(group)
             message = f"{self.name(segment)}: {_reason(error, first)}. {REMEDY}"
             if not self._skip_bad:
                 raise DataError(message) from None
@@ -243,6 +302,10 @@ class ParquetReader:
         self._documents = documents
         self._tokenizer = tokenizer
         self.skipped_counts = documents.skipped_counts
+
+    def prefetch(self, lane: int, segments: Iterable[int]) -> None:
+        """States which segments a lane reads next, in order."""
+        self._documents.prefetch(lane, segments)
 
     def tokens(self, segment: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
         """Returns the documents of a segment in reading order, each followed by the separator."""

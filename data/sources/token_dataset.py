@@ -10,7 +10,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -298,6 +298,9 @@ class TokenReader:
         """Returns the tokens of a segment; raises DataError as TokenMaps.read does."""
         tokens = self._maps.read(*self._segments.span_of(segment, seed, epoch, shuffle))
         return tokens.astype(self._dtype)  # a copy, as the map may be closed
+
+    def prefetch(self, lane: int, segments: Iterable[int]) -> None:
+        """Does nothing: token files are on this machine."""
 
     def locate(
         self, segment: int, seed: int, epoch: int, shuffle: bool, tokens: range
