@@ -6,7 +6,7 @@ them: `mixture.web.weight=0.5`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,36 +74,33 @@ def read_list(option: Option, given: Entry) -> tuple[tuple[Any, ...], list[Probl
     assert option.kind is not None
     made, problems = [], list[Problem]()
     for number, item in enumerate(given.value.values, start=1):
-        place = f"{option.key}: entry {number}"
         if not isinstance(item, Group):
             raise RefusedError(f"entry {number}: expected key: value pairs, got {describe(item)}")
-        origin = item.entries[0].origin if item.entries else given.origin
-        values = dict[str, Any]()
-        found = [*_read_entry(option, item, values), *_missing(option, item, origin)]
-        problems += [Problem(each.origin, f"{place}: {each.text}") for each in found]
-        made += [] if found else [option.kind(**values)]
+        values, wrong = _read_entry(option, item, given.origin)
+        problems += [Problem(at, f"{option.key}: entry {number}: {text}") for at, text in wrong]
+        made += [] if wrong else [option.kind(**values)]
     return tuple(made), problems
 
 
-def _read_entry(option: Option, item: Group, values: dict[str, Any]) -> Iterator[Problem]:
-    """Fills in the values of one entry; yields what cannot be taken."""
-    seen = dict[str, Entry]()
+def _read_entry(
+    option: Option, item: Group, origin: Origin
+) -> tuple[dict[str, Any], list[tuple[Origin, str]]]:
+    """Returns the values of an entry, and what is wrong with it. origin: of its list."""
+    first, values, wrong = dict[str, Entry](), dict[str, Any](), list[tuple[Origin, str]]()
     for child in item.entries:
-        first = seen.setdefault(child.key, child)
         try:
             own = entry_option(option, child.key)
-            if first is not child:
-                raise RefusedError(f"given twice (first at line {first.origin.line}). Keep one")
+            if first.setdefault(child.key, child) is not child:
+                line = first[child.key].origin.line
+                raise RefusedError(f"given twice (first at line {line}). Keep one")
             values[child.key] = read_value(own, child.value)
         except RefusedError as error:
-            yield Problem(child.origin, f"{child.key}: {error}")
-
-
-def _missing(option: Option, item: Group, origin: Origin) -> Iterator[Problem]:
-    given = {child.key for child in item.entries}
+            wrong.append((child.origin, f"{child.key}: {error}"))
+    at = item.entries[0].origin if item.entries else origin
     for own in option.entry_options:
-        if own.default is REQUIRED and own.name not in given:
-            yield Problem(origin, f"{own.name} is missing ({own.doc})")
+        if own.default is REQUIRED and own.name not in first:
+            wrong.append((at, f"{own.name} is missing ({own.doc})"))
+    return values, wrong
 
 
 def entry_option(option: Option, name: str) -> Option:
@@ -123,9 +120,9 @@ def change_entry(option: Option, entries: Iterable[Any], change: Entry) -> tuple
     entries = tuple(entries)
     # A shell's option may be written with dashes or underscores alike.
     chosen = [each for each in entries if _shell_name(each.name) == _shell_name(name)]
-    if not chosen:
-        known = ", ".join(each.name for each in entries) or "none"
-        raise RefusedError(f"no entry is named {shown(name)}. Entries: {known}")
+    if len(chosen) != 1:
+        count, known = len(chosen) or "no", ", ".join(each.name for each in entries) or "none"
+        raise RefusedError(f"{count} entries are named {shown(name)}. Entries: {known}")
     return tuple(replace(each, **{key: value}) if each in chosen else each for each in entries)
 
 

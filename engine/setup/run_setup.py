@@ -141,9 +141,10 @@ def _epoch_tokens(dataset: Dataset, config: Config, start: StartingPoint) -> int
 
 
 def _source_tokens(start: StartingPoint) -> dict[str, int]:
-    cursor = start.saved.get("cursor", {})
-    sources = cursor.get("sources", [])
-    return {source["name"]: source["rows"] * cursor["block_size"] for source in sources}
+    sources = start.saved["cursor"].get("sources", []) if start.saved else []
+    rows = sum(source["rows"] for source in sources)
+    tokens = done_steps(start)[1]
+    return {source["name"]: tokens * source["rows"] // max(1, rows) for source in sources}
 
 
 def _batch_as_before(config: Config, saved: Config, world: World) -> Config:

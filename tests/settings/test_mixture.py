@@ -84,7 +84,7 @@ def test_a_mistake_in_a_source_is_named_with_its_line(
 def test_an_override_of_an_unknown_source_names_those_there_are(complaint: Complain) -> None:
     found = complaint("my.yaml mixture.wob.weight=1", {"my.yaml": MIXED})
     assert found == (
-        "command line: mixture.wob.weight: no entry is named 'wob'. Entries: web, my-books.2."
+        "command line: mixture.wob.weight: no entries are named 'wob'. Entries: web, my-books.2."
     )
     found = complaint("my.yaml mixture.web.wait=1", {"my.yaml": MIXED})
     assert found == "command line: mixture.web.wait: unknown key. Did you mean weight?"
