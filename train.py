@@ -175,7 +175,8 @@ def main(request: Request) -> int:
             traceback.print_exc()
         report_to_torchrun(str(error))
         # Errors raised on every rank are printed by rank 0, rank-local ones by the rank they hit.
-        if is_main_process() or isinstance(error, DataError | MemoryShortError | NonFiniteError):
+        local = isinstance(error, DataError | MemoryShortError | NonFiniteError)
+        if is_main_process() or (local and not error.on_all_ranks):
             console.warning(str(error))
         else:
             let_rank_0_print()

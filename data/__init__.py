@@ -10,7 +10,7 @@ run_data.py   what a run takes from its dataset
 
 from __future__ import annotations
 
-from data.factory import open_dataset
+from data.factory import index_sources, open_dataset
 from data.loading.evaluation_rows import evaluation_rows
 from data.loading.load_plan import BatchSpec, merge_data_states
 from data.loading.loader import StepBatch, TrainLoader
@@ -23,5 +23,6 @@ __all__ = [
     "TrainLoader",
     "evaluation_rows",
     "merge_data_states",
+    "index_sources",
     "open_dataset",
 ]

@@ -7,17 +7,19 @@ has encoded: the one that a meta file beside them names, or one that does not co
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from config import DataError, DatasetConfig, TokenizerConfig, token_paths
+from config import DataError, DatasetConfig, TokenizerConfig, source_datasets, token_paths
+from data.remote.store import RemoteStore
 from data.sources.dataset import Dataset
 from data.sources.meta import GPT2_TOKENS, Meta, read_metas
 from data.sources.parquet_dataset import characters, check_row_groups, check_rows, open_parquet
-from data.sources.parquet_index import build_index
+from data.sources.parquet_index import Index, build_index
+from data.sources.remote_index import build_remote_index
 from data.sources.token_dataset import TokenDataset, check_split
 from data.sources.token_file import (
     ENDINGS,
@@ -30,6 +32,7 @@ from data.sources.token_file import (
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import build_tokenizer
 from data.tokenizers.simple import IdTokenizer, char_tokenizer
+from settings.addresses import is_remote
 
 _LISTED_METAS = 10  # meta files that the start of a run names, at most
 
@@ -39,6 +42,7 @@ def open_dataset(
     tokenizer: TokenizerConfig,
     vocab_size: int | None = None,
     known: Tokenizer | None = None,
+    indexes: Mapping[str, Index] | None = None,
 ) -> Dataset:
     """Indexes and splits the data of a config.
 
@@ -48,11 +52,34 @@ def open_dataset(
     Args:
         vocab_size: that of the model; used if nothing else tells which tokens there are.
         known: the tokenizer of pretrained weights, which takes the place of the config's.
+        indexes: those of `index_sources`, if another process has made them.
     """
     dataset = _with_token_files(dataset)
     if token_paths(dataset) is None:
-        return _open_parquet_files(dataset, tokenizer, known)
+        index = (index_sources(dataset) if indexes is None else indexes)[""]
+        return _open_parquet_files(index, dataset, tokenizer, known)
     return _open_token_files(dataset, tokenizer, vocab_size, known)
+
+
+def index_sources(
+    dataset: DatasetConfig, pins: Mapping[str, str] | None = None
+) -> dict[str, Index]:
+    """Returns the index of each source of parquet files, by name; see `build_index`.
+
+    pins: the commits to take for addresses on the Hub.
+    """
+    indexes = {}
+    for name, source in source_datasets(dataset).items():
+        path, column = source.parquet_dir, source.text_column
+        skip_bad = source.on_bad_shard == "skip"
+        if token_paths(_with_token_files(source)) is not None:
+            continue
+        if is_remote(path):
+            store, pin = RemoteStore(source.retry_seconds), (pins or {}).get(path, "")
+            indexes[name] = build_remote_index(store, path, column, skip_bad, pin)
+        else:
+            indexes[name] = build_index(path, column, skip_bad)
+    return indexes
 
 
 def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:
@@ -71,9 +98,8 @@ def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _open_parquet_files(
-    dataset: DatasetConfig, config: TokenizerConfig, known: Tokenizer | None
+    index: Index, dataset: DatasetConfig, config: TokenizerConfig, known: Tokenizer | None
 ) -> Dataset:
-    index = build_index(dataset.parquet_dir, dataset.text_column, dataset.on_bad_shard == "skip")
     check_rows(index)
     check_row_groups(index)
     if known is not None:

@@ -31,6 +31,7 @@ from data.loading.loader import StepBatch, TrainLoader
 from data.loading.packing import document_ids
 from data.preparation import stdlib_corpus
 from data.sources.dataset import Dataset
+from settings.addresses import is_remote
 
 
 class RunData:
@@ -122,7 +123,11 @@ class RepeatFirstBatch(StepBatch):
 def missing_corpus(config: Config) -> Path | None:
     """Returns the folder of the embedded corpus if the run reads it and it has not been built."""
     sources = source_datasets(config.dataset).values()
-    folders = [Path(source.parquet_dir) for source in sources if token_paths(source) is None]
+    folders = [
+        Path(source.parquet_dir)
+        for source in sources
+        if token_paths(source) is None and not is_remote(source.parquet_dir)
+    ]
     missing = (path for path in folders if stdlib_corpus.is_embedded(path) and not path.exists())
     return next(missing, None)
 

@@ -10,6 +10,7 @@ import math
 import os
 from typing import Any
 
+from settings.addresses import address_fault
 from settings.mixture import source_datasets
 from settings.rules import is_default, nearest_multiples, only_with, rule
 
@@ -165,6 +166,27 @@ def _one_checkpoint_to_resume(c: Any) -> str | None:
     if c.training.init_from != "resume" or c.training.resume_from_checkpoint is None:
         return None
     return "{0} and {1} exclude each other; set one"
+
+
+def _is_a_good_address(key: str) -> None:
+    @rule(key)
+    def complain(c: Any) -> str | None:
+        # The value is not shown: its faulty part may be a password.
+        fault = address_fault(getattr(c.dataset, key.split(".")[1]) or "")
+        return f"{key} {fault}" if fault else None
+
+
+for _key in ("dataset.parquet_dir", "dataset.train_data_path", "dataset.val_data_path"):
+    _is_a_good_address(_key)
+
+
+@rule("dataset.mixture")
+def _sources_have_good_addresses(c: Any) -> str | None:
+    for source in c.dataset.mixture:
+        for path in (source.parquet_dir, source.train_data_path, source.val_data_path):
+            if fault := address_fault(path or ""):
+                return f"dataset.mixture: a path of source {source.name} {fault}"
+    return None
 
 
 @rule(

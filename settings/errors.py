@@ -28,6 +28,8 @@ class UserError(Exception):
     """A message for the user, safe to print; programmer mistakes are assertions instead."""
 
     exit_code = 1
+    on_all_ranks = False
+    """Whether every rank raises it, so that one of them prints it."""
 
     def __init__(self, text: str = "") -> None:
         super().__init__(printable(text))

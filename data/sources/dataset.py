@@ -192,10 +192,7 @@ class Dataset(ABC):
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
                 # Another program wrote the checkpoint, or another version of this one.
                 difference = "the checkpoint does not say which data it was"
-        raise DataError(
-            f"The data is not what the checkpoint was trained on: {difference}. "
-            "Restore it, or start a new run without resume_from_checkpoint."
-        )
+        raise changed_data(difference)
 
     def too_short(self, split: str, block_size: int) -> DataError:
         """Returns the error for a split without a single row of tokens."""
@@ -208,6 +205,20 @@ class Dataset(ABC):
             f"than one row of training.block_size + 1 = {block_size + 1} tokens. "
             "Lower block_size, or give it more text."
         )
+
+
+def changed_data(difference: str) -> DataError:
+    """Returns the error for data that is not that of the checkpoint."""
+    return DataError(
+        f"The data is not what the checkpoint was trained on: {difference}. "
+        "Restore it, or start a new run without resume_from_checkpoint."
+    )
+
+
+def pinned_revisions(saved: dict[str, Any]) -> dict[str, str]:
+    """Returns the commit that each address on the Hub meant, by the `summary` of a checkpoint."""
+    parts = [saved, *saved.get("sources", [])]
+    return {part["address"]: part["revision"] for part in parts if part.get("revision")}
 
 
 def _kind_of_files(details: dict[str, Any]) -> str:

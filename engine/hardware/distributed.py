@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, DistributedConfig, SystemConfig
+from config import ConfigError, DistributedConfig, SystemConfig, UserError
 from engine.hardware.device import prepare_device, resolve_device
 from settings.slurm import RENDEZVOUS, started_by_srun
 
@@ -120,6 +120,26 @@ class World:
         box: list[T] = [value] * self.size
         dist.gather_object(value, box if self.is_main else None)
         return box if self.is_main else [value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Returns on every rank what `work` returns on rank 0, the only one that does it.
+
+        A UserError is raised on all of them.
+        """
+        if self.size == 1:
+            return work()
+        result: list[T] = []
+        error: UserError | None = None
+        if self.is_main:
+            try:
+                result.append(work())
+            except UserError as found:
+                error = found
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            error.on_all_ranks = True
+            raise error
+        return result[0]
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from config import Config, Request, eval_batch, micro_batch
-from data import Dataset, open_dataset
+from data import Dataset, index_sources, open_dataset
 from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
 from data.run_data import check_data_continues, missing_corpus
-from data.tokenizers.base import Tokenizer
+from data.sources.dataset import pinned_revisions
+from data.sources.parquet_index import Index
 from engine.checkpoint.resume_rules import (
     adapt_to_world_size,
     check_resumable,
@@ -83,9 +86,13 @@ def prepare_run(request: Request, world: World) -> RunSetup:
     """
     console.info(*origin_lines(request))
     start = find_starting_point(request, world)
-    # The main process builds what is missing and counts tokens; the others find both done.
-    with world.main_first():
-        dataset = open_data(start.config, start.tokenizer)
+    # One process builds what is missing, lists files and reads footers: the others would ask a
+    # server for the same, and might see files that came in between.
+    pins = pinned_revisions(start.saved.get("data", {}))
+    indexes = world.on_main(partial(index_data, start.config, pins))
+    with world.main_first():  # the main process copies and counts; the others find both done
+        options = start.config.tokenizer, start.config.model.vocab_size, start.tokenizer
+        dataset = open_dataset(start.config.dataset, *options, indexes=indexes)
         data_lines = dataset.lines()
     console.info(*data_lines)
     if start.weights is not None and start.tokenizer is None:
@@ -156,16 +163,16 @@ def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
     return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
 
 
-def open_data(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
-    """Returns the indexed text, in the tokens of `tokenizer` or of the config. The embedded corpus
-    is built where it is missing."""
+def index_data(config: Config, pins: Mapping[str, str]) -> dict[str, Index]:
+    """Returns the index of each source of parquet files. The embedded corpus is built where it is
+    missing. pins: the commit of each address on the Hub that is not to be looked up again."""
     folder = missing_corpus(config)
     if folder is not None:
         console.info(f"{folder} is missing: building it from the Python standard library...")
         built = stdlib_corpus.build(folder)
         size = f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB"
         console.info(f"{size}, {built.seconds:.1f}s")
-    return open_dataset(config.dataset, config.tokenizer, config.model.vocab_size, tokenizer)
+    return index_sources(config.dataset, pins)
 
 
 def check_fits(

@@ -132,6 +132,21 @@ training.init_from=resume training.resume_from_checkpoint=auto
     one.
 dataset.name=owt dataset.train_data_path=a.bin
     dataset.name=owt and dataset.train_data_path=a.bin name two texts; set one.
+dataset.parquet_dir=s3://KEY:SECRET@bucket/text
+    dataset.parquet_dir has a user name or password before the host, which would be kept in the
+    run's files; credentials belong in the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS,
+    HF_TOKEN).
+dataset.train_data_path=https://host/train.bin?Signature=SECRET
+    dataset.train_data_path has a query string (?...), which would be kept in the run's files;
+    credentials belong in the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN).
+dataset.parquet_dir=ftp://host/text
+    dataset.parquet_dir is neither a folder nor one of s3://, gs://, https://,
+    hf://datasets/OWNER/NAME@REV.
+dataset.parquet_dir=hf://OWNER/NAME
+    dataset.parquet_dir is not hf://datasets/OWNER/NAME, hf://datasets/OWNER/NAME@REVISION or below
+    it.
+dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"s3:///x"}]
+    dataset.mixture: a path of source a names no bucket or host.
 dataset.val_data_path=a.bin
     dataset.val_data_path=a.bin needs a token file to train on, but
     dataset.train_data_path=null.
@@ -265,6 +280,13 @@ def made(values: dict[str, dict[str, Any]]) -> Config:
     if sources:
         values["dataset"]["mixture"] = tuple(SourceConfig(**source) for source in sources)
     return Config(**{name: SECTIONS[name](**options) for name, options in values.items()})
+
+
+def test_no_message_repeats_an_address_that_may_hold_a_password() -> None:
+    with pytest.raises(ConfigError) as caught:
+        made(sections("dataset.name=owt dataset.train_data_path=s3://a:SECRET@bucket/t.bin"))
+    assert "(an address) name two texts" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("words", "message"), RULES)
