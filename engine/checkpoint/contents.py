@@ -87,18 +87,39 @@ class Generators(DeviceGenerators):
     numpy: tuple[str, list[int], int, int, float]
 
 
+class SavedLanes(TypedDict):
+    """Where all lanes of a text stand."""
+
+    lanes: int
+    first_lane: int
+    positions: list[tuple[int, int, int]]
+    """Of each lane: epoch, segment_index, token (`Position` in data/loading/packing.py)."""
+
+
+class SavedSource(SavedLanes):
+    """Where the lanes of a source of a mixture stand, and how many rows it has given."""
+
+    name: str
+    weight: float
+    rows: int
+    rows_at_weight: int
+
+
 class SavedDataState(TypedDict):
-    """The data state of all processes (`LoadPlan.data_state` in data/loading/load_plan.py)."""
+    """The data state of all processes (`LoadPlan.data_state` in data/loading/load_plan.py), with
+    the entries of SavedLanes or, of a mixture, of SavedSources."""
 
     version: int
-    lanes: int
     sequences_per_step: int
     block_size: int
     seed: int
     shuffle: bool
-    first_lane: int
-    positions: list[tuple[int, int, int]]
-    """Of each lane: epoch, segment_index, token (`Position` in data/loading/packing.py)."""
+
+
+class SavedSources(TypedDict):
+    """What the data state of a mixture holds of its sources, in their order."""
+
+    sources: list[SavedSource]
 
 
 class SavedData(TypedDict):
@@ -136,6 +157,9 @@ _ALLOW_EXTRA = (
     RunOptions,
     SavedConfig,
     ParameterGroup,
+    SavedLanes,
+    SavedSource,
+    SavedSources,
     SavedDataState,
     SavedData,
     SavedTokenizer,
@@ -171,6 +195,13 @@ def check_type(value: object, hint: Any, place: str = "") -> None:
         if not any(_is(value, each) for each in kinds):
             names = [_NAMES.get(each) or f"a {get_origin(each).__name__}" for each in kinds]
             raise ValueError(f"{place} is {_described(value)}, expected {' or '.join(names)}")
+
+
+def check_content(content: Any) -> None:
+    """Raises ValueError, which names the entry, for what is no `Content`."""
+    check_type(content, Content)
+    cursor = content["cursor"]
+    check_type(cursor, SavedSources if "sources" in cursor else SavedLanes, "cursor")
 
 
 @contextlib.contextmanager

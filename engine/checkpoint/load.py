@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config import CheckpointError, Config
-from engine.checkpoint.contents import Content, as_checkpoint_error, check_type
+from engine.checkpoint.contents import as_checkpoint_error, check_content
 from engine.precision.lora import apply_lora
 from engine.precision.tensor_4bit import import_bitsandbytes
 from engine.run_directory.manifest import FORMAT, verify
@@ -40,7 +40,7 @@ def load_checkpoint(
     manifest = verify(path)
     content = check_format(path, load_torch_file(path, device, mmap))
     with as_checkpoint_error(path):  # a ValueError, KeyError, ... within becomes a CheckpointError
-        check_type(content, Content)
+        check_content(content)
         described = content["train"] | {"fingerprint": content["data"]["fingerprint"]}
         for name in ("step", "tokens", "fingerprint"):
             value, expected = described[name], getattr(manifest, name)
