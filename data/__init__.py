@@ -11,8 +11,9 @@ run_data.py   what a run takes from its dataset
 from __future__ import annotations
 
 from data.factory import index_sources, open_dataset
+from data.loading.batch_spec import BatchSpec
+from data.loading.data_state import merge_data_states
 from data.loading.evaluation_rows import evaluation_rows
-from data.loading.load_plan import BatchSpec, merge_data_states
 from data.loading.loader import StepBatch, TrainLoader
 from data.sources.dataset import Dataset
 

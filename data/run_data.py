@@ -24,9 +24,9 @@ from config import (
     source_datasets,
     token_paths,
 )
-from data.loading import load_plan
+from data.loading.batch_spec import BatchSpec
+from data.loading.data_state import DataState, check_data_state
 from data.loading.evaluation_rows import evaluation_rows
-from data.loading.load_plan import BatchSpec, DataState
 from data.loading.loader import StepBatch, TrainLoader
 from data.loading.packing import document_ids
 from data.preparation import stdlib_corpus
@@ -97,9 +97,8 @@ def check_data_continues(
     dataset: Dataset, config: Config, data_state: DataState, world_size: int
 ) -> None:
     """Raises DataError unless a run can continue from the data state of a checkpoint."""
-    segments = dataset.segments(config.training.block_size)
     spec = batch_spec(config, 0, world_size)
-    load_plan.check_data_state(data_state, segments, spec, config.dataloader.shuffle)
+    check_data_state(data_state, dataset, spec, config.dataloader.shuffle)
 
 
 class RepeatFirstBatch(StepBatch):

@@ -1,61 +1,106 @@
 """What one process reads in each step, decided before anything is read; and where a resume begins.
 
-The batch of a step is a fixed list of rows, lane after lane. A process takes its slice of it,
-so neither the number of processes nor an interruption changes a batch.
+The batch of a step is a fixed list of rows: source after source, and of a source lane after lane. A
+process takes its slice of it, so neither the number of processes nor an interruption changes a
+batch. How many rows each source gives follows from the weights (shares.py).
 
-BatchSpec is what the config says of a batch. With a LanePlan (lanes.py: the segments of every lane)
-it makes the LoadPlan of one process: its rows, its lanes, and the position where each begins.
+A BatchSpec (batch_spec.py) and a LanePlan for each source (lanes.py: the segments of every lane)
+make the LoadPlan of one process: its rows, its lanes, and the position where each begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import DataError
+from data.loading.batch_spec import BatchSpec
+from data.loading.data_state import (
+    NEW_RUN,
+    DataState,
+    check_continuable,
+    lane_positions,
+    rows_at_weights,
+    source_states,
+)
 from data.loading.lanes import LanePlan
 from data.loading.order import (
+    MAX_LANES,
     PLAN_VERSION,
     Integers,
-    Keys,
     count_distinct,
     lane_count,
     rank_lanes,
     rank_rows,
+    rows_before_lane,
 )
-from data.loading.packing import START, Position
-from data.sources.dataset import Dataset, Segments, segments_of_split
+from data.loading.packing import Position
+from data.loading.shares import Shares
+from data.sources.dataset import Dataset, Segments, Source, segments_of_split
 from data.tokenizers.base import row_dtype
-
-DataState: TypeAlias = dict[str, Any]
-"""How far the training text has been read, as plain values: the positions of some lanes and what
-they depend on. `LoadPlan.data_state` lists the keys. Checkpoints keep it as `cursor`."""
 
 CHUNK_BYTES = 1 << 18
 """About how much a worker sends at once: a message costs more than the bytes of a small batch."""
-_NEW_RUN = "start a new run with its weights: training.init_from=RUN in place of the resume."
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchSpec:
-    """The batch of a step and the part that one process has in it."""
+@dataclass(frozen=True, eq=False)
+class SourcePlan:
+    """The lanes of one source, and those of them that one process reads."""
 
-    block_size: int
-    """T: rows have T + 1 tokens."""
-    sequences_per_step: int
-    """The rows of all processes in one step."""
-    micro_batches: int
-    """Equal tensors that this process gets its rows in."""
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    lanes: int | None = None
-    """None: as many as fit."""
-    pin: bool = False
-    """Whether batches go to a GPU, so that dataloader.pin_memory applies."""
+    source: Source
+    segments: Segments
+    lane_plan: LanePlan
+    rows_before: int
+    """The rows that the source gave before its weight was last changed; 0 without a mixture."""
+    lanes: range
+    """Those whose positions this process states. It reads them, unless the weight is 0."""
+    start: tuple[Position, ...]
+    """The first token of each of these lanes."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any row comes from this source."""
+        return self.source.weight > 0
+
+
+class OwnLane(NamedTuple):
+    """A lane that a process reads."""
+
+    source: int
+    """The index of its source."""
+    lane: int
+    start: Position
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Which rows of each lane a process keeps, in some successive steps, and where they go.
+
+    Lanes are those that the process reads, in the order of their sources.
+    """
+
+    lane_rows: Integers
+    """The rows read of each lane until each step: (steps + 1, lanes), 0 at first."""
+    kept: Integers
+    """The numbers of the rows kept, lane after lane, each counted from the lane's first row here.
+    The others belong to neighbouring processes, which read the same lanes."""
+    places: Integers
+    """Where these rows go, counted over the rows of this process in all of the steps."""
+    edges: list[int]
+    """The rows of lane i are [edges[i], edges[i + 1]) of `kept` and `places`."""
+
+    def kept_rows(self, number: int) -> Integers:
+        """Returns `kept` of one lane, by its number among those that the process reads."""
+        return self.kept[self.edges[number] : self.edges[number + 1]]
+
+    def places_of(self, number: int) -> Integers:
+        """Returns `places` of one lane."""
+        return self.places[self.edges[number] : self.edges[number + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,57 +108,111 @@ class LoadPlan:
     """The rows of each step that one process reads, and where it begins."""
 
     spec: BatchSpec
-    segments: Segments
-    lane_plan: LanePlan
     version: int
     """The PLAN_VERSION that the run began with."""
+    shares: Shares
+    sources: tuple[SourcePlan, ...]
+    given: tuple[int, ...]
+    """The rows that each source has given at these weights before the first step."""
     rows: range
     """Of the batch: those of this process."""
-    lanes: range
-    """The lanes that hold them."""
-    start: tuple[Position, ...]
-    """The first token of each of these lanes."""
     dtype: np.dtype[Any]
-
-    @property
-    def rows_per_lane(self) -> int:
-        """The rows of one lane in a batch."""
-        return self.spec.sequences_per_step // self.lane_plan.lanes
-
-    @property
-    def lane_step_tokens(self) -> int:
-        """The tokens by which a lane moves on in a step."""
-        return self.rows_per_lane * self.spec.block_size
 
     @property
     def chunk_steps(self) -> int:
         """The steps in one chunk."""
-        step_tokens = len(self.lanes) * self.rows_per_lane * (self.spec.block_size + 1)
+        step_tokens = len(self.rows) * (self.spec.block_size + 1)
         return max(1, CHUNK_BYTES // (step_tokens * self.dtype.itemsize))
 
-    def own_rows(self, lane: int) -> range:
-        """Returns which of the rows that a step takes from a lane this process gets.
+    @cached_property
+    def lanes(self) -> list[OwnLane]:
+        """The lanes that this process reads, source after source."""
+        return [
+            OwnLane(index, lane, start)
+            for index, source in enumerate(self.sources)
+            if source.is_read
+            for lane, start in zip(source.lanes, source.start, strict=True)
+        ]
 
-        All of them, unless there are fewer lanes than processes.
-        """
-        first = lane * self.rows_per_lane  # the number of the lane's first row in the batch
-        return range(
-            max(self.rows.start - first, 0), min(self.rows.stop - first, self.rows_per_lane)
+    def chunk_rows(self, begin: Sequence[int]) -> Integers:
+        """Returns the rows that each source has given at these weights before and after each step
+        of a chunk: (steps + 1, sources)."""
+        return self.shares.after_steps(begin, self.spec.sequences_per_step, self.chunk_steps)
+
+    def same_layout(self, before: Integers, given: Integers) -> bool:
+        """Returns whether two chunks are laid out alike, as all are of a run without a mixture."""
+        moved = given - before
+        lanes = [source.lane_plan.lanes for source in self.sources]
+        return not (moved % lanes).any() and not (moved != moved[0]).any()
+
+    def layout(self, given: Integers) -> ChunkLayout:
+        """Lays out the steps of `given`, as chunk_rows returns it."""
+        given = given + np.array([source.rows_before for source in self.sources])
+        # The batch of a step has the sources one after the other.
+        counts = np.diff(given, axis=0)
+        source_begins = np.cumsum(counts, axis=1) - counts
+        # From here on one column for each lane that is read.
+        index = np.array([own.source for own in self.lanes])
+        lane = np.array([own.lane for own in self.lanes])
+        lanes = np.array([source.lane_plan.lanes for source in self.sources])[index]
+        below = rows_before_lane(given[:, index], lane, lanes)
+        lane_rows = rows_before_lane(given[:, index], lane + 1, lanes) - below
+        lane_rows -= lane_rows[0]
+        begins = source_begins[:, index] + np.diff(below, axis=0)  # row numbers in the batch
+        ends = begins + np.diff(lane_rows, axis=0)
+        first = np.maximum(begins, self.rows.start)
+        kept = np.maximum(np.minimum(ends, self.rows.stop) - first, 0)
+        steps = np.arange(len(kept))[:, None] * len(self.rows)
+        places = _ranges(steps + first - self.rows.start, kept)
+        assert len(places) == len(kept) * len(self.rows), "a row of a lane that is not read"
+        return ChunkLayout(
+            lane_rows,
+            kept=_ranges(lane_rows[:-1] + first - begins, kept),
+            places=places,
+            edges=[0, *np.cumsum(kept.sum(axis=0)).tolist()],
         )
 
-    def data_state(self, positions: Sequence[Position]) -> DataState:
-        """Returns the data state of this process, whose lanes stand at these positions."""
+    def data_state(self, given: Sequence[int], positions: Sequence[Position]) -> DataState:
+        """Returns the data state of this process.
+
+        Args:
+            given: the rows that each source has given at these weights.
+            positions: where the lanes that this process reads stand.
+        """
+        rest, sources = iter(positions), list[DataState]()
+        for plan, rows in zip(self.sources, given, strict=True):
+            lanes = islice(rest, len(plan.lanes)) if plan.is_read else plan.start
+            state: DataState = {
+                "lanes": plan.lane_plan.lanes,
+                "epoch_tokens": plan.lane_plan.epoch_tokens,
+                "first_lane": plan.lanes.start,
+                "positions": [list(position) for position in lanes],
+            }
+            if plan.source.name:
+                rows_in_run = plan.rows_before + rows
+                own = {"name": plan.source.name, "weight": plan.source.weight}
+                state = {**own, "rows": rows_in_run, "rows_at_weight": rows, **state}
+            sources.append(state)
         return {
             "version": self.version,
-            "lanes": self.lane_plan.lanes,
-            "epoch_tokens": self.lane_plan.epoch_tokens,
             "sequences_per_step": self.spec.sequences_per_step,
             "block_size": self.spec.block_size,
             "seed": self.spec.seed,
-            "shuffle": self.lane_plan.shuffle,
-            "first_lane": self.lanes.start,
-            "positions": [list(position) for position in positions],
+            "shuffle": self.sources[0].lane_plan.shuffle,
+            # Without a mixture as before there were any.
+            **({"sources": sources} if self.sources[0].source.name else sources[0]),
         }
+
+    def first_data_state(self) -> DataState:
+        """Returns the data state before the first step."""
+        return self.data_state(self.given, [own.start for own in self.lanes])
+
+
+def _ranges(first: Integers, count: Integers) -> Integers:
+    """Returns first, first + 1, ... of each entry, `count` numbers, column after column."""
+    first, count = first.T.ravel(), count.T.ravel()
+    # The numbers of all ranges run on; each is moved to its begin.
+    return np.arange(count.sum()) + np.repeat(first - np.cumsum(count) + count, count)
 
 
 def plan_loading(
@@ -123,132 +222,80 @@ def plan_loading(
 
     Raises DataError for too little text, and for a data state that does not fit.
     """
-    segments = dataset.segments(spec.block_size)
-    training = segments_of_split(segments, "train")
-    if not len(training):
-        raise dataset.too_short("train", spec.block_size)
-    total = spec.sequences_per_step
-    assert total % (spec.world_size * spec.micro_batches) == 0
+    assert spec.sequences_per_step % (spec.world_size * spec.micro_batches) == 0
     if data_state is not None:
-        _check_continuable(data_state, segments, spec, shuffle)
-    # A run keeps the rule it began with: another one would repeat and skip text from here on.
-    version = PLAN_VERSION if data_state is None else data_state["version"]
-    # Without `tokens` the plan deals segments in turn, which is the rule of version 1.
-    tokens = segments.tokens if version > 1 else None
-    keys = segments.shuffle_keys
-    wanted = spec.lanes if data_state is None else data_state["lanes"]
-    lanes = _lane_count(keys[training], total, wanted, None if tokens is None else tokens[training])
-    plan = LanePlan(keys, training, lanes=lanes, seed=spec.seed, shuffle=shuffle, tokens=tokens)
-    if data_state is not None:
-        _check_epoch_tokens(data_state, plan)
-    rows = rank_rows(total, spec.world_size, spec.rank)
-    own_lanes = rank_lanes(rows, total, lanes)
+        check_continuable(data_state, dataset, spec, shuffle)
+    sources = dataset.sources
+    shares = Shares([source.weight for source in sources])
+    saved = source_states(data_state) if data_state else [None] * len(sources)
+    rows = rank_rows(spec.sequences_per_step, spec.world_size, spec.rank)
+    given, plans = rows_at_weights(shares, saved), list[SourcePlan]()
+    bounds = shares.bounds(spec.sequences_per_step)
+    for i, (source, state) in enumerate(zip(sources, saved, strict=True)):
+        if state is not None and state.get("rows") == 0:
+            state = None  # its weight was 0: it may begin with as many lanes as it now needs
+        segments = source.dataset.segments(spec.block_size)
+        share = shares.rounded_share(i, spec.lanes or MAX_LANES)
+        lane_plan = _plan_lanes(source, segments, spec, shuffle, share, state)
+        lanes = range(lane_plan.lanes)
+        if source.weight:
+            lanes = rank_lanes(rows, *bounds[i], lane_plan.lanes)
+        rows_before = state.get("rows", 0) - given[i] if state else 0
+        start = lane_positions(state, lanes)
+        plans.append(SourcePlan(source, segments, lane_plan, rows_before, lanes, start))
     return LoadPlan(
         spec=spec,
-        segments=segments,
-        lane_plan=plan,
-        version=version,
+        version=data_state["version"] if data_state else PLAN_VERSION,
+        shares=shares,
+        sources=tuple(plans),
+        given=given,
         rows=rows,
-        lanes=own_lanes,
-        start=_lane_positions(data_state, own_lanes),
         dtype=row_dtype(dataset.vocab_size),
     )
 
 
-def _lane_count(keys: Keys, sequences: int, wanted: int | None, tokens: Integers | None) -> int:
-    """Returns `wanted` lanes, or as many as the shuffle keys and tokens of the segments allow."""
-    available = count_distinct(keys)
+def _plan_lanes(
+    source: Source,
+    segments: Segments,
+    spec: BatchSpec,
+    shuffle: bool,
+    share: int,
+    state: DataState | None,
+) -> LanePlan:
+    """Plans the lanes of a source: those of the data state or, in a mixture, about `share`."""
+    training = segments_of_split(segments, "train")
+    if not len(training):
+        raise source.dataset.too_short("train", spec.block_size)
+    # A run keeps the rule it began with: another one would repeat and skip text from here on.
+    # Without `tokens` the plan deals segments in turn, which is the rule of version 1.
+    tokens = segments.tokens if state is None or state["version"] > 1 else None
+    keys, total = segments.shuffle_keys, spec.sequences_per_step
+    available = count_distinct(keys[training])
     # A lane needs a row group of its own, and a token of every epoch.
-    most = available if tokens is None else min(available, int(tokens.sum()))
-    lanes = wanted or lane_count(sequences, most)
-    if sequences % lanes or lanes > available:
+    most = available if tokens is None else min(available, int(tokens[training].sum()))
+    if state is not None:
+        lanes = state["lanes"]
+    elif source.name:
+        lanes = max(1, min(share, most, total))
+    else:
+        # Other numbers would do as well, but runs have these.
+        lanes = spec.lanes or lane_count(total, most)
+    if lanes > available or (total % lanes and not source.name):
         raise DataError(
-            f"{lanes} lanes do not fit {sequences} sequences per step and {available} row groups "
-            "of text: lanes must divide the sequences and not exceed the row groups."
+            f"{_named(source.name)}{lanes} lanes do not fit {total} sequences per step and "
+            f"{available} row groups of text: without a mixture lanes must divide the sequences, "
+            "and there must be a row group for each."
         )
-    return lanes
-
-
-def check_data_state(
-    data_state: DataState, segments: Segments, spec: BatchSpec, shuffle: bool
-) -> None:
-    """Raises DataError unless a run can continue from the merged data state of its processes."""
-    _check_continuable(data_state, segments, spec, shuffle)
-    _lane_positions(data_state, range(data_state["lanes"]))
-
-
-def _check_continuable(
-    data_state: DataState, segments: Segments, spec: BatchSpec, shuffle: bool
-) -> None:
-    """Raises DataError unless such batches can continue the data state without skipping text or
-    reading it twice.
-
-    A lane continues at its next token, so a step may take more or fewer rows of each lane, and
-    packed rows may have another length. Rows of token files are cut by their length.
-    """
-    version, lanes = data_state["version"], data_state["lanes"]
-    if not 1 <= version <= PLAN_VERSION:
+    plan = LanePlan(keys, training, lanes=lanes, seed=spec.seed, shuffle=shuffle, tokens=tokens)
+    # Lanes that were balanced by another count of tokens have other shares. Version 1 has none.
+    if state is not None and state.get("epoch_tokens") != plan.epoch_tokens:
         raise DataError(
-            f"data state: version {version}, this program reads 1 to {PLAN_VERSION}. "
-            "Resume with the program that wrote the checkpoint."
+            f"{_named(source.name)}data state: the checkpoint counted {state.get('epoch_tokens')} "
+            f"tokens of training text, this program {plan.epoch_tokens}, so its order differs. "
+            f"Restore the data and the tokenizer, or {NEW_RUN}"
         )
-    if not len(data_state["positions"]) or lanes < 1:
-        raise DataError("data state: it has no lanes. Take another checkpoint.")
-    # Each of these changes which text the positions stand for.
-    fixed = {"seed": spec.seed, "shuffle": shuffle}
-    if segments.whole_rows:
-        fixed["block_size"] = spec.block_size
-    for key, value in fixed.items():
-        if data_state[key] != value:
-            raise DataError(
-                f"data state: the checkpoint has {key} {data_state[key]}, this run {value}, so the "
-                "loader cannot tell which text was already read. Restore the old value, or "
-                f"{_NEW_RUN}"
-            )
-    if spec.sequences_per_step % lanes:
-        raise DataError(
-            f"data state: the checkpoint reads {lanes} places of the text side by side, and "
-            f"{spec.sequences_per_step} sequences per step cannot take as many from each. Make "
-            "training.batch_size * gradient_accumulation_steps * processes a multiple of "
-            f"{lanes}, or {_NEW_RUN}"
-        )
+    return plan
 
 
-def _check_epoch_tokens(data_state: DataState, plan: LanePlan) -> None:
-    """Raises DataError if lanes were balanced by another count of tokens: shares then differ."""
-    then = data_state.get("epoch_tokens")  # version 1 has none
-    if then != plan.epoch_tokens:
-        raise DataError(
-            f"data state: the checkpoint counted {then} tokens of training text, this program "
-            f"{plan.epoch_tokens}, so its order differs. Restore the data and the tokenizer, or "
-            f"{_NEW_RUN}"
-        )
-
-
-def _lane_positions(data_state: DataState | None, lanes: range) -> tuple[Position, ...]:
-    """Returns where each of these lanes begins."""
-    if data_state is None:
-        return (START,) * len(lanes)
-    first, positions = data_state["first_lane"], data_state["positions"]
-    known = range(first, first + len(positions))
-    if lanes.start < known.start or lanes.stop > known.stop:
-        raise DataError(
-            f"data state: holds lanes {known.start} to {known.stop - 1}, this process reads "
-            f"{lanes.start} to {lanes.stop - 1}. Merge the data states of all processes."
-        )
-    return tuple(Position(*positions[lane - first]) for lane in lanes)
-
-
-def merge_data_states(data_states: list[DataState]) -> DataState:
-    """Returns one data state with the lanes of all processes, for any number of processes."""
-    positions: dict[int, list[int]] = {}
-    for state in data_states:
-        positions.update(enumerate(state["positions"], state["first_lane"]))
-    # With fewer lanes than processes, several processes state the same lane, at the same position.
-    lanes = range(min(positions), max(positions) + 1)
-    assert len(positions) == len(lanes), "data states of neighbouring lanes"
-    return {
-        **data_states[0],
-        "first_lane": lanes.start,
-        "positions": [positions[lane] for lane in lanes],
-    }
+def _named(name: str) -> str:
+    return f"source {name}: " if name else ""

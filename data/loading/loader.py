@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
-from data.loading.load_plan import BatchSpec, DataState, LoadPlan, plan_loading
+from data.loading.batch_spec import BatchSpec
+from data.loading.data_state import DataState
+from data.loading.load_plan import ChunkLayout, LoadPlan, plan_loading
+from data.loading.order import Integers
 from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
 from data.loading.prefetch import Prefetcher
 from data.sources.dataset import Dataset
@@ -35,13 +38,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Chunk:
-    """Successive steps of some lanes: `rows` is (steps, lanes, rows per lane, T + 1)."""
+    """The rows of successive steps: (steps * rows of this process in a step, T + 1).
+
+    A chunk of one of several workers has only the rows of its lanes, lane after lane.
+    """
 
     rows: Tensor
-    position_maps: list[PositionMap] = field(default_factory=list)
+    given: Integers
+    """What each source has given before and after each step: (steps + 1, sources)."""
+    lane_rows: Integers
+    """The rows read of each lane of this process until each step: (steps + 1, lanes)."""
+    position_maps: list[PositionMap]
     """Of each lane."""
-    skipped_counts: dict[str, int] = field(default_factory=dict)
+    skipped_counts: Counter[str]
     error: str | None = None
+
+    @classmethod
+    def failed(cls, error: str) -> Chunk:
+        """Returns a chunk that only says why there are no rows."""
+        nothing = np.zeros((1, 0), dtype=np.int64)
+        return cls(torch.empty(0), nothing, nothing, [], Counter(), error)
 
     def pin_memory(self) -> Chunk:
         """Returns the chunk in page-locked memory; torch's DataLoader calls this."""
@@ -58,55 +74,96 @@ class ChunkDataset(IterableDataset[Chunk]):
     def __iter__(self) -> Iterator[Chunk]:
         plan, info = self._plan, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = plan.segments.open_reader()
-        source = LaneReader(reader, plan.lane_plan)
-        lane_type: type[Lane] = RowLane if plan.segments.whole_rows else PackedLane
-        starts = list(zip(plan.lanes, plan.start, strict=True))[worker::workers]
+        numbers = range(worker, len(plan.lanes), workers)
+        readers = open_readers(plan, numbers)
         try:
             # The first segment of all lanes at once: the first batch needs every one of them.
-            for lane, (epoch, index, _) in starts:
-                source.prefetch(epoch, lane, index, 1)
+            for source, lane, (epoch, index, _) in plan.lanes[worker::workers]:
+                readers[source].prefetch(epoch, lane, index, 1)
             # Inside the try: a position that does not fit raises DataError too.
-            lanes: list[Lane] = [lane_type(source, lane, position) for lane, position in starts]
+            lanes = {number: _open_lane(plan, readers, number) for number in numbers}
+            given = plan.chunk_rows(plan.given)
+            layout = plan.layout(given)
             while True:
-                chunk = self._read(lanes)
-                # Counts travel with the rows that they belong to, from worker to trainer.
-                chunk.skipped_counts = dict(reader.skipped_counts)
-                reader.skipped_counts.clear()
-                yield chunk
+                yield self._read(lanes, readers, given, layout)
+                before, given = given, plan.chunk_rows(given[-1].tolist())
+                if not plan.same_layout(before, given):
+                    layout = plan.layout(given)
         except DataError as error:
             # DataLoader would add the worker's traceback to an exception; a text arrives as it is.
-            yield Chunk(torch.empty(0), error=str(error))
+            yield Chunk.failed(str(error))
         finally:
-            reader.close()
+            close_readers(readers)
 
-    def _read(self, lanes: list[Lane]) -> Chunk:
-        plan = self._plan
-        shape = (plan.chunk_steps, len(lanes), plan.rows_per_lane, plan.spec.block_size + 1)
-        rows = np.empty(shape, dtype=plan.dtype)
-        position_maps = [lane.fill(rows[:, i]) for i, lane in enumerate(lanes)]
-        return Chunk(torch.from_numpy(rows), position_maps)
+    def _read(
+        self,
+        lanes: dict[int, Lane],
+        readers: dict[int, LaneReader],
+        given: Integers,
+        layout: ChunkLayout,
+    ) -> Chunk:
+        spec, dtype = self._plan.spec, self._plan.dtype
+        kept = [layout.kept_rows(number) for number in lanes]
+        rows = np.empty((sum(map(len, kept)), spec.block_size + 1), dtype=dtype)
+        position_maps, begin = list[PositionMap](), 0
+        for (number, lane), own in zip(lanes.items(), kept, strict=True):
+            count = int(layout.lane_rows[-1, number])
+            tokens, positions = lane.read(count, spec.block_size, dtype)
+            # With all lanes in this worker, rows go at once to where the batches have them.
+            alone = len(lanes) == len(self._plan.lanes)
+            places = layout.places_of(number) if alone else slice(begin, begin + len(own))
+            rows[places] = tokens if len(own) == count else tokens[own]
+            position_maps.append(positions)
+            begin += len(own)
+        # Counts travel with the rows that they belong to, from worker to trainer.
+        skipped = Counter[str]()
+        for source_reader in readers.values():
+            skipped.update(source_reader.reader.skipped_counts)
+            source_reader.reader.skipped_counts.clear()
+        return Chunk(torch.from_numpy(rows), given, layout.lane_rows, position_maps, skipped)
 
 
-def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
-    """Returns the chunks of all workers as one, with the lanes in order."""
+def open_readers(plan: LoadPlan, numbers: Iterable[int]) -> dict[int, LaneReader]:
+    """Opens the sources of some lanes; by index of the source."""
+    return {
+        index: LaneReader(plan.sources[index].segments.open_reader(), plan.sources[index].lane_plan)
+        for index in sorted({plan.lanes[number].source for number in numbers})
+    }
+
+
+def close_readers(readers: dict[int, LaneReader]) -> None:
+    """Closes the files of all sources."""
+    for source_reader in readers.values():
+        source_reader.reader.close()
+
+
+def _open_lane(plan: LoadPlan, readers: dict[int, LaneReader], number: int) -> Lane:
+    source, lane, start = plan.lanes[number]
+    whole_rows = plan.sources[source].segments.whole_rows
+    lane_type: type[Lane] = RowLane if whole_rows else PackedLane
+    return lane_type(readers[source], lane, start)
+
+
+def join_chunks(parts: list[Chunk], plan: LoadPlan, pin: bool) -> Chunk:
+    """Returns the chunks of all workers as one, with the rows in the order of the batches."""
     for part in parts:
         if part.error is not None:
             raise DataError(part.error)
-    if len(parts) == 1:
-        return parts[0]
-    steps, _, rows_per_lane, width = parts[0].rows.shape
-    lanes, workers = sum(part.rows.shape[1] for part in parts), len(parts)
-    shape = (steps, lanes, rows_per_lane, width)
-    rows = torch.empty(shape, dtype=parts[0].rows.dtype, pin_memory=pin)
-    position_maps = [PositionMap(packed=True)] * lanes
-    skipped = Counter[str]()
+    first, workers = parts[0], len(parts)
+    if workers == 1:
+        return first
+    layout = plan.layout(first.given)
+    shape = (len(layout.places), plan.spec.block_size + 1)
+    rows = torch.empty(shape, dtype=first.rows.dtype, pin_memory=pin)
+    position_maps, skipped = [PositionMap(packed=True)] * len(plan.lanes), Counter[str]()
     # Worker w has lanes w, w + n, ...: interleaving puts them in order, whatever n is.
     for worker, part in enumerate(parts):
-        rows[:, worker::workers] = part.rows
+        numbers = range(worker, len(plan.lanes), workers)
+        places = np.concatenate([layout.places_of(number) for number in numbers])
+        rows.numpy()[places] = part.rows.numpy()
         position_maps[worker::workers] = part.position_maps
         skipped.update(part.skipped_counts)
-    return Chunk(rows, position_maps, dict(skipped))
+    return Chunk(rows, first.given, first.lane_rows, position_maps, skipped)
 
 
 class StepBatch:
@@ -115,18 +172,20 @@ class StepBatch:
     micro_batches: tuple[Tensor, ...]
     """Tensors (B, T + 1) of uint8 or int32: inputs [:, :-1], targets [:, 1:]."""
 
-    def __init__(
-        self, plan: LoadPlan, rows: Tensor, position_maps: list[PositionMap], step: int
-    ) -> None:
+    def __init__(self, plan: LoadPlan, chunk: Chunk, step: int, rows: Tensor) -> None:
         """Takes rows (micro-batches, B, T + 1) and the number of the step in its chunk."""
-        self._plan, self._position_maps, self._step = plan, position_maps, step
+        self._plan, self._chunk, self._step = plan, chunk, step
         self.micro_batches = rows.unbind(0)
 
     def _positions(self) -> list[Position]:
         """Returns the position of each lane after this batch."""
         # After this batch, not after the chunk: what is read ahead does not count as seen.
-        token = (self._step + 1) * self._plan.lane_step_tokens
-        return [positions.position(token) for positions in self._position_maps]
+        rows, block_size = (
+            self._chunk.lane_rows[self._step + 1].tolist(),
+            self._plan.spec.block_size,
+        )
+        maps = zip(self._chunk.position_maps, rows, strict=True)
+        return [positions.position(count * block_size) for positions, count in maps]
 
     @property
     def epoch(self) -> int:
@@ -135,7 +194,8 @@ class StepBatch:
 
     def data_state(self) -> DataState:
         """Returns plain values from which a loader continues with the next batch."""
-        return self._plan.data_state(self._positions())
+        given = self._chunk.given[self._step + 1].tolist()
+        return self._plan.data_state(given, self._positions())
 
     def describe(self) -> list[str]:
         """Returns the file and the rows or tokens that this batch is made of.
@@ -143,17 +203,19 @@ class StepBatch:
         Slow: reads the segments again.
         """
         plan, found = self._plan, defaultdict[str, list[range]](list)
-        reader = plan.segments.open_reader()
-        source = LaneReader(reader, plan.lane_plan)
-        for lane, positions in zip(plan.lanes, self._position_maps, strict=True):
+        layout = plan.layout(self._chunk.given[self._step : self._step + 2])
+        readers = open_readers(plan, range(len(plan.lanes)))
+        for number, (source, lane, _) in enumerate(plan.lanes):
+            own, block_size = layout.kept_rows(number), plan.spec.block_size
+            if not len(own):
+                continue
             # A PositionMap counts tokens from the begin of the chunk.
-            step_begin = self._step * plan.lane_step_tokens
-            own, block_size = plan.own_rows(lane), plan.spec.block_size
-            begin, end = step_begin + own.start * block_size, step_begin + own.stop * block_size
-            for position, length in positions.pieces(begin, end):
-                name, numbers = source.locate(lane, position, length)
+            begin = int(self._chunk.lane_rows[self._step, number] + own[0]) * block_size
+            maps = self._chunk.position_maps[number]
+            for position, length in maps.pieces(begin, begin + len(own) * block_size):
+                name, numbers = readers[source].locate(lane, position, length)
                 found[name] += numbers
-        reader.close()
+        close_readers(readers)
         return [f"{name} {_format_ranges(numbers)}" for name, numbers in sorted(found.items())]
 
 
@@ -200,7 +262,7 @@ class TrainLoader:
         # Neither source nor join refers to this loader: it could then never be collected.
         self._prefetcher: Prefetcher[Chunk] = Prefetcher(
             ChunkDataset(plan),
-            partial(join_chunks, pin=pin),
+            partial(join_chunks, plan=plan, pin=pin),
             workers=workers,
             ahead=-(-dataloader.prefetch_factor // plan.chunk_steps),
             pin=pin,
@@ -223,15 +285,13 @@ class TrainLoader:
         """Returns the batches of the steps of a chunk."""
         self.skipped_counts.update(chunk.skipped_counts)
         plan = self.plan
-        # With fewer lanes than processes, the chunk also has rows of other processes.
-        first = plan.own_rows(plan.lanes.start).start
-        rows = chunk.rows.flatten(1, 2)[:, first : first + len(plan.rows)]
-        steps = rows.view(len(rows), plan.spec.micro_batches, -1, rows.shape[-1]).unbind(0)
-        return (StepBatch(plan, rows, chunk.position_maps, step) for step, rows in enumerate(steps))
+        shape = (len(chunk.given) - 1, plan.spec.micro_batches, -1, plan.spec.block_size + 1)
+        steps = enumerate(chunk.rows.view(shape).unbind(0))
+        return (StepBatch(plan, chunk, step, rows) for step, rows in steps)
 
     def first_data_state(self) -> DataState:
         """Returns the data state before the first batch of this loader."""
-        return self.plan.data_state(self.plan.start)
+        return self.plan.first_data_state()
 
     def close(self) -> None:
         """Ends the thread and the workers; batches already handed out stay valid."""

@@ -174,10 +174,27 @@ def rank_rows(sequences_per_step: int, world_size: int, rank: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def rank_lanes(rows: range, sequences_per_step: int, lanes: int) -> range:
-    """Returns the lanes that these rows come from.
+def rows_before_lane(rows: Integers | int, lane: Integers, lanes: Integers | int) -> Integers:
+    """Returns how many of the first `rows` rows of a source come from lanes below `lane`.
 
-    With fewer lanes than ranks, neighbouring ranks read the same lane and keep different rows.
+    Row k comes from lane k % lanes.
     """
-    each = sequences_per_step // lanes
-    return range(rows.start // each, (rows.stop - 1) // each + 1)
+    return rows // lanes * lane + np.minimum(rows % lanes, lane)
+
+
+def rank_lanes(rows: range, firsts: range, counts: range, lanes: int) -> range:
+    """Returns the lanes of a source that these rows of the batch can come from in any step.
+
+    Neighbouring ranks may read the same lane and keep different rows.
+
+    Args:
+        firsts: what the number of the source's first row in the batch can be.
+        counts: how many rows the source can give in a step.
+    """
+    # Of n successive rows, lanes below v have at most `highest` rows, and at least what the other
+    # lanes leave them. With one source all rows begin at lane 0, and the two are equal.
+    lane = np.arange(lanes + 1)
+    highest = firsts[-1] + rows_before_lane(counts[-1], lane, lanes)
+    lowest = firsts[0] + counts[0] - rows_before_lane(counts[0], lanes - lane, lanes)
+    found = np.flatnonzero((lowest[:-1] < rows.stop) & (highest[1:] > rows.start)).tolist()
+    return range(found[0], found[-1] + 1) if found else range(0)

@@ -14,11 +14,12 @@ import bisect
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from itertools import islice, pairwise, product
+from itertools import islice, pairwise
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
 from config import DataError
 from data.loading.lanes import LanePlan
@@ -46,7 +47,7 @@ class LaneReader:
     """Reads the segments of lanes, as a plan orders them."""
 
     def __init__(self, reader: Reader, plan: LanePlan) -> None:
-        self._reader, self._plan = reader, plan
+        self.reader, self._plan = reader, plan
 
     def count(self, epoch: int, lane: int) -> int:
         """Returns the number of segments that a lane reads in one epoch."""
@@ -56,7 +57,7 @@ class LaneReader:
         """Returns what a lane reads of its index-th segment."""
         plan = self._plan
         segment = int(plan.lane_segments(epoch, lane)[index])
-        tokens = self._reader.tokens(segment, plan.seed, epoch, plan.shuffle)
+        tokens = self.reader.tokens(segment, plan.seed, epoch, plan.shuffle)
         self.prefetch(epoch, lane, index + 1)
         return tokens[plan.share(epoch, lane, index).of(len(tokens))]
 
@@ -66,7 +67,7 @@ class LaneReader:
         Args:
             count: how many of them; None: all, to the end of the next epoch.
         """
-        self._reader.prefetch(lane, islice(self._upcoming(epoch, lane, index), count))
+        self.reader.prefetch(lane, islice(self._upcoming(epoch, lane, index), count))
 
     def _upcoming(self, epoch: int, lane: int, index: int) -> Iterator[int]:
         # A generator, as a reader of local files takes nothing from it: near the end of an epoch
@@ -81,8 +82,8 @@ class LaneReader:
         # Positions count what the lane reads; the reader counts from the begin of the segment.
         order = self._plan.seed, epoch, self._plan.shuffle
         share = self._plan.share(epoch, lane, index)
-        token += share.of(len(self._reader.tokens(segment, *order))).start
-        return self._reader.locate(segment, *order, range(token, token + length))
+        token += share.of(len(self.reader.tokens(segment, *order))).start
+        return self.reader.locate(segment, *order, range(token, token + length))
 
 
 class PositionMap:
@@ -138,8 +139,11 @@ class Lane(ABC):
             self._refuse(f"segment {self._index} of {self._count}")
 
     @abstractmethod
-    def fill(self, rows: Tokens) -> PositionMap:
-        """Fills `rows` (..., T + 1) with the next rows; raises DataError if there is no text."""
+    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
+        """Returns the next rows (rows, T + 1), which may be none, and where they are stored.
+
+        Raises DataError if there is no text.
+        """
 
     @property
     def _position(self) -> Position:
@@ -162,18 +166,19 @@ class Lane(ABC):
 class PackedLane(Lane):
     """Rows that run across documents, segments and epochs."""
 
-    def fill(self, rows: Tokens) -> PositionMap:
-        """Fills `rows` with the next rows."""
-        block_size = rows.shape[-1] - 1
-        # One array for all rows, as neighbours share a token; it is copied once, below.
-        flat = np.empty(rows.size // (block_size + 1) * block_size + 1, dtype=rows.dtype)
-        positions = self._read(flat)
-        rows[...] = windows(flat, block_size).reshape(rows.shape)
-        return positions
+    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
+        """Returns the next rows, as a view in which neighbours share a token."""
+        flat = np.empty(rows * block_size + 1, dtype=dtype)
+        positions = PositionMap(packed=True)
+        if rows:
+            self._fill(flat, positions)
+        else:
+            positions.add(0, self._position)
+        return windows(flat, block_size), positions
 
-    def _read(self, out: Tokens) -> PositionMap:
+    def _fill(self, out: Tokens, positions: PositionMap) -> None:
         """Fills `out` with the next tokens; the last of them will be read again."""
-        positions, filled = PositionMap(packed=True), 0
+        filled = 0
         while filled < len(out):
             part = self._load()[self._token :][: len(out) - filled]
             positions.add(filled, self._position)
@@ -183,7 +188,6 @@ class PackedLane(Lane):
             del part  # frees a finished segment before the next one is read
         # The last token was a target only; as an input it begins the next row.
         self._token -= 1
-        return positions
 
     def _load(self) -> Tokens:
         """Returns the segment of the next token; passes over finished and empty segments."""
@@ -213,21 +217,20 @@ class PackedLane(Lane):
 class RowLane(Lane):
     """Rows of segments that are whole rows; no row crosses the end of its segment."""
 
-    def fill(self, rows: Tokens) -> PositionMap:
-        """Fills `rows` with the next rows."""
-        block_size, positions, filled = rows.shape[-1] - 1, PositionMap(packed=False), 0
-        for index in product(*map(range, rows.shape[:-1])):
+    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
+        """Returns the next rows."""
+        out, positions = np.empty((rows, block_size + 1), dtype=dtype), PositionMap(packed=False)
+        for number, row in enumerate(out):
             tokens = self._load(block_size)
-            positions.add(filled, self._position)
-            rows[index] = tokens[self._token : self._token + block_size + 1]
-            filled += block_size
+            positions.add(number * block_size, self._position)
+            row[:] = tokens[self._token : self._token + block_size + 1]
             self._token += block_size
             if self._token + 1 >= len(tokens):  # the last token is a target only
                 self._next_segment()
                 if self._index >= self._count:
                     self._next_epoch()
-        positions.add(filled, self._position)
-        return positions
+        positions.add(rows * block_size, self._position)
+        return out, positions
 
     def _load(self, block_size: int) -> Tokens:
         if self._tokens is None:

@@ -10,7 +10,7 @@ import torch
 
 import data
 from config import DataLoaderConfig
-from data.loading.load_plan import DataState
+from data.loading.data_state import DataState
 
 T, G = 16, 16
 

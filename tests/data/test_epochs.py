@@ -80,7 +80,8 @@ def run(dataset: data.Dataset, sequences: int, lanes: int | None, epochs: int) -
                     ends.setdefault(lane, step)
             if batch.epoch >= epochs:
                 break
-        total, count = batches.plan.lane_plan.epoch_tokens, batches.plan.lane_plan.lanes
+        plan = batches.plan.sources[0].lane_plan
+    total, count = plan.epoch_tokens, plan.lanes
     assert total is not None
     table = torch.stack(rows)[..., :-1]  # (steps, rows, T), of which a lane has neighbours
     streams = table.reshape(len(rows), count, -1).transpose(0, 1).reshape(count, -1)

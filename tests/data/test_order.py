@@ -112,5 +112,5 @@ def test_lanes_divide_the_step_and_every_row_belongs_to_one_process(
     rows = [order.rank_rows(sequences, world, rank) for rank in range(world)]
     assert [row for part in rows for row in part] == list(range(sequences))
     for part in rows:
-        own = order.rank_lanes(part, sequences, count)
+        own = order.rank_lanes(part, range(1), range(sequences, sequences + 1), count)
         assert {row * count // sequences for row in part} == set(own)

@@ -52,11 +52,13 @@ class Counted(LaneReader):
 def filled(
     lane: Lane, count: int, block_size: int, dtype: type = np.uint8
 ) -> tuple[Array, PositionMap]:
-    """The next rows (count, T + 1), written between others, and where they came from."""
-    out: Array = np.zeros((count, 3, block_size + 1), dtype=dtype)
-    positions = lane.fill(out[:, 1])
-    assert not out[:, ::2].any()
-    return out[:, 1], positions
+    """The next rows (count, T + 1), and where they came from; reading no row changes nothing."""
+    nothing, here = lane.read(0, block_size, dtype)
+    out, positions = lane.read(count, block_size, dtype)
+    assert nothing.shape == (0, block_size + 1)
+    assert positions.position(0) >= here.position(0)
+    assert out.dtype == dtype
+    return out, positions
 
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
