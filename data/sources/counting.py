@@ -22,7 +22,7 @@ from config import DatasetConfig
 from data.loading.order import Integers
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.parquet_index import Index
-from data.sources.parquet_reader import DocumentReader
+from data.sources.parquet_reader import WHOLE_GROUP_BYTES, DocumentReader
 from data.sources.parquet_segments import SegmentTable
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.simple import ByteTokenizer
@@ -82,7 +82,8 @@ def _choose_segments(index: Index, table: SegmentTable) -> Integers:
     if index.tags and total > REMOTE_BYTES:
         # Those that begin their row groups: all that is before a segment has to be fetched too.
         among = np.flatnonzero(table.first == 0)
-        count = min(count, max(MIN_REMOTE_SEGMENTS, len(table) * REMOTE_BYTES // total))
+        fetched = np.minimum(index.groups[table.group[among], 2], WHOLE_GROUP_BYTES)
+        count = min(count, max(MIN_REMOTE_SEGMENTS, REMOTE_BYTES // int(fetched.mean())))
     elif total <= READ_BYTES:
         return among
     if len(among) <= count:
@@ -145,7 +146,10 @@ def _measure_cached(
     def measure_some(segments: Integers) -> tuple[list[Sequence[int]], int]:
         documents = DocumentReader(index, table, config)
         try:
-            found = [measure(documents, segment) for segment in segments.tolist()]
+            found = []
+            for i, segment in enumerate(segments.tolist()):
+                documents.prefetch(0, map(int, segments[i:]))
+                found.append(measure(documents, segment))
         finally:
             documents.close()
         return found, len(documents.unreadable)

@@ -94,7 +94,7 @@ class RowGroupReader:
             file, partial = int(self._group_file[group]), self._partial.get(group)
             layout = self._remote.layout(file)
             if file not in self._files:
-                ranges[layout.tail] = None
+                ranges[layout.footer] = None
             offset = partial.source.tell() if partial and partial.source else 0
             text = layout.text(int(self._group_number[group]), offset)
             ranges |= dict.fromkeys(islice(text, _GROUP_RANGES))
@@ -105,9 +105,7 @@ class RowGroupReader:
     def forget(self, group: int) -> None:
         """Makes the next start read a damaged row group from the server, not from copies."""
         if self._remote is not None:
-            layout = self._remote.layout(int(self._group_file[group]))
-            for damaged in layout.text(int(self._group_number[group])):
-                self._remote.ranges.forget(damaged)
+            self._remote.forget(int(self._group_file[group]), int(self._group_number[group]))
 
     def _read_whole(self, group: int) -> Any:
         number = int(self._group_number[group])
@@ -144,7 +142,8 @@ class RowGroupReader:
         while len(self._files) >= self._max_files:
             self._close(next(iter(self._files)))
         if self._remote is not None:
-            opened = _parquet_file(self._remote.open(file))  # every request checks the tag
+            # Without a look at the server: every request checks the tag.
+            opened = _parquet_file(self._remote.open(file), self._remote.metadata(file))
         else:
             # At every opening: a file that changed since the index was read has other rows.
             self._index.check_file(file)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import io
 from bisect import bisect_right
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from config import DatasetConfig
 from data.remote.range_cache import Range, RangeCache
@@ -19,33 +22,28 @@ from data.remote.store import RemoteStore
 from data.sources.parquet_index import Index
 
 RANGE_BYTES = 4 << 20
-TAIL_BYTES = 1 << 16
-"""What Arrow reads first of a file: the footer is in there, or the size of a longer one."""
+_OTHER_BYTES = 1 << 10
 
 
 class FileRanges:
-    """The ranges that one file is read in: its tail, with the footer, and the text before it."""
+    """The ranges that one file is read in: its footer, and the text of each row group."""
 
     def __init__(self, index: Index, file: int, first_group: int) -> None:
         groups = index.groups[first_group : first_group + int(index.group_counts[file])]
         self._starts: list[int] = groups[:, 4].tolist()
         self._stops: list[int] = (groups[:, 4] + groups[:, 1]).tolist()
         self._url, self._tag = index.path(file), index.tags[file]
-        size = int(index.sizes[file])
-        begin = max(0, size - max(TAIL_BYTES, int(index.footer_bytes[file])))
-        self.tail = Range(self._url, self._tag, begin, size)
+        size, footer_bytes = int(index.sizes[file]), int(index.footer_bytes[file])
+        self.footer = Range(self._url, self._tag, size - footer_bytes, size)
 
     def at(self, offset: int) -> Range:
         """Returns the range that holds a byte of the file."""
-        if offset >= self.tail.start:
-            return self.tail
         number = bisect_right(self._starts, offset) - 1
         begin, end = (self._starts[number], self._stops[number]) if number >= 0 else (0, 0)
         if offset >= end:  # no text: of files by some old writers Arrow reads 100 bytes more
-            begin, end = offset, offset + TAIL_BYTES
+            begin, end = offset, min(offset + _OTHER_BYTES, self.footer.stop)
         start = begin + (offset - begin) // RANGE_BYTES * RANGE_BYTES
-        stop = min(start + RANGE_BYTES, end, self.tail.start)
-        return Range(self._url, self._tag, start, stop)
+        return Range(self._url, self._tag, start, min(start + RANGE_BYTES, end))
 
     def text(self, number: int, offset: int = 0) -> Iterator[Range]:
         """Yields the ranges with the text of a row group, from a byte of the file on."""
@@ -76,13 +74,13 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Moves to an offset from the start, the current byte or the end; returns the new one."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._layout.tail.stop}
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._layout.footer.stop}
         self._offset = base[whence] + offset
         return self._offset
 
     def read(self, size: int = -1) -> bytes:
         """Returns the next `size` bytes, fewer only at the end."""
-        end = self._layout.tail.stop
+        end = self._layout.footer.stop
         stop = end if size < 0 else min(self._offset + size, end)
         parts = []
         while self._offset < stop:
@@ -105,6 +103,19 @@ class RemoteParquet:
     def open(self, file: int) -> RemoteFile:
         """Returns a file for pyarrow."""
         return RemoteFile(self.ranges, self.layout(file))
+
+    def metadata(self, file: int) -> Any:
+        """Returns what the footer of a file states."""
+        # Of the footer alone: of a file, Arrow would first read 64 KB. A footer tells where it
+        # begins by its own length, so it need not be in its file.
+        footer = self.ranges.read(self.layout(file).footer)
+        return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+
+    def forget(self, file: int, number: int) -> None:
+        """Makes the next start read a damaged row group from the server, not from copies."""
+        layout = self.layout(file)
+        for damaged in (layout.footer, *layout.text(number)):
+            self.ranges.forget(damaged)
 
     def layout(self, file: int) -> FileRanges:
         """Returns the ranges that a file is read in."""

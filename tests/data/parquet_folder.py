@@ -35,8 +35,8 @@ def marked(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
     return texts
 
 
-def opened(folder: Path, name: str = "auto", **options: Any) -> ParquetDataset:
-    """The dataset of a folder with a tokenizer; without a test split unless asked for."""
+def opened(folder: Path | str, name: str = "auto", **options: Any) -> ParquetDataset:
+    """The dataset of a folder or an address, without a test split unless asked for."""
     config = DatasetConfig(parquet_dir=str(folder), **{"test_fraction": 0.0, **options})
     dataset = data.open_dataset(config, TokenizerConfig(name=name))
     assert isinstance(dataset, ParquetDataset)

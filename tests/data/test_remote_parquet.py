@@ -28,7 +28,6 @@ from data.sources.cache import cache_folder
 from data.sources.parquet_dataset import ParquetDataset
 from tests.data.batches import read, spec
 from tests.data.parquet_folder import opened, segment_count, texts_of, write
-from tests.data.remote_folder import served, uploaded
 from tests.remote_servers import S3Server, WebServer
 
 FILES, GROUPS, ROWS = 3, 8, 10
@@ -55,6 +54,14 @@ def rows_of(dataset: ParquetDataset, steps: int = STEPS, **options: Any) -> torc
     return read(dataset, steps, spec(block_size=256), **options)[0]
 
 
+def uploaded(server: WebServer, folder: Path, **options: Any) -> ParquetDataset:
+    """The dataset of a folder's files as the server has them."""
+    server.files = {f"text/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    dataset = opened(f"{server.url}/text", **options)
+    server.faults.requests.clear()
+    return dataset
+
+
 def first_segments(dataset: ParquetDataset) -> list[int]:
     """The first segment of each row group."""
     table = dataset.segments(1).table
@@ -62,7 +69,7 @@ def first_segments(dataset: ParquetDataset) -> list[int]:
 
 
 def of_text(server: WebServer) -> list[str]:
-    """The requests for row groups; not for the ends of files, which hold the footer too."""
+    """The requests for row groups, not for footers."""
     ends = tuple(f"-{len(body) - 1}" for body in server.files.values())
     return [each for each in server.faults.reads if not each.endswith(ends)]
 
@@ -106,7 +113,7 @@ def test_workers_on_s3_read_what_one_process_reads_locally(
     folder: Path, s3_server: S3Server, workers: int
 ) -> None:
     s3_server.put("bucket", {f"text/{path.name}": path.read_bytes() for path in folder.iterdir()})
-    remote = served("s3://bucket/text", folder, retry_seconds=20.0)
+    remote = opened("s3://bucket/text", retry_seconds=20.0)
     s3_server.faults.rate = 0.05
     assert torch.equal(rows_of(remote, workers=workers), rows_of(opened(folder)))
 
@@ -128,7 +135,7 @@ def test_a_row_group_is_fetched_once_though_its_segments_are_read_apart(
                 reader.tokens(int(segments[step]), 1, 0, True)
     reader.close()
     reads = of_text(web_server)
-    assert len(reads) == len(set(reads)) > FILES * GROUPS // 2
+    assert len(reads) == len(set(reads)) == FILES * GROUPS
 
 
 def test_what_lanes_announce_is_what_they_read_next_across_epochs() -> None:
@@ -262,10 +269,9 @@ def test_damaged_text_is_named_or_skipped_and_read_anew_by_the_next_start(
     at = int(good.index.groups[GROUPS, 4]) + 5000  # in its first row group
     web_server.files["text/part_1.parquet"] = body[:at] + b"damage" + body[at + 6 :]
     with pytest.raises(DataError, match=r"http://.*part_1.parquet row group 0: .*damaged"):
-        texts_of(served(f"{web_server.url}/text", folder))
+        texts_of(opened(f"{web_server.url}/text"))
     assert (
-        len(texts_of(served(f"{web_server.url}/text", folder, on_bad_shard="skip")))
-        < FILES * GROUPS * ROWS
+        len(texts_of(opened(f"{web_server.url}/text", on_bad_shard="skip"))) < FILES * GROUPS * ROWS
     )
     assert "skipped: http://" in caplog.text
 
