@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from config import DataError, DatasetConfig, TokenizerConfig, source_datasets, token_paths
 from data.remote.store import RemoteStore
-from data.sources.dataset import Dataset
+from data.sources.dataset import Dataset, Source
 from data.sources.meta import GPT2_TOKENS, Meta, read_metas
+from data.sources.mixture import MixtureDataset
 from data.sources.parquet_dataset import characters, check_row_groups, check_rows, open_parquet
 from data.sources.parquet_index import Index, build_index
 from data.sources.remote_index import build_remote_index
@@ -54,11 +56,12 @@ def open_dataset(
         known: the tokenizer of pretrained weights, which takes the place of the config's.
         indexes: those of `index_sources`, if another process has made them.
     """
-    dataset = _with_token_files(dataset)
-    if token_paths(dataset) is None:
-        index = (index_sources(dataset) if indexes is None else indexes)[""]
-        return _open_parquet_files(index, dataset, tokenizer, known)
-    return _open_token_files(dataset, tokenizer, vocab_size, known)
+    indexes = index_sources(dataset) if indexes is None else indexes
+    if dataset.mixture:
+        return _open_mixture(dataset, tokenizer, vocab_size, known, indexes)
+    if "" in indexes:
+        return _open_parquet_files(indexes[""], dataset, tokenizer, known)
+    return _open_token_files(_with_token_files(dataset), tokenizer, vocab_size, known)
 
 
 def index_sources(
@@ -95,6 +98,44 @@ def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:
         train_data_path=os.path.join(folder, f"train{endings[0]}"),
         val_data_path=os.path.join(folder, val) if val in names else None,
     )
+
+
+def _open_mixture(
+    dataset: DatasetConfig,
+    config: TokenizerConfig,
+    vocab_size: int | None,
+    known: Tokenizer | None,
+    indexes: Mapping[str, Index],
+) -> MixtureDataset:
+    """Opens every source. The tokenizer is that of the token files: text can follow it."""
+    configs, opened = source_datasets(dataset), dict[str, Dataset]()
+    try:
+        for name, source in configs.items():
+            if name not in indexes:
+                files = _with_token_files(source)
+                opened[name] = _open_token_files(files, config, vocab_size, known)
+        claims = [(text.tokenizer, f"source {name}") for name, text in opened.items()]
+        if claims and known is None:
+            _same_tokenizer(claims)
+            # Tokens without text have the same name, however many there are.
+            known = max((tokenizer for tokenizer, _ in claims), key=lambda each: each.vocab_size)
+        if indexes and claims and isinstance(known, IdTokenizer):
+            raise DataError(
+                f"{', '.join(indexes)}: text, to be mixed with the tokens of {', '.join(opened)}, "
+                "and nothing says which tokenizer made those. Set tokenizer.name to it."
+            )
+        if config.name == "char" and known is None:
+            each = (characters(indexes[name], configs[name]) for name in indexes)
+            known = char_tokenizer(chain.from_iterable(each))
+        for name, index in indexes.items():
+            opened[name] = _open_parquet_files(index, configs[name], config, known)
+            known = known or opened[name].tokenizer
+    except DataError as error:
+        raise DataError(f"dataset.mixture: {error}") from None
+    assert known is not None
+    weights = {source.name: source.weight for source in dataset.mixture}
+    sources = tuple(Source(name, weights[name], opened[name]) for name in configs)
+    return MixtureDataset(sources, known)
 
 
 def _open_parquet_files(

@@ -121,8 +121,14 @@ class LoadPlan:
     @property
     def chunk_steps(self) -> int:
         """The steps in one chunk."""
-        step_tokens = len(self.rows) * (self.spec.block_size + 1)
-        return max(1, CHUNK_BYTES // (step_tokens * self.dtype.itemsize))
+        row_bytes = (self.spec.block_size + 1) * self.dtype.itemsize
+        # About: all rows of the lanes that are read, also those that other processes keep.
+        rows = sum(
+            self.shares.rounded_share(own.source, self.spec.sequences_per_step)
+            / self.sources[own.source].lane_plan.lanes
+            for own in self.lanes
+        )
+        return max(1, int(CHUNK_BYTES / (max(rows, 1) * row_bytes)))
 
     @cached_property
     def lanes(self) -> list[OwnLane]:

@@ -180,19 +180,26 @@ class Dataset(ABC):
 
     def check_unchanged(self, saved: dict[str, Any]) -> None:
         """Raises DataError, naming the first difference from the `summary` of a checkpoint."""
+        change = self.change(saved)
+        if change is not None:
+            raise DataError(
+                f"The data is not what the checkpoint was trained on: {change}. "
+                "Restore it, or start a new run without resume_from_checkpoint."
+            )
+
+    def change(self, saved: dict[str, Any]) -> str | None:
+        """Returns the first difference from the `summary` of a checkpoint; None without any."""
         # The fingerprint decides; the details only explain.
         if saved["fingerprint"] == self.fingerprint:
-            return
+            return None
         then, now = _kind_of_files(saved), _kind_of_files(self.details())
         if then != now:
-            difference = f"it was {then}, is {now}"
-        else:
-            try:
-                difference = self.difference(saved)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-                # Another program wrote the checkpoint, or another version of this one.
-                difference = "the checkpoint does not say which data it was"
-        raise changed_data(difference)
+            return f"it was {then}, is {now}"
+        try:
+            return self.difference(saved)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            # Another program wrote the checkpoint, or another version of this one.
+            return "the checkpoint does not say which data it was"
 
     def too_short(self, split: str, block_size: int) -> DataError:
         """Returns the error for a split without a single row of tokens."""
@@ -207,14 +214,6 @@ class Dataset(ABC):
         )
 
 
-def changed_data(difference: str) -> DataError:
-    """Returns the error for data that is not that of the checkpoint."""
-    return DataError(
-        f"The data is not what the checkpoint was trained on: {difference}. "
-        "Restore it, or start a new run without resume_from_checkpoint."
-    )
-
-
 def pinned_revisions(saved: dict[str, Any]) -> dict[str, str]:
     """Returns the commit that each address on the Hub meant, by the `summary` of a checkpoint."""
     parts = [saved, *saved.get("sources", [])]
@@ -225,6 +224,8 @@ def _kind_of_files(details: dict[str, Any]) -> str:
     for key, kind in (("parquet_dir", "parquet files of"), ("train_data_path", "token files of")):
         if key in details:
             return f"{kind} {details[key]}"
+    if "sources" in details:
+        return f"a mixture of {', '.join(part['name'] for part in details['sources'])}"
     return "of an unknown kind"
 
 

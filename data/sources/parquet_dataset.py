@@ -28,7 +28,7 @@ from data.loading.order import (
 )
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.counting import TokenCounts, count_tokens
-from data.sources.dataset import Dataset, DatasetStats, changed_data, tokens_of_splits
+from data.sources.dataset import Dataset, DatasetStats, tokens_of_splits
 from data.sources.parquet_index import Index
 from data.sources.parquet_reader import DocumentReader, ParquetReader, text_bytes
 from data.sources.parquet_segments import (
@@ -210,10 +210,12 @@ class ParquetDataset(Dataset):
             **(_remote_details(index) if index.address else {}),
         }
 
-    def check_unchanged(self, saved: dict[str, Any]) -> None:
-        """Raises DataError for other data than that of a checkpoint, also if files at the same
-        address have the sizes that they had and other tags. Files that moved may have any."""
-        super().check_unchanged(saved)
+    def change(self, saved: dict[str, Any]) -> str | None:
+        """Returns the first difference from the `summary` of a checkpoint; also if files at the
+        same address have the sizes that they had and other tags. Files that moved may have any."""
+        change = super().change(saved)
+        if change is not None:
+            return change
         now = self.details()
         same_place = saved.get("parquet_dir") == now["parquet_dir"] and "tags_digest" in saved
         if same_place and saved["tags_digest"] != now.get("tags_digest"):
@@ -222,7 +224,8 @@ class ParquetDataset(Dataset):
             what = ", ".join(os.path.join(self.index.root, path) for path in changed[:5])
             more = f" and {len(changed) - 5:,} others" if len(changed) > 5 else ""
             what = what or f"some files of {self.index.root}"
-            raise changed_data(f"{what}{more} changed on the server: same size, other ETag")
+            return f"{what}{more} changed on the server: same size, other ETag"
+        return None
 
     def difference(self, saved: dict[str, Any]) -> str:
         """Returns the first difference from the details of another folder."""

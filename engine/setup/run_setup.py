@@ -186,7 +186,8 @@ def check_fits(
     lines = check_resumable(before, config, path, processes, world_size)
     dataset.check_unchanged(saved["data"])
     check_data_continues(dataset, config, saved["cursor"], world_size)
-    documents = not dataset.segments(config.training.block_size).whole_rows
+    each = (source.dataset.segments(config.training.block_size) for source in dataset.sources)
+    documents = any(not segments.whole_rows for segments in each)
     earlier = documents and saved["cursor"]["version"] < PLAN_VERSION
     if earlier and config.training.epochs is not None:
         lines.append(
