@@ -17,6 +17,7 @@ from torch import Tensor
 from config import (
     Config,
     ConfigError,
+    DataError,
     accumulation_steps,
     eval_batch,
     eval_batches,
@@ -139,7 +140,11 @@ def _batches(dataset: Dataset, config: Config, split: str) -> dict[str, tuple[Te
     count = eval_batches(config) * size
     found = {}
     for source in dataset.sources:
-        rows = evaluation_rows(source.dataset, split, training.block_size, count)
+        try:
+            rows = evaluation_rows(source.dataset, split, training.block_size, count)
+        except DataError as error:
+            place = f"source {source.name}: " if source.name else ""
+            raise DataError(f"{place}{error}") from None
         found[source.name] = torch.split(rows, size)
     return found
 
