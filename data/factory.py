@@ -10,11 +10,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from config import DataError, DatasetConfig, TokenizerConfig, source_datasets, token_paths
+from data.remote.copies import local_copies
+from data.remote.listing import Listing
 from data.remote.store import RemoteStore
 from data.sources.dataset import Dataset, Source
 from data.sources.meta import GPT2_TOKENS, Meta, read_metas
@@ -22,6 +24,7 @@ from data.sources.mixture import MixtureDataset
 from data.sources.parquet_dataset import characters, check_row_groups, check_rows, open_parquet
 from data.sources.parquet_index import Index, build_index
 from data.sources.remote_index import build_remote_index
+from data.sources.remote_tokens import list_token_files
 from data.sources.token_dataset import TokenDataset, check_split
 from data.sources.token_file import (
     ENDINGS,
@@ -36,6 +39,8 @@ from data.tokenizers.build import build_tokenizer
 from data.tokenizers.simple import IdTokenizer, char_tokenizer
 from settings.addresses import is_remote
 
+SourceIndex: TypeAlias = "Index | tuple[Listing, ...]"
+"""The row groups of parquet files; of token files, the listings of those that are remote."""
 _LISTED_METAS = 10  # meta files that the start of a run names, at most
 
 
@@ -44,7 +49,7 @@ def open_dataset(
     tokenizer: TokenizerConfig,
     vocab_size: int | None = None,
     known: Tokenizer | None = None,
-    indexes: Mapping[str, Index] | None = None,
+    indexes: Mapping[str, SourceIndex] | None = None,
 ) -> Dataset:
     """Indexes and splits the data of a config.
 
@@ -59,27 +64,30 @@ def open_dataset(
     indexes = index_sources(dataset) if indexes is None else indexes
     if dataset.mixture:
         return _open_mixture(dataset, tokenizer, vocab_size, known, indexes)
-    if "" in indexes:
-        return _open_parquet_files(indexes[""], dataset, tokenizer, known)
-    return _open_token_files(_with_token_files(dataset), tokenizer, vocab_size, known)
+    index = indexes[""]
+    if isinstance(index, Index):
+        return _open_parquet_files(index, dataset, tokenizer, known)
+    return _open_token_files(index, _with_token_files(dataset), tokenizer, vocab_size, known)
 
 
 def index_sources(
     dataset: DatasetConfig, pins: Mapping[str, str] | None = None
-) -> dict[str, Index]:
-    """Returns the index of each source of parquet files, by name; see `build_index`.
+) -> dict[str, SourceIndex]:
+    """Returns what the files of each source are, by name; asks servers, and reads footers.
 
     pins: the commits to take for addresses on the Hub.
     """
-    indexes = {}
+    pins, indexes = pins or {}, dict[str, SourceIndex]()
     for name, source in source_datasets(dataset).items():
         path, column = source.parquet_dir, source.text_column
-        skip_bad = source.on_bad_shard == "skip"
-        if token_paths(_with_token_files(source)) is not None:
-            continue
-        if is_remote(path):
-            store, pin = RemoteStore(source.retry_seconds), (pins or {}).get(path, "")
-            indexes[name] = build_remote_index(store, path, column, skip_bad, pin)
+        store, skip_bad = RemoteStore(source.retry_seconds), source.on_bad_shard == "skip"
+        tokens = token_paths(_with_token_files(source))
+        if tokens is not None:
+            remote = [each for each in tokens if each is not None and is_remote(each)]
+            listed = (list_token_files(store, each, pins.get(each, "")) for each in remote)
+            indexes[name] = tuple(listed)
+        elif is_remote(path):
+            indexes[name] = build_remote_index(store, path, column, skip_bad, pins.get(path, ""))
         else:
             indexes[name] = build_index(path, column, skip_bad)
     return indexes
@@ -105,29 +113,31 @@ def _open_mixture(
     config: TokenizerConfig,
     vocab_size: int | None,
     known: Tokenizer | None,
-    indexes: Mapping[str, Index],
+    indexes: Mapping[str, SourceIndex],
 ) -> MixtureDataset:
     """Opens every source. The tokenizer is that of the token files: text can follow it."""
     configs, opened = source_datasets(dataset), dict[str, Dataset]()
+    parquet = {name: index for name, index in indexes.items() if isinstance(index, Index)}
     try:
         for name, source in configs.items():
-            if name not in indexes:
+            remote = indexes[name]
+            if not isinstance(remote, Index):
                 files = _with_token_files(source)
-                opened[name] = _open_token_files(files, config, vocab_size, known)
+                opened[name] = _open_token_files(remote, files, config, vocab_size, known)
         claims = [(text.tokenizer, f"source {name}") for name, text in opened.items()]
         if claims and known is None:
             _same_tokenizer(claims)
             # Tokens without text have the same name, however many there are.
             known = max((tokenizer for tokenizer, _ in claims), key=lambda each: each.vocab_size)
-        if indexes and claims and isinstance(known, IdTokenizer):
+        if parquet and claims and isinstance(known, IdTokenizer):
             raise DataError(
-                f"{', '.join(indexes)}: text, to be mixed with the tokens of {', '.join(opened)}, "
+                f"{', '.join(parquet)}: text, to be mixed with the tokens of {', '.join(opened)}, "
                 "and nothing says which tokenizer made those. Set tokenizer.name to it."
             )
         if config.name == "char" and known is None:
-            each = (characters(indexes[name], configs[name]) for name in indexes)
+            each = (characters(index, configs[name]) for name, index in parquet.items())
             known = char_tokenizer(chain.from_iterable(each))
-        for name, index in indexes.items():
+        for name, index in parquet.items():
             opened[name] = _open_parquet_files(index, configs[name], config, known)
             known = known or opened[name].tokenizer
     except DataError as error:
@@ -155,6 +165,7 @@ def _open_parquet_files(
 
 
 def _open_token_files(
+    remote: tuple[Listing, ...],
     dataset: DatasetConfig,
     config: TokenizerConfig,
     vocab_size: int | None,
@@ -166,7 +177,8 @@ def _open_token_files(
     if dataset.name is not None:
         options = [f"dataset.name={dataset.name}"] * 2
     named = zip(options, paths, strict=True)
-    found = [find_files(path, option) for option, path in named if path is not None]
+    here = {listing.address: _local_path(listing, dataset) for listing in remote}
+    found = [find_files(here.get(path, path), option) for option, path in named if path is not None]
     beside = [read_metas(files) for files in found]
     # One meta file may describe many token files.
     metas = list({meta.path: meta for metas in beside for meta in metas if meta}.values())
@@ -186,9 +198,20 @@ def _open_token_files(
         notes += note
     train_files, val_files = opened[0], opened[1] if len(opened) > 1 else ()
     notes = _checked_notes(train_files + val_files, tokenizer.vocab_size) + notes
-    text = TokenDataset(train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)))
+    notes += [f"Copy of {address}: {path}" for address, path in here.items()]
+    text = TokenDataset(
+        train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)), remote
+    )
     check_split(text)
     return text
+
+
+def _local_path(listing: Listing, dataset: DatasetConfig) -> str:
+    """Returns the path of a copy of the remote file or folder that a listing is of."""
+    store = RemoteStore(dataset.retry_seconds)
+    folder = local_copies(store, listing, dataset.cache_bytes)
+    is_file = listing.address.endswith(ENDINGS)
+    return os.path.join(folder, listing.address.rsplit("/", 1)[1]) if is_file else str(folder)
 
 
 def _gpt2_note(dataset: DatasetConfig) -> list[str]:

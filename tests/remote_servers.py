@@ -206,11 +206,14 @@ class HubServer(WebServer):
         if repo != self.repo or sha not in self.commits:
             code = "RevisionNotFound" if repo == self.repo else "RepoNotFound"
             request.answer(404, headers={"X-Error-Code": code})
+        elif kind == "resolve" and "/".join(rest) not in self.commits[sha]:
+            request.answer(404, headers={"X-Error-Code": "EntryNotFound"})
         elif kind == "resolve":
             target = f"http://localhost:{self.port}/cdn/{sha}/{'/'.join(rest)}?{SIGNATURE}"
             request.answer(302, headers={"Location": target})
         elif kind == "tree":
-            self._send_json(request, self._tree(self.commits[sha], unquote("/".join(rest))))
+            whole = "recursive=true" in request.path
+            self._send_json(request, self._tree(self.commits[sha], "/".join(rest), whole))
         else:
             self._send_json(request, {"id": repo, "sha": sha, "siblings": []})
 
@@ -223,21 +226,20 @@ class HubServer(WebServer):
         else:
             request.answer(403)
 
-    def _tree(self, files: dict[str, bytes], folder: str) -> list[dict[str, Any]] | None:
-        inside = [name for name in sorted(files) if not folder or name.startswith(f"{folder}/")]
-        entries: list[dict[str, Any]] = [
-            {
-                "type": "file",
-                "path": name,
-                "size": len(files[name]),
-                "oid": hashlib.sha1(files[name]).hexdigest(),
-            }
-            for name in inside
-        ]
-        return entries or None
+    def _tree(self, files: dict[str, bytes], folder: str, whole: bool) -> list[dict[str, Any]]:
+        prefix = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for name in sorted(name for name in files if name.startswith(prefix)):
+            inner = name[len(prefix) :].split("/")
+            for depth in range(1, len(inner)):
+                path = prefix + "/".join(inner[:depth])
+                entries[path] = {"type": "directory", "path": path, "oid": "0" * 40}
+            oid = hashlib.sha1(files[name]).hexdigest()
+            entries[name] = {"type": "file", "path": name, "size": len(files[name]), "oid": oid}
+        return [each for path, each in entries.items() if whole or "/" not in path[len(prefix) :]]
 
     def _send_json(self, request: _Handler, value: Any) -> None:
-        if value is None:
+        if value == []:
             request.answer(404, headers={"X-Error-Code": "EntryNotFound"})
         else:
             request.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from config import ConfigError
 
@@ -48,6 +48,9 @@ class NoRangesError(Exception):
     """A server that answers with the whole file where a part is asked for."""
 
 
+Ask: TypeAlias = Callable[[Callable[[], Any]], Any]
+
+
 class Access(Protocol):
     """One kind of server, with connections that all threads of a process share."""
 
@@ -57,9 +60,12 @@ class Access(Protocol):
     def read(self, url: str, tag: str, start: int, stop: int) -> bytes:
         """Returns bytes [start, stop) of a file, if it still has this tag."""
 
-    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+    def find(self, url: str, endings: tuple[str, ...], ask: Ask) -> list[RemoteFile]:
         """Returns the files that an address means, by their full addresses: one, those below a
-        folder, or those that match a glob. Sizes and tags may be given for these endings only."""
+        folder, or those that match a glob. Sizes and tags may be given for these endings only.
+
+        ask: puts a question to the server, again and again as `RemoteStore.ask` does.
+        """
 
     def explain(self, error: Exception) -> Failure:
         """Returns what an error of the other two means."""
@@ -95,6 +101,12 @@ def failure_of_status(status: int, headers: Mapping[str, str]) -> Failure:
     wait = headers.get("Retry-After", headers.get("retry-after", ""))
     # It may also be a date, which the growing pauses do as well as.
     return Failure(status, f"HTTP {status}", float(wait) if wait.isdigit() else None)
+
+
+def glob_root(url: str) -> str:
+    """Returns the folder that all files of a glob are below."""
+    fixed = url[: min(url.index(wildcard) for wildcard in "*[" if wildcard in url)]
+    return fixed.rsplit("/", 1)[0]
 
 
 def has_magic(path: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gcsfs
 from gcsfs.retry import HttpError
 
-from data.remote.access import Failure, RemoteFile, failure_of_status, has_magic, timeout_s
+from data.remote.access import Ask, Failure, RemoteFile, failure_of_status, has_magic, timeout_s
 
 
 class Gcs:
@@ -28,13 +29,13 @@ class Gcs:
         data: bytes = self._files.cat_file(url, start=start, end=stop, generation=tag or None)
         return data
 
-    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+    def find(self, url: str, endings: tuple[str, ...], ask: Ask) -> list[RemoteFile]:
         """Returns the files that an address means."""
         del endings
         find: Any = self._files.glob if has_magic(url) else self._files.find
         return [
             RemoteFile(f"gs://{name}", entry["size"], str(entry.get("generation", "")))
-            for name, entry in find(url, detail=True).items()
+            for name, entry in ask(partial(find, url, detail=True)).items()
             if entry["type"] == "file"
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 
 from data.remote.access import (
     SILENCE_S,
+    Ask,
     Failure,
     NoRangesError,
     RemoteFile,
@@ -60,29 +62,27 @@ class Hub:
             revision=parts["revision"],
             endpoint=self._endpoint,
         )
-        signed = self._signed.pop(url, None)
+        signed = self._signed.get(url)
         if signed is not None:
             try:
-                data, _ = _get(signed, {}, start, stop)
-                self._signed[url] = signed
-                return data
+                return _get(signed, {}, start, stop)[0]
             except _StatusError as error:
-                if error.failure.status not in (401, 403, 404, 410):  # it no longer holds
-                    self._signed[url] = signed
+                if error.failure.status not in (401, 403, 404, 410):
                     raise
+            self._signed.pop(url, None)  # it no longer holds
         data, final = _get(where, build_hf_headers(), start, stop)
         if urlsplit(final).netloc != urlsplit(where).netloc:
             self._signed[url] = final
         return data
 
-    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+    def find(self, url: str, endings: tuple[str, ...], ask: Ask) -> list[RemoteFile]:
         """Returns the files that an address means."""
         del endings
         path = url.removeprefix("hf://").rstrip("/")
         find: Any = self._files.glob if has_magic(path) else self._files.find
         return [
             RemoteFile(f"hf://{name}", entry["size"], entry.get("blob_id") or "")
-            for name, entry in find(path, detail=True).items()
+            for name, entry in ask(partial(find, path, detail=True)).items()
             if entry["type"] == "file"
         ]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from data.remote.access import RemoteFile, access_to, has_magic
+from data.remote.access import RemoteFile, access_to, glob_root, has_magic
 from data.remote.store import RemoteStore
 
 
@@ -15,6 +15,8 @@ from data.remote.store import RemoteStore
 class Listing:
     """The files of an address at one moment."""
 
+    address: str
+    """As it was asked for."""
     root: str
     """The address that their paths are below; of the Hub, that of one commit."""
     revision: str
@@ -40,13 +42,13 @@ def list_files(
     Args:
         revision: the commit of the Hub to take in place of what the address says.
     """
-    access = access_to(url)
+    access, address = access_to(url), url
     if url.startswith("hf://"):
         from data.remote.hub import at_commit, commit_of
 
         revision = revision or store.ask(url, partial(commit_of, url))
         url = at_commit(url, revision)
-    found = store.ask(url, partial(access.find, url, endings))
+    found = access.find(url, endings, partial(store.ask, url))
     root = _root(url, [file.path for file in found])
     inside = [
         file._replace(path=file.path[len(root) + 1 :])
@@ -57,6 +59,7 @@ def list_files(
     chosen = [file for file in shown if file.path.endswith(endings)]
     others = Counter(os.path.splitext(file.path)[1] for file in shown if file not in chosen)
     return Listing(
+        address,
         root,
         revision,
         tuple(sorted(chosen, key=lambda file: os.fsencode(file.path))),
@@ -67,8 +70,7 @@ def list_files(
 def _root(url: str, found: list[str]) -> str:
     """Returns the folder that files are below: of a glob, the part before its first wildcard."""
     if has_magic(url):
-        fixed = url[: min(url.index(wildcard) for wildcard in "*[" if wildcard in url)]
-        return fixed.rsplit("/", 1)[0]
+        return glob_root(url)
     return url.rsplit("/", 1)[0] if found == [url] else url.rstrip("/")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import s3fs
@@ -13,6 +14,7 @@ from data.remote.access import (
     CONNECT_S,
     IN_FLIGHT,
     SILENCE_S,
+    Ask,
     Failure,
     RemoteFile,
     failure_of_status,
@@ -56,7 +58,7 @@ class S3:
 
         return self._signed_or_not(read)
 
-    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+    def find(self, url: str, endings: tuple[str, ...], ask: Ask) -> list[RemoteFile]:
         """Returns the files that an address means."""
         del endings
         path = self._files._strip_protocol(url)
@@ -68,7 +70,7 @@ class S3:
 
         return [
             RemoteFile(f"s3://{name}", entry["size"], entry.get("ETag", ""))
-            for name, entry in self._signed_or_not(list_all).items()
+            for name, entry in ask(partial(self._signed_or_not, list_all)).items()
             if entry["type"] == "file"
         ]
 

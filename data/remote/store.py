@@ -34,6 +34,11 @@ class RemoteError(DataError):
     """A server does not give what is asked for. Unlike a damaged file, it is never passed over by
     on_bad_shard: skip, or a bad moment of the network would decide what a run is trained on."""
 
+    def __init__(self, text: str = "", status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        """Of HTTP; None if there was no answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteStore:
@@ -111,15 +116,17 @@ def _raise_if_final(url: str, failure: Failure, access: Access) -> None:
         web = " (folders of web servers need an index page)" if url.startswith("http") else ""
         raise RemoteError(
             f"{what}not found. Correct the address{web}; if the file was there before, put it back "
-            f"{_RESUME}."
+            f"{_RESUME}.",
+            status,
         )
     if status in _CHANGED:
         raise RemoteError(
             f"{what}the file has changed since it was listed. Restore it {_RESUME}, or start a new "
-            "run."
+            "run.",
+            status,
         )
     if status in _REFUSED:
-        raise RemoteError(f"{what}no permission to read it. {access.login}")
+        raise RemoteError(f"{what}no permission to read it. {access.login}", status)
     raise RemoteError(f"{what}the server refuses the request. Check the address.")
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import aiohttp
 from fsspec.asyn import sync
 from fsspec.implementations.http import HTTPFileSystem
+from fsspec.utils import glob_translate
 
 from config import DataError
 from data.remote.access import (
     CONNECT_S,
     IN_FLIGHT,
     SILENCE_S,
+    Ask,
     Failure,
     NoRangesError,
     RemoteFile,
     failure_of_status,
+    glob_root,
     has_magic,
     timeout_s,
 )
@@ -56,18 +62,32 @@ class Web:
         data: bytes = sync(self._files.loop, get)
         return data
 
-    def find(self, url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+    def find(self, url: str, endings: tuple[str, ...], ask: Ask) -> list[RemoteFile]:
         """Returns the files that an address means."""
         if has_magic(url):
-            names = self._files.glob(url)
+            fixed, pattern = glob_root(url), re.compile(glob_translate(url))
+            depth = None if "**" in url else url[len(fixed) + 1 :].count("/")
+            names = [name for name in self._below(fixed, depth, ask) if pattern.match(name)]
         elif url.endswith(endings):
             names = [url]
         else:
-            names = self._files.find(f"{url.rstrip('/')}/")
+            names = list(self._below(url.rstrip("/"), None, ask))
         wanted = [name for name in names if name.endswith(endings)]
+        # One question for each file, so that a bad moment does not begin the listing anew.
         with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="list") as pool:
-            found = list(pool.map(self._file, wanted))
+            found = list(pool.map(lambda name: ask(partial(self._file, name)), wanted))
         return [*found, *(RemoteFile(name, 0, "") for name in sorted(set(names) - set(wanted)))]
+
+    def _below(self, folder: str, depth: int | None, ask: Ask) -> Iterator[str]:
+        """Yields the files that index pages link to, from that of a folder on."""
+        # Not `find` of fsspec: it takes a folder that it cannot list for an empty one.
+        for name in ask(partial(self._files.ls, f"{folder}/", detail=False)):
+            if "?" in name:  # sorts the page
+                continue
+            if not name.endswith("/"):
+                yield name
+            elif depth != 0 and name.startswith(f"{folder}/") and name != f"{folder}/":
+                yield from self._below(name.rstrip("/"), depth and depth - 1, ask)
 
     def _file(self, url: str) -> RemoteFile:
         entry = self._files.info(url)

@@ -6,10 +6,11 @@ no more, so they are the same for all kinds of files; the loader asks only for a
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,10 @@ import numpy as np
 
 from config import DataError
 from data.loading.order import PLAN_VERSION, Booleans, Integers, Keys, Tokens
+from data.remote.listing import Listing
 from data.tokenizers.base import Tokenizer
+
+_LISTED_TAGS = 1000  # of files; of more, a digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,7 @@ class Dataset(ABC):
         """Returns the first difference from the `summary` of a checkpoint; None without any."""
         # The fingerprint decides; the details only explain.
         if saved["fingerprint"] == self.fingerprint:
-            return None
+            return changed_tags(saved, self.details())
         then, now = _kind_of_files(saved), _kind_of_files(self.details())
         if then != now:
             return f"it was {then}, is {now}"
@@ -217,7 +221,34 @@ class Dataset(ABC):
 def pinned_revisions(saved: dict[str, Any]) -> dict[str, str]:
     """Returns the commit that each address on the Hub meant, by the `summary` of a checkpoint."""
     parts = [saved, *saved.get("sources", [])]
-    return {part["address"]: part["revision"] for part in parts if part.get("revision")}
+    return {address: pin for part in parts for address, pin in part.get("pins", {}).items()}
+
+
+def remote_details(listings: Sequence[Listing]) -> dict[str, Any]:
+    """Returns what identifies remote files, for a checkpoint; nothing without any."""
+    if not listings:
+        return {}
+    tags: dict[str, str] = {}
+    for listing in listings:
+        own = {listing.url(file): file.tag for file in listing.files}
+        if len(own) > _LISTED_TAGS:
+            digest = hashlib.blake2b("\0".join(own.values()).encode(), digest_size=16)
+            own = {f"{listing.root} ({len(own):,} files)": digest.hexdigest()}
+        tags |= own
+    pins = {each.address: each.revision for each in listings if each.revision}
+    return {"pins": pins, "tags": tags}
+
+
+def changed_tags(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Returns which files at the same addresses have other tags than at the checkpoint, by the
+    `details` of then and now; None without any. Files that moved may have any."""
+    then = saved.get("tags", {})
+    changed = [url for url, tag in now.get("tags", {}).items() if then.get(url, tag) != tag]
+    if not changed:
+        return None
+    more = f" and {len(changed) - 5:,} others" if len(changed) > 5 else ""
+    what = f"{', '.join(changed[:5])}{more}"
+    return f"{what} changed on the server (size as before, another tag)"
 
 
 def _kind_of_files(details: dict[str, Any]) -> str:

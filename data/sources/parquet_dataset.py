@@ -28,7 +28,7 @@ from data.loading.order import (
 )
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.counting import TokenCounts, count_tokens
-from data.sources.dataset import Dataset, DatasetStats, tokens_of_splits
+from data.sources.dataset import Dataset, DatasetStats, remote_details, tokens_of_splits
 from data.sources.parquet_index import Index
 from data.sources.parquet_reader import DocumentReader, ParquetReader, text_bytes
 from data.sources.parquet_segments import (
@@ -207,25 +207,8 @@ class ParquetDataset(Dataset):
             "file_bytes": int(index.sizes.sum()),
             "rows": index.rows,
             "sizes": sizes if len(sizes) <= _LISTED_FILES else None,
-            **(_remote_details(index) if index.address else {}),
+            **remote_details([index.listing] if index.listing else []),
         }
-
-    def change(self, saved: dict[str, Any]) -> str | None:
-        """Returns the first difference from the `summary` of a checkpoint; also if files at the
-        same address have the sizes that they had and other tags. Files that moved may have any."""
-        change = super().change(saved)
-        if change is not None:
-            return change
-        now = self.details()
-        same_place = saved.get("parquet_dir") == now["parquet_dir"] and "tags_digest" in saved
-        if same_place and saved["tags_digest"] != now.get("tags_digest"):
-            then, tags = saved["tags"] or {}, now["tags"] or {}
-            changed = [path for path in tags if tags[path] != then.get(path)]
-            what = ", ".join(os.path.join(self.index.root, path) for path in changed[:5])
-            more = f" and {len(changed) - 5:,} others" if len(changed) > 5 else ""
-            what = what or f"some files of {self.index.root}"
-            return f"{what}{more} changed on the server: same size, other ETag"
-        return None
 
     def difference(self, saved: dict[str, Any]) -> str:
         """Returns the first difference from the details of another folder."""
@@ -259,17 +242,6 @@ def open_parquet(index: Index, config: DatasetConfig, tokenizer: Tokenizer) -> P
             "or set dataset.test_fraction: 0"
         )
     return dataset
-
-
-def _remote_details(index: Index) -> dict[str, Any]:
-    """Returns what identifies the content of remote files, and what their address meant."""
-    tags = dict(zip(index.paths, index.tags, strict=True))
-    return {
-        "address": index.address,
-        "revision": index.revision,
-        "tags": tags if len(tags) <= _LISTED_FILES else None,
-        "tags_digest": hashlib.blake2b("\0".join(index.tags).encode()).hexdigest()[:32],
-    }
 
 
 def _segment_bytes(tokenizer: Tokenizer) -> int:

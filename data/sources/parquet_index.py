@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from config import DataError
 from data.loading.order import Booleans, Integers
+from data.remote.listing import Listing
 from data.remote.store import RemoteError
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.dataset import check_file_unchanged
@@ -79,10 +80,8 @@ class Index:
     """The size of each file's footer, with its length and magic number."""
     tags: tuple[str, ...] = ()
     """What names the content of each remote file; empty for a local folder."""
-    address: str = ""
-    """The remote folder, file or glob as it was asked for; '' for a local folder."""
-    revision: str = ""
-    """The commit of a dataset on the Hub; '' elsewhere."""
+    listing: Listing | None = None
+    """Of remote files, those that were not readable and left out among them."""
 
     @property
     def group_file(self) -> Integers:
@@ -103,7 +102,7 @@ class Index:
     @property
     def place(self) -> str:
         """The folder, however it was spelled: caches of what was found in it go by this."""
-        return self.root if self.address else os.path.realpath(self.root)
+        return self.root if self.listing else os.path.realpath(self.root)
 
     def path(self, file: int) -> str:
         """Returns the path of a file as the user can open it."""

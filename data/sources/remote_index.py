@@ -55,7 +55,7 @@ def build_remote_index(
     footers = RemoteFooters(store, listing.root, tags)
     index = index_files(listing.root, found, footers, column, skip_bad)
     kept = tuple(tags[path] for path in index.paths)
-    return replace(index, tags=kept, address=address, revision=listing.revision)
+    return replace(index, tags=kept, listing=listing)
 
 
 def _stamp(tag: str) -> int:

@@ -28,7 +28,8 @@ from data.loading.order import (
     path_keys,
     row_offset_hash,
 )
-from data.sources.dataset import Dataset, DatasetStats, tokens_of_splits
+from data.remote.listing import Listing
+from data.sources.dataset import Dataset, DatasetStats, remote_details, tokens_of_splits
 from data.sources.token_file import TokenFile, TokenMaps
 from data.tokenizers.base import Tokenizer, storage_dtype
 
@@ -57,6 +58,8 @@ class TokenDataset(Dataset):
     config: DatasetConfig
     notes: tuple[str, ...] = ()
     """Lines about what the files were found to be."""
+    remote: tuple[Listing, ...] = ()
+    """The files on servers that these are copies of."""
 
     @property
     def paths(self) -> tuple[str, str | None]:
@@ -145,6 +148,7 @@ class TokenDataset(Dataset):
             "tokens": self.stats.tokens,
             "train": _listed(self.train_files) if is_listed else None,
             "val": _listed(self.val_files) if is_listed else None,
+            **remote_details(self.remote),
         }
 
     def difference(self, saved: dict[str, Any]) -> str:

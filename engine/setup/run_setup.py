@@ -8,11 +8,11 @@ from functools import partial
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, index_sources, open_dataset
+from data.factory import SourceIndex
 from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
 from data.run_data import check_data_continues, missing_corpus
 from data.sources.dataset import pinned_revisions
-from data.sources.parquet_index import Index
 from engine.checkpoint.resume_rules import (
     adapt_to_world_size,
     check_resumable,
@@ -163,7 +163,7 @@ def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
     return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
 
 
-def index_data(config: Config, pins: Mapping[str, str]) -> dict[str, Index]:
+def index_data(config: Config, pins: Mapping[str, str]) -> dict[str, SourceIndex]:
     """Returns the index of each source of parquet files. The embedded corpus is built where it is
     missing. pins: the commit of each address on the Hub that is not to be looked up again."""
     folder = missing_corpus(config)

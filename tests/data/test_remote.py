@@ -1,57 +1,293 @@
-"""Remote text: reads through faults, listings, pins, messages."""
+"""Remote text: reads through faults, listings, indexes, copies, pins, messages."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from data.remote import access
+import data
+from config import Config, ConfigError, DataError, DatasetConfig, TokenizerConfig
+from data.remote import access, copies
 from data.remote import store as store_module
-from data.remote.access import access_to
-from data.remote.store import RemoteStore
-from tests.remote_servers import HubServer, S3Server, WebServer
+from data.remote.copies import copy_file
+from data.remote.listing import Listing, list_files
+from data.remote.store import RemoteError, RemoteStore
+from data.sources.dataset import pinned_revisions
+from data.sources.meta import write_meta
+from data.sources.parquet_index import Index
+from data.tokenizers.simple import ByteTokenizer
+from tests.data.parquet_folder import marked, write
+from tests.remote_servers import SIGNATURE, HubServer, S3Server, WebServer
 
 BODY = bytes(range(256)) * 64
+Server = S3Server | WebServer
+Place = tuple[str, Server, Callable[[dict[str, bytes]], object]]
 
 
 @pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "cache"))
+    monkeypatch.setattr(copies, "_in_use", {})
     monkeypatch.setattr(store_module, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(store_module, "_retries", store_module._RetryLog())
     access._access.cache_clear()  # it keeps the environment of another test
 
 
 @pytest.fixture(params=["s3", "http", "hf"])
-def remote_file(request: pytest.FixtureRequest) -> tuple[str, S3Server | WebServer]:
-    """The address of a file with BODY, and its server."""
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An address, its server, and a function that puts files below the address."""
     if request.param == "s3":
         s3: S3Server = request.getfixturevalue("s3_server")
-        s3.put("bucket", {"text/a.bin": BODY})
-        return "s3://bucket/text/a.bin", s3
+        bucket = tmp_path.name.replace("_", "-").strip("-").lower()[-40:]
+        return f"s3://{bucket}", s3, lambda files: s3.put(bucket, files)
     if request.param == "http":
         web: WebServer = request.getfixturevalue("web_server")
-        web.files["text/a.bin"] = BODY
-        return f"{web.url}/text/a.bin", web
+        return web.url, web, lambda files: web.files.update(files)
     hub: HubServer = request.getfixturevalue("hub_server")
-    sha = hub.commit({"text/a.bin": BODY})
-    return f"hf://datasets/owner/name@{sha}/text/a.bin", hub
+    return "hf://datasets/owner/name", hub, hub.commit
 
 
-def tag_of(url: str) -> str:
-    (file,) = access_to(url).find(url, (".bin",))
-    return file.tag
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder as "text/NAME"."""
+    return {f"text/{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+def one_file(url: str) -> tuple[str, str]:
+    """The address and the tag of the only .bin file there."""
+    listing = list_files(RemoteStore(0.0), url, (".bin",))
+    (file,) = listing.files
+    return listing.url(file), file.tag
 
 
 def test_ranges_come_whole_through_every_fault(
-    remote_file: tuple[str, S3Server | WebServer], caplog: pytest.LogCaptureFixture
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, server = remote_file
-    store, tag = RemoteStore(retry_seconds=20.0), tag_of(url)
+    root, server, put = place
+    put({"text/a.bin": BODY})
+    url, tag = one_file(f"{root}/text")
     assert tag
     server.faults.queue += ["500", "503", "429", "cut", "short"]
     with caplog.at_level(logging.WARNING):
-        assert store.read(url, tag, 100, 5000) == BODY[100:5000]
+        assert RemoteStore(20.0).read(url, tag, 100, 5000) == BODY[100:5000]
     assert server.faults.queue == []
-    assert store.read(url, tag, 0, len(BODY)) == BODY
-    assert "trying again" in caplog.text
+    assert RemoteStore(0.0).read(url, tag, 0, len(BODY)) == BODY
+    assert caplog.text.count("trying again") == 1
+    assert SIGNATURE not in caplog.text
+
+
+def test_a_server_that_stays_away_a_refusal_and_a_missing_file_are_told_apart(
+    place: Place,
+) -> None:
+    root, server, put = place
+    put({"text/a.bin": BODY})
+    url, tag = one_file(f"{root}/text")
+    server.faults.queue += ["503"] * 100
+    with pytest.raises(RemoteError, match=r"does not answer \(HTTP 503; \d+ attempts .* Check the"):
+        RemoteStore(0.05).read(url, tag, 0, 10)
+    for fault, words in {"403": "no permission", "404": "not found"}.items():
+        server.faults.queue[:] = [fault]
+        with pytest.raises(RemoteError, match=words):
+            RemoteStore(5.0).read(url, tag, 0, 10)
+    if not isinstance(server, HubServer):  # a commit of the Hub never changes
+        put({"text/a.bin": BODY[::-1]})
+        with pytest.raises(RemoteError, match="has changed since it was listed"):
+            RemoteStore(5.0).read(url, tag, 0, 10)
+    with pytest.raises(RemoteError, match="not found"):
+        RemoteStore(5.0).read(f"{url}.no", "", 0, 10)
+
+
+def test_an_address_means_a_file_a_folder_or_a_glob(place: Place) -> None:
+    root, _, put = place
+    names = ["a.bin", "b.txt", "deep/é c.bin", "_hidden.bin", ".git/d.bin", "Z.bin"]
+    put({f"text/{name}": name.encode() for name in names})
+
+    def found(address: str) -> list[str]:
+        listing = list_files(RemoteStore(0.0), f"{root}/{address}", (".bin",))
+        assert all(file.size and file.tag for file in listing.files)
+        return [listing.url(file).split("/text/")[1] for file in listing.files]
+
+    assert [name.replace("%C3%A9%20", "é ") for name in found("text/")] == [
+        *("Z.bin", "a.bin", "deep/é c.bin")
+    ]
+    assert found("text/a.bin") == ["a.bin"]
+    assert found("text/[aZ]*.bin") == ["Z.bin", "a.bin"]
+    assert len(found("text/**/*.bin")) >= 1
+    assert list_files(RemoteStore(0.0), f"{root}/text", (".bin",)).others == "1 *.txt"
+
+
+def opened(address: str, **options: Any) -> data.Dataset:
+    options = {"text_column": "text", "test_fraction": 0.0, "retry_seconds": 5.0, **options}
+    config = DatasetConfig(parquet_dir=address, **options)
+    return data.open_dataset(config, TokenizerConfig())
+
+
+def test_a_remote_folder_has_the_index_and_the_fingerprint_of_its_copy(
+    place: Place, tmp_path: Path
+) -> None:
+    root, server, put = place
+    marked(tmp_path / "here")
+    put(content(tmp_path / "here"))
+    server.faults.rate, server.faults.kinds = 0.3, ("429", "500", "cut", "short")
+    here, there = opened(str(tmp_path / "here")), opened(f"{root}/text")
+    assert there.fingerprint == here.fingerprint
+    assert there.stats.rows == here.stats.rows == 120
+    reads = len(server.faults.reads)
+    assert opened(f"{root}/text").fingerprint == here.fingerprint
+    assert len(server.faults.reads) == reads, "footers come from the cache"
+
+
+def test_damaged_files_can_be_left_out_but_not_those_the_server_does_not_give(
+    web_server: WebServer, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.parquet", ["x"] * 30)
+    good = (tmp_path / "a.parquet").read_bytes()
+    web_server.files |= {"text/a.parquet": good, "text/b.parquet": good[:-9] + b"\0" * 9}
+    address = f"{web_server.url}/text"
+    with pytest.raises(DataError, match=r"b.parquet: no footer"):
+        opened(address)
+    assert opened(address, on_bad_shard="skip").stats.files == 1
+    web_server.files["text/b.parquet"] = good + b"PAR1"
+    web_server.faults.queue += ["404", "404"]
+    with pytest.raises(RemoteError, match="not found"):
+        opened(address, on_bad_shard="skip")
+
+
+def test_footers_longer_than_the_first_read_are_read_whole(
+    web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.sources.remote_index._TAIL_BYTES", 64)
+    marked(tmp_path / "here")
+    web_server.files |= content(tmp_path / "here")
+    assert opened(f"{web_server.url}/text").fingerprint == opened(f"{tmp_path}/here").fingerprint
+
+
+def test_a_run_stays_at_the_commit_it_began_with(hub_server: HubServer, tmp_path: Path) -> None:
+    marked(tmp_path / "here")
+    first = hub_server.commit(content(tmp_path / "here"))
+    config = DatasetConfig(parquet_dir="hf://datasets/owner/name@main/text", retry_seconds=5.0)
+    saved = data.open_dataset(config, TokenizerConfig()).summary()
+    write(tmp_path / "here" / "new.parquet", ["new"] * 30)
+    hub_server.commit(content(tmp_path / "here"))
+
+    indexes = data.index_sources(config, pinned_revisions(saved))
+    resumed = data.open_dataset(config, TokenizerConfig(), indexes=indexes)
+    resumed.check_unchanged(saved)
+    assert isinstance(indexes[""], Index) and first in indexes[""].root
+    with pytest.raises(DataError, match="not what the checkpoint was trained on"):
+        data.open_dataset(config, TokenizerConfig()).check_unchanged(saved)
+
+
+def test_files_that_changed_at_their_address_are_refused_and_moved_ones_are_not(
+    web_server: WebServer, tmp_path: Path
+) -> None:
+    texts = ["one text"] * 30
+    write(tmp_path / "a.parquet", list(texts), compression="none")
+    original = (tmp_path / "a.parquet").read_bytes()
+    web_server.files |= {"text/a.parquet": original, "moved/a.parquet": original}
+    saved = opened(f"{web_server.url}/text").summary()
+    opened(f"{web_server.url}/moved").check_unchanged(saved)
+    web_server.files["text/a.parquet"] = original.replace(b"one text", b"two text")
+    with pytest.raises(DataError, match=r"text/a.parquet changed on the server"):
+        opened(f"{web_server.url}/text").check_unchanged(saved)
+
+
+def test_messages_about_addresses_name_the_remedy(
+    web_server: WebServer, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web_server.files["text/a.jsonl"] = b"{}"
+    with pytest.raises(DataError, match=r"holds no \*.parquet \(found 1 \*.jsonl\).*prepare.py"):
+        opened(f"{web_server.url}/text")
+    with pytest.raises(DataError, match="not found.*index page"):
+        opened(f"{web_server.url}/nothing/")
+    with pytest.raises(DataError, match="not found"):
+        opened("s3://no-such-bucket/text")
+    web_server.files["text/a.parquet"], web_server.has_ranges = BODY * 9, False
+    with pytest.raises(DataError, match="no HTTP ranges"):
+        opened(f"{web_server.url}/text/a.parquet")
+    web_server.forbidden = True
+    with pytest.raises(DataError, match="no permission"):
+        opened(f"{web_server.url}/text/a.parquet")
+    access._access.cache_clear()
+    monkeypatch.delitem(sys.modules, "data.remote.s3")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"needs s3fs.*pip install -r requirements-remote.txt"):
+        opened("s3://bucket/text")
+
+
+def token_config(address: str, **options: Any) -> Config:
+    dataset = DatasetConfig(train_data_path=address, retry_seconds=5.0, **options)
+    return Config(dataset=dataset, tokenizer=TokenizerConfig(name="bytes"))
+
+
+def test_token_files_are_copied_once_with_their_description(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "PIECE_BYTES", 1 << 10)
+    root, server, put = place
+    tokens = (np.arange(20_000) % 251).astype(np.uint8)
+    write_meta(tmp_path / "meta.json", ByteTokenizer(), np.dtype(np.uint8), {}, {})
+    meta = (tmp_path / "meta.json").read_bytes()
+    put({"text/train.bin": tokens.tobytes(), "text/meta.json": meta})
+    server.faults.rate = 0.2
+    config = token_config(f"{root}/text/train.bin", token_dtype="uint8")
+    first = data.open_dataset(config.dataset, config.tokenizer)
+    reads = len(server.faults.reads)
+    assert first.stats.tokens == 20_000 and reads >= 20
+    again = data.open_dataset(config.dataset, config.tokenizer)
+    assert again.fingerprint == first.fingerprint
+    assert len(server.faults.reads) == reads, "the copy is there"
+    again.check_unchanged(first.summary())
+    with pytest.raises(DataError, match=r"whole, 0.00 GB, but dataset.cache_bytes"):
+        other = token_config(f"{root}/text/", token_dtype="uint8", cache_bytes=100)
+        data.open_dataset(other.dataset, other.tokenizer)
+
+
+def test_an_interrupted_copy_goes_on_where_it_was(
+    web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "PIECE_BYTES", 1 << 10)
+    web_server.files["a.bin"] = BODY
+    url, tag = one_file(f"{web_server.url}/a.bin")
+
+    class StopError(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done >= len(BODY) // 2:
+            raise StopError
+
+    target = tmp_path / "a.bin"
+    with pytest.raises(StopError):
+        copy_file(RemoteStore(5.0), url, tag, len(BODY), target, stop)
+    assert not target.exists()
+    web_server.faults.requests.clear()
+    copy_file(RemoteStore(5.0), url, tag, len(BODY), target)
+    assert target.read_bytes() == BODY
+    assert len(web_server.faults.reads) == len(BODY) // 2048 + 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.bin"]
+
+
+def test_unused_copies_make_room_and_used_ones_do_not(
+    web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing(name: str) -> Listing:
+        web_server.files[name] = BODY
+        return list_files(RemoteStore(0.0), f"{web_server.url}/{name}", (".bin",))
+
+    limit = 2 * len(BODY)
+    first, second = (
+        copies.local_copies(RemoteStore(5.0), listing(name), limit) for name in ("a.bin", "b.bin")
+    )
+    with pytest.raises(DataError, match="other copies are in use"):
+        copies.local_copies(RemoteStore(5.0), listing("c.bin"), limit)
+    os.close(copies._in_use.pop(first))
+    third = copies.local_copies(RemoteStore(5.0), listing("c.bin"), limit)
+    assert not (first / "a.bin").exists()
+    assert (second / "b.bin").exists() and (third / "c.bin").exists()
