@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 SCHEMES = ("s3", "gs", "http", "https", "hf")
+HIDDEN = "(an address)"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _HUB_DATASET = re.compile(r"hf://datasets/[^/@]+/[^/@]+(@[^@]+)?(/.*)?")
 
@@ -12,6 +13,12 @@ _HUB_DATASET = re.compile(r"hf://datasets/[^/@]+/[^/@]+(@[^@]+)?(/.*)?")
 def is_remote(path: str) -> bool:
     """Returns whether a path is an address: s3://, gs://, http://, https:// or hf://."""
     return path.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def shareable(value: object) -> object:
+    """Returns an option's value for a message: a faulty address is hidden, as part of it may be a
+    password."""
+    return HIDDEN if isinstance(value, str) and address_fault(value) else value
 
 
 def address_fault(path: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from settings.addresses import address_fault
+from settings.addresses import HIDDEN, shareable
 from settings.errors import Origin, Problem
 from settings.schema import Option, default_of
 from settings.values import to_text
@@ -126,8 +126,9 @@ def _model_option_rule(option: Option) -> Rule:
 def setting(sections: Any, key: str) -> str:
     """Returns 'section.option=value'."""
     value = _value(sections, key)
-    is_hidden = isinstance(value, str) and address_fault(value)  # part of it may be a password
-    return f"{key}={'(an address)' if is_hidden else to_text(value)}"
+    if isinstance(value, tuple):  # a list: the names of its entries
+        return f"{key}=[{', '.join(entry.name for entry in value)}]"
+    return f"{key}={to_text(value) if shareable(value) == value else HIDDEN}"
 
 
 def is_default(sections: Any, key: str) -> bool:

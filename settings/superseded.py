@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from settings.addresses import shareable
 from settings.merge import Merged
 from settings.rules import Rule, find_superseded, setting
 from settings.schema import Schema
@@ -45,7 +46,7 @@ def _drop_token_files(merged: Merged) -> None:
         given = merged.given.get(key)
         if given and given.value and given.origin.layer < merged.layer(_FOLDER):
             del merged.given[key]
-            merged.note(f"{_FOLDER} takes the place of {key}={given.value}")
+            merged.note(f"{_FOLDER} takes the place of {key}={shareable(given.value)}")
 
 
 class _Schedule:

@@ -324,3 +324,13 @@ def test_a_process_answers_without_traceback_or_torch() -> None:
         )
         assert done.returncode == code
         assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == bool(message)
+
+
+def test_no_note_on_an_address_that_gives_way_shows_its_password(ask: Ask) -> None:
+    address = "https://me:secret@host/text"
+    mixture = f'[{{name: a, weight: 1, parquet_dir: "{address}"}}]'
+    for given in (f'train_data_path: "{address}"', f"mixture: {mixture}"):
+        request = ask("my.yaml parquet_dir=x", {"my.yaml": f"dataset: {{{given}}}"})
+        assert request.notes and "secret" not in "".join(request.notes)
+    request = ask(f"parquet_dir={address} parquet_dir=x")
+    assert request.notes and "secret" not in "".join(request.notes)

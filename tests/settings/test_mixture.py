@@ -97,7 +97,10 @@ def test_each_source_of_an_evaluated_run_holds_text_out(complaint: Complain) -> 
 
 def test_a_text_of_a_later_layer_takes_the_place_of_a_mixture(ask: Ask) -> None:
     files = {"my.yaml": MIXED, "base.yaml": "dataset: {parquet_dir: x}\ntraining: {epochs: 2}"}
-    assert ask("my.yaml parquet_dir=x", files).config.dataset.mixture == ()
+    request = ask("my.yaml parquet_dir=x", files)
+    assert request.config.dataset.mixture == ()
+    note = "dataset.mixture=[web, my-books.2] of my.yaml yields to dataset.parquet_dir=x: []"
+    assert note in request.notes
     both = ask("base.yaml my.yaml", files).config
     assert len(both.dataset.mixture) == 2 and both.training.epochs is None
     assert both.dataset.parquet_dir == DatasetConfig().parquet_dir
