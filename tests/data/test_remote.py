@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -23,8 +24,10 @@ from data.sources.dataset import pinned_revisions
 from data.sources.meta import write_meta
 from data.sources.parquet_index import Index
 from data.tokenizers.simple import ByteTokenizer
+from tests.conftest import TINY
 from tests.data.parquet_folder import marked, write
-from tests.remote_servers import SIGNATURE, HubServer, S3Server, WebServer
+from tests.remote_servers import SECRETS, SIGNATURE, HubServer, S3Server, WebServer
+from tests.runs import run_here
 
 BODY = bytes(range(256)) * 64
 Server = S3Server | WebServer
@@ -291,3 +294,43 @@ def test_unused_copies_make_room_and_used_ones_do_not(
     third = copies.local_copies(RemoteStore(5.0), listing("c.bin"), limit)
     assert not (first / "a.bin").exists()
     assert (second / "b.bin").exists() and (third / "c.bin").exists()
+
+
+@pytest.mark.slow
+def test_no_credential_and_no_signed_address_is_in_any_file_or_message(
+    s3_server: S3Server,
+    hub_server: HubServer,
+    web_server: WebServer,
+    corpus_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = {f"text/{path.name}": path.read_bytes() for path in corpus_dir.iterdir()}
+    tokens = bytes(range(1, 120)) * 40
+    s3_server.put("secrets", files)
+    hub_server.commit(files)
+    web_server.files["train.bin"] = tokens
+    sources = [
+        {"name": "bucket", "weight": 1, "parquet_dir": "s3://secrets/text/*.parquet"},
+        {"name": "hub", "weight": 1, "parquet_dir": "hf://datasets/owner/name@main/text"},
+        {"name": "web", "weight": 1, "train_data_path": f"{web_server.url}/train.bin"},
+    ]
+    for server in (s3_server, hub_server, web_server):
+        server.faults.rate = 0.2
+    dataset = {"mixture": sources, "token_dtype": "uint8"}
+    (tmp_path / "tiny.yaml").write_text(f"{TINY}dataset: {json.dumps(dataset)}")
+    words = [str(tmp_path / "tiny.yaml"), "test_freq=null", "tokenizer.name=bytes"]
+    words += [f"checkpoint_dir={tmp_path}"]
+    assert run_here([*words, "max_iters=4"]) == 0
+    hub_server.faults.queue, hub_server.faults.kinds = ["403"] * 9, ("403",)
+    debug = ["training.debug=true", "cache_bytes=0", "resume_from_checkpoint=auto", "max_iters=9"]
+    assert run_here([*words, *debug]) == 3
+    said = "".join((*capfd.readouterr(), caplog.text))
+    assert "trying again" in said and "no permission" in said
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pt" for path in written)
+    assert any(path.parent.name == "copies" or path.suffix == ".npz" for path in written)
+    for secret in (*SECRETS.values(), SIGNATURE):
+        assert secret not in said
+        assert [path for path in written if secret.encode() in path.read_bytes()] == []

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, DistributedConfig, SystemConfig
+from config import ConfigError, DataError, DistributedConfig, SystemConfig
 from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import (
     World,
@@ -38,6 +39,7 @@ from engine.hardware.distributed import (
     wrap_ddp,
 )
 from tests.conftest import ROOT
+from tests.engine.forks import in_processes
 from tests.runs import metrics, only_run, run_here, start, wait_for
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -312,3 +314,26 @@ def test_alone_a_world_gives_back_what_it_gets() -> None:
     assert world.broadcast([1]) == [1] and world.gather("a") == ["a"]
     model = nn.Linear(2, 2)
     assert wrap_ddp(model, world) is model
+
+
+def asked_on_rank_0(fails: bool) -> str:
+    """What every process gets from work of rank 0, which may fail."""
+
+    def work() -> str:
+        assert dist.get_rank() == 0
+        if fails:
+            raise DataError("s3://bucket/text: not found")
+        return "the listing"
+
+    with enter_world(SystemConfig(device="cpu"), DistributedConfig()) as world:
+        try:
+            return world.on_main(work)
+        except DataError as error:
+            return f"{type(error).__name__} {error} {error.on_all_ranks}"
+
+
+@pytest.mark.slow
+def test_all_ranks_get_what_rank_0_found_out_or_its_error() -> None:
+    assert in_processes(2, partial(asked_on_rank_0, False)) == ["the listing"] * 2
+    told = "DataError s3://bucket/text: not found True"
+    assert in_processes(2, partial(asked_on_rank_0, True)) == [told] * 2
