@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.remote_servers import gcs_server as gcs_server
 from tests.remote_servers import hub_server as hub_server
 from tests.remote_servers import s3_process as s3_process
 from tests.remote_servers import s3_server as s3_server

@@ -1,4 +1,5 @@
-"""Servers of remote text on 127.0.0.1 that fail on demand: S3 (moto), a web server, the Hub's API.
+"""Servers of remote text on 127.0.0.1 that fail on demand: S3 (moto), a web server,
+the APIs of the Hub and of Google Cloud Storage.
 
 Each has `faults`, which every request passes:
 
@@ -17,11 +18,12 @@ import json
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -245,6 +247,33 @@ class HubServer(WebServer):
             request.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
+class GcsServer(WebServer):
+    """Objects of one bucket, by the JSON API of Google Cloud Storage; a write is a generation."""
+
+    def respond(self, request: _Handler, path: str) -> None:
+        """Answers a request for a listing, for an object's entry or for its bytes."""
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(request.path).query).items()}
+        _, _, key = path.partition("/o/")
+        prefix = asked.get("prefix", "")
+        answer: dict[str, Any] = {
+            "items": [self._entry(name) for name in self.files if name.startswith(prefix)]
+        }
+        if key:
+            entry = self._entry(key) if key in self.files else None
+            if entry is None or asked.get("generation", entry["generation"]) != entry["generation"]:
+                request.answer(404)
+                return
+            if asked.get("alt") == "media":
+                request.send_file(self.files[key])
+                return
+            answer = entry
+        request.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        data = self.files[name]
+        return {"name": name, "size": str(len(data)), "generation": str(zlib.crc32(data))}
+
+
 class S3Server:
     """moto's S3 behind the same faults; `put` fills a bucket."""
 
@@ -296,6 +325,15 @@ class S3Server:
 @pytest.fixture
 def web_server() -> Iterator[WebServer]:
     server = WebServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def gcs_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
+    """The Google Cloud Storage of this process and its children, without credentials."""
+    server = GcsServer()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
     yield server
     server.stop()
 
