@@ -7,9 +7,10 @@
     python prepare.py train-tokenizer SOURCE OUT.json --vocab-size 10000
 
 SOURCE is a text file of any ending, .jsonl or .parquet, also compressed (.gz, .zst, .bz2): a file,
-a folder of them, a URL or (--urls) a list of URLs. If a folder holds .txt, .jsonl or .parquet
-files, only those are taken. For parquet, a text file longer than 16 KiB is cut at line ends, so
-that it can be shuffled and split; a .jsonl line or a parquet row is one document. If writing token
+a folder of them, an address (https://, s3://, gs://, hf://; a folder of a web server ends in /) or
+(--urls) a list of addresses. If a folder holds .txt, .jsonl or .parquet files, only those are
+taken. For parquet, a text file longer than 16 KiB is cut at line ends, so that it can be shuffled
+and split; a .jsonl line or a parquet row is one document. If a download or the writing of token
 files is interrupted, the same command continues.
 """
 
@@ -50,7 +51,7 @@ _SAMPLE_CHARACTERS = 1 << 20
 _MIN_VOCAB_SIZE = 257  # 256 bytes and the separator
 _SOURCE = (
     "python-stdlib (the library of this Python), a text, .jsonl or .parquet file, a folder of such "
-    "files, or the URL of one"
+    "files, or the address of one: https://, s3://, gs://, hf://datasets/OWNER/NAME"
 )
 _COLUMN = (
     "key or column of the text in .jsonl and .parquet (default: auto, the only one of strings, or "
@@ -84,7 +85,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     out = "the folder to write; with --tokenizer also one file ending in " + ", ".join(FORMATS)
     add("out", metavar="OUT", type=Path, help=out)
     add("--text-column", default=AUTO, metavar="NAME", help=_COLUMN)
-    add("--urls", action="store_true", help="SOURCE is a text file with one URL per line")
+    add("--urls", action="store_true", help="SOURCE is a text file with one address per line")
     add("--overwrite", action="store_true", help="replace what OUT holds of an earlier conversion")
     tokens = parser.add_argument_group("token files")
     add = tokens.add_argument

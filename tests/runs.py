@@ -7,11 +7,13 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,6 +138,19 @@ def start(
 ) -> Child:
     """`python train.py ARGUMENTS` as a child whose output can be read line by line."""
     return Child(list(arguments), preexec_fn, start_new_session)
+
+
+def start_ranks(count: int, arguments: Iterable[str]) -> list[Child]:
+    """`count` children that train together, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(count):
+        place = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(start(arguments, partial(os.environ.update, place)))
+    return children
 
 
 def wait_for(child: Child | subprocess.Popen[str], text: str) -> list[str]:

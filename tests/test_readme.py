@@ -124,6 +124,10 @@ def test_every_command_means_something(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copy(ROOT / "config.yaml", tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
+    for block in blocks("yaml"):
+        named = re.match(r"# (\w+\.yaml)$", block, re.M)
+        if named is not None:
+            Path(named[1]).write_text(block, encoding="utf-8")
     for name in ("write_parquet", "write_tokens", "train_tokenizer"):
         monkeypatch.setattr(prepare, name, lambda _: None)
     assert len(commands()) >= 5

@@ -21,6 +21,7 @@ from data.preparation.errors import read_error, writing
 from data.sources.meta import write_json
 from data.sources.prepare_command import uncompressed_name
 from files.atomic import durable_rename
+from settings.addresses import is_remote
 
 _ATTEMPTS = 5
 FIRST_PAUSE_S = 1.0
@@ -49,8 +50,10 @@ def read_url_list(path: Path) -> list[str]:
         url = line.strip()
         if not url or url.startswith("#"):
             continue
-        if not is_url(url):
-            raise DataError(f"{path}:{number}: {ascii(url[:80])} is not http:// or https://")
+        if not is_remote(url):
+            raise DataError(
+                f"{path}:{number}: {ascii(url[:80])} is not https://, s3://, gs://, hf://"
+            )
         urls.append(url)
     if not urls:
         raise DataError(f"{path}: no URLs; write one per line")

@@ -1,24 +1,32 @@
-"""From SOURCE on the command line to local text files: a file, a folder, URLs or the corpus."""
+"""From SOURCE on the command line to local text files: a file, a folder, addresses, the corpus."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from config import DataError
+from config import DataError, DatasetConfig
 from data.preparation import stdlib_corpus
 from data.preparation.download import download, is_url, local_paths, read_url_list
 from data.preparation.errors import writing
 from data.preparation.progress import ProgressLine
 from data.preparation.raw_text import check_readable, file_size, find_non_text, is_text
-from data.sources.prepare_command import COMPRESSIONS, is_prepared, uncompressed_name
+from data.remote.access import has_magic
+from data.remote.copies import copy_file
+from data.remote.listing import list_files as list_remote_files
+from data.remote.store import RemoteStore
+from data.sources.prepare_command import COMPRESSIONS, TEXT_ENDINGS, uncompressed_name
 from files.atomic import durable_rename
+from settings.addresses import address_fault, is_remote
 
+RETRY_S = DatasetConfig().retry_seconds
 _BLOCK_BYTES = 1 << 20
 
 
@@ -44,24 +52,62 @@ def _found_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
             stdlib_corpus.build(corpus)
         return list_files(corpus)
     if is_url_list:
-        return _download_all(read_url_list(Path(source)), folder)
-    if is_url(source):
-        return _download_all([source], folder)
+        return _fetched(read_url_list(Path(source)), folder)
+    if is_remote(source):
+        return _fetched([source], folder)
     return list_files(Path(source))
 
 
-def _download_all(urls: Sequence[str], folder: Path) -> list[Path]:
-    paths = local_paths(urls, folder)
+def _fetched(addresses: Sequence[str], folder: Path) -> list[Path]:
+    """Downloads to `folder` what remote addresses mean, each file once."""
+    paths = local_paths(addresses, folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for number, (url, path) in enumerate(zip(urls, paths, strict=True), 1):
+    found = []
+    for number, (address, path) in enumerate(zip(addresses, paths, strict=True), 1):
+        is_listed = has_magic(address) or address.endswith("/")
+        if not is_url(address) or (is_listed and "?" not in address):
+            found += _copied(address, folder)
+            continue
         line: ProgressLine | None = None
-        for done, total in download(url, path):
-            line = line or ProgressLine(f"download {number} of {len(urls)}", done)
+        for done, total in download(address, path):
+            line = line or ProgressLine(f"download {number} of {len(addresses)}", done)
             line.show(done, total)
         if line:
             line.end()
+        found.append(path)
+    return found
+
+
+def _copied(address: str, folder: Path) -> list[Path]:
+    """Copies to `folder` the text files at an address that is listed first, each once."""
+    fault = address_fault(address)
+    if fault:
+        raise DataError(f"SOURCE {fault}")
+    store = RemoteStore(RETRY_S)
+    own = PurePosixPath(address).suffix  # a file or a glob may have any ending
+    listing = list_remote_files(store, address, (*TEXT_ENDINGS, own) if own else TEXT_ENDINGS)
+    if not listing.files:
+        raise DataError(_no_text(address, listing.others))
+    paths = []
+    for number, file in enumerate(listing.files, 1):
+        url = listing.url(file)
+        # The name tells the version: one that has changed since an interruption is another file.
+        version = hashlib.blake2b(f"{url} {file.tag} {file.size}".encode(), digest_size=8)
+        path = folder / f"{version.hexdigest()}-{PurePosixPath(file.path).name}"
+        paths.append(path)
+        if not path.exists():
+            line = ProgressLine(f"copy {number} of {len(listing.files)}")
+            copy_file(store, url, file.tag, file.size, path, partial(line.show, total=file.size))
+            line.end()
     return paths
+
+
+def _no_text(source: str, found: str) -> str:
+    return (
+        f"SOURCE '{source}' holds no text (found {found or 'nothing'}). Name a file with text, "
+        ".jsonl or .parquet, or a folder of such files."
+    )
 
 
 def _unpacked(path: Path, folder: Path, number: int) -> Path:
@@ -101,24 +147,21 @@ def _uncompressed_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 def list_files(source: Path) -> list[Path]:
     """Returns a text file, or those of a folder in bytewise order of their paths.
 
-    Hidden files are skipped. If a folder has files that `is_prepared` names, the others are
-    skipped, and their endings are printed.
+    Hidden files are skipped. If a folder has files with the endings of `TEXT_ENDINGS`, the others
+    are skipped, and their endings are printed.
     """
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise DataError(f"SOURCE '{source}': not found (working directory: {os.getcwd()})")
     found = [path for path in source.rglob("*") if _is_visible(path, source) and path.is_file()]
-    files = [path for path in found if is_prepared(path.name)]
+    files = [path for path in found if path.name.lower().endswith(TEXT_ENDINGS)]
     files = files or [path for path in found if is_text(path) and find_non_text(path) is None]
     files = files or [path for path in found if path.suffix.lower() == ".json"]
     skipped = Counter(path.suffix for path in set(found).difference(files))
     kinds = ", ".join(f"{count} *{ending}" for ending, count in skipped.most_common(5))
     if not files:
-        raise DataError(
-            f"SOURCE '{source}' holds no text (found {kinds or 'nothing'}). Name a file with text, "
-            ".jsonl or .parquet, or a folder of such files."
-        )
+        raise DataError(_no_text(str(source), kinds))
     if kinds:
         print(f"Skipped in {source}: {kinds}", file=sys.stderr)
     # Bytewise, whatever the locale: the order of the files is the order of the tokens.

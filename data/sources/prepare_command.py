@@ -8,11 +8,17 @@ import shlex
 from itertools import count
 from pathlib import PurePosixPath
 
+from data.remote.access import has_magic
 from data.sources.text_column import AUTO
 
-_TEXT_ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Arrow's names of them, by the ending that follows a file's own: a.jsonl.gz."""
+TEXT_ENDINGS = (
+    *(".txt", ".jsonl", ".ndjson", ".parquet"),
+    # Settings are .json, compressed ones hardly.
+    *(f"{kind}{c}" for kind in (".txt", ".jsonl", ".ndjson", ".json") for c in COMPRESSIONS),
+)
+"""Files with these, in small letters, are taken from a folder that holds others too."""
 
 
 def uncompressed_name(name: str) -> str:
@@ -21,17 +27,13 @@ def uncompressed_name(name: str) -> str:
     return stem if ending.lower() in COMPRESSIONS else name
 
 
-def is_prepared(name: str) -> bool:
-    """Returns whether prepare.py takes a file of this name from a folder that holds others too."""
-    stem = uncompressed_name(name)
-    ending = os.path.splitext(stem)[1].lower()
-    # Settings are .json, compressed ones hardly.
-    return ending in _TEXT_ENDINGS or (stem != name and ending == ".json")
-
-
 def prepare_remedy(source: str, column: str = AUTO) -> str:
     """Returns what to do with text at a path or URL: the command, quoted for a shell, and the
     option to set then. `column` is dataset.text_column."""
+    is_folder = not (has_magic(source) or source.lower().endswith(TEXT_ENDINGS))
+    if source.startswith(("http://", "https://")) and is_folder:
+        # Without the slash prepare.py would take the page of the folder for the text.
+        source = f"{source.rstrip('/')}/"
     name = uncompressed_name(PurePosixPath(os.path.abspath(source)).name)
     stem = re.sub(r"[^\w.-]+", "-", os.path.splitext(name)[0]).strip("-.") or "text"
     # prepare.py writes into no folder that is there already.

@@ -23,7 +23,7 @@ from data.sources.parquet_index import (
     footer_of,
     index_files,
 )
-from data.sources.prepare_command import prepare_remedy
+from data.sources.prepare_command import TEXT_ENDINGS, prepare_remedy
 from data.sources.text_column import find_column
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ def build_remote_index(
     Args:
         revision: the commit of the Hub to take in place of what the address says.
     """
+    if address.lower().endswith(TEXT_ENDINGS) and not address.endswith(".parquet"):
+        remedy = prepare_remedy(address, column)
+        raise DataError(f"dataset.parquet_dir '{address}' is no parquet. {remedy}")
     listing = list_files(store, address, (".parquet",), revision)
     if not listing.files:
         remedy = prepare_remedy(address, column) if listing.others else "Correct the address."

@@ -683,7 +683,7 @@ def test_a_url_can_become_parquet_or_a_vocabulary(server: str) -> None:
         ("SERVER/none.txt", "none.txt: HTTP 404 Not Found"),
         ("SERVER/a.zip", "a.zip: an archive, not text"),
         ("SERVER/a.dat", "00000-a.dat: not text in UTF-8 .byte 1."),
-        ("file:///etc/passwd.txt", "urls.txt:1: 'file:///etc/passwd.txt' is not http:// or"),
+        ("file:///etc/passwd.txt", "urls.txt:1: 'file:///etc/passwd.txt' is not https://, s3"),
         ("# nothing\n", "urls.txt: no URLs; write one per line"),
         ("SERVER/bad.txt", r"bad.txt: .*\(5 attempts\)\. The same command continues"),
     ],

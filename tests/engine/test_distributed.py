@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,7 +38,7 @@ from engine.hardware.distributed import (
 )
 from tests.conftest import ROOT
 from tests.engine.forks import in_processes
-from tests.runs import metrics, only_run, run_here, start, wait_for
+from tests.runs import metrics, only_run, run_here, start_ranks, wait_for
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 CPU = torch.device("cpu")
@@ -61,14 +59,7 @@ def torchrun(processes: int, arguments: Iterable[str], **options: Any) -> subpro
 
 def processes(count: int, arguments: Iterable[str]) -> str:
     """What `count` processes print that train together as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = []
-    for rank in range(count):
-        place = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(start(arguments, functools.partial(os.environ.update, place)))
+    children = start_ranks(count, arguments)
     printed = [child.communicate()[0] for child in children]
     codes = [child.returncode for child in children]
     output = "".join(printed)
