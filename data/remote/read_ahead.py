@@ -12,11 +12,10 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from queue import SimpleQueue
 
+from data.remote.access import IN_FLIGHT
 from data.remote.range_cache import Range, RangeCache
 from data.remote.store import RemoteStore
 
-REQUESTS = 16
-"""Requests of one reader at a time."""
 READ_AHEAD_BYTES = 64 << 20
 """Ranges that one reader holds before they are needed, at most."""
 
@@ -66,6 +65,7 @@ class RangeReader:
 
     def close(self) -> None:
         """Ends the threads, each after the request that it waits for."""
+        self._store.closed.set()
         self._expected.clear()
         self._drop_unexpected()
         for _ in self._threads:
@@ -83,7 +83,7 @@ class RangeReader:
             self._held.pop(each).cancel()
 
     def _start_thread(self) -> None:
-        if len(self._threads) < REQUESTS:
+        if len(self._threads) < IN_FLIGHT:
             # Daemons, unlike the threads of an executor: a process that ends must not wait until
             # a server that stays away has been asked for retry_seconds.
             thread = threading.Thread(target=self._work, name="remote read", daemon=True)

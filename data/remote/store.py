@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -49,6 +50,8 @@ class RemoteStore:
     """
 
     retry_seconds: float
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Once set, nothing is tried again: nobody waits for the answers any more."""
 
     def read(self, url: str, tag: str, start: int, stop: int) -> bytes:
         """Returns bytes [start, stop) of a file.
@@ -82,10 +85,10 @@ class RemoteStore:
             pause = random.uniform(0.5, 1.5) * _FIRST_PAUSE_S * 2 ** min(attempt, 10)
             pause = max(min(pause, _LONGEST_PAUSE_S), failure.wait_s or 0.0)
             waited = time.monotonic() - began
-            if waited + pause > self.retry_seconds:
+            if waited + pause > self.retry_seconds or self.closed.is_set():
                 break
             _retries.tell(url, failure)
-            time.sleep(pause)
+            self.closed.wait(pause)
         raise RemoteError(
             f"{url}: the server does not answer ({failure.reason}; {attempt} attempts in "
             f"{waited:.0f} s, dataset.retry_seconds={self.retry_seconds:g}). Check the network and "

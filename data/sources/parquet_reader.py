@@ -39,7 +39,7 @@ WHOLE_GROUP_ROWS = 1 << 16
 KEPT_BYTES = 16 << 20
 _READ_BUFFER_BYTES = 1 << 16
 # Of remote text: ranges that a lane asks for in advance, and those of them of one row group.
-_LANE_RANGES, _GROUP_RANGES = 16, 2
+_LANE_RANGES, _GROUP_RANGES = 16, 4
 _LANE_SEGMENTS = 64  # in which they are looked for
 _OFFSET_LIMIT_BYTES = 1 << 30
 

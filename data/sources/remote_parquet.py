@@ -21,7 +21,7 @@ from data.remote.read_ahead import RangeReader
 from data.remote.store import RemoteStore
 from data.sources.parquet_index import Index
 
-RANGE_BYTES = 4 << 20
+RANGE_BYTES = 2 << 20  # with one that is read and one ahead, 16 lanes fill READ_AHEAD_BYTES
 _OTHER_BYTES = 1 << 10
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from config import DataError
+from data import StepBatch, TrainLoader
 from data.loading.lanes import LanePlan
 from data.loading.order import Tokens
 from data.loading.packing import LaneReader
@@ -29,6 +32,7 @@ from data.sources.parquet_dataset import ParquetDataset
 from tests.data.batches import read, spec
 from tests.data.parquet_folder import opened, segment_count, texts_of, write
 from tests.remote_servers import S3Server, WebServer
+from tests.runs import only_run, run_here
 
 FILES, GROUPS, ROWS = 3, 8, 10
 STEPS = 60
@@ -91,8 +95,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "remote read"]
 
 
-@pytest.mark.parametrize("kept", [0, 200_000, 1 << 30])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("kept", "whole"), [(0, True), (200_000, True), (1 << 30, False)])
 def test_a_faulty_server_gives_the_batches_of_local_files(
     folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch, kept: int, whole: bool
 ) -> None:
@@ -108,14 +111,13 @@ def test_a_faulty_server_gives_the_batches_of_local_files(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
 def test_workers_on_s3_read_what_one_process_reads_locally(
-    folder: Path, s3_server: S3Server, workers: int
+    folder: Path, s3_server: S3Server
 ) -> None:
     s3_server.put("bucket", {f"text/{path.name}": path.read_bytes() for path in folder.iterdir()})
     remote = opened("s3://bucket/text", retry_seconds=20.0)
     s3_server.faults.rate = 0.05
-    assert torch.equal(rows_of(remote, workers=workers), rows_of(opened(folder)))
+    assert torch.equal(rows_of(remote, workers=3), rows_of(opened(folder)))
 
 
 @pytest.mark.parametrize("segment_bytes", [5000, 1 << 20])
@@ -283,3 +285,32 @@ def test_counting_remote_text_reads_a_small_part_of_it(
     remote, exact = uploaded(web_server, folder), opened(folder).stats.tokens
     assert abs(remote.stats.tokens - exact) <= remote.stats.error * exact
     assert 0 < len(of_text(web_server)) <= counting.MIN_REMOTE_SEGMENTS
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_goes_away_ends_with_exit_3_and_its_steps_saved(
+    folder: Path,
+    web_server: WebServer,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(parquet_reader, "KEPT_BYTES", 0)
+    monkeypatch.setattr(parquet_reader, "_LANE_RANGES", 1)
+    real, steps = TrainLoader.__next__, itertools.count()
+
+    def breaking(loader: TrainLoader) -> StepBatch:
+        if next(steps) == 7:
+            web_server.faults.rate, web_server.faults.kinds = 1.0, ("503",)
+        return real(loader)
+
+    url = uploaded(web_server, folder).index.root
+    monkeypatch.setattr(TrainLoader, "__next__", breaking)
+    words = f"""parquet_dir={url} cache_bytes=0 retry_seconds=0.2 block_size=512 max_iters=100000
+        test_freq=null checkpoint_freq=null checkpoint_dir={tmp_path}"""
+    assert run_here([*tiny, *words.split()]) == 3
+    error = capsys.readouterr().err
+    assert re.search(rf"{url}/part_..parquet: .*HTTP 503.*dataset.retry_seconds=0.2", error)
+    assert "resume from the last checkpoint" in error and "Traceback" not in error
+    assert (only_run(tmp_path) / f"checkpoint_{next(steps) - 1}.json").exists()
