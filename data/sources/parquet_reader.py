@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 WHOLE_GROUP_BYTES = 8 << 20
 WHOLE_GROUP_ROWS = 1 << 16
 KEPT_BYTES = 16 << 20
+_REMOTE_REMEDY = (
+    "Resume, which reads it again; if it is damaged on the server too, replace it there, or set "
+    "dataset.on_bad_shard: skip."
+)
 _READ_BUFFER_BYTES = 1 << 16
 # Of remote text: ranges that a lane asks for in advance, and those of them of one row group.
 _LANE_RANGES, _GROUP_RANGES = 16, 4
@@ -264,9 +268,10 @@ class DocumentReader:
                 raise pa.ArrowInvalid(f"{len(array)} rows, the footer says {count}")
         # Not DataError, which a server that stays away raises: nothing is wrong with its text.
         except (OSError, pa.ArrowException) as error:
-            self._groups.forget(group)
-            message = f"{self.name(segment)}: {_reason(error, first)}. {REMEDY}"
+            remedy = _REMOTE_REMEDY if self._index.tags else REMEDY
+            message = f"{self.name(segment)}: {_reason(error, first)}. {remedy}"
             if not self._skip_bad:
+                self._groups.forget(group)
                 raise DataError(message) from None
             if segment not in self.unreadable:
                 self.unreadable.add(segment)

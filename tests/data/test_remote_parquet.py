@@ -9,8 +9,7 @@ import random
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch
 from config import DataError
 from data import StepBatch, TrainLoader
 from data.loading.lanes import LanePlan
-from data.loading.order import Tokens
 from data.loading.packing import LaneReader
 from data.remote import read_ahead
 from data.remote import store as store_module
@@ -50,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, draw = tmp_path_factory.mktemp("random"), random.Random(0)
     for file in range(FILES):
         texts = [draw.randbytes(1000).hex() for _ in range(GROUPS * ROWS)]
-        write(folder / f"part_{file}.parquet", list(texts), row_group_size=ROWS)
+        pages = {"data_page_size": 4000, "write_batch_size": 1, "use_dictionary": False}
+        write(folder / f"part_{file}.parquet", list(texts), row_group_size=ROWS, **pages)
     return folder
 
 
@@ -64,6 +63,13 @@ def uploaded(server: WebServer, folder: Path, **options: Any) -> ParquetDataset:
     dataset = opened(f"{server.url}/text", **options)
     server.faults.requests.clear()
     return dataset
+
+
+def read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes row groups from the front, of several ranges."""
+    monkeypatch.setattr(parquet_reader, "WHOLE_GROUP_BYTES", 1000)
+    monkeypatch.setattr(parquet_reader, "_READ_BUFFER_BYTES", 100)
+    monkeypatch.setattr(remote_parquet, "RANGE_BYTES", 5000)
 
 
 def first_segments(dataset: ParquetDataset) -> list[int]:
@@ -101,8 +107,7 @@ def test_a_faulty_server_gives_the_batches_of_local_files(
 ) -> None:
     """More than an epoch, with a resume, of row groups read at once or in several ranges."""
     if not whole:
-        monkeypatch.setattr(parquet_reader, "WHOLE_GROUP_BYTES", 1000)
-        monkeypatch.setattr(remote_parquet, "RANGE_BYTES", 5000)
+        read_in_parts(monkeypatch)
     remote = uploaded(web_server, folder, cache_bytes=kept, retry_seconds=20.0)
     web_server.faults.rate = 0.1
     local, (first, state) = opened(folder), read(remote, STEPS, spec(block_size=256))
@@ -120,12 +125,14 @@ def test_workers_on_s3_read_what_one_process_reads_locally(
     assert torch.equal(rows_of(remote, workers=3), rows_of(opened(folder)))
 
 
-@pytest.mark.parametrize("segment_bytes", [5000, 1 << 20])
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_row_group_is_fetched_once_though_its_segments_are_read_apart(
-    folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch, segment_bytes: int
+    folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     """Without copies on disk or decoded row groups, four lanes in turn."""
-    monkeypatch.setattr(parquet_dataset, "SEGMENT_BYTES", segment_bytes)
+    if not whole:
+        read_in_parts(monkeypatch)
+    monkeypatch.setattr(parquet_dataset, "SEGMENT_BYTES", 5000)
     monkeypatch.setattr(parquet_reader, "KEPT_BYTES", 0)
     remote = uploaded(web_server, folder, cache_bytes=0)
     lanes = np.array_split(np.arange(segment_count(remote)), 4)
@@ -137,34 +144,21 @@ def test_a_row_group_is_fetched_once_though_its_segments_are_read_apart(
                 reader.tokens(int(segments[step]), 1, 0, True)
     reader.close()
     reads = of_text(web_server)
-    assert len(reads) == len(set(reads)) == FILES * GROUPS
+    assert len(reads) == len(set(reads)) >= FILES * GROUPS
 
 
-def test_what_lanes_announce_is_what_they_read_next_across_epochs() -> None:
-    announced: list[list[int]] = []
-
-    class Recorder:
-        skipped_counts = Counter[str]()
-
-        def prefetch(self, lane: int, segments: Iterable[int]) -> None:
-            announced.append(list(segments))
-
-        def tokens(self, segment: int, seed: int, epoch: int, shuffle: bool) -> Tokens:
-            return np.full(1, segment)
-
-        def locate(self, *place: object) -> tuple[str, list[range]]:
-            raise NotImplementedError
-
-        def close(self) -> None:
-            pass
-
-    keys = np.arange(20, dtype=np.uint64)
-    plan = LanePlan(keys, np.arange(20), lanes=2, seed=1, shuffle=True)
-    source = LaneReader(Recorder(), plan)
+def test_what_lanes_announce_is_what_they_read_next_across_epochs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, announced = opened(folder), list[list[int]]()
+    reader, segments = dataset.segments(1).open_reader(), np.arange(20)
+    monkeypatch.setattr(reader, "prefetch", lambda lane, found: announced.append(list(found)))
+    monkeypatch.setattr(reader, "tokens", lambda segment, *order: np.full(1, segment))
+    plan = LanePlan(dataset.segments(1).table.key, segments, lanes=2, seed=1, shuffle=True)
+    source = LaneReader(reader, plan)
     order = [int(source.tokens(epoch, 0, i)[0]) for epoch in range(4) for i in range(10)]
-    for place, segments in enumerate(announced[:20], 1):
-        assert segments == order[place : place // 10 * 10 + 20] or place % 10 == 0
-        assert segments[:10] == order[place : place + 10]
+    for place, upcoming in enumerate(announced[:20], 1):
+        assert upcoming[:10] == order[place : place + 10]
 
 
 def test_the_second_run_reads_from_disk_and_damaged_copies_from_the_server(
@@ -272,10 +266,11 @@ def test_damaged_text_is_named_or_skipped_and_read_anew_by_the_next_start(
     web_server.files["text/part_1.parquet"] = body[:at] + b"damage" + body[at + 6 :]
     with pytest.raises(DataError, match=r"http://.*part_1.parquet row group 0: .*damaged"):
         texts_of(opened(f"{web_server.url}/text"))
-    assert (
-        len(texts_of(opened(f"{web_server.url}/text", on_bad_shard="skip"))) < FILES * GROUPS * ROWS
-    )
+    skipping = opened(f"{web_server.url}/text", on_bad_shard="skip")
+    assert len(texts_of(skipping)) == (FILES * GROUPS - 1) * ROWS
     assert "skipped: http://" in caplog.text
+    # All else was kept on disk.
+    assert len(of_text(web_server)) == FILES * GROUPS + 1
 
 
 def test_counting_remote_text_reads_a_small_part_of_it(
