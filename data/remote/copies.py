@@ -100,23 +100,34 @@ def local_copies(store: RemoteStore, listing: Listing, limit_bytes: int) -> Path
         lock = _lock_of(folder)
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written: {error.strerror}") from None
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        missing = [file for file in listing.files if not (folder / file.path).exists()]
-        if missing:
-            folder.mkdir(exist_ok=True)
-            _make_room(folder, sum(file.size for file in listing.files), limit_bytes, listing.root)
-        for file in missing:
-            said = partial(_say_progress, listing.url(file), file.size, [time.monotonic()])
-            target = folder / file.path
-            copy_file(store, listing.url(file), file.tag, file.size, target, said)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not _is_whole(folder, listing):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # gives the other up first, so two do not wait forever
+            _copy_all(store, listing, folder, limit_bytes)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         os.utime(folder)
     except BaseException:
         os.close(lock)
         raise
-    fcntl.flock(lock, fcntl.LOCK_SH)
     _in_use[folder] = lock
     return folder
+
+
+def _is_whole(folder: Path, listing: Listing) -> bool:
+    return all((folder / file.path).exists() for file in listing.files)
+
+
+def _copy_all(store: RemoteStore, listing: Listing, folder: Path, limit_bytes: int) -> None:
+    """Copies what is missing, if anything by now."""
+    folder.mkdir(exist_ok=True)
+    missing = [file for file in listing.files if not (folder / file.path).exists()]
+    if missing:
+        _make_room(folder, sum(file.size for file in listing.files), limit_bytes, listing.root)
+    for file in missing:
+        said = partial(_say_progress, listing.url(file), file.size, [time.monotonic()])
+        url, target = listing.url(file), folder / file.path
+        copy_file(store, url, file.tag, file.size, target, said)
 
 
 def _lock_of(folder: Path) -> int:
