@@ -6,6 +6,7 @@ server named, which tells whether the rest of the file can be asked for.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import time
@@ -37,6 +38,11 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
+def without_query(url: str) -> str:
+    """Returns an address as it may be shown and kept: its query may be a signature."""
+    return url.partition("?")[0]
+
+
 def read_url_list(path: Path) -> list[str]:
     """Returns the URLs in a file, one per line, without blank lines and # comments."""
     try:
@@ -52,7 +58,7 @@ def read_url_list(path: Path) -> list[str]:
             continue
         if not is_remote(url):
             raise DataError(
-                f"{path}:{number}: {ascii(url[:80])} is not https://, s3://, gs://, hf://"
+                f"{path}:{number}: {ascii(without_query(url)[:80])} is not https://, s3://, gs://, hf://"
             )
         urls.append(url)
     if not urls:
@@ -66,7 +72,9 @@ def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
     for number, url in enumerate(urls):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
         if uncompressed_name(name.lower()).endswith(_ARCHIVES):
-            raise DataError(f"{url}: an archive, not text; download and unpack it, give the file")
+            raise DataError(
+                f"{without_query(url)}: an archive, not text; download and unpack it, give the file"
+            )
         paths.append(folder / f"{number:05d}-{name}")
     return paths
 
@@ -77,7 +85,8 @@ def download(url: str, target: Path) -> Iterator[tuple[int, int]]:
     Yields (bytes so far, bytes in all or 0 if unknown). Raises DataError if the server does not
     give the file, WriteError if it cannot be saved.
     """
-    if target.exists() and _saved_version(target).get("url") == url:
+    shown = without_query(url)
+    if target.exists() and _saved_version(target).get("url") == _digest(url):
         return
     reason = ""
     for attempt in range(_ATTEMPTS):
@@ -90,13 +99,13 @@ def download(url: str, target: Path) -> Iterator[tuple[int, int]]:
             reason = f"HTTP {error.code} {error.reason}"
             error.close()
             if error.code < 500 and error.code not in _RETRIED:
-                raise DataError(f"{url}: {reason}") from None
+                raise DataError(f"{shown}: {reason}") from None
             if error.code == 416:  # the part is longer than the file, so it is of another version
                 _part(target).unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise DataError(
-        f"{url}: {reason} ({_ATTEMPTS} attempts). The same command continues the download."
+        f"{shown}: {reason} ({_ATTEMPTS} attempts). The same command continues the download."
     )
 
 
@@ -104,7 +113,7 @@ def _attempt(url: str, target: Path) -> Iterator[tuple[int, int]]:
     part, saved = _part(target), _saved_version(target)
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "hatchery"}
-    if done and saved.get("url") == url and saved.get("version"):
+    if done and saved.get("url") == _digest(url) and saved.get("version"):
         # If-Range: a server whose file has changed since answers with the whole new one (200).
         headers |= {"Range": f"bytes={done}-", "If-Range": saved["version"]}
     request = urllib.request.Request(url, headers=headers)
@@ -145,11 +154,15 @@ def _saved_version(target: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def _digest(url: str) -> str:
+    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+
+
 def _save_version(target: Path, url: str, headers: Any) -> None:
     # A weak ETag (W/) may be equal for files of different bytes, so a part cannot rely on it.
     tag = headers.get("ETag") or ""
     version = headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
-    write_json(_version_path(target), {"url": url, "version": version})
+    write_json(_version_path(target), {"url": _digest(url), "version": version})
 
 
 def _write_block(part: Path, block: bytes, at: int) -> None:

@@ -14,7 +14,13 @@ import pyarrow as pa
 
 from config import DataError, DatasetConfig
 from data.preparation import stdlib_corpus
-from data.preparation.download import download, is_url, local_paths, read_url_list
+from data.preparation.download import (
+    download,
+    is_url,
+    local_paths,
+    read_url_list,
+    without_query,
+)
 from data.preparation.errors import writing
 from data.preparation.progress import ProgressLine
 from data.preparation.raw_text import check_readable, file_size, find_non_text, is_text
@@ -60,6 +66,11 @@ def _found_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
 
 def _fetched(addresses: Sequence[str], folder: Path) -> list[Path]:
     """Downloads to `folder` what remote addresses mean, each file once."""
+    for address in addresses:
+        # Signed addresses of web servers are downloaded as they are; their query is never shown.
+        fault = address_fault(without_query(address) if is_url(address) else address)
+        if fault:
+            raise DataError(f"SOURCE {fault}")
     paths = local_paths(addresses, folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +92,6 @@ def _fetched(addresses: Sequence[str], folder: Path) -> list[Path]:
 
 def _copied(address: str, folder: Path) -> list[Path]:
     """Copies to `folder` the text files at an address that is listed first, each once."""
-    fault = address_fault(address)
-    if fault:
-        raise DataError(f"SOURCE {fault}")
     store = RemoteStore(RETRY_S)
     own = PurePosixPath(address).suffix  # a file or a glob may have any ending
     listing = list_remote_files(store, address, (*TEXT_ENDINGS, own) if own else TEXT_ENDINGS)

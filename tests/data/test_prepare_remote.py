@@ -105,6 +105,7 @@ def test_a_commit_of_the_hub_is_prepared_whole(hub_server: HubServer) -> None:
     ("address", "message"),
     [
         ("s3://AKIAKEY:secret@bucket/a.txt", "SOURCE has a user name or password"),
+        ("https://me:secret@127.0.0.1/a.txt?x", "SOURCE has a user name or password"),
         ("s3://to-prepare/none/", "'s3://to-prepare/none/' holds no text .found nothing"),
         ("s3://to-prepare/text/*.png", "a.bin|not text in UTF-8"),
     ],
