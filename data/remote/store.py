@@ -26,7 +26,7 @@ _LINE_EVERY_S = 30.0
 _GONE, _CHANGED, _REFUSED = (404, 410), (412, 416), (401, 403, 407)
 _RETRIED = (408, 425, 429)  # besides 500 and above, and no answer at all
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
-_RESUME = "and resume from the last checkpoint"
+_RESUME = "and repeat the command, or resume from the last checkpoint"
 
 T = TypeVar("T")
 
