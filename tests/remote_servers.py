@@ -78,7 +78,7 @@ class WebServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.faults = Faults()
-        self.has_ranges = self.has_index = True
+        self.has_ranges = self.has_index = self.has_if_match = True
         self.forbidden = False
         server = self
 
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         tag = f'"{hashlib.sha1(data).hexdigest()[:16]}"'
         headers = {"ETag": tag, "Accept-Ranges": "bytes" if self.site.has_ranges else "none"}
         wanted = self.headers.get("Range", "")
-        if self.headers.get("If-Match", tag) != tag:
+        if self.site.has_if_match and self.headers.get("If-Match", tag) != tag:
             self.answer(412)
         elif wanted and self.site.has_ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -306,14 +306,14 @@ class S3Server:
         body = b"".join(self._moto(environ, start))
         return [body[: len(body) // 2]] if fault in ("cut", "short") else [body]
 
-    def put(self, bucket: str, files: dict[str, bytes]) -> None:
-        """Writes files by key; the bucket is made if it is not there."""
+    def put(self, bucket: str, files: dict[str, bytes], **options: str) -> None:
+        """Writes files by key; the bucket is made if it is not there. options: of put_object."""
         import boto3
 
         client = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1")
         client.create_bucket(Bucket=bucket)
         for key, data in files.items():
-            client.put_object(Bucket=bucket, Key=key, Body=data)
+            client.put_object(Bucket=bucket, Key=key, Body=data, **options)
         client.close()
 
     def stop(self) -> None:

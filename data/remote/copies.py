@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from config import DataError, WriteError
+from data.remote.access import RemoteFile
 from data.remote.listing import Listing
 from data.remote.store import RemoteStore
 from data.sources.cache import cache_folder
@@ -96,38 +97,38 @@ def local_copies(store: RemoteStore, listing: Listing, limit_bytes: int) -> Path
     if folder in _in_use:
         return folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock_of(folder)
+        copies.mkdir(parents=True, exist_ok=True)
+        _in_use[folder] = _locked_copies(store, listing, folder, limit_bytes)
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _locked_copies(store: RemoteStore, listing: Listing, folder: Path, limit_bytes: int) -> int:
+    """Copies what is missing in a folder; returns a lock that keeps it from being deleted."""
+
+    def missing() -> list[RemoteFile]:
+        return [file for file in listing.files if not (folder / file.path).exists()]
+
+    lock = _lock_of(folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if not _is_whole(folder, listing):
+        if missing():
             fcntl.flock(lock, fcntl.LOCK_EX)  # gives the other up first, so two do not wait forever
-            _copy_all(store, listing, folder, limit_bytes)
+            folder.mkdir(exist_ok=True)
+            needed = sum(file.size for file in listing.files)
+            if to_copy := missing():
+                _make_room(folder, needed, limit_bytes, listing.root)
+            for file in to_copy:
+                url, target = listing.url(file), folder / file.path
+                said = partial(_say_progress, url, file.size, [time.monotonic()])
+                copy_file(store, url, file.tag, file.size, target, said)
             fcntl.flock(lock, fcntl.LOCK_SH)
         os.utime(folder)
     except BaseException:
         os.close(lock)
         raise
-    _in_use[folder] = lock
-    return folder
-
-
-def _is_whole(folder: Path, listing: Listing) -> bool:
-    return all((folder / file.path).exists() for file in listing.files)
-
-
-def _copy_all(store: RemoteStore, listing: Listing, folder: Path, limit_bytes: int) -> None:
-    """Copies what is missing, if anything by now."""
-    folder.mkdir(exist_ok=True)
-    missing = [file for file in listing.files if not (folder / file.path).exists()]
-    if missing:
-        _make_room(folder, sum(file.size for file in listing.files), limit_bytes, listing.root)
-    for file in missing:
-        said = partial(_say_progress, listing.url(file), file.size, [time.monotonic()])
-        url, target = listing.url(file), folder / file.path
-        copy_file(store, url, file.tag, file.size, target, said)
+    return lock
 
 
 def _lock_of(folder: Path) -> int:

@@ -54,6 +54,11 @@ class Web:
             address = self._files.encode_url(url)
             async with session.get(address, headers=headers, timeout=timeout) as answer:
                 answer.raise_for_status()
+                name = "ETag" if tag.startswith('"') else "Last-Modified"
+                if tag and answer.headers.get(name, tag) != tag:  # some servers ignore If-Match
+                    raise aiohttp.ClientResponseError(
+                        answer.request_info, answer.history, status=412, headers=answer.headers
+                    )
                 if answer.status != 206 and answer.content_length != stop - start:
                     raise NoRangesError  # before all of a large file has come
                 body: bytes = await answer.read()

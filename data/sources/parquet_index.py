@@ -39,6 +39,7 @@ REMEDY = "Download it again, delete it, or set dataset.on_bad_shard: skip."
 # Of the text column in a row group: nulls is -1 where not recorded, start is where its bytes begin.
 GROUP_FIELDS = ("rows", "compressed_bytes", "bytes", "nulls", "start")
 _PAGE_HEADER_BYTES = 32  # hold the first four fields
+_SAID_FILES = 500  # on a server; reading the footers of more takes seconds
 FOOTER_END_BYTES = 8  # length and magic number
 
 
@@ -281,6 +282,9 @@ def _read_footers(
                 raise
             return error
 
+    unread = len(found) - len(known.keys() & set(found))
+    if footers.at_once > 1 and unread > _SAID_FILES:
+        log.warning("Reading the footers of %s files below %s, once", f"{unread:,}", root)
     readable: dict[File, Footer] = {}
     first_error = ""
     with ThreadPoolExecutor(footers.at_once, thread_name_prefix="footers") as pool:

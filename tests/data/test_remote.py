@@ -227,6 +227,26 @@ def test_messages_about_addresses_name_the_remedy(
         opened("s3://bucket/text")
 
 
+def test_public_buckets_are_read_without_credentials(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.put("public", {"a.bin": BODY}, ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    url, tag = one_file("s3://public")
+    assert RemoteStore(0.0).read(url, tag, 1, 9) == BODY[1:9]
+
+
+def test_a_web_server_without_if_match_cannot_pass_off_another_file(
+    web_server: WebServer,
+) -> None:
+    web_server.files["a.bin"], web_server.has_if_match = BODY, False
+    url, tag = one_file(web_server.url)
+    web_server.files["a.bin"] = BODY[::-1]
+    with pytest.raises(RemoteError, match="has changed since it was listed"):
+        RemoteStore(5.0).read(url, tag, 1, 9)
+
+
 def token_config(address: str, **options: Any) -> Config:
     dataset = DatasetConfig(train_data_path=address, retry_seconds=5.0, **options)
     return Config(dataset=dataset, tokenizer=TokenizerConfig(name="bytes"))
