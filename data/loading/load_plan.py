@@ -10,7 +10,7 @@ make the LoadPlan of one process: its rows, its lanes, and the position where ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -79,28 +79,26 @@ class OwnLane(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Which rows of each lane a process keeps, in some successive steps, and where they go.
+    """Where the rows go that a process, or one of its workers, reads in some successive steps."""
 
-    Lanes are those that the process reads, in the order of their sources.
-    """
+    lane_tokens: list[list[int]]
+    """The tokens that each lane of the process has moved on until each step: (steps + 1, lanes)."""
+    places: list[Integers]
+    """For each lane and each of its rows, where the row goes in the chunk; -1: nowhere, as it
+    belongs to a neighbouring process, which reads the same lane."""
+    order: Integers
+    """For each row of the chunk, its number in the batches of the process."""
 
-    lane_rows: Integers
-    """The rows read of each lane until each step: (steps + 1, lanes), 0 at first."""
-    kept: Integers
-    """The numbers of the rows kept, lane after lane, each counted from the lane's first row here.
-    The others belong to neighbouring processes, which read the same lanes."""
-    places: Integers
-    """Where these rows go, counted over the rows of this process in all of the steps."""
-    edges: list[int]
-    """The rows of lane i are [edges[i], edges[i + 1]) of `kept` and `places`."""
-
-    def kept_rows(self, number: int) -> Integers:
-        """Returns `kept` of one lane, by its number among those that the process reads."""
-        return self.kept[self.edges[number] : self.edges[number + 1]]
-
-    def places_of(self, number: int) -> Integers:
-        """Returns `places` of one lane."""
-        return self.places[self.edges[number] : self.edges[number + 1]]
+    def of_worker(self, worker: int, workers: int) -> ChunkLayout:
+        """Returns the layout of every n-th lane, in which the rows of a lane follow each other."""
+        if workers == 1:
+            return self
+        places = self.places[worker::workers]
+        joined = np.concatenate(places)
+        kept = joined >= 0
+        consecutive = np.where(kept, np.cumsum(kept) - 1, -1)
+        edges = np.cumsum([len(lane) for lane in places])[:-1]
+        return ChunkLayout(self.lane_tokens, np.split(consecutive, edges), joined[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,19 +138,23 @@ class LoadPlan:
             for lane, start in zip(source.lanes, source.start, strict=True)
         ]
 
-    def chunk_rows(self, begin: Sequence[int]) -> Integers:
-        """Returns the rows that each source has given at these weights before and after each step
-        of a chunk: (steps + 1, sources)."""
-        return self.shares.after_steps(begin, self.spec.sequences_per_step, self.chunk_steps)
-
-    def same_layout(self, before: Integers, given: Integers) -> bool:
-        """Returns whether two chunks are laid out alike, as all are of a run without a mixture."""
-        moved = given - before
+    def chunks(self, worker: int, workers: int) -> Iterator[tuple[Integers, ChunkLayout]]:
+        """Yields for each chunk the rows that each source has given at these weights before and
+        after each step, (steps + 1, sources), and the layout of every n-th lane."""
         lanes = [source.lane_plan.lanes for source in self.sources]
-        return not (moved % lanes).any() and not (moved != moved[0]).any()
+        rows, steps = self.spec.sequences_per_step, self.chunk_steps
+        given = self.shares.after_steps(self.given, rows, steps)
+        layout = self.layout(given).of_worker(worker, workers)
+        while True:
+            yield given, layout
+            before, given = given, self.shares.after_steps(given[-1].tolist(), rows, steps)
+            moved = given - before
+            # Without a mixture all chunks are laid out alike.
+            if (moved != moved[0]).any() or (moved[0] % lanes).any():
+                layout = self.layout(given).of_worker(worker, workers)
 
     def layout(self, given: Integers) -> ChunkLayout:
-        """Lays out the steps of `given`, as chunk_rows returns it."""
+        """Lays out the steps between the rows of `given`: (steps + 1, sources)."""
         given = given + np.array([source.rows_before for source in self.sources])
         # The batch of a step has the sources one after the other.
         counts = np.diff(given, axis=0)
@@ -164,18 +166,21 @@ class LoadPlan:
         below = rows_before_lane(given[:, index], lane, lanes)
         lane_rows = rows_before_lane(given[:, index], lane + 1, lanes) - below
         lane_rows -= lane_rows[0]
-        begins = source_begins[:, index] + np.diff(below, axis=0)  # row numbers in the batch
-        ends = begins + np.diff(lane_rows, axis=0)
-        first = np.maximum(begins, self.rows.start)
-        kept = np.maximum(np.minimum(ends, self.rows.stop) - first, 0)
-        steps = np.arange(len(kept))[:, None] * len(self.rows)
-        places = _ranges(steps + first - self.rows.start, kept)
-        assert len(places) == len(kept) * len(self.rows), "a row of a lane that is not read"
+        row_counts = np.diff(lane_rows, axis=0)
+        row_begins = source_begins[:, index] + np.diff(below, axis=0)
+        # And from here on one entry for each row that is read, lane after lane.
+        steps = np.arange(len(row_counts))[:, None] + np.zeros_like(row_counts)
+        step, begin, count = (table.T.ravel() for table in (steps, row_begins, row_counts))
+        ends = np.cumsum(count)
+        number = np.arange(ends[-1]) + np.repeat(begin - ends + count, count)  # in the batch
+        place = number - self.rows.start
+        kept = (place >= 0) & (place < len(self.rows))
+        assert kept.sum() == len(row_counts) * len(self.rows), "a row of a lane that is not read"
+        place = np.where(kept, place + np.repeat(step, count) * len(self.rows), -1)
         return ChunkLayout(
-            lane_rows,
-            kept=_ranges(lane_rows[:-1] + first - begins, kept),
-            places=places,
-            edges=[0, *np.cumsum(kept.sum(axis=0)).tolist()],
+            lane_tokens=(lane_rows * self.spec.block_size).tolist(),
+            places=np.split(place, np.cumsum(lane_rows[-1])[:-1]),
+            order=np.arange(len(row_counts) * len(self.rows)),
         )
 
     def data_state(self, given: Sequence[int], positions: Sequence[Position]) -> DataState:
@@ -212,13 +217,6 @@ class LoadPlan:
     def first_data_state(self) -> DataState:
         """Returns the data state before the first step."""
         return self.data_state(self.given, [own.start for own in self.lanes])
-
-
-def _ranges(first: Integers, count: Integers) -> Integers:
-    """Returns first, first + 1, ... of each entry, `count` numbers, column after column."""
-    first, count = first.T.ravel(), count.T.ravel()
-    # The numbers of all ranges run on; each is moved to its begin.
-    return np.arange(count.sum()) + np.repeat(first - np.cumsum(count) + count, count)
 
 
 def plan_loading(

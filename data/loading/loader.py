@@ -27,7 +27,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from config import DataError, DataLoaderConfig
 from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState
-from data.loading.load_plan import ChunkLayout, LoadPlan, plan_loading
+from data.loading.load_plan import LoadPlan, plan_loading
 from data.loading.order import Integers
 from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
 from data.loading.prefetch import Prefetcher
@@ -44,10 +44,12 @@ class Chunk:
     """
 
     rows: Tensor
+    order: Integers | None
+    """The number of each row in the batches; None: they are in order."""
     given: Integers
     """What each source has given before and after each step: (steps + 1, sources)."""
-    lane_rows: Integers
-    """The rows read of each lane of this process until each step: (steps + 1, lanes)."""
+    lane_tokens: list[list[int]]
+    """The tokens that each lane of this process has moved on until each step."""
     position_maps: list[PositionMap]
     """Of each lane."""
     skipped_counts: Counter[str]
@@ -56,8 +58,7 @@ class Chunk:
     @classmethod
     def failed(cls, error: str) -> Chunk:
         """Returns a chunk that only says why there are no rows."""
-        nothing = np.zeros((1, 0), dtype=np.int64)
-        return cls(torch.empty(0), nothing, nothing, [], Counter(), error)
+        return cls(torch.empty(0), None, np.zeros((1, 0), np.int64), [], [], Counter(), error)
 
     def pin_memory(self) -> Chunk:
         """Returns the chunk in page-locked memory; torch's DataLoader calls this."""
@@ -81,46 +82,28 @@ class ChunkDataset(IterableDataset[Chunk]):
             for source, lane, (epoch, index, _) in plan.lanes[worker::workers]:
                 readers[source].prefetch(epoch, lane, index, 1)
             # Inside the try: a position that does not fit raises DataError too.
-            lanes = {number: _open_lane(plan, readers, number) for number in numbers}
-            given = plan.chunk_rows(plan.given)
-            layout = plan.layout(given)
-            while True:
-                yield self._read(lanes, readers, given, layout)
-                before, given = given, plan.chunk_rows(given[-1].tolist())
-                if not plan.same_layout(before, given):
-                    layout = plan.layout(given)
+            lanes = [_open_lane(plan, readers, number) for number in numbers]
+            for given, layout in plan.chunks(worker, workers):
+                rows = np.empty((len(layout.order), plan.spec.block_size + 1), dtype=plan.dtype)
+                places = zip(lanes, layout.places, strict=True)
+                chunk = Chunk(
+                    rows=torch.from_numpy(rows),
+                    order=None if workers == 1 else layout.order,
+                    given=given,
+                    lane_tokens=layout.lane_tokens,
+                    position_maps=[lane.fill(rows, own) for lane, own in places],
+                    skipped_counts=Counter(),
+                )
+                # Counts travel with the rows that they belong to, from worker to trainer.
+                for source_reader in readers.values():
+                    chunk.skipped_counts.update(source_reader.reader.skipped_counts)
+                    source_reader.reader.skipped_counts.clear()
+                yield chunk
         except DataError as error:
             # DataLoader would add the worker's traceback to an exception; a text arrives as it is.
             yield Chunk.failed(str(error))
         finally:
             close_readers(readers)
-
-    def _read(
-        self,
-        lanes: dict[int, Lane],
-        readers: dict[int, LaneReader],
-        given: Integers,
-        layout: ChunkLayout,
-    ) -> Chunk:
-        spec, dtype = self._plan.spec, self._plan.dtype
-        kept = [layout.kept_rows(number) for number in lanes]
-        rows = np.empty((sum(map(len, kept)), spec.block_size + 1), dtype=dtype)
-        position_maps, begin = list[PositionMap](), 0
-        for (number, lane), own in zip(lanes.items(), kept, strict=True):
-            count = int(layout.lane_rows[-1, number])
-            tokens, positions = lane.read(count, spec.block_size, dtype)
-            # With all lanes in this worker, rows go at once to where the batches have them.
-            alone = len(lanes) == len(self._plan.lanes)
-            places = layout.places_of(number) if alone else slice(begin, begin + len(own))
-            rows[places] = tokens if len(own) == count else tokens[own]
-            position_maps.append(positions)
-            begin += len(own)
-        # Counts travel with the rows that they belong to, from worker to trainer.
-        skipped = Counter[str]()
-        for source_reader in readers.values():
-            skipped.update(source_reader.reader.skipped_counts)
-            source_reader.reader.skipped_counts.clear()
-        return Chunk(torch.from_numpy(rows), given, layout.lane_rows, position_maps, skipped)
 
 
 def open_readers(plan: LoadPlan, numbers: Iterable[int]) -> dict[int, LaneReader]:
@@ -144,26 +127,24 @@ def _open_lane(plan: LoadPlan, readers: dict[int, LaneReader], number: int) -> L
     return lane_type(readers[source], lane, start)
 
 
-def join_chunks(parts: list[Chunk], plan: LoadPlan, pin: bool) -> Chunk:
-    """Returns the chunks of all workers as one, with the rows in the order of the batches."""
+def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
+    """Returns the chunks of all workers as one, with the rows and lanes in order."""
     for part in parts:
         if part.error is not None:
             raise DataError(part.error)
     first, workers = parts[0], len(parts)
     if workers == 1:
         return first
-    layout = plan.layout(first.given)
-    shape = (len(layout.places), plan.spec.block_size + 1)
+    shape = (sum(len(part.rows) for part in parts), first.rows.shape[1])
     rows = torch.empty(shape, dtype=first.rows.dtype, pin_memory=pin)
-    position_maps, skipped = [PositionMap(packed=True)] * len(plan.lanes), Counter[str]()
-    # Worker w has lanes w, w + n, ...: interleaving puts them in order, whatever n is.
+    position_maps = [PositionMap(packed=True)] * sum(len(part.position_maps) for part in parts)
+    skipped = Counter[str]()
     for worker, part in enumerate(parts):
-        numbers = range(worker, len(plan.lanes), workers)
-        places = np.concatenate([layout.places_of(number) for number in numbers])
-        rows.numpy()[places] = part.rows.numpy()
+        rows.numpy()[part.order] = part.rows.numpy()
+        # Worker w has lanes w, w + n, ...: interleaving puts them in order, whatever n is.
         position_maps[worker::workers] = part.position_maps
         skipped.update(part.skipped_counts)
-    return Chunk(rows, first.given, first.lane_rows, position_maps, skipped)
+    return Chunk(rows, None, first.given, first.lane_tokens, position_maps, skipped)
 
 
 class StepBatch:
@@ -180,12 +161,8 @@ class StepBatch:
     def _positions(self) -> list[Position]:
         """Returns the position of each lane after this batch."""
         # After this batch, not after the chunk: what is read ahead does not count as seen.
-        rows, block_size = (
-            self._chunk.lane_rows[self._step + 1].tolist(),
-            self._plan.spec.block_size,
-        )
-        maps = zip(self._chunk.position_maps, rows, strict=True)
-        return [positions.position(count * block_size) for positions, count in maps]
+        chunk, step = self._chunk, self._step
+        return list(map(PositionMap.position, chunk.position_maps, chunk.lane_tokens[step + 1]))
 
     @property
     def epoch(self) -> int:
@@ -205,12 +182,12 @@ class StepBatch:
         plan, found = self._plan, defaultdict[str, list[range]](list)
         layout = plan.layout(self._chunk.given[self._step : self._step + 2])
         readers = open_readers(plan, range(len(plan.lanes)))
-        for number, (source, lane, _) in enumerate(plan.lanes):
-            own, block_size = layout.kept_rows(number), plan.spec.block_size
+        lanes = zip(plan.lanes, layout.places, self._chunk.lane_tokens[self._step], strict=True)
+        for number, ((source, lane, _), places, token) in enumerate(lanes):
+            own, block_size = np.flatnonzero(places >= 0), plan.spec.block_size
             if not len(own):
                 continue
-            # A PositionMap counts tokens from the begin of the chunk.
-            begin = int(self._chunk.lane_rows[self._step, number] + own[0]) * block_size
+            begin = token + int(own[0]) * block_size
             maps = self._chunk.position_maps[number]
             for position, length in maps.pieces(begin, begin + len(own) * block_size):
                 name, numbers = readers[source].locate(lane, position, length)
@@ -262,7 +239,7 @@ class TrainLoader:
         # Neither source nor join refers to this loader: it could then never be collected.
         self._prefetcher: Prefetcher[Chunk] = Prefetcher(
             ChunkDataset(plan),
-            partial(join_chunks, plan=plan, pin=pin),
+            partial(join_chunks, pin=pin),
             workers=workers,
             ahead=-(-dataloader.prefetch_factor // plan.chunk_steps),
             pin=pin,

@@ -19,11 +19,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 
 from config import DataError
 from data.loading.lanes import LanePlan
-from data.loading.order import Tokens
+from data.loading.order import Integers, Tokens
 from data.sources.dataset import Reader
 
 # As many empty segments in a row, and a whole epoch of them, mean that there is no text.
@@ -139,10 +138,12 @@ class Lane(ABC):
             self._refuse(f"segment {self._index} of {self._count}")
 
     @abstractmethod
-    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
-        """Returns the next rows (rows, T + 1), which may be none, and where they are stored.
+    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
+        """Reads the next len(places) rows, which may be none; raises DataError without any text.
 
-        Raises DataError if there is no text.
+        Args:
+            rows: (n, T + 1).
+            places: where in `rows` each of them goes; -1: nowhere.
         """
 
     @property
@@ -166,17 +167,23 @@ class Lane(ABC):
 class PackedLane(Lane):
     """Rows that run across documents, segments and epochs."""
 
-    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
-        """Returns the next rows, as a view in which neighbours share a token."""
-        flat = np.empty(rows * block_size + 1, dtype=dtype)
-        positions = PositionMap(packed=True)
-        if rows:
-            self._fill(flat, positions)
-        else:
+    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
+        """Reads the next rows."""
+        block_size, positions = rows.shape[1] - 1, PositionMap(packed=True)
+        if not len(places):
             positions.add(0, self._position)
-        return windows(flat, block_size), positions
+            return positions
+        # One array for all rows, as neighbours share a token; it is copied once.
+        flat = np.empty(len(places) * block_size + 1, dtype=rows.dtype)
+        self._read(flat, positions)
+        kept = places >= 0
+        if kept.all():
+            rows[places] = windows(flat, block_size)
+        else:
+            rows[places[kept]] = windows(flat, block_size)[kept]
+        return positions
 
-    def _fill(self, out: Tokens, positions: PositionMap) -> None:
+    def _read(self, out: Tokens, positions: PositionMap) -> None:
         """Fills `out` with the next tokens; the last of them will be read again."""
         filled = 0
         while filled < len(out):
@@ -217,20 +224,22 @@ class PackedLane(Lane):
 class RowLane(Lane):
     """Rows of segments that are whole rows; no row crosses the end of its segment."""
 
-    def read(self, rows: int, block_size: int, dtype: DTypeLike) -> tuple[Tokens, PositionMap]:
-        """Returns the next rows."""
-        out, positions = np.empty((rows, block_size + 1), dtype=dtype), PositionMap(packed=False)
-        for number, row in enumerate(out):
+    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
+        """Reads the next rows."""
+        block_size, positions, filled = rows.shape[1] - 1, PositionMap(packed=False), 0
+        for place in places.tolist():
             tokens = self._load(block_size)
-            positions.add(number * block_size, self._position)
-            row[:] = tokens[self._token : self._token + block_size + 1]
+            positions.add(filled, self._position)
+            if place >= 0:
+                rows[place] = tokens[self._token : self._token + block_size + 1]
+            filled += block_size
             self._token += block_size
             if self._token + 1 >= len(tokens):  # the last token is a target only
                 self._next_segment()
                 if self._index >= self._count:
                     self._next_epoch()
-        positions.add(rows * block_size, self._position)
-        return out, positions
+        positions.add(filled, self._position)
+        return positions
 
     def _load(self, block_size: int) -> Tokens:
         if self._tokens is None:

@@ -52,13 +52,14 @@ class Counted(LaneReader):
 def filled(
     lane: Lane, count: int, block_size: int, dtype: type = np.uint8
 ) -> tuple[Array, PositionMap]:
-    """The next rows (count, T + 1), and where they came from; reading no row changes nothing."""
-    nothing, here = lane.read(0, block_size, dtype)
-    out, positions = lane.read(count, block_size, dtype)
-    assert nothing.shape == (0, block_size + 1)
-    assert positions.position(0) >= here.position(0)
-    assert out.dtype == dtype
-    return out, positions
+    """The next rows (count, T + 1), written between others, and where they came from."""
+    out: Array = np.zeros((3 * count, block_size + 1), dtype=dtype)
+    here = lane.fill(out, np.zeros(0, np.int64)).position(0)  # reading no row changes nothing
+    positions = lane.fill(out, np.arange(count) * 3 + 1)
+    assert positions.position(0) >= here
+    assert not out[::3].any()
+    assert not out[2::3].any()
+    return out[1::3], positions
 
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
