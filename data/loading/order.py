@@ -14,18 +14,25 @@ every process can compute the order of every other.
     batch        [ lane 0: G/L rows | lane 1: G/L rows | ... ]          G rows in each step
     ranks        [ rank 0: G/W rows       | rank 1: G/W rows | ... ]
 
+    mixture      [ source 0: lane 0 | lane 1 | ...  | source 1: lane 0 | ... ]      G rows as well
+
     T = training.block_size   G = sequences_per_step   L = lanes   W = world_size
 
 Segment: what is read at once: successive documents of one row group, or rows of a token file.
 Shuffle key: the name that a segment is sorted by. The segments of one row group share it and stay
     together (s1 and s2 above), because reading them one after the other is cheaper.
 Own key: the name of one segment alone, by which its documents are shuffled.
-Lane: one of L endless token streams. A batch takes the same number of rows from each, lane after
-    lane, so its rows do not depend on which process or worker reads which lane.
+Lane: one of L endless token streams. A batch has its rows lane after lane, so they do not depend on
+    which process or worker reads which lane. The k-th row of the run comes from lane k % L: as L
+    divides G, each gives the same number to every batch.
+Source: one of the texts of dataset.mixture. Each has segments, lanes and epochs of its own, and its
+    k-th row comes from its lane k % L. How many rows it gives to a batch follows from the weights
+    (shares.py), so L need not divide it: lanes may differ by a row.
 Row: one sequence of a batch: T + 1 tokens, since the T targets are the T inputs shifted by one.
 Epoch: one pass over the training text. Each epoch has its own order of segments and documents.
 Share (lanes.py): the tokens of a segment that one lane reads, where several lanes share it.
-Position (packing.py): the next token of a lane. The positions of all lanes are what a resume needs.
+Position (packing.py): the next token of a lane. The positions of all lanes are what a resume needs,
+    and of a mixture the rows that each source has given.
 Chunk (loader.py): the rows of some successive steps, which the loader reads ahead as one.
 """
 

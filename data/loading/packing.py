@@ -57,7 +57,6 @@ class LaneReader:
         plan = self._plan
         segment = int(plan.lane_segments(epoch, lane)[index])
         tokens = self.reader.tokens(segment, plan.seed, epoch, plan.shuffle)
-        self.prefetch(epoch, lane, index + 1)
         return tokens[plan.share(epoch, lane, index).of(len(tokens))]
 
     def prefetch(self, epoch: int, lane: int, index: int, count: int | None = None) -> None:
@@ -213,6 +212,7 @@ class PackedLane(Lane):
                 self._next_epoch()
                 continue
             tokens = self._source.tokens(self._epoch, self._lane, self._index)
+            self._source.prefetch(self._epoch, self._lane, self._index + 1)
             self._tokens = _own_memory(tokens)
             # The original goes now: it would be held until the next segment is read.
             del tokens

@@ -44,6 +44,9 @@ class Counted(LaneReader):
         values = (np.arange(self.lengths[segment]) + 31 * segment + 7 * epoch) % 256
         return (values + self.offset).astype(self.dtype)
 
+    def prefetch(self, epoch: int, lane: int, index: int, count: int | None = None) -> None:
+        pass
+
     def stream(self, epochs: int) -> Array:
         indexes = range(len(self.lengths))
         return np.concatenate([self.tokens(e, 0, i) for e in range(epochs) for i in indexes])
