@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -21,6 +22,8 @@ IN_FLIGHT = 32
 
 _MODULES = {"s3": "s3", "gs": "gcs", "http": "web", "https": "web", "hf": "hub"}
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+_making: dict[int, threading.Lock] = {}
+"""By process, what keeps two threads from making the same access."""
 
 
 class RemoteFile(NamedTuple):
@@ -73,8 +76,11 @@ class Access(Protocol):
 
 def access_to(url: str) -> Access:
     """Returns the access to the server of an address; ConfigError if a package is missing."""
-    # By process: a forked child must not use the connections and threads of its parent.
-    return _access(url.split("://", 1)[0], os.getpid())
+    # By process: a forked child must not use connections, threads and locks of its parent. One
+    # thread makes it: a client of S3 takes half a second of a core.
+    process = os.getpid()
+    with _making.setdefault(process, threading.Lock()):
+        return _access(url.split("://", 1)[0], process)
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from data.remote.access import (
@@ -93,6 +93,8 @@ class Hub:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             return failure_of_status(cause.response.status_code, cause.response.headers)
+        if isinstance(error, OfflineModeIsEnabled):
+            return Failure(400, "HF_HUB_OFFLINE is set")
         if isinstance(error, FileNotFoundError):
             return Failure(404, "no such file or folder")
         return Failure(None, type(error).__name__)
