@@ -95,8 +95,7 @@ def _copied(address: str, folder: Path) -> list[Path]:
     store = RemoteStore(RETRY_S)
     own = PurePosixPath(address).suffix  # a file or a glob may have any ending
     listing = list_remote_files(store, address, (*TEXT_ENDINGS, own) if own else TEXT_ENDINGS)
-    if not listing.files:
-        raise DataError(_no_text(address, listing.others))
+    _check_found(address, len(listing.files), listing.others)
     paths = []
     for number, file in enumerate(listing.files, 1):
         url = listing.url(file)
@@ -111,11 +110,15 @@ def _copied(address: str, folder: Path) -> list[Path]:
     return paths
 
 
-def _no_text(source: str, found: str) -> str:
-    return (
-        f"SOURCE '{source}' holds no text (found {found or 'nothing'}). Name a file with text, "
-        ".jsonl or .parquet, or a folder of such files."
-    )
+def _check_found(source: str, n_files: int, others: str) -> None:
+    """Prints what else a source holds; raises DataError if it holds no text."""
+    if not n_files:
+        raise DataError(
+            f"SOURCE '{source}' holds no text (found {others or 'nothing'}). Name a file with "
+            "text, .jsonl or .parquet, or a folder of such files."
+        )
+    if others:
+        print(f"Skipped in {source}: {others}", file=sys.stderr)
 
 
 def _unpacked(path: Path, folder: Path, number: int) -> Path:
@@ -168,10 +171,7 @@ def list_files(source: Path) -> list[Path]:
     files = files or [path for path in found if path.suffix.lower() == ".json"]
     skipped = Counter(path.suffix for path in set(found).difference(files))
     kinds = ", ".join(f"{count} *{ending}" for ending, count in skipped.most_common(5))
-    if not files:
-        raise DataError(_no_text(str(source), kinds))
-    if kinds:
-        print(f"Skipped in {source}: {kinds}", file=sys.stderr)
+    _check_found(str(source), len(files), kinds)
     # Bytewise, whatever the locale: the order of the files is the order of the tokens.
     return sorted(files, key=os.fsencode)
 

@@ -118,10 +118,12 @@ def test_a_mixture_killed_and_resumed_on_one_and_two_processes_is_the_uninterrup
     """Set KILLS=10 in the environment for more of them."""
     assert run_here([*mixed, f"checkpoint_dir={tmp_path / 'whole'}"]) == 0
     whole, draw = only_run(tmp_path / "whole"), random.Random(2)
-    folder = tmp_path / "killed"
+    folder, same_processes = tmp_path / "killed", 0
     words = [*mixed, f"checkpoint_dir={folder}", "resume_from_checkpoint=auto"]
     for kill in range(KILLS + 1):
-        children = start_ranks(1 + kill % 2, words)
+        if kill == 2:
+            same_processes = max(steps_in(only_run(folder)))
+        children = start_ranks(2 if kill and kill % 2 == 0 else 1, words)
         if kill < KILLS:
             wait_for(children[0], "Saved checkpoint")
             for _ in range(draw.randrange(6)):
@@ -129,25 +131,25 @@ def test_a_mixture_killed_and_resumed_on_one_and_two_processes_is_the_uninterrup
             for child in children:
                 child.kill()
         output = "".join(child.communicate()[0] for child in children)
-        code = -signal.SIGKILL if kill < KILLS else 0
-        assert {child.returncode for child in children} == {code}, output
+        assert children[0].returncode == (-signal.SIGKILL if kill < KILLS else 0), output
         assert len(list(folder.glob("run_*"))) == 1, output  # it went on, and began no other run
     run = only_run(folder)
     assert STEPS in steps_in(run)
-    assert_same_data_and_losses(run, whole)
+    assert_same_data_and_losses(run, whole, same_processes)
     config = Config.from_yaml(run / "config.yaml")
     assert_shares_and_epochs(config, load_checkpoint(data_path(run, STEPS))["cursor"])
 
 
-def assert_same_data_and_losses(run: Path, whole: Path) -> None:
-    """Losses are bit-equal up to the first resume, which has another number of processes."""
+def assert_same_data_and_losses(run: Path, whole: Path, same_processes: int) -> None:
+    """Up to step `same_processes` the run was resumed on as many, so all is equal bit for bit."""
+    assert same_processes > 0
     for step in steps_in(run):
         one, other = (load_checkpoint(data_path(each, step)) for each in (run, whole))
         assert one["cursor"] == other["cursor"], step
     mine, theirs = metrics(run), metrics(whole)
     assert [record.keys() for record in mine] == [record.keys() for record in theirs]
     for one, other in zip(mine, theirs, strict=True):
-        if one["step"] <= 5:
+        if one["step"] <= same_processes:
             assert one == other
         for name, value in one.items():
             if "loss" in name:
