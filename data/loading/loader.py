@@ -8,6 +8,8 @@ Memory: one segment per lane of this process (of parquet files about parquet_seg
 more if documents are long), the plans of two epochs (32 bytes a segment, twice that while they are
 made), the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks), and for
 parquet files about 40 MB to decode a segment, most of which Arrow's allocator keeps for the next.
+Of remote parquet files also what is read ahead, up to read_ahead.READ_AHEAD_BYTES for each worker
+and source.
 """
 
 from __future__ import annotations
