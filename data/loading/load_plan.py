@@ -84,8 +84,8 @@ class ChunkLayout:
     lane_tokens: list[list[int]]
     """The tokens that each lane of the process has moved on until each step: (steps + 1, lanes)."""
     places: list[Integers]
-    """For each lane and each of its rows, where the row goes in the chunk; -1: nowhere, as it
-    belongs to a neighbouring process, which reads the same lane."""
+    """For each lane and each of its rows, where the row goes in the chunk; -1: to one more row at
+    the end, as it belongs to a neighbouring process, which reads the same lane."""
     order: Integers
     """For each row of the chunk, its number in the batches of the process."""
 

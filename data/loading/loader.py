@@ -86,10 +86,12 @@ class ChunkDataset(IterableDataset[Chunk]):
             # Inside the try: a position that does not fit raises DataError too.
             lanes = [_open_lane(plan, readers, number) for number in numbers]
             for given, layout in plan.chunks(worker, workers):
-                rows = np.empty((len(layout.order), plan.spec.block_size + 1), dtype=plan.dtype)
+                # One more row, in which the rows of other processes end.
+                shape = (len(layout.order) + 1, plan.spec.block_size + 1)
+                rows = np.empty(shape, dtype=plan.dtype)
                 places = zip(lanes, layout.places, strict=True)
                 chunk = Chunk(
-                    rows=torch.from_numpy(rows),
+                    rows=torch.from_numpy(rows[:-1]),
                     order=None if workers == 1 else layout.order,
                     given=given,
                     lane_tokens=layout.lane_tokens,

@@ -142,7 +142,7 @@ class Lane(ABC):
 
         Args:
             rows: (n, T + 1).
-            places: where in `rows` each of them goes; -1: nowhere.
+            places: where in `rows` each of them goes; several may go to -1, the last.
         """
 
     @property
@@ -175,11 +175,7 @@ class PackedLane(Lane):
         # One array for all rows, as neighbours share a token; it is copied once.
         flat = np.empty(len(places) * block_size + 1, dtype=rows.dtype)
         self._read(flat, positions)
-        kept = places >= 0
-        if kept.all():
-            rows[places] = windows(flat, block_size)
-        else:
-            rows[places[kept]] = windows(flat, block_size)[kept]
+        rows[places] = windows(flat, block_size)
         return positions
 
     def _read(self, out: Tokens, positions: PositionMap) -> None:
@@ -230,8 +226,7 @@ class RowLane(Lane):
         for place in places.tolist():
             tokens = self._load(block_size)
             positions.add(filled, self._position)
-            if place >= 0:
-                rows[place] = tokens[self._token : self._token + block_size + 1]
+            rows[place] = tokens[self._token : self._token + block_size + 1]
             filled += block_size
             self._token += block_size
             if self._token + 1 >= len(tokens):  # the last token is a target only
