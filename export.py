@@ -63,7 +63,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> list[str]:
     """Writes OUT; returns what to say of it. Raises UserError."""
-    from data.sources.meta import open_tokenizer
+    from data.sources.tokens.meta import open_tokenizer
     from engine.checkpoint.export import WEIGHTS, description, has_config, is_export, write_export
     from engine.checkpoint.trained_model import open_model  # torch is slow to import
     from engine.hardware.device import resolve_device

@@ -37,8 +37,8 @@ from data.preparation.progress import ProgressLine
 from data.preparation.raw_text import file_size, find_text_column, read_documents
 from data.preparation.source_files import is_corpus, local_files
 from data.preparation.token_writer import FORMATS, Counts, TokenOutput
-from data.sources.meta import read_meta_file, write_json
-from data.sources.text_column import AUTO, USUAL_NAMES
+from data.sources.parquet.text_column import AUTO, USUAL_NAMES
+from data.sources.tokens.meta import read_meta_file, write_json
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.build import build_tokenizer

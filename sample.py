@@ -225,7 +225,7 @@ def _load(
 ) -> tuple[LanguageModel, Config, Tokenizer]:
     """Returns the model in eval mode, its config and tokenizer; raises CheckpointError that names
     the file."""
-    from data.sources.meta import open_tokenizer
+    from data.sources.tokens.meta import open_tokenizer
     from engine.checkpoint.trained_model import open_model
 
     path = arguments.path

@@ -19,14 +19,12 @@ from data.remote.copies import local_copies
 from data.remote.listing import Listing
 from data.remote.store import RemoteStore
 from data.sources.dataset import Dataset, Source
-from data.sources.meta import GPT2_TOKENS, Meta, read_metas
 from data.sources.mixture import MixtureDataset
-from data.sources.parquet_dataset import characters, check_row_groups, check_rows, open_parquet
-from data.sources.parquet_index import Index, build_index
-from data.sources.remote_index import build_remote_index
-from data.sources.remote_tokens import list_token_files
-from data.sources.token_dataset import TokenDataset, check_split
-from data.sources.token_file import (
+from data.sources.parquet.dataset import characters, check_row_groups, check_rows, open_parquet
+from data.sources.parquet.index import Index, build_index
+from data.sources.parquet.remote_index import build_remote_index
+from data.sources.tokens.dataset import TokenDataset, check_split
+from data.sources.tokens.file import (
     ENDINGS,
     TokenFile,
     check_at_start,
@@ -34,6 +32,8 @@ from data.sources.token_file import (
     find_files,
     open_files,
 )
+from data.sources.tokens.meta import GPT2_TOKENS, Meta, read_metas
+from data.sources.tokens.remote import list_token_files
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import build_tokenizer
 from data.tokenizers.simple import IdTokenizer, char_tokenizer

@@ -84,7 +84,7 @@ class Pretrained:
     source: str
     """One line for the start of a run: `init_from` and the shape."""
     tokenizer: dict[str, Any] | None = None
-    """Its tokenizer, as `data.sources.meta.open_tokenizer` takes it; None: unknown."""
+    """Its tokenizer, as `data.sources.tokens.meta.open_tokenizer` takes it; None: unknown."""
 
 
 def find(init_from: str) -> Path:

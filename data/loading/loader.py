@@ -4,7 +4,7 @@ A worker reads some lanes of its process and sends chunks: several steps of thes
 loader joins the chunks of all workers and cuts them into the batches of single steps. Which rows
 these are follows from the plan (load_plan.py), so workers change the speed and nothing else.
 
-Memory: one segment per lane of this process (of parquet files about parquet_segments.SEGMENT_BYTES,
+Memory: one segment per lane of this process (of parquet files about segments.SEGMENT_BYTES,
 more if documents are long), the plans of two epochs (32 bytes a segment, twice that while they are
 made), the chunks that are ready (`prefetch_factor` batches, rounded up to whole chunks), and for
 parquet files about 40 MB to decode a segment, most of which Arrow's allocator keeps for the next.

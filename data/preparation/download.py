@@ -19,8 +19,8 @@ from typing import Any
 
 from config import DataError
 from data.preparation.errors import read_error, writing
-from data.sources.meta import write_json
 from data.sources.prepare_command import uncompressed_name
+from data.sources.tokens.meta import write_json
 from files.atomic import durable_rename
 from settings.addresses import is_remote
 

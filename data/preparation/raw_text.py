@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from config import DataError
 from data.preparation.errors import read_error
-from data.sources.parquet_index import read_footer, text_column
-from data.sources.text_column import choose_column
+from data.sources.parquet.index import read_footer, text_column
+from data.sources.parquet.text_column import choose_column
 from data.tokenizers.base import Tokenizer
 
 _JSON_ENDINGS, _PARQUET_ENDING = (".jsonl", ".ndjson", ".json"), ".parquet"

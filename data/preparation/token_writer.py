@@ -22,8 +22,8 @@ import numpy as np
 
 from config import DataError
 from data.preparation.errors import writing
-from data.sources.checksums import file_checksums
-from data.sources.meta import FileRecord, meta_path, write_json, write_meta
+from data.sources.tokens.checksums import file_checksums
+from data.sources.tokens.meta import FileRecord, meta_path, write_json, write_meta
 from data.tokenizers.base import Ids, Tokenizer
 from files.atomic import durable_rename
 

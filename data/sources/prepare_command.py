@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import PurePosixPath
 
 from data.remote.access import has_magic
-from data.sources.text_column import AUTO
+from data.sources.parquet.text_column import AUTO
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Arrow's names of them, by the ending that follows a file's own: a.jsonl.gz."""

@@ -26,7 +26,7 @@ from config import (
     schema,
     sequences_per_step,
 )
-from data.sources.text_column import AUTO
+from data.sources.parquet.text_column import AUTO
 from settings.entries import flat_options
 from settings.schema import OnResume
 

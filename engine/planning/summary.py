@@ -20,7 +20,7 @@ from config import (
 )
 from data import Dataset
 from data.sources.dataset import Source
-from data.sources.text_column import AUTO
+from data.sources.parquet.text_column import AUTO
 from engine.optim.build import optimizer_lines
 from engine.planning.advice import memory_lines
 from engine.planning.memory import MemoryBudget, MemoryEstimator

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import GPT2_NAMES, Config, ConfigError, Request, setting
-from data.sources.meta import open_tokenizer
+from data.sources.tokens.meta import open_tokenizer
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import pretrained_options
 from engine.checkpoint.trained_model import is_pretrained, open_model

@@ -14,7 +14,7 @@ import data
 from config import DatasetConfig, TokenizerConfig
 from data.loading.order import Integers, Tokens
 from data.sources.dataset import segments_of_split
-from data.sources.parquet_dataset import ParquetDataset
+from data.sources.parquet.dataset import ParquetDataset
 
 
 def write(path: Path, texts: list[str | None], **options: Any) -> Path:

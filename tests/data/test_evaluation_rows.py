@@ -13,8 +13,8 @@ import torch
 
 import data
 from config import DataError
-from data.sources import token_dataset
-from data.sources.token_file import TokenMaps
+from data.sources.tokens import dataset as token_dataset
+from data.sources.tokens.file import TokenMaps
 from tests.data.batches import T, read, spec
 from tests.data.parquet_folder import marked, opened, segment_tokens, split, write
 from tests.data.token_files import ids, open_tokens, put

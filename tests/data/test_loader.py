@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import data
 from config import DataError, DataLoaderConfig
 from data.loading import lanes, order
-from data.sources import token_dataset
-from data.sources.parquet_dataset import ParquetDataset
+from data.sources.parquet.dataset import ParquetDataset
+from data.sources.tokens import dataset as token_dataset
 from tests.data.batches import G, Layout, T, read, read_all, spec
 from tests.data.parquet_folder import marked, opened, small_bpe, split, write
 from tests.data.token_files import VOCABULARY, ids, open_tokens, put

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataError, WriteError
-from data.sources.meta import (
+from data.sources.tokens.meta import (
     load_plain_pickle,
     meta_path,
     read_meta,

@@ -21,8 +21,12 @@ import pytest
 import prepare
 from config import DataError
 from data.sources import cache as cache_module
-from data.sources import counting, parquet_dataset, parquet_index, parquet_reader, parquet_segments
-from data.sources.parquet_index import Footer, Index
+from data.sources.parquet import counting
+from data.sources.parquet import dataset as parquet_dataset
+from data.sources.parquet import index as parquet_index
+from data.sources.parquet import reader as parquet_reader
+from data.sources.parquet import segments as parquet_segments
+from data.sources.parquet.index import Footer, Index
 from tests.data.parquet_folder import (
     marked,
     opened,

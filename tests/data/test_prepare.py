@@ -29,7 +29,7 @@ from data.preparation import download, progress, raw_text, stdlib_corpus, token_
 from data.preparation.convert import Job, convert
 from data.preparation.next_command import train_on_tokens
 from data.preparation.token_writer import TokenOutput
-from data.sources.meta import Meta, read_meta
+from data.sources.tokens.meta import Meta, read_meta
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.build import build_tokenizer

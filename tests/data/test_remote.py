@@ -21,8 +21,8 @@ from data.remote.copies import copy_file
 from data.remote.listing import Listing, list_files
 from data.remote.store import RemoteError, RemoteStore
 from data.sources.dataset import pinned_revisions
-from data.sources.meta import write_meta
-from data.sources.parquet_index import Index
+from data.sources.parquet.index import Index
+from data.sources.tokens.meta import write_meta
 from data.tokenizers.simple import ByteTokenizer
 from tests.conftest import TINY
 from tests.data.parquet_folder import marked, write
@@ -168,7 +168,7 @@ def test_damaged_files_can_be_left_out_but_not_those_the_server_does_not_give(
 def test_footers_longer_than_the_first_read_are_read_whole(
     web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.sources.remote_index._TAIL_BYTES", 64)
+    monkeypatch.setattr("data.sources.parquet.remote_index._TAIL_BYTES", 64)
     marked(tmp_path / "here")
     web_server.files |= content(tmp_path / "here")
     assert opened(f"{web_server.url}/text").fingerprint == opened(f"{tmp_path}/here").fingerprint

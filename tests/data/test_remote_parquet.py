@@ -24,9 +24,11 @@ from data.loading.packing import LaneReader
 from data.remote import read_ahead
 from data.remote import store as store_module
 from data.remote.range_cache import Range, RangeCache
-from data.sources import counting, parquet_dataset, parquet_reader, remote_parquet
 from data.sources.cache import cache_folder
-from data.sources.parquet_dataset import ParquetDataset
+from data.sources.parquet import counting, remote_file
+from data.sources.parquet import dataset as parquet_dataset
+from data.sources.parquet import reader as parquet_reader
+from data.sources.parquet.dataset import ParquetDataset
 from tests.data.batches import read, spec
 from tests.data.parquet_folder import opened, segment_count, texts_of, write
 from tests.remote_servers import S3Server, WebServer
@@ -69,7 +71,7 @@ def read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decodes row groups from the front, of several ranges."""
     monkeypatch.setattr(parquet_reader, "WHOLE_GROUP_BYTES", 1000)
     monkeypatch.setattr(parquet_reader, "_READ_BUFFER_BYTES", 100)
-    monkeypatch.setattr(remote_parquet, "RANGE_BYTES", 5000)
+    monkeypatch.setattr(remote_file, "RANGE_BYTES", 5000)
 
 
 def first_segments(dataset: ParquetDataset) -> list[int]:

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 import data
 from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
-from data.sources import token_dataset, token_file
-from data.sources.checksums import BLOCK_BYTES, file_checksums
 from data.sources.dataset import segments_of_split
-from data.sources.meta import FileRecord, meta_path, write_meta
-from data.sources.token_dataset import TokenSegments, TokenSpan, count_rows
-from data.sources.token_file import TokenFile
+from data.sources.tokens import dataset as token_dataset
+from data.sources.tokens import file as token_file
+from data.sources.tokens.checksums import BLOCK_BYTES, file_checksums
+from data.sources.tokens.dataset import TokenSegments, TokenSpan, count_rows
+from data.sources.tokens.file import TokenFile
+from data.sources.tokens.meta import FileRecord, meta_path, write_meta
 from data.tokenizers.simple import ByteTokenizer, IdTokenizer, char_tokenizer
 from tests.data.batches import T, read, spec
 from tests.data.parquet_folder import write

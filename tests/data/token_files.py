@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 import data
 from config import DatasetConfig, TokenizerConfig
-from data.sources.token_dataset import TokenDataset
+from data.sources.tokens.dataset import TokenDataset
 
 VOCABULARY = 5000
 

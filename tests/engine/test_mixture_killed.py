@@ -22,7 +22,7 @@ from data import Dataset, open_dataset
 from data.loading import load_plan
 from data.run_data import RunData
 from data.sources.dataset import segments_of_split
-from data.sources.token_dataset import TokenDataset
+from data.sources.tokens.dataset import TokenDataset
 from engine.checkpoint.load import load_checkpoint
 from engine.run_directory.manifest import data_path, steps_in
 from tests.conftest import TEXT, TINY

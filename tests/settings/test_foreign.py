@@ -17,7 +17,7 @@ from torch import Tensor
 import export
 import sample
 from config import CheckpointError, ModelConfig
-from data.sources.meta import open_tokenizer
+from data.sources.tokens.meta import open_tokenizer
 from engine.checkpoint.trained_model import load_model, open_model
 from engine.setup.initial_weights import open_weights
 from model import pretrained
@@ -315,7 +315,7 @@ def test_gpt2s_weights_are_not_trained_on_bytes_unless_asked_for_twice(
         asked.append(config.name)
         raise SystemExit(9)
 
-    monkeypatch.setattr("data.sources.meta.build_tokenizer", no_network)
+    monkeypatch.setattr("data.sources.tokens.meta.build_tokenizer", no_network)
     with pytest.raises(SystemExit):
         run_here(words)
     assert asked == ["gpt2"]  # without a word, its own

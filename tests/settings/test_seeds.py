@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sample
-from data.sources.meta import write_meta
+from data.sources.tokens.meta import write_meta
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.simple import char_tokenizer
 from engine.checkpoint.load import load_checkpoint

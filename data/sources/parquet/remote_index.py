@@ -14,7 +14,7 @@ from config import DataError
 from data.remote.access import IN_FLIGHT
 from data.remote.listing import list_files
 from data.remote.store import RemoteStore
-from data.sources.parquet_index import (
+from data.sources.parquet.index import (
     FOOTER_END_BYTES,
     File,
     Footer,
@@ -23,8 +23,8 @@ from data.sources.parquet_index import (
     footer_of,
     index_files,
 )
+from data.sources.parquet.text_column import find_column
 from data.sources.prepare_command import TEXT_ENDINGS, prepare_remedy
-from data.sources.text_column import find_column
 
 log = logging.getLogger(__name__)
 

@@ -27,11 +27,11 @@ from data.loading.order import (
     choose_held_out,
 )
 from data.sources.cache import cache_path, load_arrays, save_arrays
-from data.sources.counting import TokenCounts, count_tokens
 from data.sources.dataset import Dataset, DatasetStats, remote_details, tokens_of_splits
-from data.sources.parquet_index import Index
-from data.sources.parquet_reader import DocumentReader, ParquetReader, text_bytes
-from data.sources.parquet_segments import (
+from data.sources.parquet.counting import TokenCounts, count_tokens
+from data.sources.parquet.index import Index
+from data.sources.parquet.reader import DocumentReader, ParquetReader, text_bytes
+from data.sources.parquet.segments import (
     ENCODED_SEGMENT_BYTES,
     SEGMENT_BYTES,
     SEGMENT_ROWS,

@@ -21,9 +21,9 @@ import numpy as np
 from config import DatasetConfig
 from data.loading.order import Integers
 from data.sources.cache import cache_path, load_arrays, save_arrays
-from data.sources.parquet_index import Index
-from data.sources.parquet_reader import WHOLE_GROUP_BYTES, DocumentReader
-from data.sources.parquet_segments import SegmentTable
+from data.sources.parquet.index import Index
+from data.sources.parquet.reader import WHOLE_GROUP_BYTES, DocumentReader
+from data.sources.parquet.segments import SegmentTable
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.simple import ByteTokenizer
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from config import DataError, TokenizerConfig, WriteError
-from data.sources.checksums import BLOCK_BYTES, Crcs, from_text, to_text
+from data.sources.tokens.checksums import BLOCK_BYTES, Crcs, from_text, to_text
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import build_tokenizer, tokenizer_from_dict
 from data.tokenizers.simple import CharTokenizer, IdTokenizer

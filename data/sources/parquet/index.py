@@ -29,8 +29,8 @@ from data.remote.listing import Listing
 from data.remote.store import RemoteError
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.dataset import check_file_unchanged
+from data.sources.parquet.text_column import AUTO, USUAL_NAMES, column_number, find_column
 from data.sources.prepare_command import prepare_remedy
-from data.sources.text_column import AUTO, USUAL_NAMES, column_number, find_column
 from settings.addresses import is_remote
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from config import DatasetConfig
 from data.remote.range_cache import Range, RangeCache
 from data.remote.read_ahead import RangeReader
 from data.remote.store import RemoteStore
-from data.sources.parquet_index import Index
+from data.sources.parquet.index import Index
 
 RANGE_BYTES = 2 << 20  # with one that is read and one ahead, 16 lanes fill READ_AHEAD_BYTES
 _OTHER_BYTES = 1 << 10

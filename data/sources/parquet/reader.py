@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from config import DataError, DatasetConfig
 from data.loading.order import Integers, Tokens, document_order
 from data.remote.range_cache import Range
-from data.sources.parquet_index import REMEDY, Index, first_line
-from data.sources.parquet_segments import SegmentTable
-from data.sources.remote_parquet import RemoteFile, RemoteParquet
+from data.sources.parquet.index import REMEDY, Index, first_line
+from data.sources.parquet.remote_file import RemoteFile, RemoteParquet
+from data.sources.parquet.segments import SegmentTable
 from data.tokenizers.base import Tokenizer, storage_dtype
 from data.tokenizers.simple import SEPARATOR, SPACE, ByteTokenizer
 

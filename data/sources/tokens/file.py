@@ -20,9 +20,9 @@ import numpy as np
 
 from config import DataError
 from data.loading.order import Tokens
-from data.sources.checksums import BLOCK_BYTES, Checksums
 from data.sources.dataset import check_file_unchanged
-from data.sources.meta import Meta
+from data.sources.tokens.checksums import BLOCK_BYTES, Checksums
+from data.sources.tokens.meta import Meta
 
 ENDINGS = (".bin", ".ids", ".npy")
 SAMPLE_BYTES = 1 << 16

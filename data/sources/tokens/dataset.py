@@ -30,7 +30,7 @@ from data.loading.order import (
 )
 from data.remote.listing import Listing
 from data.sources.dataset import Dataset, DatasetStats, remote_details, tokens_of_splits
-from data.sources.token_file import TokenFile, TokenMaps
+from data.sources.tokens.file import TokenFile, TokenMaps
 from data.tokenizers.base import Tokenizer, storage_dtype
 
 MAX_SEGMENTS = 1 << 21  # with more rows a segment has several, so that a plan takes megabytes

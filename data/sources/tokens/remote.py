@@ -7,8 +7,8 @@ from dataclasses import replace
 from config import DataError
 from data.remote.listing import Listing, list_files
 from data.remote.store import RemoteError, RemoteStore
-from data.sources.meta import meta_path
-from data.sources.token_file import ENDINGS
+from data.sources.tokens.file import ENDINGS
+from data.sources.tokens.meta import meta_path
 
 _META_NAMES = ("meta.json", "meta.pkl")
 _ABSENT = (403, 404)  # a bucket that may not be listed answers 403 for a file that is not there

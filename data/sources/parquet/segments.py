@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.loading.order import MIN_SEGMENTS, Integers, Keys, numbered_keys, path_keys
-from data.sources.parquet_index import Index
+from data.sources.parquet.index import Index
 
 SEGMENT_BYTES = 4 << 20  # of text whose bytes are its tokens
 ENCODED_SEGMENT_BYTES = 1 << 19  # of text to be encoded, which takes 50 times as long

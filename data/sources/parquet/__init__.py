@@ -1,0 +1,1 @@
+"""Folders of parquet files: index, segments, reading, counting."""

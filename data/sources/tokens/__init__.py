@@ -1,0 +1,1 @@
+"""Token files: arrays of token ids, their descriptions and checksums."""
