@@ -126,12 +126,7 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     graphed, recorded = graphed_step(parts.model, parts.precision, config, data.document_ids)
     state.compiled = compile_s is not None
 
-    size = RunSize(
-        steps=steps,
-        tokens_per_step=tokens_per_step(config, world.size),
-        flops_per_token=training_flops(parts.model, config),
-        evaluated_tokens=evaluator.evaluated_tokens,
-    )
+    size = run_size(parts.model, config, steps, world, evaluator)
     training = state.has_work(config.training)
     batches = open_batches(data, config, data_state, world, stack) if training else iter(())
     directory = open_directory(setup, training, run_facts(setup, parts, world, size), stack)
@@ -334,6 +329,18 @@ def try_model(
 
 
 # Phase 5: data, run directory, trackers
+
+
+def run_size(
+    model: LanguageModel, config: Config, steps: int, world: World, evaluator: Evaluator
+) -> RunSize:
+    """Returns how much work a run of so many steps is."""
+    return RunSize(
+        steps=steps,
+        tokens_per_step=tokens_per_step(config, world.size),
+        flops_per_token=training_flops(model, config),
+        evaluated_tokens=evaluator.evaluated_tokens,
+    )
 
 
 def reads_late(parts: ModelParts) -> bool:
