@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import prepare
+import runs
 from config import command_line
 from tests.conftest import ROOT, TEXT
 from tests.runs import run_here
@@ -38,6 +39,8 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
                 command_line(words)
             elif script == "train.py":
                 assert run_here([*words, *SMALL]) == 0, line
+            elif script == "runs.py":
+                assert runs.main(words) == 0, line
             elif script == "prepare.py" and "# needs a network" not in line:
                 assert prepare.main(words) == 0, line
 
