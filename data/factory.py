@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +17,7 @@ from config import DataError, DatasetConfig, TokenizerConfig, source_datasets, t
 from data.remote.copies import local_copies
 from data.remote.listing import Listing
 from data.remote.store import RemoteStore
-from data.sources.dataset import Dataset, Source
+from data.sources.dataset import Dataset, Source, errors_of_source
 from data.sources.mixture import MixtureDataset
 from data.sources.parquet.dataset import characters, check_row_groups, check_rows, open_parquet
 from data.sources.parquet.index import Index, build_index
@@ -79,18 +78,21 @@ def index_sources(
     """
     pins, indexes = pins or {}, dict[str, SourceIndex]()
     for name, source in source_datasets(dataset).items():
-        path, column = source.parquet_dir, source.text_column
-        store, skip_bad = RemoteStore(source.retry_seconds), source.on_bad_shard == "skip"
-        tokens = token_paths(_with_token_files(source))
-        if tokens is not None:
-            remote = [each for each in tokens if each is not None and is_remote(each)]
-            listed = (list_token_files(store, each, pins.get(each, "")) for each in remote)
-            indexes[name] = tuple(listed)
-        elif is_remote(path):
-            indexes[name] = build_remote_index(store, path, column, skip_bad, pins.get(path, ""))
-        else:
-            indexes[name] = build_index(path, column, skip_bad)
+        with errors_of_source(name):
+            indexes[name] = _index_source(source, pins)
     return indexes
+
+
+def _index_source(source: DatasetConfig, pins: Mapping[str, str]) -> SourceIndex:
+    path, column = source.parquet_dir, source.text_column
+    store, skip_bad = RemoteStore(source.retry_seconds), source.on_bad_shard == "skip"
+    tokens = token_paths(_with_token_files(source))
+    if tokens is not None:
+        remote = [each for each in tokens if each is not None and is_remote(each)]
+        return tuple(list_token_files(store, each, pins.get(each, "")) for each in remote)
+    if is_remote(path):
+        return build_remote_index(store, path, column, skip_bad, pins.get(path, ""))
+    return build_index(path, column, skip_bad)
 
 
 def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:
@@ -118,30 +120,33 @@ def _open_mixture(
     """Opens every source. The tokenizer is that of the token files: text can follow it."""
     configs, opened = source_datasets(dataset), dict[str, Dataset]()
     parquet = {name: index for name, index in indexes.items() if isinstance(index, Index)}
-    try:
-        for name, source in configs.items():
-            remote = indexes[name]
-            if not isinstance(remote, Index):
+    for name, source in configs.items():
+        remote = indexes[name]
+        if not isinstance(remote, Index):
+            with errors_of_source(name):
                 files = _with_token_files(source)
                 opened[name] = _open_token_files(remote, files, config, vocab_size, known)
-        claims = [(text.tokenizer, f"source {name}") for name, text in opened.items()]
-        if claims and known is None:
-            _same_tokenizer(claims)
-            # Tokens without text have the same name, however many there are.
-            known = max((tokenizer for tokenizer, _ in claims), key=lambda each: each.vocab_size)
-        if parquet and claims and isinstance(known, IdTokenizer):
-            raise DataError(
-                f"{', '.join(parquet)}: text, to be mixed with the tokens of {', '.join(opened)}, "
-                "and nothing says which tokenizer made those. Set tokenizer.name to it."
-            )
-        if config.name == "char" and known is None:
-            each = (characters(index, configs[name]) for name, index in parquet.items())
-            known = char_tokenizer(chain.from_iterable(each))
+    claims = [(text.tokenizer, f"source {name}") for name, text in opened.items()]
+    if claims and known is None:
+        _same_tokenizer(claims)
+        # Tokens without text have the same name, however many there are.
+        known = max((tokenizer for tokenizer, _ in claims), key=lambda each: each.vocab_size)
+    if parquet and claims and isinstance(known, IdTokenizer):
+        raise DataError(
+            f"dataset.mixture: {', '.join(parquet)}: text, to be mixed with the tokens of "
+            f"{', '.join(opened)}, and nothing says which tokenizer made those. "
+            "Set tokenizer.name to it."
+        )
+    if config.name == "char" and known is None:
+        found = set[str]()
         for name, index in parquet.items():
+            with errors_of_source(name):
+                found.update(characters(index, configs[name]))
+        known = char_tokenizer(found)
+    for name, index in parquet.items():
+        with errors_of_source(name):
             opened[name] = _open_parquet_files(index, configs[name], config, known)
-            known = known or opened[name].tokenizer
-    except DataError as error:
-        raise DataError(f"dataset.mixture: {error}") from None
+        known = known or opened[name].tokenizer
     assert known is not None
     weights = {source.name: source.weight for source in dataset.mixture}
     sources = tuple(Source(name, weights[name], opened[name]) for name in configs)

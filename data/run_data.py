@@ -17,7 +17,6 @@ from torch import Tensor
 from config import (
     Config,
     ConfigError,
-    DataError,
     accumulation_steps,
     eval_batch,
     eval_batches,
@@ -31,7 +30,7 @@ from data.loading.evaluation_rows import evaluation_rows
 from data.loading.loader import StepBatch, TrainLoader
 from data.loading.packing import document_ids
 from data.preparation import stdlib_corpus
-from data.sources.dataset import Dataset
+from data.sources.dataset import Dataset, errors_of_source
 from settings.addresses import is_remote
 
 
@@ -140,11 +139,8 @@ def _batches(dataset: Dataset, config: Config, split: str) -> dict[str, tuple[Te
     count = eval_batches(config) * size
     found = {}
     for source in dataset.sources:
-        try:
+        with errors_of_source(source.name):
             rows = evaluation_rows(source.dataset, split, training.block_size, count)
-        except DataError as error:
-            place = f"source {source.name}: " if source.name else ""
-            raise DataError(f"{place}{error}") from None
         found[source.name] = torch.split(rows, size)
     return found
 

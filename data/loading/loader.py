@@ -30,10 +30,10 @@ from config import DataError, DataLoaderConfig
 from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState
 from data.loading.load_plan import LoadPlan, plan_loading
-from data.loading.order import Integers
+from data.loading.order import Integers, Tokens
 from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
 from data.loading.prefetch import Prefetcher
-from data.sources.dataset import Dataset
+from data.sources.dataset import Dataset, errors_of_source
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,15 @@ class ChunkDataset(IterableDataset[Chunk]):
                 # One more row, in which the rows of other processes end.
                 shape = (len(layout.order) + 1, plan.spec.block_size + 1)
                 rows = np.empty(shape, dtype=plan.dtype)
-                places = zip(lanes, layout.places, strict=True)
                 chunk = Chunk(
                     rows=torch.from_numpy(rows[:-1]),
                     order=None if workers == 1 else layout.order,
                     given=given,
                     lane_tokens=layout.lane_tokens,
-                    position_maps=[lane.fill(rows, own) for lane, own in places],
+                    position_maps=[
+                        _fill(plan, number, lane, rows, own)
+                        for number, lane, own in zip(numbers, lanes, layout.places, strict=True)
+                    ],
                     skipped_counts=Counter(),
                 )
                 # Counts travel with the rows that they belong to, from worker to trainer.
@@ -129,6 +131,11 @@ def _open_lane(plan: LoadPlan, readers: dict[int, LaneReader], number: int) -> L
     whole_rows = plan.sources[source].segments.whole_rows
     lane_type: type[Lane] = RowLane if whole_rows else PackedLane
     return lane_type(readers[source], lane, start)
+
+
+def _fill(plan: LoadPlan, number: int, lane: Lane, rows: Tokens, places: Integers) -> PositionMap:
+    with errors_of_source(plan.sources[plan.lanes[number].source].source.name):
+        return lane.fill(rows, places)
 
 
 def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +24,9 @@ from data.remote.listing import Listing
 from data.tokenizers.base import Tokenizer
 
 _LISTED_TAGS = 1000  # of files; of more, a digest
+_OPTION_OF_SOURCE = re.compile(
+    r"\bdataset\.(parquet_dir|train_data_path|val_data_path|text_column|token_dtype|test_fraction)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,19 @@ class Source:
     weight: float
     """Its share of the rows is this over the sum of all weights; 0 or more."""
     dataset: Dataset
+
+
+@contextmanager
+def errors_of_source(name: str) -> Iterator[None]:
+    """Lets a DataError say which source of a mixture it is about, and name the options of that
+    source. An empty name, that of a run without a mixture, changes nothing."""
+    try:
+        yield
+    except DataError as error:
+        if name:
+            text = _OPTION_OF_SOURCE.sub(rf"mixture.{name}.\1", str(error))
+            error.args = (f"source {name}: {text}",)
+        raise
 
 
 class Dataset(ABC):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
-from data.sources.dataset import Dataset, DatasetStats, Source
+from data.sources.dataset import Dataset, DatasetStats, Source, errors_of_source
 from data.tokenizers.base import Tokenizer
 
 
@@ -54,9 +54,11 @@ class MixtureDataset(Dataset):
 
     def lines(self) -> list[str]:
         """Returns the lines of each source, with its name."""
-        return [
-            f"{source.name}: {line}" for source in self.sources for line in source.dataset.lines()
-        ]
+        found = list[str]()
+        for source in self.sources:
+            with errors_of_source(source.name):  # the lines tell of tokens, which are counted now
+                found += [f"{source.name}: {line}" for line in source.dataset.lines()]
+        return found
 
     def details(self) -> dict[str, Any]:
         """Returns the name and the summary of each source."""

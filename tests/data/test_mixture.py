@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -233,6 +234,27 @@ def test_all_sources_have_one_tokenizer(folder: Path, tmp_path: Path) -> None:
         mixed([*text, tokens])
     assert len(mixed(text).lines()) == 2 * len(alone_lines(text[0]))
     assert mixed(text).stats.train_tokens == 160
+
+
+def test_errors_of_a_source_name_it_and_its_options(folder: Path, tmp_path: Path) -> None:
+    for name in ("plain", "lines"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("no parquet")
+    columns = pa.table({"line": ["a"] * 20, "id": ["b"] * 20})
+    pq.write_table(columns, tmp_path / "lines" / "a.parquet")
+    (tmp_path / "odd.bin").write_bytes(b"odd")
+    for key, path, message in (
+        ("parquet_dir", "plain", r"mixture\.a\.parquet_dir .* then set mixture\.a\.parquet_dir="),
+        ("parquet_dir", "lines", r".*Name one: mixture\.a\.text_column=NAME"),
+        ("train_data_path", "odd.bin", r".*Set mixture\.a\.token_dtype"),
+    ):
+        with pytest.raises(DataError, match=f"^source a: {message}"):
+            mixed([{"name": "a", "token_dtype": "uint16", key: str(tmp_path / path)}])
+    good = put(tmp_path / "good.bin", ids(700))
+    dataset = mixed([{"name": "a", "train_data_path": str(good)}])
+    good.unlink()
+    with pytest.raises(DataError, match="^source a: .*good.bin"):
+        taken(dataset, 1)
 
 
 def alone_lines(source: dict[str, Any]) -> list[str]:
