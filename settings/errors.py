@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from settings.addresses import shareable
 from settings.terminal import printable
 
 MAX_PROBLEMS = 100  # shown
@@ -32,7 +33,7 @@ class UserError(Exception):
     """Whether every rank raises it, so that one of them prints it."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(printable(text))
+        super().__init__(printable(shareable(text)))
 
 
 class ConfigError(UserError):

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from settings.addresses import shareable
 from settings.entries import change_entry, describe, read_list, read_value
 from settings.errors import Origin, Problem
 from settings.names import (
@@ -233,7 +232,7 @@ class _LayerReader:
                 f"{key}: given twice{both} (first at line {first.origin.line}). Keep one"
             )
         if value != before:
-            values = f"{shown(shareable(before))} and {shown(shareable(value))}"
+            values = f"{shown(before)} and {shown(value)}"
             self.layer.note(f"{key}: given twice{both}: {values}. The last one is taken")
 
     def _replace_word(self, option: Option, value: Value) -> Value:

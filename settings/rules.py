@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from settings.addresses import HIDDEN, shareable
+from settings.addresses import shareable
 from settings.errors import Origin, Problem
 from settings.schema import Option, default_of
 from settings.values import to_text
@@ -128,7 +128,7 @@ def setting(sections: Any, key: str) -> str:
     value = _value(sections, key)
     if isinstance(value, tuple):  # a list: the names of its entries
         return f"{key}=[{', '.join(entry.name for entry in value)}]"
-    return f"{key}={to_text(value) if shareable(value) == value else HIDDEN}"
+    return f"{key}={shareable(to_text(value))}"
 
 
 def is_default(sections: Any, key: str) -> bool:

@@ -46,7 +46,7 @@ def _drop_token_files(merged: Merged) -> None:
         given = merged.given.get(key)
         if given and given.value and given.origin.layer < merged.layer(_FOLDER):
             del merged.given[key]
-            merged.note(f"{_FOLDER} takes the place of {key}={shareable(given.value)}")
+            merged.note(f"{_FOLDER} takes the place of {key}={shareable(str(given.value))}")
 
 
 class _Schedule:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from settings.addresses import shareable
 from settings.schema import LARGEST_INT, REQUIRED, Option, Section, entry_values
 from settings.terminal import is_control
 
@@ -122,7 +123,7 @@ def expected(option: Option) -> str:
 def shown(value: Any) -> str:
     """Returns a value as a message shows it: text in quotes, numbers and words as typed."""
     if isinstance(value, str):
-        cut = _cut(value)
+        cut = _cut(shareable(value))  # before it is cut: a password ends at "@"
         bare = value and (_NUMBER.fullmatch(cut) or cut.lower() in _WORDS)
         return cut if bare else one_line(cut)
     if isinstance(value, (bool, int, float)) or value is None:

@@ -15,7 +15,7 @@ SCRIPTS = ("train", "launch", "sample", "prepare", "export", "runs")
 
 # Each folder may import itself and those above it in this list; of one line, none the others.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("settings.terminal", "settings.formatting"),
+    ("settings.addresses", "settings.terminal", "settings.formatting"),
     ("settings.errors",),
     ("settings.cli",),
     ("files",),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from config import CheckpointError, Config, ConfigError
 from engine.checkpoint.load import check_format
+from engine.run_directory.environment import command_words
 from engine.run_directory.environment_file import read_environment, sessions_of
 from engine.run_directory.find_checkpoint import (
     Resume,
@@ -79,10 +79,11 @@ def _run_of_this_job(runs: Iterable[Path]) -> Path | None:
     A job may train several runs, one after the other: the command line tells them apart. It names
     the config's file and not its content, so an edit of the file does not hide the run.
     """
+    own = slurm_job(), command_words()
     for run in sorted(runs, reverse=True) if was_requeued() else ():
         with contextlib.suppress(OSError, ValueError):
             for session in sessions_of(read_environment(run)):
-                if (session.get("slurm_job"), session.get("command")) == (slurm_job(), sys.argv):
+                if (session.get("slurm_job"), session.get("command")) == own:
                     return run
     return None
 

@@ -26,6 +26,7 @@ from engine.planning.advice import memory_lines
 from engine.planning.memory import MemoryBudget, MemoryEstimator
 from engine.schedule import learning_rate
 from model.interface import LanguageModel
+from settings.addresses import shareable
 from settings.formatting import format_count
 
 MOST_EPOCHS = 4  # of one text that are worth about as much as new text: arXiv 2305.16264
@@ -76,7 +77,7 @@ def _used(used: int, size: int | None) -> str:
 def origin_lines(request: Request) -> list[str]:
     """Returns the files and overrides that the config was read from."""
     files = f"Config: {', '.join(request.files)}"
-    return [files, *(f"Override: {text}" for text in request.overrides), *request.notes]
+    return [files, *(f"Override: {shareable(text)}" for text in request.overrides), *request.notes]
 
 
 def planned_steps(

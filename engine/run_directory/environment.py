@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from settings.addresses import shareable
 from settings.slurm import slurm_job
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken")
@@ -26,7 +27,7 @@ def describe_session(device: str) -> dict[str, Any]:
     revision of this project."""
     return {
         "time": now(),
-        "command": sys.argv,
+        "command": command_words(),
         "folder": os.getcwd(),
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
@@ -38,6 +39,11 @@ def describe_session(device: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": device,
     }
+
+
+def command_words() -> list[str]:
+    """Returns the command line as files may keep it."""
+    return [shareable(word) for word in sys.argv]
 
 
 def now() -> str:

@@ -217,11 +217,14 @@ def test_the_environment_is_told_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    replaced = "parquet_dir=s3://a:hf_secret@b"
+    monkeypatch.setattr(sys, "argv", ["train.py", replaced, "parquet_dir=x"])
     with RunDirectory.start(make_config(tmp_path), facts={"device": "cpu"}) as run:
         text = (run.prepare() / "environment.json").read_text()
     told = json.loads(text)
     assert told["torch"] == version("torch")  # where +cu130 may be missing
-    assert (told["device"], told["resumed"], told["command"]) == ("cpu", [], sys.argv)
+    assert (told["device"], told["resumed"]) == ("cpu", [])
+    assert told["command"] == ["train.py", "parquet_dir=(an address)", "parquet_dir=x"]
     assert "hf_secret" not in text
 
 

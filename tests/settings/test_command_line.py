@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from config import Config, ConfigError
+from engine.planning.summary import origin_lines
 from settings import names
 from settings.foreign import fivezeroes_bdh
 from tests.settings.conftest import ROOT, Ask, Complain, check, options
@@ -334,3 +335,15 @@ def test_no_note_on_an_address_that_gives_way_shows_its_password(ask: Ask) -> No
         assert request.notes and "secret" not in "".join(request.notes)
     request = ask(f"parquet_dir={address} parquet_dir=x")
     assert request.notes and "secret" not in "".join(request.notes)
+    assert "secret" not in "".join(origin_lines(request))
+
+
+@pytest.mark.parametrize(
+    "word", ["cache_bytes={}", "attention={}", "--config={}", "{}", "no_option={}", "lr={}"]
+)
+def test_no_message_shows_a_password_of_an_address(complaint: Complain, word: str) -> None:
+    for address in (
+        *("https://me:secret@host/x.yaml", "s3://me:se/cret@bucket", "https:/me:secret@host/x"),
+        *("https://h/x?Signature=secret", f"https://me:secret{'x' * 60}@host/x"),
+    ):
+        assert "cret" not in complaint(word.format(address)), address

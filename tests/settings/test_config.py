@@ -139,6 +139,18 @@ dataset.parquet_dir=s3://KEY:SECRET@bucket/text
 dataset.train_data_path=https://host/train.bin?Signature=SECRET
     dataset.train_data_path has a query string (?...), which would be kept in the run's files;
     credentials belong in the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN).
+dataset.parquet_dir=s3://KEY:SEC/RET@bucket/text
+    dataset.parquet_dir has a user name or password before the host, which would be kept in the
+    run's files; credentials belong in the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS,
+    HF_TOKEN).
+dataset.parquet_dir=https://user:p/w@host/text
+    dataset.parquet_dir is no address: what follows the host's ':' is no port, or a bracket is open.
+dataset.parquet_dir=http://[::1/text
+    dataset.parquet_dir is no address: what follows the host's ':' is no port, or a bracket is open.
+dataset.parquet_dir=https:/user:pw@host/text
+    dataset.parquet_dir has one slash after its scheme; did you mean https://...?
+dataset.parquet_dir=https://host/a#b.parquet
+    dataset.parquet_dir holds a '#', which ends a web address; write %23 for one in a name.
 dataset.parquet_dir=ftp://host/text
     dataset.parquet_dir is neither a folder nor one of s3://, gs://, https://,
     hf://datasets/OWNER/NAME@REV.
@@ -285,7 +297,7 @@ def made(values: dict[str, dict[str, Any]]) -> Config:
 def test_no_message_repeats_an_address_that_may_hold_a_password() -> None:
     with pytest.raises(ConfigError) as caught:
         made(sections("dataset.name=owt dataset.train_data_path=s3://a:SECRET@bucket/t.bin"))
-    assert "(an address) name two texts" in str(caught.value)
+    assert '"(an address)" name two texts' in str(caught.value)
     assert "SECRET" not in str(caught.value)
 
 
