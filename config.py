@@ -249,7 +249,11 @@ class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="te
         "error", "unreadable file: stop or leave it out", effect="results"
     )
     cache_bytes: int = option(
-        1 << 32, "local copies of remote text, at most", on_resume="free", effect="none", ge=0
+        1 << 32,
+        "kept of remote parquet; as much of token files",
+        on_resume="free",
+        effect="none",
+        ge=0,
     )
     retry_seconds: float = option(
         120.0, "remote reads are tried again", on_resume="free", effect="none", ge=0, le=240

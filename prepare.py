@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -30,6 +31,7 @@ import numpy as np
 from config import DataError, TokenizerConfig
 from data.preparation import stdlib_corpus
 from data.preparation.convert import Job, Progress, convert
+from data.preparation.download import without_query
 from data.preparation.errors import writing
 from data.preparation.next_command import train_on_parquet, train_on_tokens
 from data.preparation.parquet_writer import Document, write_folder
@@ -42,6 +44,7 @@ from data.sources.tokens.meta import read_meta_file, write_json
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.bpe import train_bpe
 from data.tokenizers.build import build_tokenizer
+from settings.addresses import is_remote
 from settings.cli import exit_on_signals, number_type, run_command
 from settings.formatting import format_plural
 
@@ -309,12 +312,14 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     write_json(args.out, json.loads(tokenizer.to_dict()["json"]))
     size = sum(len(text.encode()) for text in sample)
     n_tokens = sum(len(tokenizer.encode(text)) for text in sample)
+    source = without_query(args.source) if is_remote(args.source) else args.source
+    command = ["python", "prepare.py", source, "data/NAME", "--tokenizer", str(args.out)]
     is_short = tokenizer.vocab_size < args.vocab_size
     print(
         f"Wrote {args.out} ({time.monotonic() - start:.1f} s): {tokenizer.vocab_size:,} tokens"
         f"{' (the text has no more pairs that occur twice)' if is_short else ''}; "
         f"{size / n_tokens:.2f} bytes per token on {size / 1e6:.1f} MB of the text\n"
-        f"Next: python prepare.py {args.source} data/NAME --tokenizer {args.out}"
+        f"Next: {shlex.join(command)}"
     )
 
 

@@ -202,8 +202,8 @@ def _open_token_files(
         opened.append(open_files(files, dtypes, descriptions))
         notes += note
     train_files, val_files = opened[0], opened[1] if len(opened) > 1 else ()
-    notes = _checked_notes(train_files + val_files, tokenizer.vocab_size) + notes
-    notes += [f"Copy of {address}: {path}" for address, path in here.items()]
+    copied = [f"Copy of {address}: {path}" for address, path in here.items()]
+    notes = copied + _checked_notes(train_files + val_files, tokenizer.vocab_size) + notes
     text = TokenDataset(
         train_files, val_files, tokenizer, dataset, tuple(dict.fromkeys(notes)), remote
     )

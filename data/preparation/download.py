@@ -31,6 +31,7 @@ _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 1 << 18
 _ARCHIVES = (".tgz", ".zip", ".xz", ".tar", ".7z", ".rar", ".pdf")
 _RETRIED = {408, 416, 425, 429}  # besides 500 and above
+_KEPT_IN_URLS = "%/:=&?~#+!$,;'@()*[]"  # other characters are quoted, as browsers do
 
 
 def is_url(text: str) -> bool:
@@ -41,6 +42,10 @@ def is_url(text: str) -> bool:
 def without_query(url: str) -> str:
     """Returns an address as it may be shown and kept: its query may be a signature."""
     return url.partition("?")[0]
+
+
+class _BrokenAnswerError(Exception):
+    """An answer that is not whole, or not to what was asked."""
 
 
 def read_url_list(path: Path) -> list[str]:
@@ -96,17 +101,30 @@ def download(url: str, target: Path) -> Iterator[tuple[int, int]]:
             yield from _attempt(url, target)
             return
         except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
+            # Not error.reason: of a refused redirect it holds the address, which may be signed.
+            reason = f"HTTP {error.code} {http.client.responses.get(error.code, '')}".rstrip()
             error.close()
             if error.code < 500 and error.code not in _RETRIED:
                 raise DataError(f"{shown}: {reason}") from None
             if error.code == 416:  # the part is longer than the file, so it is of another version
                 _part(target).unlink(missing_ok=True)
+        except http.client.InvalidURL:
+            raise DataError(f"{shown}: no valid address") from None
+        except _BrokenAnswerError as error:
+            reason = str(error)
         except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = _reason(error)
     raise DataError(
         f"{shown}: {reason} ({_ATTEMPTS} attempts). The same command continues the download."
     )
+
+
+def _reason(error: Exception) -> str:
+    """Returns what went wrong, without the error's own text: that may hold the whole address."""
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(inner, OSError) and inner.strerror:
+        return inner.strerror
+    return type(inner if isinstance(inner, Exception) else error).__name__
 
 
 def _attempt(url: str, target: Path) -> Iterator[tuple[int, int]]:
@@ -116,11 +134,12 @@ def _attempt(url: str, target: Path) -> Iterator[tuple[int, int]]:
     if done and saved.get("url") == _digest(url) and saved.get("version"):
         # If-Range: a server whose file has changed since answers with the whole new one (200).
         headers |= {"Range": f"bytes={done}-", "If-Range": saved["version"]}
-    request = urllib.request.Request(url, headers=headers)
+    address = urllib.parse.quote(url, safe=_KEPT_IN_URLS)
+    request = urllib.request.Request(address, headers=headers)
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         if response.status == 206:
             if not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-                raise OSError("the server sent another range than asked for")
+                raise _BrokenAnswerError("the server sent another range than asked for")
         else:
             done = 0
             _save_version(target, url, response.headers)
@@ -133,7 +152,7 @@ def _attempt(url: str, target: Path) -> Iterator[tuple[int, int]]:
         if not done:
             _write_block(part, b"", 0)
     if total and done != total:
-        raise OSError(f"the connection ended after {done} of {total} bytes")
+        raise _BrokenAnswerError(f"the connection ended after {done} of {total} bytes")
     with writing(target):
         durable_rename(part, target)
 

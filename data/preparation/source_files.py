@@ -34,6 +34,7 @@ from settings.addresses import address_fault, is_remote
 
 RETRY_S = DatasetConfig().retry_seconds
 _BLOCK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 12
 
 
 def is_corpus(source: str) -> bool:
@@ -48,7 +49,20 @@ def local_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:
     paths = [_unpacked(path, folder, number) for number, path in enumerate(files)]
     for path in paths:
         check_readable(path)
+    if not is_url_list and paths == [Path(source)]:
+        _warn_of_addresses(paths[0])
     return paths
+
+
+def _warn_of_addresses(path: Path) -> None:
+    """Prints a warning if a file looks like a list for --urls."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES).decode("utf-8", "replace")
+    # The last line may be cut.
+    lines = [line.strip() for line in head.splitlines()[: -1 if len(head) == _HEAD_BYTES else None]]
+    addresses = [line for line in lines if line and not line.startswith("#")]
+    if addresses and all(map(is_remote, addresses)):
+        print(f"{path}: every line is an address; did you mean --urls?", file=sys.stderr)
 
 
 def _found_files(source: str, is_url_list: bool, folder: Path) -> list[Path]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +16,11 @@ from config import DataError, WriteError
 from data.remote.access import RemoteFile
 from data.remote.listing import Listing
 from data.remote.store import RemoteStore
+from data.remote.threads import map_ahead
 from data.sources.cache import cache_folder
 from files.atomic import durable_rename
 from files.regular import open_regular
+from settings.formatting import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +50,17 @@ def copy_file(
     # Another version of the file has another tag: its beginning is not continued.
     version = hashlib.blake2b(f"{url} {tag} {size}".encode(), digest_size=8).hexdigest()
     part = target.with_name(f".{target.name}.{version}.part")
+
+    def read(start: int) -> bytes:
+        return store.read(url, tag, start, min(size, start + PIECE_BYTES))
+
     try:
         with os.fdopen(open_regular(part, os.O_RDWR | os.O_CREAT), "r+b") as out:
             # Each piece is synced before the next: only the last may be damaged by a power loss.
             done = max(0, out.seek(0, os.SEEK_END) - 1) // PIECE_BYTES * PIECE_BYTES
             out.seek(done)
             out.truncate()
-            for piece in _pieces(store, url, tag, done, size):
+            for piece in map_ahead(read, range(done, size, PIECE_BYTES), _AT_ONCE):
                 out.write(piece)
                 out.flush()
                 os.fsync(out.fileno())
@@ -66,22 +69,6 @@ def copy_file(
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise WriteError(f"{target}: cannot be written: {reason}") from None
-
-
-def _pieces(store: RemoteStore, url: str, tag: str, start: int, size: int) -> Iterator[bytes]:
-    """Yields the bytes from `start` on in order, a few pieces asked for at a time."""
-    read = partial(store.read, url, tag)
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="copy") as pool:
-        waiting = deque[Future[bytes]]()
-        try:
-            for begin in range(start, size, PIECE_BYTES):
-                waiting.append(pool.submit(read, begin, min(size, begin + PIECE_BYTES)))
-                if len(waiting) > _AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def local_copies(store: RemoteStore, listing: Listing, limit_bytes: int) -> Path:
@@ -115,10 +102,10 @@ def _locked_copies(store: RemoteStore, listing: Listing, folder: Path, limit_byt
         fcntl.flock(lock, fcntl.LOCK_SH)
         if missing():
             fcntl.flock(lock, fcntl.LOCK_EX)  # gives the other up first, so two do not wait forever
-            folder.mkdir(exist_ok=True)
-            needed = sum(file.size for file in listing.files)
             if to_copy := missing():
-                _make_room(folder, needed, limit_bytes, listing.root)
+                _make_room(folder, lock, listing, limit_bytes)
+                size = format_bytes(sum(file.size for file in to_copy))
+                log.warning("Copying %s to %s, once: %s", listing.address, folder, size)
             for file in to_copy:
                 url, target = listing.url(file), folder / file.path
                 said = partial(_say_progress, url, file.size, [time.monotonic()])
@@ -139,30 +126,53 @@ def _lock_of(folder: Path) -> int:
 def _say_progress(url: str, size: int, said_at: list[float], done: int) -> None:
     if time.monotonic() - said_at[0] > _LINE_EVERY_S:
         said_at[0] = time.monotonic()
-        log.warning("Copying %s, once: %d %% of %.1f GB", url, done * 100 // size, size / 1e9)
+        log.warning("Copying %s: %d %% of %s", url, done * 100 // size, format_bytes(size))
 
 
-def _make_room(folder: Path, needed: int, limit_bytes: int, source: str) -> None:
-    """Deletes copies that are not in use until `needed` bytes fit beside them; raises DataError if
-    they do not. Of `folder`, those bytes are a part."""
-    sizes = {
-        path: sum(file.stat().st_size for file in path.iterdir())
-        for path in folder.parent.iterdir()
-        if path.is_dir() and path != folder
-    }
-    total = sum(sizes.values())
-    for path in sorted(sizes, key=lambda path: path.stat().st_mtime_ns):
-        if total + needed <= limit_bytes or needed > limit_bytes:
-            break
-        lock = _lock_of(path)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-            total -= sizes[path]
+def _make_room(folder: Path, lock: int, listing: Listing, limit_bytes: int) -> None:
+    """Makes `folder` and notes in its lock file the bytes that it is to hold. Copies that are not
+    in use are deleted until all fit; raises DataError if they do not."""
+    needed = sum(file.size for file in listing.files)
+    copies = folder.parent
+    guard = open_regular(copies / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # or two processes would fill the same room
+        others = [path for path in copies.iterdir() if path.is_dir() and path != folder]
+        sizes = {path: _promised_bytes(path) for path in others}
+        total = sum(sizes.values())
+        for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
+            if total + needed <= limit_bytes or needed > limit_bytes:
+                break
+            if _delete_unused(path):
+                total -= sizes[path]
+        if total + needed > limit_bytes:
+            used = f", and other copies in use take {format_bytes(total)}" if total else ""
+            raise DataError(
+                f"{listing.address}: token files are copied to this machine whole: "
+                f"{format_bytes(needed)}{used}, but dataset.cache_bytes is {limit_bytes}. Set it "
+                f"to {total + needed} or more."
+            )
+        os.pwrite(lock, b"%20d" % needed, 0)
+        folder.mkdir(exist_ok=True)
+    finally:
+        os.close(guard)
+
+
+def _promised_bytes(folder: Path) -> int:
+    lock = _lock_of(folder)
+    try:
+        return int(os.pread(lock, 20, 0).strip() or 0)
+    finally:
         os.close(lock)
-    if total + needed > limit_bytes:
-        used = f" and {total / 1e9:.2f} GB of other copies are in use" if total else ""
-        raise DataError(
-            f"{source}: token files are copied to this machine whole, {needed / 1e9:.2f} GB, but "
-            f"dataset.cache_bytes is {limit_bytes / 1e9:.2f} GB{used}. Raise it."
-        )
+
+
+def _delete_unused(folder: Path) -> bool:
+    lock = _lock_of(folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from data.remote.access import has_magic
 from data.sources.parquet.text_column import AUTO
+from data.sources.tokens.file import ENDINGS
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Arrow's names of them, by the ending that follows a file's own: a.jsonl.gz."""
@@ -27,9 +28,18 @@ def uncompressed_name(name: str) -> str:
     return stem if ending.lower() in COMPRESSIONS else name
 
 
-def prepare_remedy(source: str, column: str = AUTO) -> str:
-    """Returns what to do with text at a path or URL: the command, quoted for a shell, and the
-    option to set then. `column` is dataset.text_column."""
+def prepare_remedy(source: str, column: str = AUTO, found: str = "") -> str:
+    """Returns what to do with a path or URL that holds no parquet: the command that prepares text,
+    quoted for a shell, and the option to set then; of token files, their option.
+
+    Args:
+        column: dataset.text_column.
+        found: what a folder holds, as `Listing.others` tells it.
+    """
+    kinds = [ending for ending in ENDINGS if f"*{ending}" in found]
+    if source.endswith(ENDINGS) or (kinds and not any(f"*{e}" in found for e in TEXT_ENDINGS)):
+        path = f"{source.rstrip('/')}/train{kinds[0]}" if kinds else source
+        return f"For token files set dataset.train_data_path={shlex.quote(path)}"
     is_folder = not (has_magic(source) or source.lower().endswith(TEXT_ENDINGS))
     if source.startswith(("http://", "https://")) and is_folder:
         # Without the slash prepare.py would take the page of the folder for the text.

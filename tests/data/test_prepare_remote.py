@@ -13,7 +13,7 @@ import pytest
 import data
 import prepare
 from config import DataError, DatasetConfig, TokenizerConfig
-from data.preparation import source_files
+from data.preparation import download, source_files
 from data.remote import access, copies
 from data.remote import store as store_module
 from tests.data.parquet_folder import write
@@ -136,3 +136,44 @@ def test_remote_text_that_is_not_parquet_is_answered_with_the_command_that_prepa
     assert said is not None
     assert prepare.main(shlex.split(said[2])) == 0
     assert "one" in pq.read_table(said[1])["text"].to_pylist()
+
+
+@pytest.mark.parametrize("path", ["tokens", "tokens/train.bin"])
+def test_token_files_given_as_parquet_are_answered_with_their_option(
+    path: str, web_server: WebServer
+) -> None:
+    web_server.files |= {"tokens/train.bin": b"xy" * 9, "tokens/val.bin": b"xy" * 9}
+    Path("tokens").mkdir()
+    Path("tokens/text.bin").write_bytes(b"xy")
+    local = path.replace("train", "text")
+    for place, told in ((f"{web_server.url}/{path}", f"{web_server.url}/tokens"), (local, local)):
+        with pytest.raises(DataError, match=f"set dataset.train_data_path={told}"):
+            data.open_dataset(DatasetConfig(parquet_dir=place), TokenizerConfig())
+
+
+def test_signatures_in_addresses_are_never_shown(
+    web_server: WebServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.0)
+    web_server.files["a b.txt"] = b"one two " * 99
+    address = f"{web_server.url}/a b.txt?X-Amz-Signature=SEKRET"
+    assert prepare.main(["train-tokenizer", address, "own.json"]) == 0
+    said = capsys.readouterr().out
+    assert f"Next: python prepare.py '{web_server.url}/a b.txt' data/NAME" in said
+    web_server.stop()
+    assert prepare.main([address.replace("a b", "c"), "out"]) == 3
+    refused = capsys.readouterr().err
+    assert "c.txt: Connection refused (5 attempts)" in refused
+    assert "SEKRET" not in said + refused
+
+
+def test_a_list_of_addresses_without_urls_is_warned_of(
+    web_server: WebServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web_server.files["a.txt"] = b"one"
+    Path("list.txt").write_text(f"# two\n{web_server.url}/a.txt\n\ns3://bucket/b.txt\n")
+    Path("text.txt").write_text(f"See\n{web_server.url}/a.txt\n")
+    prepared("list.txt")
+    assert "list.txt: every line is an address; did you mean --urls?" in capsys.readouterr().err
+    prepared("text.txt")
+    assert capsys.readouterr().err == ""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from data.remote.listing import Listing, list_files
 from data.remote.store import RemoteError, RemoteStore
 from data.sources.dataset import pinned_revisions
 from data.sources.parquet.index import Index
+from data.sources.parquet.remote_index import build_remote_index
 from data.sources.tokens.meta import write_meta
 from data.tokenizers.simple import ByteTokenizer
 from tests.conftest import TINY
@@ -253,7 +256,10 @@ def token_config(address: str, **options: Any) -> Config:
 
 
 def test_token_files_are_copied_once_with_their_description(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(copies, "PIECE_BYTES", 1 << 10)
     root, server, put = place
@@ -266,13 +272,15 @@ def test_token_files_are_copied_once_with_their_description(
     first = data.open_dataset(config.dataset, config.tokenizer)
     reads = len(server.faults.reads)
     assert first.stats.tokens == 20_000 and reads >= 20
+    assert f"Copying {root}/text/train.bin to {tmp_path}" in caplog.text
+    assert first.lines()[3].startswith(f"Copy of {root}/text/train.bin: {tmp_path}")
     again = data.open_dataset(config.dataset, config.tokenizer)
     assert again.fingerprint == first.fingerprint
     copies._in_use.clear()  # as in another process, while this one keeps its lock
     again = data.open_dataset(config.dataset, config.tokenizer)
     assert len(server.faults.reads) == reads, "the copy is there"
     again.check_unchanged(first.summary())
-    with pytest.raises(DataError, match=r"whole, 0.00 GB, but dataset.cache_bytes"):
+    with pytest.raises(DataError, match=r"whole: 20\.\d kB, .*cache_bytes is 100. Set it to 40"):
         other = token_config(f"{root}/text/", token_dtype="uint8", cache_bytes=100)
         data.open_dataset(other.dataset, other.tokenizer)
 
@@ -281,6 +289,7 @@ def test_an_interrupted_copy_goes_on_where_it_was(
     web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copies, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(copies, "_AT_ONCE", 1)  # so that none is on its way at the interruption
     web_server.files["a.bin"] = BODY
     url, tag = one_file(f"{web_server.url}/a.bin")
 
@@ -302,6 +311,46 @@ def test_an_interrupted_copy_goes_on_where_it_was(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.bin"]
 
 
+@pytest.mark.parametrize("what", ["copy", "footers"])
+def test_an_interrupted_start_does_not_wait_for_a_server_that_stays_away(
+    what: str, web_server: WebServer, tmp_path: Path
+) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    web_server.files |= {"a.bin": BODY, "b/c.parquet": b"PAR1" * 9, "b/d.parquet": b"PAR1" * 9}
+    url, tag = one_file(f"{web_server.url}/a.bin")
+    web_server.faults.rate, web_server.faults.kinds = 1.0, ("503",)
+    store = RemoteStore(20.0)
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        if what == "copy":
+            copy_file(store, url, tag, len(BODY), tmp_path / "a.bin")
+        else:
+            build_remote_index(store, f"{web_server.url}/b", "text")
+    assert time.monotonic() - began < 5
+    store.closed.set()
+
+
+def test_two_processes_do_not_fill_the_same_room(
+    web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web_server.files |= {"a.bin": BODY, "b.bin": BODY}
+    first, second = (
+        list_files(RemoteStore(0.0), f"{web_server.url}/{name}", (".bin",))
+        for name in ("a.bin", "b.bin")
+    )
+
+    def copy_meanwhile(*_: object) -> None:  # of the first nothing is on disk yet
+        copies.local_copies(RemoteStore(5.0), second, len(BODY))
+
+    monkeypatch.setattr(copies, "copy_file", copy_meanwhile)
+    with pytest.raises(DataError, match=r"b\.bin: .* other copies in use take 16\.4 kB"):
+        copies.local_copies(RemoteStore(5.0), first, len(BODY))
+
+
 def test_unused_copies_make_room_and_used_ones_do_not(
     web_server: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +362,7 @@ def test_unused_copies_make_room_and_used_ones_do_not(
     first, second = (
         copies.local_copies(RemoteStore(5.0), listing(name), limit) for name in ("a.bin", "b.bin")
     )
-    with pytest.raises(DataError, match="other copies are in use"):
+    with pytest.raises(DataError, match="other copies in use take"):
         copies.local_copies(RemoteStore(5.0), listing("c.bin"), limit)
     os.close(copies._in_use.pop(first))
     third = copies.local_copies(RemoteStore(5.0), listing("c.bin"), limit)

@@ -15,7 +15,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +26,7 @@ from config import DataError
 from data.loading.order import Booleans, Integers
 from data.remote.listing import Listing
 from data.remote.store import RemoteError
+from data.remote.threads import map_ahead
 from data.sources.cache import cache_path, load_arrays, save_arrays
 from data.sources.dataset import check_file_unchanged
 from data.sources.parquet.text_column import AUTO, USUAL_NAMES, column_number, find_column
@@ -219,7 +219,7 @@ def _find_files(root: str, column: str) -> list[File]:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     if not found:
         listed = ", ".join(f"{count} *{ending}" for ending, count in others.most_common(5))
-        remedy = prepare_remedy(root, column) if listed else "Correct the path."
+        remedy = prepare_remedy(root, column, listed) if listed else "Correct the path."
         raise DataError(
             f"dataset.parquet_dir '{root}' holds no *.parquet (found {listed or 'nothing'}). "
             f"{remedy}"
@@ -287,16 +287,14 @@ def _read_footers(
         log.warning("Reading the footers of %s files below %s, once", f"{unread:,}", root)
     readable: dict[File, Footer] = {}
     first_error = ""
-    with ThreadPoolExecutor(footers.at_once, thread_name_prefix="footers") as pool:
-        # After an error `map` cancels the reads that have not begun.
-        for file, footer in zip(
-            found, (map if footers.at_once == 1 else pool.map)(read, found), strict=True
-        ):
-            if isinstance(footer, DataError):
-                log.warning("skipped: %s", footer)
-                first_error = first_error or str(footer)
-            else:
-                readable[file] = footer
+    one_by_one = footers.at_once == 1
+    read_all = map(read, found) if one_by_one else map_ahead(read, found, footers.at_once)
+    for file, footer in zip(found, read_all, strict=True):
+        if isinstance(footer, DataError):
+            log.warning("skipped: %s", footer)
+            first_error = first_error or str(footer)
+        else:
+            readable[file] = footer
     if not readable:
         raise DataError(
             f"{root}: none of its {len(found)} parquet files can be read: {first_error}"

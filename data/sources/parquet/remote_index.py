@@ -25,6 +25,7 @@ from data.sources.parquet.index import (
 )
 from data.sources.parquet.text_column import find_column
 from data.sources.prepare_command import TEXT_ENDINGS, prepare_remedy
+from data.sources.tokens.file import ENDINGS
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +44,17 @@ def build_remote_index(
     Args:
         revision: the commit of the Hub to take in place of what the address says.
     """
-    if address.lower().endswith(TEXT_ENDINGS) and not address.endswith(".parquet"):
+    is_text = address.lower().endswith(TEXT_ENDINGS) and not address.endswith(".parquet")
+    if is_text or address.endswith(ENDINGS):
         remedy = prepare_remedy(address, column)
         raise DataError(f"dataset.parquet_dir '{address}' is no parquet. {remedy}")
     listing = list_files(store, address, (".parquet",), revision)
     if not listing.files:
-        remedy = prepare_remedy(address, column) if listing.others else "Correct the address."
+        others = listing.others
+        remedy = prepare_remedy(address, column, others) if others else "Correct the address."
         raise DataError(
-            f"dataset.parquet_dir '{address}' holds no *.parquet (found "
-            f"{listing.others or 'nothing'}). {remedy}"
+            f"dataset.parquet_dir '{address}' holds no *.parquet (found {others or 'nothing'}). "
+            f"{remedy}"
         )
     tags = {file.path: file.tag for file in listing.files}
     found = [File(file.path, file.size, _stamp(file.tag)) for file in listing.files]
