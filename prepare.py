@@ -32,7 +32,7 @@ from config import DataError, TokenizerConfig
 from data.preparation import stdlib_corpus
 from data.preparation.convert import Job, Progress, convert
 from data.preparation.download import without_query
-from data.preparation.errors import writing
+from data.preparation.errors import naming_own_options, writing
 from data.preparation.next_command import train_on_parquet, train_on_tokens
 from data.preparation.parquet_writer import Document, write_folder
 from data.preparation.progress import ProgressLine
@@ -173,6 +173,7 @@ def read_tokenizer_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@naming_own_options()
 def write_parquet(args: argparse.Namespace) -> None:
     """Writes a folder of parquet files."""
     if is_corpus(args.source):
@@ -217,6 +218,7 @@ def _print_kept(folder: Path) -> None:
         print(f"The source is kept in {folder}; delete it if you no longer need it")
 
 
+@naming_own_options()
 def write_tokens(args: argparse.Namespace) -> None:
     """Writes token files and their description."""
     start = time.monotonic()
@@ -298,6 +300,7 @@ def _report(output: TokenOutput, counts: Counts, seconds: float) -> None:
     )
 
 
+@naming_own_options()
 def train_tokenizer(args: argparse.Namespace) -> None:
     """Trains a byte-level BPE vocabulary and writes its tokenizer.json."""
     start = time.monotonic()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import DataError, WriteError
+from data.sources.parquet.text_column import OPTION
 
 
 @contextlib.contextmanager
@@ -17,6 +18,16 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def naming_own_options() -> Iterator[None]:
+    """Lets a DataError of code that runs share name the option of prepare.py."""
+    try:
+        yield
+    except DataError as error:
+        error.args = (str(error).replace(OPTION, "--text-column NAME"),)
+        raise
 
 
 def read_error(path: str | os.PathLike[str], error: OSError) -> DataError:

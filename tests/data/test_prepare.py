@@ -497,7 +497,7 @@ def test_a_column_that_holds_no_strings_is_answered_with_a_remedy(
     cases: dict[str, list[Any]] = {
         r"binary, not string; string columns: path\. Name .*str\.decode\('utf-8'\)": [b"text"],
         r"list<\w+: string>, not string; .*df\.explode\('text'\)": [["a", "b"]],
-        r"int64, not string; .*text_column=NAME, with prepare\.py --text-column NAME$": [1],
+        r"int64, not string; .*Name one of these: --text-column NAME$": [1],
     }
     for remedy, values in cases.items():
         pq.write_table(pa.table({"text": values, "path": ["a"]}), "a.parquet")

@@ -12,7 +12,8 @@ from config import DataError
 AUTO = "auto"
 """In place of a name: the column that `choose_column` finds."""
 USUAL_NAMES = ("text", "content", "raw_content", "document", "article", "body", "code")
-_OPTION = "dataset.text_column=NAME, with prepare.py --text-column NAME"
+OPTION = "dataset.text_column=NAME"
+"""What errors propose; prepare.py puts its own option in its place."""
 
 
 def choose_column(names: Sequence[str], strings: Sequence[str], place: str) -> str:
@@ -36,7 +37,7 @@ def choose_column(names: Sequence[str], strings: Sequence[str], place: str) -> s
     listed = ", ".join(strings[:20]) or "none"
     raise DataError(
         f"{place}: none of its columns has a usual name ({', '.join(USUAL_NAMES)}), so which one "
-        f"holds the text? Columns of strings: {listed}. Name one: {_OPTION}"
+        f"holds the text? Columns of strings: {listed}. Name one: {OPTION}"
     )
 
 
@@ -55,10 +56,10 @@ def column_number(metadata: Any, column: str, place: str) -> int:
     arrow = schema.to_arrow_schema()
     if column not in arrow.names:
         names = ", ".join(arrow.names[:20]) or "none"
-        raise DataError(f"{place}: no column '{column}'; columns: {names}. Set {_OPTION}")
+        raise DataError(f"{place}: no column '{column}'; columns: {names}. Set {OPTION}")
     strings = ", ".join(_string_columns(metadata)) or "none"
     kind, name = arrow.field(column).type, repr(column)
-    remedy = f"Name one of these: {_OPTION}"
+    remedy = f"Name one of these: {OPTION}"
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         remedy += f"; or store strings, in pandas: df[{name}] = df[{name}].str.decode('utf-8')"
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
