@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config import CheckpointError, Config, ConfigError
 from engine.checkpoint.load import check_format
+from engine.checkpoint.resume_rules import fixed_options
 from engine.run_directory.environment import command_words
 from engine.run_directory.environment_file import read_environment, sessions_of
 from engine.run_directory.find_checkpoint import (
@@ -153,7 +154,7 @@ def _newest_of_experiment(
     checkpoint_dir: Path, differing: Callable[[Config], list[str]]
 ) -> tuple[Resume | None, list[str]]:
     lines: list[str] = []
-    nearest: tuple[list[str], str] | None = None
+    nearest: tuple[list[str], Path, Config] | None = None
     runs = (path for path in checkpoint_dir.glob("run_*") if path.is_dir())
     for run in sorted(runs, reverse=True):
         try:
@@ -167,16 +168,18 @@ def _newest_of_experiment(
             lines.append(f"skipped {run.name}: {error}")
             continue
         if nearest is None or len(keys) < len(nearest[0]):
-            nearest = keys, run.name
+            nearest = keys, run, config
     if nearest is None:
         lines.append(f"auto: no run to resume in {checkpoint_dir}; starting a new one")
     else:
-        keys, name = nearest
+        keys, run, config = nearest
         first = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         lines.append(
-            f"auto: no run in {checkpoint_dir} has this config (nearest: {name}, which differs "
-            f"in {first}); starting a new one"
+            f"auto: no run in {checkpoint_dir} has this config (nearest: {run.name}, which "
+            f"differs in {first}); starting a new one"
         )
+        if not fixed_options(config).intersection(keys):
+            lines[-1] += f"; to go on with it: resume_from_checkpoint={run}"
     return None, lines
 
 

@@ -39,7 +39,7 @@ def _keys(rule: OnResume) -> set[str]:
     return {key for key, option in schema().options.items() if option.on_resume == rule}
 
 
-def _fixed(saved: Config) -> set[str]:
+def fixed_options(saved: Config) -> set[str]:
     """Returns the options that a run begun with `saved` may not change."""
     options = schema().options.items()
     return _keys("fixed") | {
@@ -156,7 +156,7 @@ def check_resumable(
     sequences = sequences_per_step(saved, before), sequences_per_step(present, now)
     if sequences[0] != sequences[1]:
         changed[SEQUENCES_PER_STEP] = sequences
-    refused = sorted(set(changed) & _fixed(saved))
+    refused = sorted(set(changed) & fixed_options(saved))
     if refused:
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(

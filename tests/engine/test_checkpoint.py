@@ -516,10 +516,14 @@ def test_auto_takes_the_newest_run_of_the_same_config(tmp_path: Path) -> None:
         None,
         [f"auto: no run to resume in {root}; starting a new one"],
     )
-    rename_run(finished_run(tmp_path, 30), "run_20250101_000000", seed=1)
+    other = rename_run(finished_run(tmp_path, 30), "run_20250101_000000", seed=1)
     resume, notes = resolve_resume("auto", root, seeds_differ)
     assert resume is None
     assert "nearest: run_20250101_000000, which differs in training.seed, x, y, ...)" in notes[0]
+    assert notes[0].endswith("starting a new one")  # its seed cannot be changed
+    weight = "dataset.mixture.web.weight"
+    _, notes = resolve_resume("auto", root, lambda saved: [weight])
+    assert notes[0].endswith(f"; to go on with it: resume_from_checkpoint={other}")
     rename_run(finished_run(tmp_path, 20), "run_20240101_000000")
     rename_run(finished_run(tmp_path, 10), "run_20240101_000000_01")
     resume, notes = resolve_resume("auto", root, seeds_differ)
