@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from config import DataError, DatasetConfig, TokenizerConfig, source_datasets, t
 from data.remote.copies import local_copies
 from data.remote.listing import Listing
 from data.remote.store import RemoteStore
-from data.sources.dataset import Dataset, Source, errors_of_source
+from data.sources.dataset import Dataset, Source, errors_of_source, summary_of_source
 from data.sources.mixture import MixtureDataset
 from data.sources.parquet.dataset import characters, check_row_groups, check_rows, open_parquet
 from data.sources.parquet.index import Index, build_index
@@ -40,6 +41,7 @@ from settings.addresses import is_remote
 
 SourceIndex: TypeAlias = "Index | tuple[Listing, ...]"
 """The row groups of parquet files; of token files, the listings of those that are remote."""
+_NO_CHECKPOINT: Mapping[str, Any] = MappingProxyType({})
 _LISTED_METAS = 10  # meta files that the start of a run names, at most
 
 
@@ -70,29 +72,31 @@ def open_dataset(
 
 
 def index_sources(
-    dataset: DatasetConfig, pins: Mapping[str, str] | None = None
+    dataset: DatasetConfig, saved: Mapping[str, Any] = _NO_CHECKPOINT
 ) -> dict[str, SourceIndex]:
     """Returns what the files of each source are, by name; asks servers, and reads footers.
 
-    pins: the commits to take for addresses on the Hub.
+    saved: the `summary` of the checkpoint that a run goes on from. Its commits are taken for
+        addresses on the Hub, and DataError is raised for files that have changed since.
     """
-    pins, indexes = pins or {}, dict[str, SourceIndex]()
+    indexes = dict[str, SourceIndex]()
     for name, source in source_datasets(dataset).items():
         with errors_of_source(name):
-            indexes[name] = _index_source(source, pins)
+            indexes[name] = _index_source(source, summary_of_source(saved, name))
     return indexes
 
 
-def _index_source(source: DatasetConfig, pins: Mapping[str, str]) -> SourceIndex:
+def _index_source(source: DatasetConfig, saved: Mapping[str, Any]) -> SourceIndex:
     path, column = source.parquet_dir, source.text_column
+    pins = saved.get("pins", {})
     store, skip_bad = RemoteStore(source.retry_seconds), source.on_bad_shard == "skip"
     tokens = token_paths(_with_token_files(source))
     if tokens is not None:
         remote = [each for each in tokens if each is not None and is_remote(each)]
         return tuple(list_token_files(store, each, pins.get(each, "")) for each in remote)
     if is_remote(path):
-        return build_remote_index(store, path, column, skip_bad, pins.get(path, ""))
-    return build_index(path, column, skip_bad)
+        return build_remote_index(store, path, column, skip_bad, saved)
+    return build_index(path, column, skip_bad, saved)
 
 
 def _with_token_files(dataset: DatasetConfig) -> DatasetConfig:

@@ -11,7 +11,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -204,10 +204,7 @@ class Dataset(ABC):
         """Raises DataError, naming the first difference from the `summary` of a checkpoint."""
         change = self.change(saved)
         if change is not None:
-            raise DataError(
-                f"The data is not what the checkpoint was trained on: {change}. "
-                "Restore it, or start a new run without resume_from_checkpoint."
-            )
+            raise changed_data(change)
 
     def change(self, saved: dict[str, Any]) -> str | None:
         """Returns the first difference from the `summary` of a checkpoint; None without any."""
@@ -236,10 +233,18 @@ class Dataset(ABC):
         )
 
 
-def pinned_revisions(saved: dict[str, Any]) -> dict[str, str]:
-    """Returns the commit that each address on the Hub meant, by the `summary` of a checkpoint."""
-    parts = [saved, *saved.get("sources", [])]
-    return {address: pin for part in parts for address, pin in part.get("pins", {}).items()}
+def summary_of_source(saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns the part of a checkpoint's `summary` that is about one source; {} if it has none."""
+    parts = saved.get("sources", [{"name": "", **saved}])
+    return next((part for part in parts if part["name"] == name), {})
+
+
+def changed_data(change: str) -> DataError:
+    """Returns the error for data that is not that of the checkpoint."""
+    return DataError(
+        f"The data is not what the checkpoint was trained on: {change}. "
+        "Restore it, or start a new run without resume_from_checkpoint."
+    )
 
 
 def remote_details(listings: Sequence[Listing]) -> dict[str, Any]:
@@ -257,7 +262,7 @@ def remote_details(listings: Sequence[Listing]) -> dict[str, Any]:
     return {"pins": pins, "tags": tags}
 
 
-def changed_tags(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+def changed_tags(saved: Mapping[str, Any], now: dict[str, Any]) -> str | None:
     """Returns which files at the same addresses have other tags than at the checkpoint, by the
     `details` of then and now; None without any. Files that moved may have any."""
     then = saved.get("tags", {})

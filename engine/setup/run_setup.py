@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from config import Config, Request, eval_batch, micro_batch
 from data import Dataset, index_sources, open_dataset
@@ -12,7 +13,6 @@ from data.factory import SourceIndex
 from data.loading.order import PLAN_VERSION
 from data.preparation import stdlib_corpus
 from data.run_data import check_data_continues, missing_corpus
-from data.sources.dataset import pinned_revisions
 from engine.checkpoint.resume_rules import (
     adapt_to_world_size,
     check_resumable,
@@ -88,8 +88,7 @@ def prepare_run(request: Request, world: World) -> RunSetup:
     start = find_starting_point(request, world)
     # One process builds what is missing, lists files and reads footers: the others would ask a
     # server for the same, and might see files that came in between.
-    pins = pinned_revisions(start.saved.get("data", {}))
-    indexes = world.on_main(partial(index_data, start.config, pins))
+    indexes = world.on_main(partial(index_data, start.config, start.saved.get("data", {})))
     with world.main_first():  # the main process copies and counts; the others find both done
         options = start.config.tokenizer, start.config.model.vocab_size, start.tokenizer
         dataset = open_dataset(start.config.dataset, *options, indexes=indexes)
@@ -163,16 +162,16 @@ def _batch_as_before(config: Config, saved: Config, world: World) -> Config:
     return found if fits else replace(config, training=replace(found.training, batch_size="auto"))
 
 
-def index_data(config: Config, pins: Mapping[str, str]) -> dict[str, SourceIndex]:
+def index_data(config: Config, saved: Mapping[str, Any]) -> dict[str, SourceIndex]:
     """Returns the index of each source of parquet files. The embedded corpus is built where it is
-    missing. pins: the commit of each address on the Hub that is not to be looked up again."""
+    missing. saved: the data of the checkpoint that the run goes on from."""
     folder = missing_corpus(config)
     if folder is not None:
         console.info(f"{folder} is missing: building it from the Python standard library...")
         built = stdlib_corpus.build(folder)
         size = f"{built.documents} files of source, {built.bytes / 1e6:.1f} MB"
         console.info(f"{size}, {built.seconds:.1f}s")
-    return index_sources(config.dataset, pins)
+    return index_sources(config.dataset, saved)
 
 
 def check_fits(

@@ -22,7 +22,6 @@ from data.remote import store as store_module
 from data.remote.copies import copy_file
 from data.remote.listing import Listing, list_files
 from data.remote.store import RemoteError, RemoteStore
-from data.sources.dataset import pinned_revisions
 from data.sources.parquet.index import Index
 from data.sources.parquet.remote_index import build_remote_index
 from data.sources.tokens.meta import write_meta
@@ -185,7 +184,7 @@ def test_a_run_stays_at_the_commit_it_began_with(hub_server: HubServer, tmp_path
     write(tmp_path / "here" / "new.parquet", ["new"] * 30)
     hub_server.commit(content(tmp_path / "here"))
 
-    indexes = data.index_sources(config, pinned_revisions(saved))
+    indexes = data.index_sources(config, saved)
     resumed = data.open_dataset(config, TokenizerConfig(), indexes=indexes)
     resumed.check_unchanged(saved)
     assert isinstance(indexes[""], Index) and first in indexes[""].root
@@ -205,6 +204,10 @@ def test_files_that_changed_at_their_address_are_refused_and_moved_ones_are_not(
     web_server.files["text/a.parquet"] = original.replace(b"one text", b"two text")
     with pytest.raises(DataError, match=r"text/a.parquet changed on the server"):
         opened(f"{web_server.url}/text").check_unchanged(saved)
+    web_server.files["text/a.parquet"] = original + b"more"  # its footer is not at its end
+    config, size = DatasetConfig(parquet_dir=f"{web_server.url}/text"), len(original)
+    with pytest.raises(DataError, match=f"text/a.parquet had {size} bytes, has {size + 4}"):
+        data.index_sources(config, saved)
 
 
 def test_messages_about_addresses_name_the_remedy(

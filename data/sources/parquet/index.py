@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,12 @@ from data.remote.listing import Listing
 from data.remote.store import RemoteError
 from data.remote.threads import map_ahead
 from data.sources.cache import cache_path, load_arrays, save_arrays
-from data.sources.dataset import check_file_unchanged
+from data.sources.dataset import (
+    changed_data,
+    changed_tags,
+    check_file_unchanged,
+    remote_details,
+)
 from data.sources.parquet.text_column import AUTO, USUAL_NAMES, column_number, find_column
 from data.sources.prepare_command import prepare_remedy
 from settings.addresses import is_remote
@@ -127,15 +132,37 @@ class Index:
         return digest.hexdigest()
 
 
-def build_index(root: str, column: str, skip_bad: bool = False) -> Index:
+def build_index(root: str, column: str, skip_bad: bool, saved: Mapping[str, Any]) -> Index:
     """Reads the footers of all parquet files below `root`, or takes them from the cache.
 
     Files are sorted by the bytes of their relative path; names that start with '.' or '_' are
     passed over. Raises DataError for a missing or empty folder. A file that is not readable or has
     no such text column raises DataError too or, with `skip_bad`, is left out with a warning. The
     column `auto` is that of the first file that can be read.
+
+    saved: the `summary` of a checkpoint; see `check_listed`.
     """
-    return index_files(root, _find_files(root, column), LocalFooters(root), column, skip_bad)
+    found = _find_files(root, column)
+    check_listed(root, found, saved)
+    return index_files(root, found, LocalFooters(root), column, skip_bad)
+
+
+def check_listed(
+    root: str, found: list[File], saved: Mapping[str, Any], listing: Listing | None = None
+) -> None:
+    """Raises DataError for a file that is not what it was by the `summary` of a checkpoint.
+
+    Before footers are read: they would make a changed file look like a damaged one.
+    """
+    sizes = saved.get("sizes") or {}
+    for file in found:
+        was = sizes.get(file.path, file.size)
+        if was != file.size:
+            path = os.path.join(root, file.path)
+            raise changed_data(f"{path} had {was} bytes, has {file.size}")
+    change = changed_tags(saved, remote_details([listing] if listing else []))
+    if change is not None:
+        raise changed_data(change)
 
 
 class Footers(Protocol):

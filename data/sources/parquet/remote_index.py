@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from data.sources.parquet.index import (
     File,
     Footer,
     Index,
+    check_listed,
     diagnose,
     footer_of,
     index_files,
@@ -34,7 +36,7 @@ _HEAD_BYTES = 512
 
 
 def build_remote_index(
-    store: RemoteStore, address: str, column: str, skip_bad: bool = False, revision: str = ""
+    store: RemoteStore, address: str, column: str, skip_bad: bool, saved: Mapping[str, Any]
 ) -> Index:
     """Lists the parquet files of an address and reads their footers, or takes them from the cache.
 
@@ -42,13 +44,13 @@ def build_remote_index(
     `skip_bad` leaves out damaged files only, not those that the server does not give.
 
     Args:
-        revision: the commit of the Hub to take in place of what the address says.
+        saved: the `summary` of a checkpoint: its commit of the Hub is taken.
     """
     is_text = address.lower().endswith(TEXT_ENDINGS) and not address.endswith(".parquet")
     if is_text or address.endswith(ENDINGS):
         remedy = prepare_remedy(address, column)
         raise DataError(f"dataset.parquet_dir '{address}' is no parquet. {remedy}")
-    listing = list_files(store, address, (".parquet",), revision)
+    listing = list_files(store, address, (".parquet",), saved.get("pins", {}).get(address, ""))
     if not listing.files:
         others = listing.others
         remedy = prepare_remedy(address, column, others) if others else "Correct the address."
@@ -58,6 +60,7 @@ def build_remote_index(
         )
     tags = {file.path: file.tag for file in listing.files}
     found = [File(file.path, file.size, _stamp(file.tag)) for file in listing.files]
+    check_listed(listing.root, found, saved, listing)
     footers = RemoteFooters(store, listing.root, tags)
     index = index_files(listing.root, found, footers, column, skip_bad)
     kept = tuple(tags[path] for path in index.paths)
