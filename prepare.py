@@ -187,8 +187,8 @@ def write_parquet(args: argparse.Namespace) -> None:
         written = write_folder(documents, args.out, file_bytes, args.overwrite)
         _print_kept(folder)
     print(
-        f"Wrote {written.documents} documents, {written.bytes / 1e6:.1f} MB of text, in "
-        f"{written.files} files to {args.out} ({written.seconds:.1f} s)\n"
+        f"Wrote {format_plural(written.documents, 'document')}, {written.bytes / 1e6:.1f} MB of "
+        f"text, in {format_plural(written.files, 'file')} to {args.out} ({written.seconds:.1f} s)\n"
         f"Next: {train_on_parquet(args.out, written.bytes)}"
     )
 

@@ -125,7 +125,9 @@ class Reporter:
             "eval/rows": rows_digest,
         }
         self._record(record)
-        parts = [f"Train loss: {found.train_loss:.4f}", f"Val loss: {found.val_loss:.4f}"]
+        # Of sources: the best step is chosen by their plain mean, whatever their weights.
+        mean = f" (mean of {len(found.sources)} sources)" if found.sources else ""
+        parts = [f"Train loss: {found.train_loss:.4f}", f"Val loss: {found.val_loss:.4f}{mean}"]
         parts += [f"{rounded.label}: {found.val_loss_quantized:.4f}"] if rounded else []
         parts += [] if bits is None else [f"Bits/byte: {bits:.3f}"]
         parts.append(f"{found.seconds:.1f}s")

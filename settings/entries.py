@@ -72,11 +72,15 @@ def read_list(option: Option, given: Entry) -> tuple[tuple[Any, ...], list[Probl
     if not isinstance(given.value, Items):
         raise RefusedError(f"expected {expected(option)}, got {describe(given.value)}")
     assert option.kind is not None
-    made, problems = [], list[Problem]()
+    made, problems = list[Any](), list[Problem]()
     for number, item in enumerate(given.value.values, start=1):
         if not isinstance(item, Group):
             raise RefusedError(f"entry {number}: expected key: value pairs, got {describe(item)}")
         values, wrong = _read_entry(option, item, given.origin)
+        if values.get("name") in [each.name for each in made]:
+            at = next(child.origin for child in item.entries if child.key == "name")
+            text = f"{option.key}: two entries have the name {values['name']}"
+            problems.append(Problem(at, text))
         problems += [Problem(at, f"{option.key}: entry {number}: {text}") for at, text in wrong]
         made += [] if wrong else [option.kind(**values)]
     return tuple(made), problems
@@ -116,6 +120,8 @@ def change_entry(option: Option, entries: Iterable[Any], change: Entry) -> tuple
     """Returns the entries with one option of one of them changed, as `mixture.web.weight` names it;
     raises RefusedError."""
     name, _, key = change.key.removeprefix(f"{option.section}.").partition(".")[2].rpartition(".")
+    if not name:
+        raise RefusedError(f"give a key of it: {option.name}.{key}.weight=...")
     value = read_value(entry_option(option, key), change.value)
     entries = tuple(entries)
     # A shell's option may be written with dashes or underscores alike.

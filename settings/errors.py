@@ -94,8 +94,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.origin}: " if self.origin.source else ""
-        text = self.text if self.text[-1] in ".?^]" else self.text + "."
-        return place + text
+        text = self.text.rstrip()
+        return place + text + ("" if text[-1] in ".?^]" else ".")
 
 
 def raise_problems(problems: Iterable[Problem]) -> None:

@@ -31,7 +31,7 @@ def _each_source_has_a_name_and_a_text(c: Any) -> str | None:
     for source in c.dataset.mixture:
         fault = f"dataset.mixture: source {source.name} "
         if names.count(source.name) > 1:
-            return f"dataset.mixture: two sources have the name {source.name}"
+            return f"dataset.mixture: two entries have the name {source.name}"
         if source.parquet_dir is not None and source.train_data_path is not None:
             return f"{fault}names two texts, parquet_dir and train_data_path; set one"
         if source.parquet_dir is None and source.train_data_path is None:

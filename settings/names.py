@@ -194,6 +194,9 @@ def _resolve_dotted(schema: Schema, full: str) -> Target:
     target = TARGETS.get(name)
     if target is not None and target.startswith(f"{section}."):
         return Target((target,), is_alias=True)
+    lists = [option for option in schema.named(section) if option.entry_options]
+    if lists:
+        raise RefusedError(f"{full}: give a key of it: {full}.{lists[0].entry_options[1].name}=...")
     refuse_unknown_section(schema, section)
     if name in schema.sections:
         raise RefusedError(f"{full}: {name} is a section. Start its line at the first column")

@@ -204,7 +204,7 @@ def _check_text(option: Option, value: str) -> None:
 
 def _default(option: Option) -> str:
     if option.default is REQUIRED:
-        return "It has no default"
+        return ""
     return f"The default is {to_text(option.default)}"
 
 

@@ -115,7 +115,7 @@ def length_lines(
     return [
         tokens_line(config, world_size),
         f"Max iterations: {about}{steps}{within} = {format_count(planned)} tokens"
-        + (f", about {planned / epoch_tokens:.2f} epochs" if epoch_tokens else ""),
+        + (f", {_format_epochs(planned / epoch_tokens)}" if epoch_tokens else ""),
     ]
 
 
@@ -133,7 +133,7 @@ def source_lines(
         share = source.weight / whole
         tokens = before.get(source.name, 0) + share * left
         epochs = tokens / max(1, source.dataset.epoch_tokens(block_size))
-        read = f"{format_count(tokens)} tokens, about {epochs:.2f} epochs"
+        read = f"{format_count(tokens)} tokens, {_format_epochs(epochs)}"
         shown = f"{share:.1%} of the tokens{' from here on' if before else ''}"
         lines.append(f"Source {source.name}: {shown}; in the whole run {read}")
         often += [source.name] if epochs > MOST_EPOCHS else []
@@ -143,6 +143,10 @@ def source_lines(
             "again teaches ever less from there on (Muennighoff et al., 2023)"
         )
     return lines
+
+
+def _format_epochs(epochs: float) -> str:
+    return f"about {epochs:.2f} epochs" if epochs >= 0.005 else "under 0.01 epochs"
 
 
 def planned_tokens(

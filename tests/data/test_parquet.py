@@ -572,7 +572,7 @@ def test_the_line_of_the_data_says_what_there_is_and_auto_means_bytes(tmp_path: 
     write(tmp_path / "a.parquet", ["x" * 999] * 100, **plain)
     (line,) = opened(tmp_path, test_fraction=0.1).lines()
     sizes = "100 k tokens: 90 k to train on, 10 k held out"
-    assert re.fullmatch(rf"Data: {tmp_path}: 1 files, 100 rows, {sizes}", line)
+    assert re.fullmatch(rf"Data: {tmp_path}: 1 file, 100 rows, {sizes}", line)
     assert opened(tmp_path, "auto").summary() == opened(tmp_path, "bytes").summary()
 
 

@@ -332,7 +332,7 @@ def test_an_interrupted_start_does_not_wait_for_a_server_that_stays_away(
         if what == "copy":
             copy_file(store, url, tag, len(BODY), tmp_path / "a.bin")
         else:
-            build_remote_index(store, f"{web_server.url}/b", "text")
+            build_remote_index(store, f"{web_server.url}/b", "text", False, {})
     assert time.monotonic() - began < 5
     store.closed.set()
 

@@ -67,6 +67,7 @@ def test_a_run_reports_each_source_and_its_weights_may_change_at_a_resume(
     assert "Source web: 70.0% of the tokens; in the whole run 2.69 k tokens" in output
     (last,) = [line for line in metrics(run) if "eval/val_loss" in line][-1:]
     assert f"  books: Val loss: {last['eval/val_loss/books']:.4f} | Bits/byte: " in output
+    assert f" | Val loss: {last['eval/val_loss']:.4f} (mean of 2 sources) | " in output
     assert last["eval/bits_per_byte/books"] > 0
     resume = [*arguments, f"resume_from_checkpoint={run}", "max_iters=40", "test_freq=null"]
     assert run_here([*resume, "mixture.web.weight=0.3"]) == 0

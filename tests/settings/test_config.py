@@ -169,7 +169,7 @@ dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x","train_data_path":"y"}
 dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x","val_data_path":"y"}]
     dataset.mixture: source a has val_data_path, which goes with train_data_path; set both.
 dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"},{"name":"a","weight":1,"parquet_dir":"y"}]
-    dataset.mixture: two sources have the name a.
+    dataset.mixture: two entries have the name a.
 dataset.mixture=[{"name":"a","weight":0,"parquet_dir":"x"}]
     dataset.mixture: all weights are 0; one must be larger.
 dataset.mixture=[{"name":"a","weight":1,"parquet_dir":"x"}] dataset.parquet_dir=z

@@ -58,6 +58,14 @@ WRONG = [  # the list, the message
     ("\n  - wight: 1\n", "2: dataset.mixture: entry 1: wight: unknown key. Did you mean weight?"),
     ("\n  - weight: 1\n    xyz: 2", "3: dataset.mixture: entry 1: xyz: unknown key. Keys: name, w"),
     ("\n  - name: a\n    weight: -1", "3: dataset.mixture: entry 1: weight: must be >= 0, got -1"),
+    (
+        "\n  - name: a\n    weight: 30%",
+        "3: dataset.mixture: entry 1: weight: expected a number, got '30%'.",
+    ),
+    (
+        "\n  - {name: a, weight: 1}\n  - name: a\n",
+        "3: dataset.mixture: two entries have the name a",
+    ),
     ("\n  - name: a/b\n", "2: dataset.mixture: entry 1: name: expected a word of letters, digits"),
     ("\n  - name: a\n    name: b\n", "3: dataset.mixture: entry 1: name: given twice (first at li"),
     (
@@ -79,6 +87,10 @@ def test_an_override_of_an_unknown_source_names_those_there_are(complaint: Compl
     assert found == (
         "command line: mixture.wob.weight: no entries are named 'wob'. Entries: web, my-books.2."
     )
+    for word in ("mixture.web=1", "dataset.mixture.web=1"):
+        assert "give a key of it: mixture.web.weight=..." in complaint(
+            f"my.yaml {word}", {"my.yaml": MIXED}
+        )
     found = complaint("my.yaml mixture.web.wait=1", {"my.yaml": MIXED})
     assert found == "command line: mixture.web.wait: unknown key. Did you mean weight?"
 

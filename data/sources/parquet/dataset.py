@@ -40,7 +40,7 @@ from data.sources.parquet.segments import (
 )
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.simple import ByteTokenizer
-from settings.formatting import format_count
+from settings.formatting import format_count, format_plural
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,8 @@ class ParquetDataset(Dataset):
         if stats.error:
             about, within = "about ", f" (estimated, to within {stats.error:.1%})"
         return [
-            f"Data: {self.index.root}: {stats.files:,} files, {stats.rows:,} rows, {about}"
+            f"Data: {self.index.root}: {format_plural(stats.files, 'file')}, "
+            f"{format_plural(stats.rows, 'row')}, {about}"
             f"{format_count(stats.tokens)} tokens{within}: {format_count(stats.train_tokens)} to "
             f"train on, {format_count(stats.test_tokens)} held out",
             *_unprotected_lines(self.index),
