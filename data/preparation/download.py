@@ -108,7 +108,7 @@ def download(url: str, target: Path) -> Iterator[tuple[int, int]]:
                 raise DataError(f"{shown}: {reason}") from None
             if error.code == 416:  # the part is longer than the file, so it is of another version
                 _part(target).unlink(missing_ok=True)
-        except http.client.InvalidURL:
+        except (http.client.InvalidURL, ValueError):  # of the host name
             raise DataError(f"{shown}: no valid address") from None
         except _BrokenAnswerError as error:
             reason = str(error)
