@@ -147,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(data):
                 self.answer(416)
                 return
+            if self._fault == "moved":
+                start, stop = start + 1, stop + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             self.answer(206, data[start:stop], headers)
         else:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
+from json import JSONDecodeError
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from config import ConfigError
@@ -51,7 +53,11 @@ class NoRangesError(Exception):
     """A server that answers with the whole file where a part is asked for."""
 
 
-Ask: TypeAlias = Callable[[Callable[[], Any]], Any]
+class WrongAnswerError(Exception):
+    """An answer that is not what was asked for; its text may be shown."""
+
+
+Ask: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 
 
 class Access(Protocol):
@@ -67,7 +73,7 @@ class Access(Protocol):
         """Returns the files that an address means, by their full addresses: one, those below a
         folder, or those that match a glob. Sizes and tags may be given for these endings only.
 
-        ask: puts a question to the server, again and again as `RemoteStore.ask` does.
+        ask: puts a question on an address to its server, as `RemoteStore.ask` does.
         """
 
     def explain(self, error: Exception) -> Failure:
@@ -107,6 +113,35 @@ def failure_of_status(status: int, headers: Mapping[str, str]) -> Failure:
     wait = headers.get("Retry-After", headers.get("retry-after", ""))
     # It may also be a date, which the growing pauses do as well as.
     return Failure(status, f"HTTP {status}", float(wait) if wait.isdigit() else None)
+
+
+def failure_without_answer(error: BaseException) -> Failure:
+    """Returns the failure of a request that brought no answer."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror):
+            return Failure(None, "host name not found")
+        cause = cause.__cause__ or cause.__context__
+    # The addresses and options that a library refuses by itself; no later attempt is another.
+    # Certificates are of OSError, and a body that is cut is no JSON: both may get well.
+    final = isinstance(error, ValueError) and not isinstance(
+        error, (OSError, JSONDecodeError, UnicodeError)
+    )
+    return Failure(400 if final else None, type(error).__name__)
+
+
+def check_range(status: int, headers: Mapping[str, str], start: int, stop: int) -> None:
+    """Checks by its headers that an answer holds the bytes [start, stop) of a file.
+
+    Raises NoRangesError for a whole file, WrongAnswerError for other bytes.
+    """
+    if status != 206:
+        if start or int(headers.get("Content-Length", -1)) != stop - start:
+            raise NoRangesError  # before all of a large file has come
+        return
+    wanted = f"bytes {start}-"
+    if not headers.get("Content-Range", wanted).startswith(wanted):
+        raise WrongAnswerError("other bytes came than were asked for")
 
 
 def glob_root(url: str) -> str:

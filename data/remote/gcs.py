@@ -8,7 +8,15 @@ from typing import Any
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError
 
-from data.remote.access import Ask, Failure, RemoteFile, failure_of_status, has_magic, timeout_s
+from data.remote.access import (
+    Ask,
+    Failure,
+    RemoteFile,
+    failure_of_status,
+    failure_without_answer,
+    has_magic,
+    timeout_s,
+)
 
 
 class _Files(GCSFileSystem):  # type: ignore[misc]  # gcsfs has no types
@@ -41,7 +49,7 @@ class Gcs:
         find: Any = self._files.glob if has_magic(url) else self._files.find
         return [
             RemoteFile(f"gs://{name}", entry["size"], str(entry.get("generation", "")))
-            for name, entry in ask(partial(find, url, detail=True)).items()
+            for name, entry in ask(url, partial(find, url, detail=True)).items()
             if entry["type"] == "file"
         ]
 
@@ -54,7 +62,7 @@ class Gcs:
             return Failure(404, "no such object or bucket, or another one by now")
         if isinstance(error, OSError) and str(error).startswith("Forbidden"):
             return Failure(403, "HTTP 403")
-        return Failure(None, type(error).__name__)
+        return failure_without_answer(error)
 
 
 def connect() -> Gcs:

@@ -13,16 +13,22 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from data.remote.access import (
     SILENCE_S,
     Ask,
     Failure,
-    NoRangesError,
     RemoteFile,
+    check_range,
     failure_of_status,
+    failure_without_answer,
     has_magic,
 )
 
@@ -30,6 +36,10 @@ _ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)"
     r"(@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?"
 )
+_MISSING: dict[type[Exception], str] = {
+    RepositoryNotFoundError: "no such dataset, or a private one",
+    RevisionNotFoundError: "no such revision (a '/' in its name is written %2F)",
+}
 
 
 class _StatusError(Exception):
@@ -82,7 +92,7 @@ class Hub:
         find: Any = self._files.glob if has_magic(path) else self._files.find
         return [
             RemoteFile(f"hf://{name}", entry["size"], entry.get("blob_id") or "")
-            for name, entry in ask(partial(find, path, detail=True)).items()
+            for name, entry in ask(url, partial(find, path, detail=True)).items()
             if entry["type"] == "file"
         ]
 
@@ -92,12 +102,14 @@ class Hub:
             return error.failure
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-            return failure_of_status(cause.response.status_code, cause.response.headers)
+            failure = failure_of_status(cause.response.status_code, cause.response.headers)
+            reason = _MISSING.get(type(cause))
+            return failure._replace(reason=reason) if reason else failure
         if isinstance(error, OfflineModeIsEnabled):
             return Failure(400, "HF_HUB_OFFLINE is set")
         if isinstance(error, FileNotFoundError):
             return Failure(404, "no such file or folder")
-        return Failure(None, type(error).__name__)
+        return failure_without_answer(error)
 
 
 def commit_of(url: str) -> str:
@@ -128,11 +140,7 @@ def _get(url: str, headers: dict[str, str], start: int, stop: int) -> tuple[byte
     with get_session().stream("GET", url, headers=asked, timeout=SILENCE_S) as answer:
         if answer.status_code >= 400:
             raise _StatusError(failure_of_status(answer.status_code, answer.headers))
-        if (
-            answer.status_code != 206
-            and int(answer.headers.get("Content-Length", -1)) != stop - start
-        ):
-            raise NoRangesError
+        check_range(answer.status_code, answer.headers, start, stop)
         return answer.read(), str(answer.url)
 
 

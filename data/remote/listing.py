@@ -48,7 +48,7 @@ def list_files(
 
         revision = revision or store.ask(url, partial(commit_of, url))
         url = at_commit(url, revision)
-    found = access.find(url, endings, partial(store.ask, url))
+    found = access.find(url, endings, store.ask)
     root = _root(url, [file.path for file in found])
     inside = [
         file._replace(path=file.path[len(root) + 1 :])

@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import s3fs
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+)
 from fsspec.asyn import sync
 
 from data.remote.access import (
@@ -18,12 +28,18 @@ from data.remote.access import (
     Failure,
     RemoteFile,
     failure_of_status,
+    failure_without_answer,
     has_magic,
     timeout_s,
 )
 
 # Codes that come with status 400.
 _STATUS = {"RequestTimeout": 408, "ExpiredToken": 403, "InvalidToken": 403}
+
+_OF_THE_NETWORK = (
+    *(ConnectionError, HTTPClientError, IncompleteReadError, FlexibleChecksumError),
+    CredentialRetrievalError,  # also from servers
+)
 
 T = TypeVar("T")
 
@@ -70,7 +86,7 @@ class S3:
 
         return [
             RemoteFile(f"s3://{name}", entry["size"], entry.get("ETag", ""))
-            for name, entry in ask(partial(self._signed_or_not, list_all)).items()
+            for name, entry in ask(url, partial(self._signed_or_not, list_all)).items()
             if entry["type"] == "file"
         ]
 
@@ -88,10 +104,16 @@ class S3:
         if isinstance(cause, ClientError):
             answer = cause.response["ResponseMetadata"]
             status = _STATUS.get(cause.response["Error"]["Code"], answer["HTTPStatusCode"])
-            return failure_of_status(status, answer.get("HTTPHeaders", {}))
+            failure = failure_of_status(status, answer.get("HTTPHeaders", {}))
+            missing = cause.response["Error"]["Code"] == "NoSuchBucket"
+            return failure._replace(reason="no such bucket") if missing else failure
         if isinstance(error, FileNotFoundError):
             return Failure(404, "no such key or bucket")
-        return Failure(None, type(error).__name__)
+        if isinstance(error, BotoCoreError) and not isinstance(error, _OF_THE_NETWORK):
+            # Of names; else of logins: no profile of that name, half a key pair, one expired.
+            status = 400 if isinstance(error, ParamValidationError) else 401
+            return Failure(status, type(error).__name__)
+        return failure_without_answer(error)
 
 
 def _connect(anonymous: bool) -> Any:

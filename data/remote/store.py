@@ -17,7 +17,7 @@ from functools import partial
 from typing import TypeVar
 
 from config import DataError, UserError
-from data.remote.access import Access, Failure, NoRangesError, access_to
+from data.remote.access import Access, Failure, NoRangesError, WrongAnswerError, access_to
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _LINE_EVERY_S = 30.0
 _GONE, _CHANGED, _REFUSED = (404, 410), (412, 416), (401, 403, 407)
 _RETRIED = (408, 425, 429)  # besides 500 and above, and no answer at all
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
-_RESUME = "and repeat the command, or resume from the last checkpoint"
+_AGAIN = "and repeat the command; a run that had begun goes on with resume_from_checkpoint=auto"
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class RemoteStore:
                     f"{url}: the server sends whole files only (no HTTP ranges). Copy them to this "
                     "machine, or to a server that has ranges."
                 ) from None
-            except _ShortAnswerError as error:
+            except WrongAnswerError as error:
                 failure = Failure(None, str(error))
             except Exception as error:  # each library has dozens, and a read does nothing else
                 failure = access.explain(error)
@@ -85,19 +85,16 @@ class RemoteStore:
             pause = random.uniform(0.5, 1.5) * _FIRST_PAUSE_S * 2 ** min(attempt, 10)
             pause = max(min(pause, _LONGEST_PAUSE_S), failure.wait_s or 0.0)
             waited = time.monotonic() - began
-            if waited + pause > self.retry_seconds or self.closed.is_set():
+            left = self.retry_seconds - waited
+            if left <= 0 or self.closed.is_set():
                 break
-            _retries.tell(url, failure)
-            self.closed.wait(pause)
+            _retries.tell(url, failure, left)
+            self.closed.wait(min(pause, left))  # the last attempt is at the end of the time
         raise RemoteError(
             f"{url}: the server does not answer ({failure.reason}; {attempt} attempts in "
             f"{waited:.0f} s, dataset.retry_seconds={self.retry_seconds:g}). Check the network and "
-            f"the server, {_RESUME}."
+            f"the server, {_AGAIN}."
         )
-
-
-class _ShortAnswerError(Exception):
-    """A body that ends early."""
 
 
 def _read_whole(access: Access, url: str, tag: str, start: int, stop: int) -> bytes:
@@ -105,7 +102,7 @@ def _read_whole(access: Access, url: str, tag: str, start: int, stop: int) -> by
     if len(data) > stop - start:
         raise NoRangesError
     if len(data) < stop - start:
-        raise _ShortAnswerError(f"{len(data)} of {stop - start} bytes came")
+        raise WrongAnswerError(f"{len(data)} of {stop - start} bytes came")
     return data
 
 
@@ -116,21 +113,16 @@ def _raise_if_final(url: str, failure: Failure, access: Access) -> None:
         return
     what = f"{url}: {failure.reason}: "
     if status in _GONE:
-        web = " (folders of web servers need an index page)" if url.startswith("http") else ""
-        raise RemoteError(
-            f"{what}not found. Correct the address{web}; if the file was there before, put it back "
-            f"{_RESUME}.",
-            status,
-        )
+        is_page = url.startswith("http") and url.endswith("/")
+        web = " (folders of web servers need an index page)" if is_page else ""
+        remedy = f"Correct the address{web}, or put back what was there."
+        raise RemoteError(f"{what}not found. {remedy}", status)
     if status in _CHANGED:
-        raise RemoteError(
-            f"{what}the file has changed since it was listed. Restore it {_RESUME}, or start a new "
-            "run.",
-            status,
-        )
+        remedy = f"Start anew with what is there now, or restore it {_AGAIN}."
+        raise RemoteError(f"{what}the file has changed since it was listed. {remedy}", status)
     if status in _REFUSED:
         raise RemoteError(f"{what}no permission to read it. {access.login}", status)
-    raise RemoteError(f"{what}the server refuses the request. Check the address.")
+    raise RemoteError(f"{what}the request is refused. Check the address.")
 
 
 class _RetryLog:
@@ -139,15 +131,16 @@ class _RetryLog:
     def __init__(self) -> None:
         self._count, self._told_at = 0, -_LINE_EVERY_S
 
-    def tell(self, url: str, failure: Failure) -> None:
+    def tell(self, url: str, failure: Failure, left_s: float) -> None:
         """Counts a read, and logs a line if the last one is long ago."""
         # No lock: one held by another thread at a fork would never be released in the child. Two
         # threads at once cost at most a line too many.
         self._count += 1
         now = time.monotonic()
         if now - self._told_at >= _LINE_EVERY_S:
-            times = f" ({self._count} reads since the last line)" if self._count > 1 else ""
-            log.warning("%s: %s; trying again%s", url, failure.reason, times)
+            times = f"; {self._count} times since the last line" if self._count > 1 else ""
+            line = "%s: %s; trying again for %.0f s (a run goes on while text read ahead lasts%s)"
+            log.warning(line, url, failure.reason, left_s, times)
             self._count, self._told_at = 0, now
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+from urllib.parse import urljoin
 
 import aiohttp
 from fsspec.asyn import sync
@@ -20,13 +23,17 @@ from data.remote.access import (
     SILENCE_S,
     Ask,
     Failure,
-    NoRangesError,
     RemoteFile,
+    check_range,
     failure_of_status,
+    failure_without_answer,
     glob_root,
     has_magic,
     timeout_s,
 )
+
+_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)["']""", re.IGNORECASE)
+_MOST_SLASHES = 24
 
 
 class Web:
@@ -59,8 +66,7 @@ class Web:
                     raise aiohttp.ClientResponseError(
                         answer.request_info, answer.history, status=412, headers=answer.headers
                     )
-                if answer.status != 206 and answer.content_length != stop - start:
-                    raise NoRangesError  # before all of a large file has come
+                check_range(answer.status, answer.headers, start, stop)
                 body: bytes = await answer.read()
                 return body
 
@@ -72,27 +78,49 @@ class Web:
         if has_magic(url):
             fixed, pattern = glob_root(url), re.compile(glob_translate(url))
             depth = None if "**" in url else url[len(fixed) + 1 :].count("/")
-            names = [name for name in self._below(fixed, depth, ask) if pattern.match(name)]
+            below = dict.fromkeys(self._below(fixed, depth, ask))
+            names = [name for name in below if pattern.match(name)]
         elif url.endswith(endings):
             names = [url]
         else:
-            names = list(self._below(url.rstrip("/"), None, ask))
+            names = list(dict.fromkeys(self._below(url.rstrip("/"), None, ask)))
         wanted = [name for name in names if name.endswith(endings)]
         # One question for each file, so that a bad moment does not begin the listing anew.
         with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="list") as pool:
-            found = list(pool.map(lambda name: ask(partial(self._file, name)), wanted))
+            found = list(pool.map(lambda name: ask(name, partial(self._file, name)), wanted))
         return [*found, *(RemoteFile(name, 0, "") for name in sorted(set(names) - set(wanted)))]
 
     def _below(self, folder: str, depth: int | None, ask: Ask) -> Iterator[str]:
         """Yields the files that index pages link to, from that of a folder on."""
-        # Not `find` of fsspec: it takes a folder that it cannot list for an empty one.
-        for name in ask(partial(self._files.ls, f"{folder}/", detail=False)):
-            if "?" in name:  # sorts the page
-                continue
+        if folder.count("/") > _MOST_SLASHES:
+            raise DataError(f"{folder}: too deep; is a folder above it a link to itself?")
+        for name in ask(f"{folder}/", partial(self._links, folder)):
             if not name.endswith("/"):
                 yield name
-            elif depth != 0 and name.startswith(f"{folder}/") and name != f"{folder}/":
+            elif depth != 0:
                 yield from self._below(name.rstrip("/"), depth and depth - 1, ask)
+
+    def _links(self, folder: str) -> list[str]:
+        """Returns the addresses below a folder that its index page links to, with the folder as it
+        was written and what follows quoted."""
+        base: Any = self._files.encode_url(f"{folder}/")
+
+        async def get() -> str:
+            session = await self._files.set_session()
+            async with session.get(base) as answer:
+                answer.raise_for_status()
+                is_page = "html" in answer.headers.get("Content-Type", "html")
+                return await answer.text(errors="ignore") if is_page else ""
+
+        found = dict[str, None]()
+        for link in _LINK.findall(sync(self._files.loop, get)):
+            with contextlib.suppress(ValueError):  # no address
+                to = self._files.encode_url(urljoin(str(base), html.unescape(link)))
+                below = to.raw_path.removeprefix(base.raw_path)
+                # Not those that sort the page, by a query, nor those of folders above.
+                if to.host == base.host and below not in ("", to.raw_path) and not to.query_string:
+                    found[f"{folder}/{below}"] = None
+        return sorted(found)
 
     def _file(self, url: str) -> RemoteFile:
         entry = self._files.info(url)
@@ -112,7 +140,7 @@ class Web:
             return failure_of_status(answer.status, answer.headers or {})
         if cause is None and isinstance(error, FileNotFoundError):
             return Failure(404, "HTTP 404")
-        return Failure(None, type(cause or error).__name__)
+        return failure_without_answer(cause or error)
 
 
 def connect() -> Web:

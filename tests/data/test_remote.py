@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
+import yarl
+from multidict import CIMultiDict, CIMultiDictProxy
 
 import data
 from config import Config, ConfigError, DataError, DatasetConfig, TokenizerConfig
@@ -218,8 +221,10 @@ def test_messages_about_addresses_name_the_remedy(
         opened(f"{web_server.url}/text")
     with pytest.raises(DataError, match="not found.*index page"):
         opened(f"{web_server.url}/nothing/")
-    with pytest.raises(DataError, match="not found"):
+    with pytest.raises(DataError, match="no such bucket: not found. Correct the address"):
         opened("s3://no-such-bucket/text")
+    with pytest.raises(DataError, match="does not answer .host name not found"):
+        opened("http://nosuchhost.invalid/a.parquet", retry_seconds=0.0)
     web_server.files["text/a.parquet"], web_server.has_ranges = BODY * 9, False
     with pytest.raises(DataError, match="no HTTP ranges"):
         opened(f"{web_server.url}/text/a.parquet")
@@ -231,6 +236,77 @@ def test_messages_about_addresses_name_the_remedy(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigError, match=r"needs s3fs.*pip install -r requirements-remote.txt"):
         opened("s3://bucket/text")
+
+
+def test_index_pages_may_spell_links_in_any_way(web_server: WebServer) -> None:
+    links = ("./p&amp;0.bin#top", "/my%20dir/b%20c.bin", "deep/", "../", "./", "/other/d.bin")
+    page = "".join(f'<a class="x" href="{link}">' for link in links).encode()
+    web_server.files |= {f"my dir/{name}": BODY for name in ("p&0.bin", "b c.bin", "deep/e.bin")}
+    web_server.files |= {"my dir/": page, "other/d.bin": BODY}
+    store = RemoteStore(0.0)
+    for address in ("my dir", "my%20dir/"):
+        listing = list_files(store, f"{web_server.url}/{address}", (".bin",))
+        assert [each.path for each in listing.files] == ["b%20c.bin", "deep/e.bin", "p&0.bin"]
+        for each in listing.files:
+            assert store.read(listing.url(each), each.tag, 0, 9) == BODY[:9]
+    web_server.files |= {"loop/" + "in/" * n: b'<a href="in/">' for n in range(40)}
+    with pytest.raises(DataError, match="too deep"):
+        list_files(store, f"{web_server.url}/loop", (".bin",))
+    web_server.files["gone/"] = b'<a href="a.bin">'
+    with pytest.raises(RemoteError, match="/gone/a.bin: HTTP 404: not found"):
+        list_files(store, f"{web_server.url}/gone", (".bin",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "address", "words"),
+    [
+        ({"AWS_PROFILE": "nope"}, "s3://bucket/a", "ProfileNotFound: no permission"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "s3://bucket/a", "PartialCredentialsError: no permission"),
+        ({}, "s3://Bad_Bucket!!/a", "the request is refused. Check the address"),
+        ({}, "http://[::1/a", "the request is refused. Check the address"),
+    ],
+)
+def test_mistakes_of_this_machine_are_not_tried_again(
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: dict[str, str],
+    address: str,
+    words: str,
+) -> None:
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RemoteError, match=words):
+        RemoteStore(1.0).read(address, "", 0, 9)
+    if address.startswith("s3"):
+        with pytest.raises(RemoteError, match=words):
+            list_files(RemoteStore(1.0), address, (".bin",))
+
+
+def test_a_long_wait_that_a_server_asks_for_ends_with_the_time_for_retries() -> None:
+    attempts = iter(range(9))
+
+    def question() -> str:
+        if next(attempts) == 0:
+            info = aiohttp.RequestInfo(
+                yarl.URL("http://h/"), "GET", CIMultiDictProxy(CIMultiDict())
+            )
+            wait = CIMultiDict({"Retry-After": "60"})
+            raise aiohttp.ClientResponseError(info, (), status=503, headers=wait)
+        return "answer"
+
+    assert RemoteStore(0.1).ask("http://h/", question) == "answer"
+
+
+def test_other_bytes_than_were_asked_for_are_not_taken(
+    web_server: WebServer, hub_server: HubServer
+) -> None:
+    web_server.files["a.bin"] = BODY
+    hub_server.commit({"a.bin": BODY})
+    for server, address in ((web_server, web_server.url), (hub_server, "hf://datasets/owner/name")):
+        url, tag = one_file(address)
+        server.faults.queue += ["moved"]
+        assert RemoteStore(5.0).read(url, tag, 7, 90) == BODY[7:90]
+        assert server.faults.queue == []
 
 
 def test_public_buckets_are_read_without_credentials(
