@@ -6,7 +6,6 @@ import contextlib
 import html
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from urllib.parse import urljoin
@@ -31,6 +30,7 @@ from data.remote.access import (
     has_magic,
     timeout_s,
 )
+from data.remote.threads import map_ahead
 
 _LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)["']""", re.IGNORECASE)
 _MOST_SLASHES = 24
@@ -86,8 +86,7 @@ class Web:
             names = list(dict.fromkeys(self._below(url.rstrip("/"), None, ask)))
         wanted = [name for name in names if name.endswith(endings)]
         # One question for each file, so that a bad moment does not begin the listing anew.
-        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="list") as pool:
-            found = list(pool.map(lambda name: ask(name, partial(self._file, name)), wanted))
+        found = map_ahead(lambda name: ask(name, partial(self._file, name)), wanted, IN_FLIGHT)
         return [*found, *(RemoteFile(name, 0, "") for name in sorted(set(names) - set(wanted)))]
 
     def _below(self, folder: str, depth: int | None, ask: Ask) -> Iterator[str]:

@@ -390,7 +390,7 @@ def test_an_interrupted_copy_goes_on_where_it_was(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.bin"]
 
 
-@pytest.mark.parametrize("what", ["copy", "footers"])
+@pytest.mark.parametrize("what", ["listing", "copy", "footers"])
 def test_an_interrupted_start_does_not_wait_for_a_server_that_stays_away(
     what: str, web_server: WebServer, tmp_path: Path
 ) -> None:
@@ -405,7 +405,10 @@ def test_an_interrupted_start_does_not_wait_for_a_server_that_stays_away(
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        if what == "copy":
+        if what == "listing":
+            web_server.faults.all_requests = True
+            list_files(store, url, (".bin",))
+        elif what == "copy":
             copy_file(store, url, tag, len(BODY), tmp_path / "a.bin")
         else:
             build_remote_index(store, f"{web_server.url}/b", "text", False, {})
