@@ -200,7 +200,9 @@ class HubServer(WebServer):
         if request.headers.get("Authorization") != f"Bearer {SECRETS['HF_TOKEN']}":
             request.answer(401, headers={"X-Error-Code": "GatedRepo"})
             return
-        parts = path.removeprefix("api/").split("/")
+        # Split first: a slash in the name of a branch is quoted.
+        quoted = urlsplit(request.path).path.lstrip("/").removeprefix("api/")
+        parts = [unquote(part) for part in quoted.split("/")]
         repo, kind, (revision, *rest) = (
             "/".join(parts[1:3]),
             "".join(parts[3:4]),

@@ -195,6 +195,19 @@ def test_a_run_stays_at_the_commit_it_began_with(hub_server: HubServer, tmp_path
         data.open_dataset(config, TokenizerConfig()).check_unchanged(saved)
 
 
+def test_a_missing_dataset_and_a_missing_revision_are_told_apart(hub_server: HubServer) -> None:
+    hub_server.commit({"a.bin": BODY})
+    hub_server.commit({"a.bin": BODY[::-1]}, branch="feature/x")
+    for name, words in {
+        "other/name": "no such dataset, or a private one: not found",
+        "owner/name@feature/x": r"no such revision \(a '/' in its name is written %2F\)",
+    }.items():
+        with pytest.raises(RemoteError, match=words):
+            list_files(RemoteStore(0.0), f"hf://datasets/{name}", (".bin",))
+    url, tag = one_file("hf://datasets/owner/name@feature%2Fx")
+    assert RemoteStore(0.0).read(url, tag, 0, 9) == BODY[::-1][:9]
+
+
 def test_files_that_changed_at_their_address_are_refused_and_moved_ones_are_not(
     web_server: WebServer, tmp_path: Path
 ) -> None:
