@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from config import Config, Request, micro_batch
+from data import open_dataset
 from data.run_data import RunData, document_id_function, missing_corpus
+from data.tokenizers.build import build_tokenizer
 from engine.graphed_step import check_graphs
 from engine.hardware.distributed import World
 from engine.kernels import check_kernels, choose_kernels
@@ -26,6 +29,7 @@ from engine.planning.summary import (
     planned_steps,
     planned_tokens,
     ratio_line,
+    resolve_vocab_size,
     tokens_line,
 )
 from engine.precision.precision import Precision
@@ -45,7 +49,7 @@ def dry_run(request: Request, world: World) -> None:
     budget = MemoryBudget.of(world)
     missing = missing_corpus(request.config)
     setup = None if missing else prepare_run(request, world)
-    config = request.config if setup is None else setup.config
+    config = _with_vocabulary(request.config, missing) if setup is None else setup.config
     done, saved = (setup.done, setup.start.saved) if setup else ((0, 0), {})
     epoch_tokens = setup.epoch_tokens if setup else 0
     steps = planned_steps(config, world.size, epoch_tokens, done)
@@ -89,6 +93,22 @@ def dry_run(request: Request, world: World) -> None:
     console.info(f"Timing some steps on {world.device_name}, for at most 15 s...")
     console.info(*time_lines(estimator, budget, range(first, max(first, steps)), setup))
     console.info("Dry run: nothing was trained or created.")
+
+
+def _with_vocabulary(config: Config, missing: Path | None) -> Config:
+    """Returns the config with the vocabulary that a run will have which builds its corpus first:
+    that of the other texts or of the tokenizer. Characters and weights would have to be read."""
+    known = config.model.vocab_size is not None or config.tokenizer.name == "char"
+    if known or config.training.init_from not in ("scratch", "resume"):
+        return config
+    mixture = config.dataset.mixture
+    others = tuple(source for source in mixture if Path(source.parquet_dir or "") != missing)
+    if others:
+        dataset = replace(config.dataset, mixture=others)
+        tokenizer = open_dataset(dataset, config.tokenizer).tokenizer
+    else:
+        tokenizer = build_tokenizer(config.tokenizer)
+    return resolve_vocab_size(config, tokenizer.vocab_size, tokenizer.name)[0]
 
 
 def time_lines(

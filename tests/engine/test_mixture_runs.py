@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config import Config, source_datasets
 from data import open_dataset
 from data.run_data import RunData
+from data.sources.tokens.meta import write_meta
+from data.tokenizers.simple import ByteTokenizer
 from engine.evaluation import Evaluation, Evaluator
 from engine.precision.precision import Precision
 from model import LanguageModel, build_model
 from tests.conftest import TINY, write_corpus
+from tests.data.token_files import put
 from tests.engine.planned_runs import CPU
 from tests.runs import metrics, only_run, run_here
 
@@ -55,6 +59,24 @@ def test_the_loss_on_a_source_is_that_of_a_run_that_reads_it_alone(mixed: Path) 
     assert found.val_losses == pytest.approx(losses, rel=1e-6)
     other = Config.from_yaml(mixed, ["eval_iters=5", "mixture.web.weight=0"])
     assert evaluated(other, model).val_losses == found.val_losses
+
+
+@pytest.mark.slow
+def test_a_dry_run_takes_the_vocabulary_of_the_texts_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = put(tmp_path / "train.bin", np.arange(900) % 256)
+    write_meta(tmp_path / "meta.json", ByteTokenizer(), np.dtype(np.uint16), {"train": 900})
+    config = tmp_path / "mixed.yaml"
+    config.write_text(
+        f"{TINY}dataset:\n  test_fraction: 0.2\n  mixture:\n"
+        "    - {name: code, parquet_dir: data/python-stdlib, weight: 1}\n"
+        f"    - {{name: books, train_data_path: {train}, weight: 1}}\n"
+    )
+    assert run_here([str(config), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "Data: data/python-stdlib is missing; the run will build it" in output
 
 
 @pytest.mark.slow
