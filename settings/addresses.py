@@ -12,7 +12,7 @@ _HUB_DATASET = re.compile(r"hf://datasets/[^/@]+/[^/@]+(@[^@]+)?(/.*)?")
 # An address with '@' or '?' within a text. It ends where the next one begins: a list may lack
 # spaces. Punctuation behind it is the sentence's.
 _IN_TEXT = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*:/(?:(?!(?:s3|gs|https?|hf):/)\S)*[@?]"
+    r"[A-Za-z][A-Za-z0-9+.-]{0,9}:/(?:(?!(?:s3|gs|https?|hf):/)\S)*[@?]"
     r"(?:(?!(?:s3|gs|https?|hf):/)\S)*[^\s'\",.:;)\]}]"
 )
 
