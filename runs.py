@@ -132,7 +132,7 @@ def show_list(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json([summary(run) for run in runs])
     elif runs:
-        print("\n".join(list_lines(runs)))
+        print("\n".join(list_lines(runs, (arguments.sort or "").removeprefix("-"))))
     else:
         print("No run meets the conditions.", file=sys.stderr)
 

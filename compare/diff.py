@@ -62,12 +62,15 @@ def diff_values(runs: Sequence[Run]) -> dict[str, Any]:
         "environment": by_run(differing_environment(runs)),
         "data": by_run(differing_data(runs)),
         "against_first": [
-            asdict(pair) | {"verdict": pair.verdict}
-            if isinstance(pair, PairedDifference)
-            else {"not_compared": pair}
+            _pair_values(pair) if isinstance(pair, PairedDifference) else {"not_compared": pair}
             for pair in pairs
         ],
     }
+
+
+def _pair_values(pair: PairedDifference) -> dict[str, Any]:
+    sources = {name: _pair_values(own) for name, own in pair.sources.items()}
+    return asdict(pair) | {"verdict": pair.verdict, "sources": sources}
 
 
 def _full_names(runs: Sequence[Run]) -> list[str]:
@@ -134,6 +137,8 @@ def _paired_lines(runs: Sequence[Run]) -> list[str]:
         for at, pair in _pairs(runs[0], run):
             if isinstance(pair, PairedDifference):
                 rows.append([f"  {label}", *_paired_cells(pair, at)])
+                own = pair.sources.items()
+                rows += [[f"    on {name}", *_paired_cells(each, at)] for name, each in own]
             else:
                 reasons.append(f"  {label} is not compared: {pair}.")
     lines = ["", f"Held-out loss less that of {first}, nats per token, with its 95 % interval:"]

@@ -11,8 +11,9 @@ from config import CheckpointError, schema
 from engine.run_directory.manifest import data_path, read_manifest, steps_in
 from settings.schema import Effect
 
-MISSING = "?"
-"""Stands for a value that a run did not write, or an option that its version does not have."""
+MISSING = "\u2013"
+"""Stands for a value that a run did not write, or an option that it does not have. An en dash."""
+_PATHS = ("parquet_dir", "train_data_path", "val_data_path", "name")
 # Keys of environment.json that are of the run or of one session, not of machine or software.
 _NOT_MACHINE = {
     "time",
@@ -78,10 +79,10 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def texts_differ(runs: Sequence[Run]) -> bool:
     """Returns whether runs were evaluated on different text: by their options or, if they share a
     tokenizer, by the fingerprints of their data, which are taken of tokens."""
-    configs = [_own_options(run.config) for run in runs if run.config]
-    keys = {key for config in configs for key in config if has_effect(key, "text")}
-    options = _differing_rows(configs, keys)
-    tokenizers = {config.get("tokenizer.name") for config in configs}
+    rows = {k: row for k, row in _all_differing_options(runs).items() if has_effect(k, "text")}
+    # A source may have its column or its held-out part from section dataset: only paths count.
+    options = [key for key, row in rows.items() if _is_path(key) or _differ(row)]
+    tokenizers = {run.config.get("tokenizer.name") for run in runs if run.config}
     fingerprints = {_fingerprint(run, as_dict(run.environment.get("data"))) for run in runs} - {""}
     return bool(options) or (len(tokenizers) == 1 and len(fingerprints) > 1)
 
@@ -89,20 +90,23 @@ def texts_differ(runs: Sequence[Run]) -> bool:
 def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
     known = schema().options
     configs = [_own_options(run.config) for run in runs]
-    rows = _differing_rows(configs, known)
-    for key in sorted({key for run in runs for key in run.config} - known.keys()):
+    others = {key for config in configs for key in config} - known.keys()
+    rows = dict[str, list[Any]]()
+    for key in (*known, *sorted(others)):
         row = [config.get(key, MISSING) for config in configs]
-        # An option of another version counts as a difference from each run that does not have it,
-        # unless that run's config cannot be read.
-        lacking = any(config and key not in config for config in configs)
+        # An option of another version, a source and a path of text count as a difference from each
+        # run that does not have them, unless that run's config cannot be read.
+        having = {key in config for config in configs if config}
+        lacking = len(having) > 1 and (key in others or _is_path(key))
         if lacking or _differ(row):
             rows[key] = row
     return rows
 
 
 def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without the options of other models, which keep their defaults, and without
-    a text column that is `auto` still, as a run that reads token files leaves it."""
+    """Returns a config without the options of other models, which keep their defaults, without
+    paths of text that the run does not read, and without a text column that is `auto` still, as a
+    run that reads token files leaves it."""
     own = config.get("model.name")
     others = {
         key
@@ -111,7 +115,17 @@ def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if config.get("dataset.text_column") == "auto":
         others.add("dataset.text_column")
+    paths = {key for key, value in config.items() if _is_path(key) and value is not None}
+    # Token files and sources of a mixture are read instead of the folder, which has a default.
+    if paths - {"dataset.parquet_dir", "dataset.val_data_path"}:
+        others.add("dataset.parquet_dir")
+    others |= {key for key in config if _is_path(key)} - paths
     return {key: value for key, value in config.items() if key not in others}
+
+
+def _is_path(key: str) -> bool:
+    """Returns whether an option says where text is, that of a run or of a source of a mixture."""
+    return key.startswith("dataset.") and key.rpartition(".")[2] in _PATHS
 
 
 def _differing_rows(

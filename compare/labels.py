@@ -69,7 +69,7 @@ def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     of a model do with its name, comes last.
     """
     rows = differing_options(runs)
-    keys = sorted(rows, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+    keys = sorted(rows, key=_place)
     phrases = {key: [_phrase(key, value) for value in rows[key]] for key in keys}
     groups = {key: _group_numbers(phrases[key]) for key in keys}
     chosen, left, described = list[str](), list(keys), [""] * len(runs)
@@ -90,6 +90,13 @@ def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     return described
 
 
+def _place(key: str) -> int:
+    """Returns where an option stands in a label; of a source, its weight before its path."""
+    if key in _FIRST:
+        return _FIRST.index(key)
+    return len(_FIRST) + (schema().list_of(key) is not None and not key.endswith(".weight"))
+
+
 def _group_numbers(values: Sequence[Hashable]) -> list[int]:
     """Returns equal numbers for equal values."""
     numbers: dict[Hashable, int] = {}
@@ -105,7 +112,8 @@ def _joined(phrases: Sequence[tuple[str, bool]]) -> str:
 def _phrase(key: str, value: Any) -> tuple[str, bool]:
     """Returns an option in a word or two, and whether it is off."""
     listed, option = schema().list_of(key), schema().find(key)
-    name = key.removeprefix(f"{listed.key}.") if listed else key.partition(".")[2]
+    section, _, name = key.partition(".")
+    name = key.removeprefix(f"{listed.key}.") if listed else section if name == "name" else name
     name = _SHORT.get(name.removeprefix("use_"), name.removeprefix("use_"))
     if value is MISSING:
         return "", True
@@ -119,5 +127,4 @@ def _phrase(key: str, value: Any) -> tuple[str, bool]:
     text = " ".join(str(value).split())
     text = os.path.basename(text.rstrip("/")) or text
     text = text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
-    value_suffices = name == "name" or (option is not None and bool(option.choices))
-    return (text if value_suffices else f"{name} {text}"), False
+    return (text if option is not None and option.choices else f"{name} {text}"), False

@@ -12,16 +12,19 @@ by Abramowitz and Stegun, 26.7.3 and 26.7.4, which takes no scipy.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from compare.differences import has_effect
+from compare.differences import differing_options, has_effect
 from compare.json_values import as_float
 from compare.read import Run
+from config import schema
 
 MIN_BATCHES = 5
 CONFIDENCE = 0.95
+_SOURCE = "eval/val_loss/"  # before the name of a source, in a record
 At = Literal["newest", "same step", "best"]
 """Which evaluations are compared: each run's newest; those at the newest step that both runs have;
 each run's best."""
@@ -37,6 +40,8 @@ class PairedDifference:
     batches: int
     step_a: int
     step_b: int
+    sources: dict[str, PairedDifference] = field(default_factory=dict)
+    """Of each source of a mixture; empty without one, and with too few batches of each."""
 
     @property
     def verdict(self) -> str:
@@ -57,11 +62,36 @@ def compare_runs(a: Run, b: Run, at: At = "newest") -> PairedDifference | str:
     # Pairs, not two means: most of the variance between batches is in both runs and cancels here.
     losses = zip(record_a["eval/val_losses"], record_b["eval/val_losses"], strict=True)
     differences = [loss_b - loss_a for loss_a, loss_b in losses]
+    steps = record_a["step"], record_b["step"]
+    return PairedDifference(
+        *_interval(differences), *steps, _by_source(differences, record_a, record_b)
+    )
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float, float, int]:
+    """Returns their mean, its 95 % interval, and how many they are."""
     count, mean = len(differences), fmean(differences)
     margin = t_quantile(CONFIDENCE, count - 1) * stdev(differences) / math.sqrt(count)
-    return PairedDifference(
-        mean, mean - margin, mean + margin, count, record_a["step"], record_b["step"]
+    return mean, mean - margin, mean + margin, count
+
+
+def _by_source(
+    differences: Sequence[float], record_a: dict[str, Any], record_b: dict[str, Any]
+) -> dict[str, PairedDifference]:
+    """Returns the comparison on each source of a mixture. Each has equally many batches, one source
+    after the other, in the order in which the record names them."""
+    names, others = (
+        [key.removeprefix(_SOURCE) for key in record if key.startswith(_SOURCE)]
+        for record in (record_a, record_b)
     )
+    each = len(differences) // max(1, len(names))
+    if names != others or each < MIN_BATCHES:
+        return {}
+    steps = record_a["step"], record_b["step"]
+    return {
+        name: PairedDifference(*_interval(differences[place * each :][:each]), *steps)
+        for place, name in enumerate(names)
+    }
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -146,11 +176,10 @@ def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str
 
 def _different_text(a: Run, b: Run) -> str:
     """Returns the reason, with the options that explain it; between tokenizers, bits per byte."""
-    keys = [
-        key
-        for key, value in a.config.items()
-        if has_effect(key, "text", "eval_rows") and value != b.config.get(key, value)
-    ]
+    found = [key for key in differing_options([a, b]) if has_effect(key, "text", "eval_rows")]
+    lists = [schema().list_of(key) for key in found]
+    named = (key if of is None else of.key for key, of in zip(found, lists, strict=True))
+    keys = list(dict.fromkeys(named))  # sources as dataset.mixture
     why = f": they differ in {', '.join(keys)}" if keys else ""
     reason = f"they were evaluated on different held-out text{why}"
     bits = [run.bits_per_byte for run in (a, b)]

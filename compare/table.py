@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compare.differences import MISSING
+from compare.json_values import as_float
 from compare.labels import LONGEST, descriptions, short_names
 from compare.read import Run
 from settings.formatting import format_count
@@ -61,12 +62,16 @@ def summary(run: Run) -> dict[str, Any]:
     return others | columns | {"config": dict(run.config), "problems": list(run.problems)}
 
 
-def list_lines(runs: Sequence[Run]) -> list[str]:
-    """Returns the lines of the table; the options that differ get the width that is left."""
-    headings = [column.heading for column in COLUMNS if column.name != "planned_steps"]
+def list_lines(runs: Sequence[Run], sorted_by: str = "") -> list[str]:
+    """Returns the lines of the table; the options that differ get the width that is left.
+
+    sorted_by: a metric that gets a column, unless one shows its values already.
+    """
+    columns = (*COLUMNS, *_metric_column(runs, sorted_by))
+    headings = [column.heading for column in columns if column.name != "planned_steps"]
     headings[headings.index("step")] = "steps"
     # A column `differs in` is inserted after the name, if the runs differ in anything.
-    rows = [headings, *map(_row, runs, short_names(runs))]
+    rows = [headings, *(_row(columns, *each) for each in zip(runs, short_names(runs), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = width() - sum(widths) - len(widths)
     described = descriptions(runs, min(LONGEST, max(_MIN_DESCRIPTION, left)))
@@ -76,8 +81,17 @@ def list_lines(runs: Sequence[Run]) -> list[str]:
     return aligned(rows, [heading in _LEFT_ALIGNED for heading in headings])
 
 
-def _row(run: Run, name: str) -> list[str]:
-    cells = {column.name: cell(column, run) for column in COLUMNS}
+def _metric_column(runs: Sequence[Run], key: str) -> list[Column]:
+    shown = [[column.value(run) for run in runs] for column in COLUMNS]
+    values = [as_float(run.newest.get(key)) for run in runs]
+    if key in COLUMN_BY_NAME or values in shown or not any(value is not None for value in values):
+        return []
+    heading = key.partition("/")[2] or key
+    return [Column(key, heading, lambda run: as_float(run.newest.get(key)), "{:.6g}".format)]
+
+
+def _row(columns: Sequence[Column], run: Run, name: str) -> list[str]:
+    cells = {column.name: cell(column, run) for column in columns}
     planned = cells.pop("planned_steps")
     cells["step"] += "" if planned == _UNKNOWN else f"/{planned}"
     cells["precision"] = cells["precision"].replace(" weights", "")  # to fit 100 characters
@@ -114,7 +128,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
 
 
 def value_text(value: Any) -> str:
-    """Returns a value as a config writes it, or `?` if it is missing."""
+    """Returns a value as a config writes it, or an en dash if it is missing."""
     if value == MISSING:
         return MISSING
     plain = value is None or isinstance(value, (str, bool, int, float))

@@ -234,7 +234,7 @@ def _settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Returns the options that differ, each marked where it is not as in the first run."""
     columns = []
     for key, values in differences.differing_options(runs).items():
-        texts = [value_text(value) for value in values]
+        texts = ["" if value == differences.MISSING else value_text(value) for value in values]
         column = _column(_option(key), [as_float(value) for value in values], value_text)
         section = {"group": "Settings", "section": key.partition(".")[0]}
         others = {"others": [text != texts[0] for text in texts]}
@@ -284,6 +284,11 @@ def _pair(place: int, first: Run, run: Run) -> dict[str, Any]:
         "interval": f"{pair.low:+.4f} to {pair.high:+.4f}",
         "verdict": pair.verdict,
         "where": f"{pair.batches} batches, steps {pair.step_a:,} and {pair.step_b:,}",
+        "sources": [
+            f"On {utf8_text(name)} {own.difference:+.4f} ({own.low:+.4f} to {own.high:+.4f}): "
+            f"{own.verdict}"
+            for name, own in pair.sources.items()
+        ],
     }
 
 

@@ -162,7 +162,7 @@ function drawPairs() {
     pair.low === null
       ? make("td", {colspan: 3, class: "reason"}, pair.verdict)
       : [make("td", {class: "number"}, pair.text, make("small", {}, `95 %: ${pair.interval}`)),
-        make("td", {class: "verdict"}, pair.verdict, make("small", {}, pair.where)), make("td", {class: "forest"}, forest(pair, x))]));
+        make("td", {class: "verdict"}, pair.verdict, [pair.where, ...pair.sources].map(text => make("small", {}, text))), make("td", {class: "forest"}, forest(pair, x))]));
   const differences = {title: "Held-out loss", numeric: true, texts: pairs.map(pair => pair.text || ""), values: pairs.map(pair => pair.difference ?? null)};
   const verdicts = {title: "Verdict", texts: pairs.map(pair => (pair.low === null ? "" : pair.verdict)), values: pairs.map(() => null)};
   const names = {title: "Run", texts: pairs.map(pair => runs[pair.run].label), values: pairs.map(() => null)};

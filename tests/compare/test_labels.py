@@ -44,6 +44,7 @@ def make_all(*options: str) -> list[Run]:
             ["optimizer.name=muon batch_size=8", "batch_size=16"],
             ["muon, batch 8", "adamw, batch 16"],
         ),
+        (["tokenizer.name=gpt2", "tokenizer.name=char"], ["tokenizer gpt2", "tokenizer char"]),
     ],
 )
 def test_runs_are_labelled_by_what_differs(options: list[str], expected: list[str]) -> None:

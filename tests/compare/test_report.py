@@ -288,11 +288,11 @@ def test_a_difference_that_is_noise_or_cannot_be_computed_is_not_claimed() -> No
 
 def test_runs_of_other_tokenizers_are_ranked_by_bits_per_byte_and_of_other_text_not() -> None:
     made = [make("run_a"), make("run_b", "tokenizer.name=gpt2", losses=(9.0,))]
-    assert report(made)["headline"].startswith("Best: bytes, vocab_size 256, with bits")
+    assert report(made)["headline"].startswith("Best: tokenizer bytes, vocab_size 256, with bits")
     lines = [record | {"eval/bits_per_byte": 1.5} for record in made[1].records]
     write_records(made[1].path, lines)
     content = report([made[0], read_run(made[1].path)])
-    assert content["headline"].startswith("Best: gpt2, ")
+    assert content["headline"].startswith("Best: tokenizer gpt2, ")
     assert content["headline"].endswith(", with bits per byte 1.5000")
     assert "Their tokenizers differ" in content["answer"][0]
     content = report([made[0], make("run_d", "parquet_dir=elsewhere", losses=(1.0,))])
