@@ -309,5 +309,5 @@ def test_a_run_whose_server_goes_away_ends_with_exit_3_and_its_steps_saved(
     assert run_here([*tiny, *words.split()]) == 3
     error = capsys.readouterr().err
     assert re.search(rf"{url}/part_..parquet: .*HTTP 503.*dataset.retry_seconds=0.2", error)
-    assert "resume from the last checkpoint" in error and "Traceback" not in error
+    assert "goes on with resume_from_checkpoint=auto" in error and "Traceback" not in error
     assert (only_run(tmp_path) / f"checkpoint_{next(steps) - 1}.json").exists()
