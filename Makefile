@@ -26,6 +26,9 @@ demo: $(VENV)/run
 	$(BIN)/python sample.py checkpoints --prompt "def " --max-new-tokens 400 --temperature 0.7 --seed 1
 	$(BIN)/python runs.py report checkpoints -o checkpoints/report.html
 
+# Tests start hundreds of processes; without bytecode files each would compile the program anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A process per core, up to 4, and a thread in each (tests/conftest.py). `worksteal` starts with whole
 # stretches of files, so that most fixtures of a file are made once, and shares out what is left at
 # the end: by file, the longest one would be waited for.
