@@ -346,7 +346,7 @@ def known_of(path: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(FILES),
     cut=st.floats(0, 1),
@@ -380,7 +380,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_no_value_of_another_type_makes_a_run_unreadable(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -146,7 +146,7 @@ LAYOUTS = list(itertools.product([1, 2, 4], [0, 1, 3], [1, 4]))
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.data(), st.permutations(LAYOUTS))
 def test_stopping_anywhere_and_resuming_with_another_layout_changes_nothing(
     documents: Case, tokens: Case, draw: st.DataObject, layouts: list[Layout]

@@ -133,7 +133,7 @@ def test_plain_values_are_read(value: object) -> None:
 
 
 @given(st.binary(max_size=60) | st.binary(max_size=40).map(lambda d: b"\x80\x04" + d + b"."))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_no_bytes_do_more_than_fail(data: bytes) -> None:
     try:
         load_plain_pickle(data)

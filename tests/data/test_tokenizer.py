@@ -111,7 +111,7 @@ def stream(tokenizer: Tokenizer, pieces: list[list[int]]) -> str:
 
 
 @given(PLAIN, st.text(st.sampled_from(sorted(set(TEXT)))), st.lists(ANY, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_text_survives_and_its_bytes_are_counted(text: str, known: str, texts: list[str]) -> None:
     for kind in ("bytes", "gpt2", "bpe"):
         tokenizer = KINDS[kind]()
@@ -152,7 +152,7 @@ def test_a_stream_gives_whole_characters_and_a_cut_one_at_the_end(kind: str) -> 
 
 @every_kind
 @given(st.lists(st.integers(0, 1200), max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_ids_can_be_decoded(kind: str, ids: list[int]) -> None:
     """A model with more rows than tokens, or an untrained one, draws them."""
     tokenizer = KINDS[kind]()

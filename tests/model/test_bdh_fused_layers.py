@@ -164,7 +164,7 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, Tiling, dict[str, Any], int]:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(case=cases())
 def test_any_shape_tiling_documents_and_dropout_equal_the_definition(
     case: tuple[Inputs, Tiling, dict[str, Any], int],

@@ -88,7 +88,7 @@ def alone(values: Tensor) -> Tensor:
     dtype=st.sampled_from([E4M3, E5M2]),
     spread=st.floats(0, 4),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_cast_errs_by_half_a_step_at_most(
     scale: float, seed: int, dtype: torch.dtype, spread: float
 ) -> None:
@@ -133,7 +133,7 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     dtype=st.sampled_from([BF16, torch.float32]),
     delayed=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_all_three_products_are_those_of_what_the_bits_stand_for(
     sizes: tuple[int, int, int], heads: tuple[int, int], fmt: str, dtype: torch.dtype, delayed: bool
 ) -> None:
@@ -349,7 +349,7 @@ def scales_of(
     algo=st.sampled_from(["max", "most_recent"]),
     processes=st.integers(1, 4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_scale_follows_from_the_steps_before_on_all_processes(
     maxima: list[float], length: int, algo: str, processes: int
 ) -> None:

@@ -59,7 +59,7 @@ def scale_error(values: Tensor) -> float:
 
 
 @given(numbers())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_second_moments_come_back_within_a_level_and_never_as_zero(values: Tensor) -> None:
     found = decode_v(encode_v(values, (0, 1, 0)), len(values))
     largest, error = per_block(values), scale_error(values)
@@ -75,7 +75,7 @@ def test_second_moments_come_back_within_a_level_and_never_as_zero(values: Tenso
 
 
 @given(numbers(), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_first_moments_come_back_within_half_the_widest_gap(values: Tensor, seed: int) -> None:
     signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(seed))
     values = values * (2 * signs - 1)
@@ -88,7 +88,7 @@ def test_first_moments_come_back_within_half_the_widest_gap(values: Tensor, seed
 
 
 @given(numbers(), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_codes_of_nf4_are_those_of_bitsandbytes_bit_for_bit(values: Tensor, seed: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     whole = F.pad(values, (0, -len(values) % BLOCK))

@@ -521,7 +521,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 @pytest.mark.slow
 @given(configs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_what_is_written_reads_back_equal(tmp_path_factory: Any, config: Config) -> None:
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), "utf-8")

@@ -123,7 +123,7 @@ PIECES += ["import time", "str(time.time())"]
 
 @pytest.mark.slow
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_preset_is_read_or_refused_in_words(tmp_path_factory: Any, pieces: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.py"
     path.write_bytes("".join(pieces).encode("utf-8", "surrogatepass"))

@@ -248,7 +248,7 @@ def test_a_mutated_file_is_read_or_refused_in_words(kind: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @given(st.text(max_size=60) | st.text("a:{}[]&*!|>'\"#%@`,?- \n\t<.~0", max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=70, deadline=None)
 def test_any_text_is_read_or_refused_in_words(tmp_path_factory: Any, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -266,7 +266,7 @@ WORDS += ["--config", "--model.", "model.=3", "dataset=x", "--training.lr", "Hyd
 
 @pytest.mark.slow
 @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=70, deadline=None)
 def test_any_command_line_is_read_or_refused_with_exit_code_2(argv: list[str]) -> None:
     try:
         command_line(argv)
