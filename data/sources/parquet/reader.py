@@ -25,7 +25,7 @@ from config import DataError, DatasetConfig
 from data.loading.order import Integers, Tokens, document_order
 from data.remote.range_cache import Range
 from data.sources.parquet.index import REMEDY, Index, first_line
-from data.sources.parquet.remote_file import RemoteFile, RemoteParquet
+from data.sources.parquet.remote_file import RangedFile, RemoteParquet
 from data.sources.parquet.segments import SegmentTable
 from data.tokenizers.base import Tokenizer, storage_dtype
 from data.tokenizers.simple import SEPARATOR, SPACE, ByteTokenizer
@@ -170,7 +170,7 @@ class RowGroupReader:
             self._remote.ranges.close()
 
 
-def _parquet_file(source: str | RemoteFile, metadata: Any = None) -> Any:
+def _parquet_file(source: str | RangedFile, metadata: Any = None) -> Any:
     return pq.ParquetFile(
         source,
         metadata=metadata,
@@ -183,7 +183,7 @@ def _parquet_file(source: str | RemoteFile, metadata: Any = None) -> Any:
 class _PartialGroup:
     """A row group that is decoded from the front; `row` is the next row."""
 
-    def __init__(self, batches: Iterator[Any], source: RemoteFile | None) -> None:
+    def __init__(self, batches: Iterator[Any], source: RangedFile | None) -> None:
         self._batches, self._rest = batches, pa.array([], pa.string())
         self.source = source
         self.row = 0

@@ -54,7 +54,7 @@ class FileRanges:
             offset = part.stop
 
 
-class RemoteFile(io.RawIOBase):
+class RangedFile(io.RawIOBase):
     """A remote file; reading raises DataError if the server stays away or the file changed."""
 
     def __init__(self, ranges: RangeReader, layout: FileRanges) -> None:
@@ -100,9 +100,9 @@ class RemoteParquet:
         self._layouts: dict[int, FileRanges] = {}
         self.ranges = RangeReader(RemoteStore(config.retry_seconds), RangeCache(config.cache_bytes))
 
-    def open(self, file: int) -> RemoteFile:
+    def open(self, file: int) -> RangedFile:
         """Returns a file for pyarrow."""
-        return RemoteFile(self.ranges, self.layout(file))
+        return RangedFile(self.ranges, self.layout(file))
 
     def metadata(self, file: int) -> Any:
         """Returns what the footer of a file states."""
