@@ -83,9 +83,10 @@ class ChunkLayout:
 
     lane_tokens: list[list[int]]
     """The tokens that each lane of the process has moved on until each step: (steps + 1, lanes)."""
-    places: list[Integers]
+    places: list[Integers | slice]
     """For each lane and each of its rows, where the row goes in the chunk; -1: to one more row at
-    the end, as it belongs to a neighbouring process, which reads the same lane."""
+    the end, as it belongs to a neighbouring process, which reads the same lane. A slice where they
+    are evenly spaced, as without a mixture: rows are then read right into their places."""
     order: Integers
     """For each row of the chunk, its number in the batches of the process."""
 
@@ -93,12 +94,28 @@ class ChunkLayout:
         """Returns the layout of every n-th lane, in which the rows of a lane follow each other."""
         if workers == 1:
             return self
-        places = self.places[worker::workers]
+        places = [as_numbers(own) for own in self.places[worker::workers]]
         joined = np.concatenate(places)
         kept = joined >= 0
         consecutive = np.where(kept, np.cumsum(kept) - 1, -1)
         edges = np.cumsum([len(lane) for lane in places])[:-1]
-        return ChunkLayout(self.lane_tokens, np.split(consecutive, edges), joined[kept])
+        split = [as_slice(own) for own in np.split(consecutive, edges)]
+        return ChunkLayout(self.lane_tokens, split, joined[kept])
+
+
+def as_slice(places: Integers) -> Integers | slice:
+    """Returns places as a slice if they are evenly spaced, else as they are."""
+    steps = np.diff(places)
+    if len(steps) and places[0] >= 0 and steps[0] > 0 and (steps == steps[0]).all():
+        return slice(int(places[0]), int(places[-1]) + 1, int(steps[0]))
+    return places
+
+
+def as_numbers(places: Integers | slice) -> Integers:
+    """Returns places as numbers."""
+    if isinstance(places, slice):
+        return np.arange(places.start, places.stop, places.step)
+    return places
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +196,7 @@ class LoadPlan:
         place = np.where(kept, place + np.repeat(step, count) * len(self.rows), -1)
         return ChunkLayout(
             lane_tokens=(lane_rows * self.spec.block_size).tolist(),
-            places=np.split(place, np.cumsum(lane_rows[-1])[:-1]),
+            places=[as_slice(own) for own in np.split(place, np.cumsum(lane_rows[-1])[:-1])],
             order=np.arange(len(row_counts) * len(self.rows)),
         )
 

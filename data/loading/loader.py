@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from config import DataError, DataLoaderConfig
 from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState
-from data.loading.load_plan import LoadPlan, plan_loading
+from data.loading.load_plan import LoadPlan, as_numbers, plan_loading
 from data.loading.order import Integers, Tokens
 from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
 from data.loading.prefetch import Prefetcher
@@ -133,9 +133,19 @@ def _open_lane(plan: LoadPlan, readers: dict[int, LaneReader], number: int) -> L
     return lane_type(readers[source], lane, start)
 
 
-def _fill(plan: LoadPlan, number: int, lane: Lane, rows: Tokens, places: Integers) -> PositionMap:
+def _fill(
+    plan: LoadPlan, number: int, lane: Lane, rows: Tokens, places: Integers | slice
+) -> PositionMap:
+    """Reads the next rows of a lane into their places."""
+    if isinstance(places, slice):
+        own = rows[places]
+    else:
+        own = np.empty((len(places), rows.shape[1]), rows.dtype)
     with errors_of_source(plan.sources[plan.lanes[number].source].source.name):
-        return lane.fill(rows, places)
+        positions = lane.fill(own)
+    if not isinstance(places, slice):
+        rows[places] = own
+    return positions
 
 
 def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
@@ -195,7 +205,7 @@ class StepBatch:
         readers = open_readers(plan, range(len(plan.lanes)))
         lanes = zip(plan.lanes, layout.places, self._chunk.lane_tokens[self._step], strict=True)
         for number, ((source, lane, _), places, token) in enumerate(lanes):
-            own, block_size = np.flatnonzero(places >= 0), plan.spec.block_size
+            own, block_size = np.flatnonzero(as_numbers(places) >= 0), plan.spec.block_size
             if not len(own):
                 continue
             begin = token + int(own[0]) * block_size

@@ -22,7 +22,7 @@ import torch
 
 from config import DataError
 from data.loading.lanes import LanePlan
-from data.loading.order import Integers, Tokens
+from data.loading.order import Tokens
 from data.sources.dataset import Reader
 
 # As many empty segments in a row, and a whole epoch of them, mean that there is no text.
@@ -137,13 +137,8 @@ class Lane(ABC):
             self._refuse(f"segment {self._index} of {self._count}")
 
     @abstractmethod
-    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
-        """Reads the next len(places) rows, which may be none; raises DataError without any text.
-
-        Args:
-            rows: (n, T + 1).
-            places: where in `rows` each of them goes; several may go to -1, the last.
-        """
+    def fill(self, rows: Tokens) -> PositionMap:
+        """Reads the next rows (n, T + 1), which may be none; raises DataError without any text."""
 
     @property
     def _position(self) -> Position:
@@ -166,16 +161,16 @@ class Lane(ABC):
 class PackedLane(Lane):
     """Rows that run across documents, segments and epochs."""
 
-    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
+    def fill(self, rows: Tokens) -> PositionMap:
         """Reads the next rows."""
         block_size, positions = rows.shape[1] - 1, PositionMap(packed=True)
-        if not len(places):
+        if not len(rows):
             positions.add(0, self._position)
             return positions
         # One array for all rows, as neighbours share a token; it is copied once.
-        flat = np.empty(len(places) * block_size + 1, dtype=rows.dtype)
+        flat = np.empty(len(rows) * block_size + 1, dtype=rows.dtype)
         self._read(flat, positions)
-        rows[places] = windows(flat, block_size)
+        rows[:] = windows(flat, block_size)
         return positions
 
     def _read(self, out: Tokens, positions: PositionMap) -> None:
@@ -220,13 +215,13 @@ class PackedLane(Lane):
 class RowLane(Lane):
     """Rows of segments that are whole rows; no row crosses the end of its segment."""
 
-    def fill(self, rows: Tokens, places: Integers) -> PositionMap:
+    def fill(self, rows: Tokens) -> PositionMap:
         """Reads the next rows."""
         block_size, positions, filled = rows.shape[1] - 1, PositionMap(packed=False), 0
-        for place in places.tolist():
+        for row in rows:
             tokens = self._load(block_size)
             positions.add(filled, self._position)
-            rows[place] = tokens[self._token : self._token + block_size + 1]
+            row[:] = tokens[self._token : self._token + block_size + 1]
             filled += block_size
             self._token += block_size
             if self._token + 1 >= len(tokens):  # the last token is a target only

@@ -57,8 +57,8 @@ def filled(
 ) -> tuple[Array, PositionMap]:
     """The next rows (count, T + 1), written between others, and where they came from."""
     out: Array = np.zeros((3 * count, block_size + 1), dtype=dtype)
-    here = lane.fill(out, np.zeros(0, np.int64)).position(0)  # reading no row changes nothing
-    positions = lane.fill(out, np.arange(count) * 3 + 1)
+    here = lane.fill(out[:0]).position(0)  # reading no row changes nothing
+    positions = lane.fill(out[1::3])
     assert positions.position(0) >= here
     assert not out[::3].any()
     assert not out[2::3].any()
