@@ -145,7 +145,7 @@ class TrainingConfig(Section, section="training", on_resume="free", effect="resu
         1e-3, "peak learning rate, reached after warm-up", on_resume="explicit", gt=0
     )
     weight_decay: float = option(0.1, "weight decay, of matrices only", on_resume="explicit", ge=0)
-    log_freq: int = option(100, "logging interval", ge=1, unit="steps")
+    log_freq: int = option(100, "logging interval", ge=1, unit="steps", effect="none")
     test_freq: int | None = option(500, "evaluation interval; null: never", ge=1, unit="steps")
     eval_iters: int = option(50, "batches per evaluation and split", effect="eval_rows", ge=1)
     eval_batch_size: int | None = option(
@@ -153,23 +153,36 @@ class TrainingConfig(Section, section="training", on_resume="free", effect="resu
     )
     eval_only: bool = option(False, "evaluate once and exit, without training")
     checkpoint_freq: int | None = option(
-        500, "save interval; null: only at the end", ge=1, unit="steps"
+        500, "save interval; null: only at the end", ge=1, unit="steps", effect="none"
     )
-    save_every: float | None = option(None, "also save after this much time", gt=0, unit="seconds")
+    save_every: float | None = option(
+        None, "also save after this much time", gt=0, unit="seconds", effect="none"
+    )
     always_save_checkpoint: bool = option(
-        True, "false: save only at a new best loss and at the end"
+        True, "false: save only at a new best loss and at the end", effect="none"
     )
-    save_model: bool = option(True, "false: write no checkpoints and no run directory")
-    keep_last: int | None = option(None, "checkpoints to keep, the newest; null: all", ge=1)
+    save_model: bool = option(
+        True, "false: write no checkpoints and no run directory", effect="none"
+    )
+    keep_last: int | None = option(
+        None, "checkpoints to keep, the newest; null: all", ge=1, effect="none"
+    )
     checkpoint_dir: str = option("checkpoints", "folder for run directories", effect="none")
     resume_from_checkpoint: str | None = option(
         None, "auto, a run directory or a checkpoint", effect="none"
     )
+    fork_from_checkpoint: str | None = option(
+        None, "a run or checkpoint that a new run goes on from"
+    )
     init_from: str = option("scratch", "initial weights: scratch, resume, gpt2, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", on_resume="fixed", ge=0)
     recompute: Literal["none", "layer", "auto"] = option("none", "recompute layers in backward")
-    sample_prompt: str | None = option(None, "prompt to sample from at evaluations; null: off")
-    sample_tokens: int = option(100, "length of that sample", ge=1, le=10**6, unit="tokens")
+    sample_prompt: str | None = option(
+        None, "prompt to sample from at evaluations; null: off", effect="none"
+    )
+    sample_tokens: int = option(
+        100, "length of that sample", ge=1, le=10**6, unit="tokens", effect="none"
+    )
     use_oracle: bool = option(
         False, "debugging: repeat one batch; loss should reach 0", on_resume="explicit"
     )
@@ -204,13 +217,15 @@ class ScheduleConfig(Section, section="schedule", on_resume="explicit", effect="
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLoaderConfig(Section, section="dataloader", on_resume="free", effect="results"):
+class DataLoaderConfig(Section, section="dataloader", on_resume="free", effect="none"):
     """How batches are prepared; only shuffle changes what is in them."""
 
     num_workers: int = option(0, "worker processes; 0: a thread", ge=0, le=1024)
     pin_memory: bool = option(True, "pinned (page-locked) host memory on CUDA")
     prefetch_factor: int = option(2, "batches prepared ahead, per worker", ge=1, le=4096)
-    shuffle: bool = option(True, "another order of documents in each epoch", on_resume="fixed")
+    shuffle: bool = option(
+        True, "another order of documents in each epoch", on_resume="fixed", effect="results"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +256,7 @@ class DatasetConfig(Section, section="dataset", on_resume="explicit", effect="te
         "auto", "of .bin, .ids", effect="eval_rows"
     )
     max_cached_files: int = option(
-        5, "open files, per worker", on_resume="free", effect="results", ge=1
+        5, "open files, per worker", on_resume="free", effect="none", ge=1
     )
     text_column: str = option("auto", "parquet column of the text; auto: a usual name")
     test_fraction: float = option(0.05, "fraction held out for evaluation", ge=0, lt=1)

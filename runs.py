@@ -25,9 +25,9 @@ from typing import Any
 from compare.diff import diff_lines, diff_values
 from compare.figure import draw
 from compare.labels import names
-from compare.read import Run, find_runs, read_run
+from compare.reading.run import Run, find_runs, read_run
+from compare.reading.select import filter_runs, sort_runs
 from compare.report.page import write_report
-from compare.select import filter_runs, sort_runs
 from compare.table import list_lines, summary
 from config import ConfigError, DataError
 from engine.run_directory.find_runs import FOLDER, find_by_name, runs_in, shown_names

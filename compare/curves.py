@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compare.json_values import as_float
-from compare.read import Run
+from compare.reading.json_values import as_float
+from compare.reading.run import Run
 
 COLOURS = ["#0067B8", "#E06A00", "#009E73", "#A3195B", "#3E9BD6", "#6B4A00", "#4B1F8F", "#24282D"]
 """Of runs on white: a contrast of 3:1, and distinct for colour-blind readers too."""

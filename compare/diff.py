@@ -16,8 +16,8 @@ from compare.differences import (
     equal_options,
 )
 from compare.labels import labels, names, shared_start, short_names
-from compare.paired import At, PairedDifference, compare_runs
-from compare.read import Run
+from compare.reading.run import Run
+from compare.statistics.paired import At, PairedDifference, compare_runs
 from compare.table import COLUMNS, aligned, cell, summary, value_text, width
 from settings.formatting import format_duration
 

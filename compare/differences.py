@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compare.json_values import as_dict, as_str
-from compare.read import Run
+from compare.reading.json_values import as_dict, as_str
+from compare.reading.run import Run
 from config import CheckpointError, schema
+from engine.run_directory.experiment import is_text_path, own_options
 from engine.run_directory.manifest import data_path, read_manifest, steps_in
 from settings.schema import Effect
 
 MISSING = "\u2013"
 """Stands for a value that a run did not write, or an option that it does not have. An en dash."""
-_PATHS = ("parquet_dir", "train_data_path", "val_data_path", "name")
 # Keys of environment.json that are of the run or of one session, not of machine or software.
 _NOT_MACHINE = {
     "time",
@@ -67,7 +67,7 @@ def differing_data(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Returns under `fingerprint` that of each run's data, and under `ledger` the lines about the
     data that a run printed at its start, without lines that all runs printed."""
     data = [as_dict(run.environment.get("data")) for run in runs]
-    fingerprints = [_fingerprint(run, each) for run, each in zip(runs, data, strict=True)]
+    fingerprints = [data_fingerprint(run) for run in runs]
     known = [{"fingerprint": each} if each else {} for each in fingerprints]
     lines = [_lines(each) for each in data]
     # A run without lines is of an older version: it does not make the lines of others different.
@@ -81,15 +81,15 @@ def texts_differ(runs: Sequence[Run]) -> bool:
     tokenizer, by the fingerprints of their data, which are taken of tokens."""
     rows = {k: row for k, row in _all_differing_options(runs).items() if has_effect(k, "text")}
     # A source may have its column or its held-out part from section dataset: only paths count.
-    options = [key for key, row in rows.items() if _is_path(key) or _differ(row)]
+    options = [key for key, row in rows.items() if is_text_path(key) or _differ(row)]
     tokenizers = {run.config.get("tokenizer.name") for run in runs if run.config}
-    fingerprints = {_fingerprint(run, as_dict(run.environment.get("data"))) for run in runs} - {""}
+    fingerprints = {data_fingerprint(run) for run in runs} - {""}
     return bool(options) or (len(tokenizers) == 1 and len(fingerprints) > 1)
 
 
 def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
     known = schema().options
-    configs = [_own_options(run.config) for run in runs]
+    configs = [own_options(run.config) for run in runs]
     others = {key for config in configs for key in config} - known.keys()
     rows = dict[str, list[Any]]()
     for key in (*known, *sorted(others)):
@@ -97,35 +97,10 @@ def _all_differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
         # An option of another version, a source and a path of text count as a difference from each
         # run that does not have them, unless that run's config cannot be read.
         having = {key in config for config in configs if config}
-        lacking = len(having) > 1 and (key in others or _is_path(key))
+        lacking = len(having) > 1 and (key in others or is_text_path(key))
         if lacking or _differ(row):
             rows[key] = row
     return rows
-
-
-def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without the options of other models, which keep their defaults, without
-    paths of text that the run does not read, and without a text column that is `auto` still, as a
-    run that reads token files leaves it."""
-    own = config.get("model.name")
-    others = {
-        key
-        for key, option in schema().options.items()
-        if own is not None and option.models and own not in option.models
-    }
-    if config.get("dataset.text_column") == "auto":
-        others.add("dataset.text_column")
-    paths = {key for key, value in config.items() if _is_path(key) and value is not None}
-    # Token files and sources of a mixture are read instead of the folder, which has a default.
-    if paths - {"dataset.parquet_dir", "dataset.val_data_path"}:
-        others.add("dataset.parquet_dir")
-    others |= {key for key in config if _is_path(key)} - paths
-    return {key: value for key, value in config.items() if key not in others}
-
-
-def _is_path(key: str) -> bool:
-    """Returns whether an option says where text is, that of a run or of a source of a mixture."""
-    return key.startswith("dataset.") and key.rpartition(".")[2] in _PATHS
 
 
 def _differing_rows(
@@ -152,9 +127,10 @@ def _newest_session(run: Run) -> dict[str, Any]:
     return ({} if processes is None else {"processes": processes}) | session
 
 
-def _fingerprint(run: Run, data: Mapping[str, Any]) -> str:
-    """Returns the fingerprint that the run wrote, else that of its newest readable checkpoint, else
-    ''."""
+def data_fingerprint(run: Run) -> str:
+    """Returns the fingerprint of a run's text: as the run wrote it, else of its newest readable
+    checkpoint, else ''."""
+    data = as_dict(run.environment.get("data"))
     if as_str(data.get("fingerprint")):
         return as_str(data["fingerprint"])
     for step in reversed(steps_in(run.path)):

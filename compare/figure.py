@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compare.curves import AXES, COLOURS, Curve, curve, described, metrics_of
 from compare.labels import labels, short_names
 from compare.output import check_folder, write
-from compare.read import Run
+from compare.reading.run import Run
 from config import ConfigError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from compare.differences import MISSING, differing_options
-from compare.json_values import as_float
-from compare.read import Run
+from compare.reading.json_values import as_float
+from compare.reading.run import Run
 from config import schema
 
 LONGEST = 32

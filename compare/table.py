@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compare.differences import MISSING
-from compare.json_values import as_float
 from compare.labels import LONGEST, descriptions, short_names
-from compare.read import Run
+from compare.reading.json_values import as_float
+from compare.reading.run import Run
 from settings.formatting import format_count
 from settings.terminal import printable
 from settings.values import one_line, to_text

@@ -10,10 +10,10 @@ from typing import Any
 
 from compare import differences
 from compare.curves import AXES, COLOURS, DARK_COLOURS, curve, described, metrics_of
-from compare.json_values import as_float
 from compare.labels import labels, names, short_names
-from compare.paired import PairedDifference, compare_runs
-from compare.read import Run, restart_command
+from compare.reading.json_values import as_float
+from compare.reading.run import Run, restart_command
+from compare.statistics.paired import PairedDifference, compare_runs
 from settings.formatting import format_count, format_duration
 
 _LOSSES = ("train/loss", "eval/val_loss")

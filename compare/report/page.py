@@ -18,7 +18,7 @@ from string import Template
 from typing import Any
 
 from compare.output import check_folder, write
-from compare.read import Run
+from compare.reading.run import Run
 from compare.report.content import report, utf8_text
 from config import ConfigError
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compare.read import Run, read_run
+from compare.reading.run import Run, read_run
 from config import Config
 from engine.run_directory.environment_file import config_copy, environment_text, read_environment
 from engine.run_directory.metrics_file import metrics_line, protected

@@ -18,8 +18,8 @@ from compare.differences import (
     equal_options,
     texts_differ,
 )
-from compare.paired import PairedDifference, compare_runs, t_quantile
-from compare.read import Run, read_run
+from compare.reading.run import Run, read_run
+from compare.statistics.paired import PairedDifference, compare_runs, t_quantile
 from engine.run_directory.manifest import Manifest, render
 from tests.compare.run_directories import (
     add_checkpoint,

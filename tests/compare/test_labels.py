@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compare.labels import LONGEST, descriptions, labels, names
-from compare.read import Run, read_run
+from compare.reading.run import Run, read_run
 from tests.compare.run_directories import make
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from compare.differences import differing_data, differing_environment, differing_options
 from compare.labels import names
-from compare.paired import PairedDifference, compare_runs
-from compare.read import Run, find_runs, read_run, restart_command
+from compare.reading.run import Run, find_runs, read_run, restart_command
+from compare.statistics.paired import PairedDifference, compare_runs
 from compare.table import list_lines
 from config import Config, DataError
 from engine.run_directory.metrics_file import protected

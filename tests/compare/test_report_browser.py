@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compare.read import Run, read_run, restart_command
+from compare.reading.run import Run, read_run, restart_command
 from compare.report.page import write_report
 from tests.compare.run_directories import SESSION, TOKENS_PER_STEP, make, write_records
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from compare.read import read_run
+from compare.reading.run import read_run
 from config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WriteError
 from engine.checkpoint.find import resolve_resume
 from engine.checkpoint.load import load_checkpoint

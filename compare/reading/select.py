@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from compare.differences import MISSING
-from compare.json_values import as_float
-from compare.read import Run
+from compare.reading.json_values import as_float
+from compare.reading.run import Run
 from compare.table import COLUMN_BY_NAME, COLUMNS
 from config import ConfigError, schema
 from settings.names import resolve

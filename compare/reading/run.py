@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compare.json_values import as_count, as_dict, as_float, as_str
-from compare.records import Tail, os_error_text, read_records, read_tail
+from compare.reading.json_values import as_count, as_dict, as_float, as_str
+from compare.reading.records import Tail, os_error_text, read_records, read_tail
 from config import Config, ConfigError, DataError, schema
 from engine.run_directory.environment_file import METRICS_BYTES, read_environment
 from engine.run_directory.find_runs import FOLDER, is_run, runs_in

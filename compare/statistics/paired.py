@@ -18,8 +18,8 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from compare.differences import differing_options, has_effect
-from compare.json_values import as_float
-from compare.read import Run
+from compare.reading.json_values import as_float
+from compare.reading.run import Run
 from config import schema
 
 MIN_BATCHES = 5

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare.json_values import as_count, as_float
+from compare.reading.json_values import as_count, as_float
 from engine.run_directory.manifest import MAX_BYTES, METRICS, steps_in
 from engine.run_directory.metrics_file import is_protected, missing_bytes, parse_line, read_lines
 from files.regular import open_regular, read_regular

@@ -1,0 +1,1 @@
+"""Reads run directories, in any state and of any age."""

@@ -1,0 +1,1 @@
+"""What results of runs prove: intervals, tests, and which question they answer."""

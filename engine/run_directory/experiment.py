@@ -1,0 +1,77 @@
+"""Which runs are the same experiment: equal in all options that affect results.
+
+Groups of runs over seeds, cells of a sweep, forks and their parents, and a run that is repeated are
+all found by this one rule. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from config import schema
+
+TEXT_PATHS = ("parquet_dir", "train_data_path", "val_data_path", "name")
+DECIDED_AT_START: Mapping[str, Any] = {
+    "model.vocab_size": None,
+    "dataset.text_column": "auto",
+    "training.batch_size": "auto",
+    "training.eval_batch_size": None,
+}
+"""Options that a run decides at its start if they have this value, and then saves as decided."""
+
+
+def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a flat config without options that play no part in it: those of other models, paths
+    of text that is not read, and a text column that is `auto` still, as a run that reads token
+    files leaves it."""
+    own = config.get("model.name")
+    others = {
+        key
+        for key, option in schema().options.items()
+        if own is not None and option.models and own not in option.models
+    }
+    if config.get("dataset.text_column") == "auto":
+        others.add("dataset.text_column")
+    paths = {key for key, value in config.items() if is_text_path(key) and value is not None}
+    # Token files and sources of a mixture are read instead of the folder, which has a default.
+    if paths - {"dataset.parquet_dir", "dataset.val_data_path"}:
+        others.add("dataset.parquet_dir")
+    others |= {key for key in config if is_text_path(key)} - paths
+    return {key: value for key, value in config.items() if key not in others}
+
+
+def is_text_path(key: str) -> bool:
+    """Returns whether an option says where text is, that of a run or of a source of a mixture."""
+    return key.startswith("dataset.") and key.rpartition(".")[2] in TEXT_PATHS
+
+
+def experiment_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a flat config that affect results."""
+    known = {key: schema().find(key) for key in config}
+    without = {
+        key for key, option in known.items() if option is not None and option.effect == "none"
+    }
+    return {key: value for key, value in own_options(config).items() if key not in without}
+
+
+def experiment_id(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """Returns 16 hexadecimal digits that are equal for equal experiments.
+
+    Args:
+        config: flat (`training.learning_rate`), with defaults.
+        without: options that may differ, such as `training.seed`.
+    """
+    options = experiment_options(config)
+    kept = {key: value for key, value in options.items() if key not in without}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_run_of(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Returns whether a run that saved one config is a run of the experiment that was asked for:
+    equal but for what a run decides at its start."""
+    open_options = [k for k, value in DECIDED_AT_START.items() if asked.get(k, value) == value]
+    return experiment_id(asked, open_options) == experiment_id(saved, open_options)
