@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from compare.diff import diff_lines, diff_values
 from compare.figure import draw
 from compare.labels import names
+from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, read_run
 from compare.reading.select import filter_runs, sort_runs
 from compare.report.page import write_report
@@ -163,17 +163,7 @@ def show_report(arguments: argparse.Namespace) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    """Returns the value with null for infinity and NaN, which a damaged file may hold and JSON
-    cannot."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(value), indent=2))
 
 
 def main(words: Sequence[str]) -> int:

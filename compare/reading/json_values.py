@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,3 +30,13 @@ def as_str(value: Any) -> str:
 def as_dict(value: Any) -> Mapping[str, Any]:
     """Returns a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def finite(value: Any) -> Any:
+    """Returns the value with null for infinity and NaN, which a damaged file may hold and JSON
+    cannot."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

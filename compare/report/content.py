@@ -1,34 +1,23 @@
-"""What the report says and shows, as plain values: the best run, tables, curves, samples."""
+"""What the report says and shows, as plain values: the best run, tables, comparisons."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from compare import differences
-from compare.curves import AXES, COLOURS, DARK_COLOURS, curve, described, metrics_of
+from compare.curves import AXES, COLOURS, DARK_COLOURS
 from compare.labels import labels, names, short_names
 from compare.reading.json_values import as_float
-from compare.reading.run import Run, restart_command
+from compare.reading.run import Run
+from compare.report.run_content import panels, run_content
+from compare.report.text import progress_text, utf8_text, value_text
 from compare.statistics.paired import PairedDifference, compare_runs
 from settings.formatting import format_count, format_duration
 
-_LOSSES = ("train/loss", "eval/val_loss")
-_FROM_ZERO = {"train/tokens_per_sec", "train/memory_bytes", "train/data_wait", "train/mfu"}
-_WITHOUT_PANEL = {  # another panel shows the same, or a run has one number of it
-    "train/iter_time_ms",
-    "train/compile_s",
-    "train/fp8_products",
-    "eval/train_loss",
-    "eval/seconds",
-    "final/train_loss",
-    "final/val_loss",
-}
 _MAX_NAMED = 6  # options named in the answer
-_DIGITS = 6  # of a point of a curve
 
 
 @dataclass(frozen=True)
@@ -59,9 +48,9 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
         "all it shows and loads nothing.",
         "colours": {"light": COLOURS, "dark": DARK_COLOURS},
         "axes": {key: title.capitalize() for key, title in AXES.items()},
-        "panels": _panels(runs),
+        "panels": panels(runs),
         "runs": [
-            _run(run)
+            run_content(run, utf8_text(name))
             | {"name": utf8_text(name), "label": utf8_text(label), "short_name": utf8_text(rest)}
             for run, (name, label, rest) in zip(runs, titles, strict=True)
         ],
@@ -73,23 +62,6 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
         "text, not for other seeds.",
         "contexts": _contexts(runs) if len(runs) > 1 else [],
     }
-
-
-def utf8_text(text: str) -> str:
-    """Returns text with `?` for each byte of a file name that is not UTF-8.
-
-    Python holds such bytes as lone surrogates, which cannot be encoded into the page.
-    """
-    return text.encode("utf-8", "replace").decode()
-
-
-def value_text(value: Any) -> str:
-    """Returns a value of YAML or JSON as one writes it; a list has a line per item."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return "\n".join(map(value_text, value))
-    return utf8_text(value) if isinstance(value, str) else json.dumps(value)
 
 
 # ---- the answer
@@ -138,7 +110,7 @@ def _answer(
             [] if any(evaluating) else never,
         )
     if len(runs) == 1:
-        lowest = f"Its lowest, at step {runs[0].best_step or 0:,}; {_progress(runs[0])}."
+        lowest = f"Its lowest, at step {runs[0].best_step or 0:,}; {progress_text(runs[0])}."
         return f"{run_labels[0]}: {best}", [lowest]
     second = values[1]
     lead = [] if second is None else [_lead(runs, run_labels[1], measure, second - values[0])]
@@ -180,13 +152,6 @@ def _four_digits(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _progress(run: Run) -> str:
-    planned = run.planned_steps
-    complete = planned is None or planned <= run.step
-    steps = f"{run.step:,} steps" if complete else f"{run.step:,} of {planned:,} steps"
-    return f"{run.state}, {steps}"
-
-
 # ---- tables
 
 
@@ -217,7 +182,7 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     newest = [run.last_loss for run in runs]
     times = [as_float(run.newest.get("time")) for run in runs]
     return [
-        _text_column("State", [_progress(run) for run in runs]) | {"states": states},
+        _text_column("State", [progress_text(run) for run in runs]) | {"states": states},
         _column("Held-out loss, best", losses, _four_digits, lowest_loss) | {"notes": steps},
         _column("Held-out loss, newest", newest, _four_digits, lowest_loss),
         _column("Bits per byte", bits, _four_digits, None if other_text else min),
@@ -296,76 +261,3 @@ def _contexts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     rows = differences.differing_environment(runs)
     rows |= {f"data {key}": row for key, row in differences.differing_data(runs).items()}
     return [(key, [value_text(value) for value in row]) for key, row in rows.items()]
-
-
-# ---- curves and runs
-
-
-def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    known = [metric for metric in metrics_of(runs) if metric not in _WITHOUT_PANEL]
-    losses = tuple(metric for metric in _LOSSES if metric in known)
-    others = [(metric,) for metric in known if metric not in losses]
-    return [_panel(metrics) for metrics in [losses, *others] if metrics]
-
-
-def _panel(metrics: tuple[str, ...]) -> dict[str, Any]:
-    last = described(metrics[-1])
-    title = "Loss" if len(metrics) > 1 else last.title
-    return {
-        "title": title,
-        "label": f"{title} over the run, one curve per run",
-        "unit": last.unit,
-        "scale": last.scale,
-        "loss": metrics[-1] in _LOSSES,
-        "zero": metrics[0] in _FROM_ZERO,
-        "metrics": [
-            {"key": key, "bold": key.startswith("eval/"), "smooth": key == "train/loss"}
-            for key in metrics
-        ],
-    }
-
-
-def _run(run: Run) -> dict[str, Any]:
-    """Returns what the page shows of one run.
-
-    Curves share their places on the axes: `at` are indices into the lists of `axes`.
-    """
-    curves = {key: curve(run, key) for key in metrics_of([run])}
-    # The union of the rows that the thinned curves kept: each x value is in the page once, not once
-    # per metric.
-    rows = sorted({row for each in curves.values() for row in each.rows})
-    place = {row: index for index, row in enumerate(rows)}
-    problems = dict.fromkeys((*run.problems, *run.record_problems))
-    return {
-        "path": utf8_text(str(run.path)),
-        "state": run.state,
-        "status": ": ".join(filter(None, (_progress(run), run.end_reason))),
-        "problems": [*map(utf8_text, problems)],
-        "command": utf8_text(restart_command(run)),
-        "settings": [(key, value_text(value)) for key, value in run.config.items()],
-        "environment": _environment(run.environment),
-        "axes": {axis: [as_float(run.records[row].get(axis)) for row in rows] for axis in AXES},
-        "curves": {
-            key: {"at": [place[row] for row in each.rows], "y": [*map(_rounded, each.y)]}
-            for key, each in curves.items()
-        },
-        "samples": [
-            (record["step"], utf8_text(record["eval/sample"]))
-            for record in run.records
-            if isinstance(record.get("eval/sample"), str)
-        ],
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.{_DIGITS}g}")
-
-
-def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns environment.json as a flat list: `run: parameters` is the name of a nested value."""
-    shown = {k: v for k, v in environment.items() if k not in ("config", "resumed", "command")}
-    return [
-        (key if inner is None else f"{key}: {inner}", value_text(each))
-        for key, value in shown.items()
-        for inner, each in (value.items() if isinstance(value, dict) else [(None, value)])
-    ]

@@ -19,7 +19,8 @@ from typing import Any
 
 from compare.output import check_folder, write
 from compare.reading.run import Run
-from compare.report.content import report, utf8_text
+from compare.report.content import report
+from compare.report.text import utf8_text
 from config import ConfigError
 
 _FOLDER = Path(__file__).parent

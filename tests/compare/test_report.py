@@ -328,6 +328,21 @@ def test_environments_that_differ_and_commands_are_shown() -> None:
     assert second == "python train.py --config checkpoints/run_b/config.yaml"
 
 
+def test_the_page_holds_what_it_takes_to_repeat_each_run_in_exact_values() -> None:
+    run = make("run_a", "learning_rate=3.0000000001e-4", every=40)
+    hashes = {"train/batch_hash": "0123456789abcdef", "train/first_losses": [4.000000000001]}
+    write_records(run.path, [record | hashes for record in run.records])
+    (found,) = Page(page([read_run(run.path)])).data["runs"]
+    repeated = found["reproduce"]
+    assert repeated["name"] == "run_a"
+    assert repeated["config"] == run.config
+    assert repeated["environment"]["torch"] == SESSION["torch"]
+    assert repeated["environment"]["data"]["fingerprint"] == "f00d"
+    first = repeated["records"][0]
+    assert first == {key: value for key, value in (run.records[0] | hashes).items() if key in first}
+    assert first.keys() >= {"step", "train/loss", *hashes}
+
+
 # ---- the command line
 
 
