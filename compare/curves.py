@@ -7,10 +7,12 @@ of one step in ten thousand is still drawn, and so does the first gap (a loss of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
+from compare.groups import Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
 
@@ -79,13 +81,70 @@ class Curve:
 
 
 def curve(run: Run, metric: str, x: str = "step", limit: int = MAX_POINTS) -> Curve:
-    """Returns the metric over `x` (step, tokens, or time in s) in at most `limit` points."""
+    """Returns the metric over `x` (see `place_of`) in at most `limit` points."""
     records = run.records
     rows = [row for row, record in enumerate(records) if metric in record]
     values = [value_of(records[row][metric]) for row in rows]
     kept = thinned(values, limit)
-    places = [as_float(records[rows[index]].get(x)) for index in kept]
+    places = [place_of(run, records[rows[index]], x) for index in kept]
     return Curve([rows[index] for index in kept], places, [values[index] for index in kept])
+
+
+@dataclass(frozen=True)
+class Band:
+    """A metric over the runs of a group: at each step at which all of them have a number, its mean
+    and standard deviation.
+
+    Where runs have different lengths, or one has no number, a mean would be of other runs than at
+    the steps before, and jump: there is none.
+    """
+
+    steps: list[int]
+    x: list[float | None]
+    """The mean of the runs' places: they reach a step at different times."""
+    mean: list[float]
+    deviation: list[float]
+    """Of a sample, n - 1; NaN for one run."""
+
+
+def band(runs: Sequence[Run], metric: str, x: str = "step", limit: int = MAX_POINTS) -> Band:
+    """Returns the mean of the metric over `x` (see `place_of`) in at most `limit` points."""
+    by_run = [by_step(run, metric) for run in runs]
+    steps = shared_steps(by_run)
+    spreads = [spread for step in steps if (spread := Spread.of([known[step] for known in by_run]))]
+    kept = thinned([spread.mean for spread in spreads], limit)
+    steps, spreads = [steps[index] for index in kept], [spreads[index] for index in kept]
+    places = [
+        {record["step"]: place_of(run, record, x) for record in run.records if metric in record}
+        for run in runs
+    ]
+    at = [[place for known in places if (place := known[step]) is not None] for step in steps]
+    return Band(
+        steps,
+        [fmean(each) if each else None for each in at],
+        [spread.mean for spread in spreads],
+        [spread.deviation for spread in spreads],
+    )
+
+
+def by_step(run: Run, metric: str) -> dict[int, float]:
+    """Returns the number of each step that has one of the metric."""
+    numbers = ((record["step"], value_of(record.get(metric))) for record in run.records)
+    return {step: value for step, value in numbers if value is not None}
+
+
+def place_of(run: Run, record: Mapping[str, Any], x: str) -> float | None:
+    """Returns where a record stands on an x axis: its step, tokens, time in s, or training FLOPs
+    (of the matmuls; the run wrote how many a token takes)."""
+    if x != "flops":
+        return as_float(record.get(x))
+    tokens, per_token = as_float(record.get("tokens")), as_float(run.size.get("flops_per_token"))
+    return None if tokens is None or per_token is None else tokens * per_token
+
+
+def shared_steps(by_run: Sequence[Mapping[int, float]]) -> list[int]:
+    """Returns the steps that all runs have, ascending."""
+    return sorted(set.intersection(*(set(known) for known in by_run))) if by_run else []
 
 
 def value_of(entry: Any) -> float | None:

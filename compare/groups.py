@@ -1,18 +1,26 @@
-"""Runs that repeat one experiment, such as runs that differ in their seed alone, as one group."""
+"""Runs that repeat one experiment, such as runs that differ in their seed alone, as one group.
+
+A run counts once for each value of the options over which a group is taken: a seed that was trained
+twice, on a CPU with equal results, is one observation and not two.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
-from compare.differences import data_fingerprint
+from compare.differences import MISSING, data_fingerprint
+from compare.labels import LONGEST, labels, names, short_names
 from compare.reading.run import Run
 from config import ConfigError, schema
 from engine.run_directory.experiment import experiment_id
 from settings.names import resolve
-from settings.values import RefusedError
+from settings.values import RefusedError, to_text
+
+SEED = "training.seed"
 
 
 @dataclass(frozen=True)
@@ -20,8 +28,22 @@ class Group:
     """Runs that are equal in all options that affect results, but for those in `over`."""
 
     runs: tuple[Run, ...]
+    """Each has other values of `over`."""
     over: tuple[str, ...]
     """The options that may differ: `training.seed`."""
+    repeats: tuple[Run, ...] = ()
+    """Runs with the values of one of `runs`, which got further; they do not count."""
+
+    @property
+    def size(self) -> str:
+        """How many runs: `3 seeds`."""
+        what = "seed" if self.over == (SEED,) else "run"
+        return f"{len(self.runs)} {what}{'s' if len(self.runs) > 1 else ''}"
+
+    @property
+    def values(self) -> list[tuple[Any, ...]]:
+        """The values of `over` of each run."""
+        return [_values(run, self.over) for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -41,27 +63,71 @@ class Spread:
         deviation = stdev(values) if len(values) > 1 else math.nan
         return cls(len(values), fmean(values), deviation)
 
+    def text(self, show: Callable[[float], str] = "{:.4f}".format) -> str:
+        """Returns `2.5012 \u00b1 0.0034`, or the value alone if there is one."""
+        if math.isnan(self.deviation):
+            return show(self.mean)
+        return f"{show(self.mean)} \u00b1 {show(self.deviation)}"
+
 
 def option_keys(words: Collection[str]) -> tuple[str, ...]:
-    """Returns the options that words such as `seed` mean; raises ConfigError."""
+    """Returns the options that words such as `seed` or `seed,dropout` mean; raises ConfigError."""
     keys = list[str]()
-    for word in words:
+    for word in (part.strip() for several in words for part in several.split(",")):
         try:
-            keys += resolve(schema(), word).keys
+            found = [key for key in resolve(schema(), word).keys if schema().find(key)]
         except RefusedError as error:
             raise ConfigError(f"--over {error}") from None
-    return tuple(keys)
+        if not found:
+            raise ConfigError(f"--over {word}: is not an option of a run.")
+        keys += found
+    return tuple(dict.fromkeys(keys))
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
     """Returns the runs in groups, in the order of their first runs.
 
-    Runs of one group have read the same text, by its fingerprint where both wrote one. A run whose
-    config cannot be read is a group of its own.
+    Runs of one group have read the same text, by its fingerprint. A run whose config cannot be read
+    is a group of its own.
     """
     groups = dict[tuple[str, ...], list[Run]]()
     for run in runs:
         alone = (str(run.path),)
         key = (experiment_id(run.config, over), data_fingerprint(run)) if run.config else alone
         groups.setdefault(key, []).append(run)
-    return [Group(tuple(own), tuple(over)) for own in groups.values()]
+    return [_without_repeats(own, tuple(over)) for own in groups.values()]
+
+
+def _without_repeats(runs: Sequence[Run], over: tuple[str, ...]) -> Group:
+    """Returns a group in which one run counts of those with equal values: that which got furthest,
+    a finished one first."""
+    chosen = dict[tuple[Any, ...], Run]()
+    for run in runs:
+        other = chosen.setdefault(_values(run, over), run)
+        if (run.state == "done", run.step) > (other.state == "done", other.step):
+            chosen[_values(run, over)] = run
+    kept = tuple(chosen.values())
+    return Group(kept, over, tuple(run for run in runs if run not in kept))
+
+
+def _values(run: Run, over: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(run.config.get(key, MISSING) for key in over)
+
+
+def group_labels(groups: Sequence[Group], longest: int = LONGEST) -> list[str]:
+    """Returns a unique label for each group: the options in which the groups differ, else the name
+    of its first run and how many others there are."""
+    firsts = [group.runs[0] for group in groups]
+    over = {key for group in groups for key in group.over}
+    if len(groups) > 1:
+        return labels(firsts, longest, over)
+    more = len(groups[0].runs) - 1 if groups else 0
+    return [name + (f" and {more} more" if more else "") for name in names(firsts)]
+
+
+def group_values(group: Group) -> str:
+    """Returns what tells the runs of a group apart: `1, 2, 3` over seeds."""
+    plain = [[value for value in own if value is not MISSING] for own in group.values]
+    if len(group.over) > 1 or not any(plain):
+        return ", ".join(short_names(group.runs))
+    return ", ".join(to_text(own[0]) if own else MISSING for own in plain)

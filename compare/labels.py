@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 from compare.differences import MISSING, differing_options
@@ -47,13 +47,13 @@ def shared_start(known: Sequence[str]) -> str:
     return "".join(os.path.commonprefix(list(known)).rpartition("_")[:2]) if len(known) > 1 else ""
 
 
-def labels(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
+def labels(runs: Sequence[Run], longest: int = LONGEST, without: Collection[str] = ()) -> list[str]:
     """Returns a unique label for each run, such as `llama, lr 0.004`.
 
     The short name of a run is added if another run has the same options, and stands alone if no
-    option differs.
+    option differs. Options in `without` are left out, as those over which runs are grouped.
     """
-    described = descriptions(runs, longest)
+    described = descriptions(runs, longest, without)
     counts = Counter(described)
     return [
         ", ".join(filter(None, (text, name if counts[text] > 1 or not text else "")))
@@ -61,7 +61,9 @@ def labels(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     ]
 
 
-def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
+def descriptions(
+    runs: Sequence[Run], longest: int = LONGEST, without: Collection[str] = ()
+) -> list[str]:
     """Returns the options in which each run differs, in at most `longest` characters.
 
     Options are chosen one after the other: each time the one that splits the runs into the most
@@ -69,7 +71,7 @@ def descriptions(runs: Sequence[Run], longest: int = LONGEST) -> list[str]:
     of a model do with its name, comes last.
     """
     rows = differing_options(runs)
-    keys = sorted(rows, key=_place)
+    keys = sorted((key for key in rows if key not in without), key=_place)
     phrases = {key: [_phrase(key, value) for value in rows[key]] for key in keys}
     groups = {key: _group_numbers(phrases[key]) for key in keys}
     chosen, left, described = list[str](), list(keys), [""] * len(runs)

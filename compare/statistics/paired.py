@@ -5,8 +5,7 @@ loss has by itself: a batch that is hard for one is hard for the other. So the m
 differences is taken, and Student's 95 % interval of that mean over the batches.
 
 The interval covers the choice of text. It does not cover the choice of seed: how much a run changes
-with its seed can only be seen from several runs. Quantiles of Student's distribution are computed
-by Abramowitz and Stegun, 26.7.3 and 26.7.4, which takes no scipy.
+with its seed can only be seen from several runs (`compare.statistics.seeds`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from compare.differences import differing_options, has_effect
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
+from compare.statistics.student import t_quantile, two_sided_p
 from config import schema
 
 MIN_BATCHES = 5
@@ -42,6 +42,14 @@ class PairedDifference:
     step_b: int
     sources: dict[str, PairedDifference] = field(default_factory=dict)
     """Of each source of a mixture; empty without one, and with too few batches of each."""
+
+    @property
+    def p(self) -> float:
+        """The probability of a difference at least this large if there is none (two-sided)."""
+        error = (self.high - self.low) / 2 / t_quantile(CONFIDENCE, self.batches - 1)
+        if error == 0:
+            return 1.0 if self.difference == 0 else 0.0
+        return two_sided_p(self.difference / error, self.batches - 1)
 
     @property
     def verdict(self) -> str:
@@ -92,35 +100,6 @@ def _by_source(
         name: PairedDifference(*_interval(differences[place * each :][:each]), *steps)
         for place, name in enumerate(names)
     }
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Returns the t for which [-t, t] has this probability under Student's distribution.
-
-    freedom: its degrees of freedom. Bisects until the floats of the bracket are neighbours.
-    """
-    low, high = 0.0, 1e4
-    while (middle := (low + high) / 2) not in (low, high):
-        if _central_probability(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return middle
-
-
-def _central_probability(t: float, freedom: int) -> float:
-    """Returns the probability of [-t, t].
-
-    With a whole number of degrees of freedom it is a finite sum of powers of the cosine of
-    theta = atan(t / sqrt(freedom)), of odd powers if the number is odd (26.7.3), else of even ones
-    (26.7.4).
-    """
-    theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
-    term = total = (math.cos(theta) if freedom > 1 else 0.0) if odd else 1.0
-    for power in range(2 + odd, freedom - 1, 2):
-        term *= (power - 1) / power * math.cos(theta) ** 2
-        total += term
-    return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
 
 
 def _evaluations(a: Run, b: Run, at: At) -> tuple[dict[str, Any], dict[str, Any]] | str:

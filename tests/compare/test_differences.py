@@ -19,7 +19,7 @@ from compare.differences import (
     texts_differ,
 )
 from compare.reading.run import Run, read_run
-from compare.statistics.paired import PairedDifference, compare_runs, t_quantile
+from compare.statistics.paired import PairedDifference, compare_runs
 from engine.run_directory.manifest import Manifest, render
 from tests.compare.run_directories import (
     add_checkpoint,
@@ -83,22 +83,6 @@ def test_a_text_column_that_was_not_named_is_none_that_differs() -> None:
 
 
 # ---- paired comparison
-
-
-def test_quantiles_are_those_of_printed_tables() -> None:
-    table = {
-        (0.90, 10): 1.812,
-        (0.95, 1): 12.706,
-        (0.95, 2): 4.303,
-        (0.95, 4): 2.776,
-        (0.95, 9): 2.262,
-        (0.95, 30): 2.042,
-        (0.95, 49): 2.010,
-        (0.95, 10_000): 1.960,
-        (0.99, 5): 4.032,
-        (0.99, 100): 2.626,
-    }
-    assert {key: t_quantile(*key) for key in table} == pytest.approx(table, abs=6e-4)
 
 
 def two_runs(losses_a: list[Any], losses_b: list[Any]) -> tuple[Run, Run]:
