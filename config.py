@@ -172,7 +172,7 @@ class TrainingConfig(Section, section="training", on_resume="free", effect="resu
         None, "auto, a run directory or a checkpoint", effect="none"
     )
     fork_from_checkpoint: str | None = option(
-        None, "a run or checkpoint that a new run goes on from"
+        None, "a run or checkpoint that a new run goes on from", on_resume="explicit"
     )
     init_from: str = option("scratch", "initial weights: scratch, resume, gpt2, a path")
     seed: int = option(1337, "seed of weights, data order and dropout", on_resume="fixed", ge=0)

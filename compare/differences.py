@@ -22,6 +22,7 @@ _NOT_MACHINE = {
     "run",
     "config",
     "data",
+    "parent",
     "ended",
     "step",
     "folder",

@@ -168,6 +168,16 @@ def _one_checkpoint_to_resume(c: Any) -> str | None:
     return "{0} and {1} exclude each other; set one"
 
 
+@rule(
+    *("training.init_from", "training.fork_from_checkpoint"),
+    gives_way=("training.init_from", "training.fork_from_checkpoint"),
+)
+def _a_run_is_continued_or_forked(c: Any) -> str | None:
+    if c.training.init_from != "resume" or c.training.fork_from_checkpoint is None:
+        return None
+    return "{0} and {1} exclude each other; set one"
+
+
 def _is_a_good_address(key: str) -> None:
     @rule(key)
     def complain(c: Any) -> str | None:

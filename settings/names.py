@@ -52,6 +52,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "training.checkpoint_freq": ("checkpoint_interval", "save_interval", "save_steps"),
     "training.checkpoint_dir": ("out_dir", "artifacts_path", "runs_dir", "output_dir", "save_dir"),
     "training.resume_from_checkpoint": ("resume_from", "resume"),
+    "training.fork_from_checkpoint": ("fork_from", "fork"),
     "optimizer.name": ("optimizer",),
     "optimizer.grad_clip": ("max_grad_norm", "clip_grad"),
     "schedule.name": ("schedule", "lr_scheduler", "lr_scheduler_type"),

@@ -183,6 +183,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
         state["train"].pop("elapsed_s")
         state["config"]["training"].pop("checkpoint_dir")
         state["config"]["training"].pop("resume_from_checkpoint")
+        state["config"]["training"].pop("fork_from_checkpoint", None)
     assert_equal(first, second, "checkpoint")
     assert metrics(one) == metrics(other)
 

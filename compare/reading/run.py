@@ -27,6 +27,7 @@ from compare.reading.records import Tail, os_error_text, read_records, read_tail
 from config import Config, ConfigError, DataError, schema
 from engine.run_directory.environment_file import METRICS_BYTES, read_environment
 from engine.run_directory.find_runs import FOLDER, is_run, runs_in
+from engine.run_directory.fork import PARENT
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from engine.run_directory.saved_config import NOT_SAVED
 from files.regular import open_regular, read_regular
@@ -91,6 +92,12 @@ class Run:
     """`bdh`, `gpt`, ..."""
     precision: str
     """The formats of computation and weights: `bf16, nf4 weights`."""
+
+    @property
+    def parent(self) -> Mapping[str, Any]:
+        """The run that a fork goes on from, as `read_fork` wrote it: `run`, `path`, `step`, ...;
+        empty for other runs."""
+        return as_dict(self.environment.get(PARENT))
 
     @property
     def records(self) -> list[dict[str, Any]]:

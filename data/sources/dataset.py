@@ -243,7 +243,7 @@ def changed_data(change: str) -> DataError:
     """Returns the error for data that is not that of the checkpoint."""
     return DataError(
         f"The data is not what the checkpoint was trained on: {change}. "
-        "Restore it, or start a new run without resume_from_checkpoint."
+        "Restore it, or start a new run from step 0."
     )
 
 

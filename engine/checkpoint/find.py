@@ -74,6 +74,15 @@ def resolve_resume(
     return resume, lines
 
 
+def resolve_fork(value: str, checkpoint_dir: Path) -> tuple[Resume, list[str]]:
+    """Returns the checkpoint meant by `training.fork_from_checkpoint`, and lines for the user.
+
+    value: a checkpoint; a run directory or part of its name, for its newest valid checkpoint; a
+    folder of runs, for that of its newest run. Raises CheckpointError.
+    """
+    return _find(find_by_name(value, checkpoint_dir))
+
+
 def _run_of_this_job(runs: Iterable[Path]) -> Path | None:
     """Returns the newest run that this SLURM job wrote, with this command line, before a requeue.
 

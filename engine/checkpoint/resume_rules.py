@@ -152,7 +152,8 @@ def check_resumable(
         now: processes of the present one.
     """
     changed = differences(saved, present)
-    changed.pop("training.resume_from_checkpoint", None)
+    for key in ("training.resume_from_checkpoint", "training.fork_from_checkpoint"):
+        changed.pop(key, None)
     sequences = sequences_per_step(saved, before), sequences_per_step(present, now)
     if sequences[0] != sequences[1]:
         changed[SEQUENCES_PER_STEP] = sequences
@@ -161,7 +162,7 @@ def check_resumable(
         listed = "; ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in refused)
         raise CheckpointError(
             f"{checkpoint}: does not fit this config: {listed}. Put the old values back, or start "
-            "a new run: training.init_from in place of resume_from_checkpoint takes its weights."
+            "a new run from step 0: training.init_from takes its weights alone."
         )
     lengths = saved.training.block_size, present.training.block_size
     tokens = [f"{n * length:,}" for n, length in zip(sequences, lengths, strict=True)]

@@ -31,6 +31,7 @@ from engine.monitor import console
 from engine.run_directory.environment import now
 from engine.run_directory.environment_file import METRICS_BYTES, EnvironmentFile
 from engine.run_directory.find_checkpoint import Resume
+from engine.run_directory.fork import PARENT, Fork
 from engine.run_directory.lock import DirectoryLock
 from engine.run_directory.manifest import CONFIG, METRICS, Manifest, steps_in
 from engine.run_directory.metrics_file import MetricsFile
@@ -84,15 +85,22 @@ class RunDirectory:
         config: Config,
         origin: Sequence[str] = (),
         facts: Mapping[str, Any] | None = None,
+        fork: Fork | None = None,
     ) -> RunDirectory:
         """Returns a run that has no directory yet; raises WriteError if none can be created.
 
         Args:
             origin: comment lines of the saved config: the files and overrides it came from.
             facts: for environment.json, see `EnvironmentFile`.
+            fork: what a fork begins with.
         """
         check_writable(Path(config.training.checkpoint_dir))
-        return cls(config, origin, facts)
+        if fork is None:
+            return cls(config, origin, facts)
+        run = cls(config, origin, {**(facts or {}), PARENT: fork.parent})
+        run._metrics.copy(fork.records)
+        run._next_attempt_s += fork.elapsed_s
+        return run
 
     @classmethod
     def reopen(

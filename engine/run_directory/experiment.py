@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from config import schema
+from engine.run_directory.find_runs import FOLDER
+from engine.run_directory.fork import OPTION as FORK_FROM
+from engine.run_directory.fork import means_parent
 
 TEXT_PATHS = ("parquet_dir", "train_data_path", "val_data_path", "name")
 DECIDED_AT_START: Mapping[str, Any] = {
@@ -74,4 +78,7 @@ def is_run_of(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
     """Returns whether a run that saved one config is a run of the experiment that was asked for:
     equal but for what a run decides at its start."""
     open_options = [k for k, value in DECIDED_AT_START.items() if asked.get(k, value) == value]
+    folder = Path(asked.get("training.checkpoint_dir", FOLDER))
+    if means_parent(asked.get(FORK_FROM), saved.get(FORK_FROM), folder):
+        open_options.append(FORK_FROM)
     return experiment_id(asked, open_options) == experiment_id(saved, open_options)

@@ -46,6 +46,10 @@ class MetricsFile:
         }
         self._waiting.append(metrics_line(finite))
 
+    def copy(self, lines: bytes) -> None:
+        """Adds lines of another file to those that wait."""
+        self._waiting.append(lines)
+
     def write(self, folder: Path, durable: bool = False) -> None:
         """Appends what waits; a failure is reported once and retried at the next call.
 

@@ -51,5 +51,5 @@ def check_config(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / CONFIG} is not what this run saved: it was cut short, damaged or edited. "
             f"It differs in {', '.join(differing)}. Put the saved values back, or copy the file "
-            "elsewhere and resume with the copy, or change options on the command line."
+            "elsewhere and use the copy, or change options on the command line."
         )

@@ -17,6 +17,7 @@ from config import Config, ConfigError, Request, micro_batch
 from data import StepBatch
 from data.run_data import RepeatFirstBatch, RunData, document_id_function
 from engine.checkpoint.contents import as_checkpoint_error
+from engine.checkpoint.resume_rules import differences
 from engine.compile import compile_model, compile_wanted
 from engine.evaluation import Evaluator
 from engine.graphed_step import check_graphs, graphed_step
@@ -66,6 +67,7 @@ from engine.planning.summary import (
 from engine.precision.precision import Precision
 from engine.reporting import Reporter, RunSize
 from engine.run_directory.directory import RunDirectory, directory_lines
+from engine.run_directory.fork import read_fork
 from engine.saving import CheckpointSaver
 from engine.setup.prompt import sample_writer
 from engine.setup.run_setup import EVAL_BATCH, RunSetup, prepare_run
@@ -129,11 +131,13 @@ def build(request: Request, world: World, stack: ExitStack) -> Trainer:
     size = run_size(parts.model, config, steps, world, evaluator)
     training = state.has_work(config.training)
     batches = open_batches(data, config, data_state, world, stack) if training else iter(())
-    directory = open_directory(setup, training, run_facts(setup, parts, world, size), stack)
+    directory = open_directory(setup, state, run_facts(setup, parts, world, size), stack)
     trackers = open_trackers(config, directory, state, stack) if world.is_main else []
-    saver = CheckpointSaver(config, world, directory, state.step, state.evaluated_step)
+    # A fork's own directory holds no checkpoint yet, not even of the step that it begins with.
+    saved = (0, 0) if setup.start.is_fork else (state.step, state.evaluated_step)
+    saver = CheckpointSaver(config, world, directory, *saved)
     stack.callback(saver.close)  # before the directory is given up
-    console.info(*directory_lines(directory, setup.start.resume))
+    console.info(*directory_lines(directory, setup.start.continued))
     console.info(*start_lines(setup, parts, world, state, compiled + recorded))
     return Trainer(
         config=config,
@@ -297,6 +301,8 @@ def restore(
             seed_apart(saved["config"]["training"]["seed"], state.step, world.rank)
     load_weights(parts.model, saved["model"])
     load_optimizer(parts.optimizer, saved["optimizer"])
+    if start.is_fork:
+        state.tracker_run = None  # a run of its own there, too
     saved.clear()  # the checkpoint's tensors would take the memory of a second model until the end
     return state, data_state
 
@@ -391,16 +397,20 @@ def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -
 
 
 def open_directory(
-    setup: RunSetup, training: bool, facts: dict[str, Any], stack: ExitStack
+    setup: RunSetup, state: TrainState, facts: dict[str, Any], stack: ExitStack
 ) -> RunDirectory:
     """Returns the run directory: continued at resume, else made at the first save."""
-    config, origin = setup.request.config, origin_lines(setup.request)
-    resume = setup.start.resume if training else None
+    config, origin, start = setup.request.config, origin_lines(setup.request), setup.start
     if not is_main_process():  # it names the run there, and is never written
         return RunDirectory(config, origin)
-    if resume is None:
+    if start.resume is None or not state.has_work(config.training):
         return stack.enter_context(RunDirectory.start(config, origin, facts))
-    return stack.enter_context(RunDirectory.reopen(resume, config, origin, facts))
+    if not start.is_fork:
+        return stack.enter_context(RunDirectory.reopen(start.resume, config, origin, facts))
+    assert start.saved_config is not None
+    changed = differences(start.saved_config, config)
+    fork = read_fork(start.resume, changed, state.elapsed_s)
+    return stack.enter_context(RunDirectory.start(config, origin, facts, fork))
 
 
 def open_trackers(

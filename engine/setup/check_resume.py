@@ -67,6 +67,7 @@ class CheckRun:
             config.training,
             checkpoint_dir=str(self.folder / name),
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+            fork_from_checkpoint=None,
             init_from=begins,
             save_model=True,
             eval_only=False,

@@ -86,7 +86,7 @@ def dry_run(request: Request, world: World) -> None:
     console.info(ratio_line(tokens, model), *learning_rate_plot(config, steps))
     directory = RunDirectory.start(config)
     resume = setup.start.resume if setup else None
-    console.info(*directory_lines(directory, resume))
+    console.info(*directory_lines(directory, setup.start.continued if setup else None))
     if request.show_config:
         console.info("", config.to_yaml())
     first = 0 if resume is None else resume.step

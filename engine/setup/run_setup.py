@@ -128,7 +128,9 @@ def _resumed(
     check_own_config(request.files, start.resume)
     processes = len(start.saved["rng"])
     config, more = adapt_to_world_size(config, saved_config, processes, world.size)
-    lines += [f"Resumed from {start.resume.path.name}: {start.resume.step} steps done", *more]
+    path = start.resume.path
+    began = f"Forked from {path}" if start.is_fork else f"Resumed from {path.name}"
+    lines += [f"{began}: {start.resume.step} steps done", *more]
     console.info(*lines, *check_fits(start, dataset, config, world.size))
     return request, config
 

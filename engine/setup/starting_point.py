@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Config, Request
+from config import Config, ConfigError, Request, setting
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.build import tokenizer_from_dict
-from engine.checkpoint.find import resolve_resume
+from engine.checkpoint.find import resolve_fork, resolve_resume
 from engine.checkpoint.load import checked_config, load_checkpoint
 from engine.checkpoint.resume_rules import experiment_differences, resume_from_folder
 from engine.hardware.distributed import World
 from engine.monitor import console
 from engine.run_directory.find_checkpoint import Resume
+from engine.run_directory.fork import OPTION as FORK_FROM
+from engine.run_directory.fork import means_parent
 from engine.run_directory.manifest import CONFIG
 from engine.run_directory.saved_config import check_config
 from engine.setup.initial_weights import (
@@ -35,6 +38,9 @@ class StartingPoint:
     config: Config
     """As asked for, with the model's shape where weights decide it."""
     resume: Resume | None = None
+    """The checkpoint whose state the run goes on from."""
+    is_fork: bool = False
+    """Whether it does so as a new run, in a directory of its own."""
     saved: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's content; empty where none is resumed. Emptied once it is loaded."""
     saved_config: Config | None = None
@@ -45,6 +51,11 @@ class StartingPoint:
     lines: tuple[str, ...] = ()
     """What the weights changed in the config."""
 
+    @property
+    def continued(self) -> Resume | None:
+        """The checkpoint in whose run directory the run goes on; None for a new run."""
+        return None if self.is_fork else self.resume
+
 
 def find_starting_point(request: Request, world: World) -> StartingPoint:
     """Reads the checkpoint or the weights that the config names; raises CheckpointError."""
@@ -52,24 +63,41 @@ def find_starting_point(request: Request, world: World) -> StartingPoint:
     # The main process chooses: others might see a checkpoint that was written a moment later.
     resume = world.broadcast(find_resume(config, request) if world.is_main else None)
     if resume is not None:
-        return _from_checkpoint(config, request, resume)
+        return _from_checkpoint(config, request, resume, is_fork=False)
+    if config.training.fork_from_checkpoint is not None:
+        return _from_checkpoint(config, request, world.on_main(partial(find_parent, config)), True)
     if config.training.init_from != "scratch":
         return _from_weights(config, request, world)
     return StartingPoint(config)
 
 
-def _from_checkpoint(config: Config, request: Request, resume: Resume) -> StartingPoint:
-    saved = load_checkpoint(resume.path, mmap=True)
-    saved_config = checked_config(resume.path, saved)
-    if request.config.training.init_from == "resume":  # what the run began with, it keeps
-        origin = saved_config.training.init_from
-        config = replace(config, training=replace(config.training, init_from=origin))
+def _from_checkpoint(
+    config: Config, request: Request, checkpoint: Resume, is_fork: bool
+) -> StartingPoint:
+    saved = load_checkpoint(checkpoint.path, mmap=True)
+    saved_config = checked_config(checkpoint.path, saved)
+    before, init_from = saved_config.training, config.training.init_from
+    if is_fork and init_from not in ("scratch", before.init_from):
+        raise ConfigError(
+            f"{setting(config, 'training.init_from')}, but {setting(config, FORK_FROM)} is a run "
+            f"that began with {before.init_from}; leave init_from out."
+        )
+    # What a run began with, it keeps.
+    if is_fork or request.config.training.init_from == "resume":
+        init_from = before.init_from
+    parent = os.path.abspath(checkpoint.path) if is_fork else before.fork_from_checkpoint
+    config = _begun_with(config, init_from, parent)
     tokenizer = None
-    if config.training.init_from != "scratch":
+    if init_from != "scratch":
         config = keep_decided_options(config, request, saved_config)
         if config.tokenizer.name == saved_config.tokenizer.name:
             tokenizer = tokenizer_from_dict(saved["tokenizer"])
-    return StartingPoint(config, resume, saved, saved_config, tokenizer=tokenizer)
+    return StartingPoint(config, checkpoint, is_fork, saved, saved_config, tokenizer=tokenizer)
+
+
+def _begun_with(config: Config, init_from: str, parent: str | None) -> Config:
+    training = replace(config.training, init_from=init_from, fork_from_checkpoint=parent)
+    return replace(config, training=training)
 
 
 def _from_weights(config: Config, request: Request, world: World) -> StartingPoint:
@@ -88,12 +116,26 @@ def find_resume(config: Config, request: Request) -> Resume | None:
     if wanted is None:
         return None
 
-    def differing(saved: Config) -> list[str]:
-        return experiment_differences(saved, keep_decided_options(config, request, saved))
+    folder, word = Path(config.training.checkpoint_dir), config.training.fork_from_checkpoint
 
-    resume, notes = resolve_resume(wanted, Path(config.training.checkpoint_dir), differing)
+    def differing(saved: Config) -> list[str]:
+        present, parent = config, saved.training.fork_from_checkpoint
+        if means_parent(word, parent, folder):
+            present = _begun_with(config, config.training.init_from, parent)
+        return experiment_differences(saved, keep_decided_options(present, request, saved))
+
+    resume, notes = resolve_resume(wanted, folder, differing)
     console.info(*notes)
     return resume
+
+
+def find_parent(config: Config) -> Resume:
+    """Returns the checkpoint that `fork_from_checkpoint` means; prints what was rejected."""
+    word = config.training.fork_from_checkpoint
+    assert word is not None
+    checkpoint, notes = resolve_fork(word, Path(config.training.checkpoint_dir))
+    console.info(*notes)
+    return checkpoint
 
 
 def check_own_config(files: Sequence[str], resume: Resume) -> None:

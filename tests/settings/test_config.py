@@ -130,6 +130,8 @@ training.init_from=gpt2 model.name=llama model.vocab_size=null
 training.init_from=resume training.resume_from_checkpoint=auto
     training.init_from=resume and training.resume_from_checkpoint=auto exclude each other; set
     one.
+training.init_from=resume training.fork_from_checkpoint=run_a
+    training.init_from=resume and training.fork_from_checkpoint=run_a exclude each other; set one.
 dataset.name=owt dataset.train_data_path=a.bin
     dataset.name=owt and dataset.train_data_path=a.bin name two texts; set one.
 dataset.parquet_dir=s3://KEY:SECRET@bucket/text

@@ -1,0 +1,72 @@
+"""A fork: a new run that goes on from a checkpoint of another, its parent. Imports no torch.
+
+The fork's directory holds copies of the parent's records up to the step where they part, and its
+own checkpoints, so that it needs nothing of the parent, which may be trained further or removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import schema
+from engine.run_directory.find_checkpoint import Resume
+from engine.run_directory.find_runs import find_by_name
+from engine.run_directory.rewind import rewind_metrics
+
+OPTION = "training.fork_from_checkpoint"
+PARENT = "parent"
+"""Key of environment.json: where a fork comes from, and what it changed."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """What the directory of a fork begins with."""
+
+    parent: Mapping[str, Any]
+    """What environment.json keeps under `parent`."""
+    records: bytes
+    """Lines of metrics.jsonl up to the step of the fork."""
+    elapsed_s: float
+    """Training time of the parent until then."""
+
+
+def read_fork(checkpoint: Resume, changed: Mapping[str, tuple[Any, Any]], elapsed_s: float) -> Fork:
+    """Reads from the parent's directory what a fork at `checkpoint` keeps of it.
+
+    changed: option -> its value in the parent and in the fork.
+    """
+    folder, options = checkpoint.run_dir, schema()
+    changed = {key: pair for key, pair in changed.items() if key != OPTION}
+    known = {key: options.find(key) for key in changed}
+    silent = {key for key, option in known.items() if option and option.effect == "none"}
+    parent = {
+        "run": os.path.basename(os.path.abspath(folder)),
+        "path": os.path.abspath(folder),
+        "step": checkpoint.step,
+        "sha256": checkpoint.manifest.sha256,
+        "changed": {key: list(pair) for key, pair in changed.items() if key not in silent},
+        "changed_without_effect": {key: list(changed[key]) for key in sorted(silent)},
+    }
+    # As at a resume: no later record, and no evaluation that the fork will make again.
+    records = rewind_metrics(folder, checkpoint.manifest, {}).after
+    return Fork(parent, records, elapsed_s)
+
+
+def means_parent(word: str | None, saved: str | None, folder: Path) -> bool:
+    """Returns whether `training.fork_from_checkpoint: word` can mean the checkpoint `saved`, which
+    a fork wrote in its config.
+
+    The newest checkpoint of a run is another one from day to day, and is gone with the run: then a
+    run means all of its checkpoints, and a part of a path the checkpoints whose path holds it.
+    folder: where names of runs are looked for. Raises DataError if several runs match `word`.
+    """
+    if word is None or saved is None:
+        return word == saved
+    path, checkpoint = find_by_name(word, folder), Path(os.path.realpath(saved))
+    if not path.exists():
+        return word in saved
+    return Path(os.path.realpath(path)) in (checkpoint, *list(checkpoint.parents)[:2])
