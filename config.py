@@ -401,6 +401,7 @@ class Config:
             "--show-config": arguments.show_config,
             "--help": arguments.help,
             "--slurm": arguments.slurm is not None,
+            "--reproduce": arguments.reproduce is not None,
         }
         others = [*arguments.files, *(flag for flag, given in flags.items() if given)]
         arguments.problems += [f"{word}: not an override" for word in others]
@@ -526,6 +527,7 @@ class Request:
     dry_run: bool
     show_config: bool
     check_resume: int | None  # steps to train straight and interrupted
+    reproduce: str | None  # a run to repeat, with its config in place of this one
     notes: tuple[str, ...]  # aliases used and names ignored, to be printed
     given: frozenset[str]  # options that would have another value had the user left them out
 
@@ -593,6 +595,8 @@ def _answer_of_slurm(arguments: Arguments, request: Request) -> str | None:
 
 def _load(arguments: Arguments) -> Request:
     """Reads the files in order and the overrides last."""
+    if arguments.reproduce is not None and not arguments.problems:
+        return _request_to_reproduce(arguments.reproduce)
     layers = read_layers(schema(), arguments, DEFAULT_FILE)
     merged = merge(layers)
     config = _build(merged)
@@ -603,8 +607,29 @@ def _load(arguments: Arguments) -> Request:
         dry_run=arguments.dry_run,
         show_config=arguments.show_config,
         check_resume=arguments.check_resume,
+        reproduce=None,
         notes=tuple(merged.notes),
         given=_given(merged, config),
+    )
+
+
+def _request_to_reproduce(run: str) -> Request:
+    """Returns a request that reads no config: not even config.yaml of the working directory."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "--reproduce repeats a run in one process: start it with python, without torchrun or "
+            "srun. The steps have the same rows on any number of processes."
+        )
+    return Request(
+        config=Config(),
+        files=(),
+        overrides=(),
+        dry_run=False,
+        show_config=False,
+        check_resume=None,
+        reproduce=run,
+        notes=(),
+        given=frozenset(),
     )
 
 

@@ -34,6 +34,7 @@ class Arguments:
     dry_run: bool = False
     show_config: bool = False
     check_resume: int | None = None
+    reproduce: str | None = None  # a run, a checkpoint, a saved config or a report
     help: bool = False
     slurm: SlurmJob | None = None
     problems: list[str] = field(default_factory=list)
@@ -58,6 +59,12 @@ def parse_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
     if job is not None and (found.dry_run or found.check_resume is not None or found.show_config):
         found.problems.append(
             "--slurm excludes --dry-run, --check-resume and --show-config: run them by themselves"
+        )
+    switches = found.dry_run or found.check_resume is not None or found.show_config or job
+    if found.reproduce is not None and (switches or found.files or found.overrides):
+        found.problems.append(
+            "--reproduce repeats a run as it was: give it alone, without files, overrides and "
+            "other switches"
         )
     return found
 
@@ -84,6 +91,8 @@ class _Parser:
         elif word in ("--check-resume", "--check_resume"):
             steps = self.words.pop(0) if self.words and self.words[0].isdecimal() else None
             self._check_resume(steps or str(CHECK_STEPS))
+        elif word == "--reproduce":
+            self._reproduce(self._pop_value() or "")
         elif assignment:
             self._assign(assignment[2].replace("-", "_"), assignment[3])
         elif flag:
@@ -100,6 +109,8 @@ class _Parser:
             self._dry_run(text)
         elif key == "check_resume":
             self._check_resume(text)
+        elif key == "reproduce":
+            self._reproduce(text)
         elif not text:
             self._problem(f"{key}=: empty value. Write {key}=null to clear an optional value")
         elif key in self._of_slurm:
@@ -118,6 +129,12 @@ class _Parser:
             self.found.check_resume = int(text)
         else:
             self._problem(f"--check-resume={text}: a number of steps, at least 2")
+
+    def _reproduce(self, run: str) -> None:
+        if run:
+            self.found.reproduce = run
+        else:
+            self._problem("--reproduce: name a run, a checkpoint, its config.yaml or a report page")
 
     def _take_flag(self, key: str) -> None:
         if key == "config":

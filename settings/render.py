@@ -18,6 +18,7 @@ USAGE = """\
 usage: python train.py [FILE ...] [--config FILE] [key=value ...]
                        [--dry-run] [--show-config] [--check-resume[=STEPS]] [--help]
                        [--slurm time=HOURS:MINUTES [nodes=N] [gpus=N] ... [--submit]]
+       python train.py --reproduce RUN
 
 Train a small language model. Files (*.yaml, *.py) are applied in order, then overrides; without a
 file, config.yaml of the current folder. Paths are relative to the current folder. A Python preset
@@ -29,6 +30,7 @@ of nanoGPT is read as literals, on top of nanoGPT's defaults (configs/nanogpt.ya
   python train.py my.yaml --dry-run                  check everything, train nothing
   python train.py my.yaml lr=3e-4 --show-config      print the whole config that this makes
   python train.py my.yaml --check-resume             is a resumed run the same run, here?
+  python train.py --reproduce report.html#run_a      does a run give the same losses, here?
   python train.py my.yaml --slurm nodes=2 gpus=8 time=24:00    print a batch script for SLURM
   python train.py config/train_gpt2.py lr=5e-4       a preset of nanoGPT
   python train.py dataset=openwebtext                GPT-2 on data/openwebtext/train.bin
@@ -36,7 +38,9 @@ of nanoGPT is read as literals, on top of nanoGPT's defaults (configs/nanogpt.ya
 An override is key=value, section.key=value, --key=value or --key value; --key alone is true.
 null clears an optional value. Keys of --slurm: nodes, gpus (of each node), time (hours:minutes),
 cpus (of each process), mem (of each node), partition, account, qos, constraint, name; --submit
-gives the script to sbatch. Options, with their defaults:
+gives the script to sbatch. RUN is a run directory, a checkpoint or the config.yaml in one, or a
+report page, with #NAME for one of its runs: 50 steps are repeated in memory. Options, with their
+defaults:
 """
 
 
