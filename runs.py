@@ -25,12 +25,12 @@ from compare.diff import diff_lines, diff_values
 from compare.figure import draw
 from compare.labels import names
 from compare.reading.json_values import finite
-from compare.reading.run import Run, find_runs, read_run
+from compare.reading.run import Run, find_runs, path_of, read_run
 from compare.reading.select import filter_runs, sort_runs
 from compare.report.page import write_report
 from compare.table import list_lines, summary
 from config import ConfigError, DataError
-from engine.run_directory.find_runs import FOLDER, find_by_name, runs_in, shown_names
+from engine.run_directory.find_runs import FOLDER, shown_names
 from settings.cli import exit_on_signals, run_command
 from settings.terminal import printable
 
@@ -100,7 +100,7 @@ def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
     no run.
     """
     runs = []
-    for path in find_runs([_path_of(word) for word in words]):
+    for path in find_runs([path_of(word) for word in words]):
         try:
             runs.append(read_run(path))
         except DataError as error:  # removed since `find_runs` listed it
@@ -110,16 +110,6 @@ def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
         for problem in dict.fromkeys((*run.problems, *more)):
             print(printable(f"{name}: {problem}"), file=sys.stderr)
     return runs
-
-
-def _path_of(word: str) -> Path:
-    """Returns the word as a path if it exists, else the run that it names."""
-    path = find_by_name(word)
-    if path.exists():
-        return path
-    runs = runs_in(FOLDER)
-    there = f"{FOLDER} holds {shown_names(runs)}" if runs else f"{FOLDER.resolve()} holds no runs"
-    raise DataError(f"{word}: no such run, checkpoint or folder; {there}.")
 
 
 def show_list(arguments: argparse.Namespace) -> None:

@@ -7,19 +7,18 @@ batches and of the weights stands in each record; runs of earlier versions have 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from compare.reading.json_values import as_count, as_float
 
 BATCHES, WEIGHTS, RATE = "train/batch_hash", "train/weights_hash", "train/learning_rate"
 LOSS, NORM, FIRST_LOSSES = "train/loss", "train/grad_norm", "train/first_losses"
-# What causes the next stands before it: batch and learning rate, then what is computed of them.
 _OF_STEP = (RATE, NORM, WEIGHTS)
 """Of the step of the record alone."""
-_SINCE_LAST = (BATCHES, LOSS)
-"""Of all steps since the record before: compared where that is of the same step in both."""
 _ORDER = (BATCHES, RATE, LOSS, NORM, WEIGHTS)
+"""A cause stands before its effects. Batches and loss are of all steps since the record before:
+they are compared where that record is of the same step in both runs."""
 _WORDS = {
     BATCHES: "batches",
     RATE: "learning rate",
@@ -76,24 +75,6 @@ class Agreement:
         return ", ".join(_WORDS[key] for key in _ORDER if key in self.keys)
 
 
-@dataclass
-class _Differences:
-    """Collects the largest relative difference of losses."""
-
-    count: int = 0
-    largest: float = 0.0
-    step: int = 0
-    keys: set[str] = field(default_factory=set)
-
-    def add(self, step: int, one: float, other: float) -> bool:
-        """Compares two losses; returns whether they differ."""
-        self.count += 1
-        apart = abs(one - other) / max(abs(one), abs(other), 1e-300)
-        if apart > self.largest:
-            self.largest, self.step = apart, step
-        return one != other
-
-
 def log_records(records: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
     """Returns step -> record of the log lines, in order of steps."""
     found = {record["step"]: record for record in records if LOSS in record}
@@ -104,7 +85,9 @@ def step_losses(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Returns step -> its loss, of the first steps of a run: a record has those since the last."""
     losses, before = dict[int, float](), 0
     for step, record in log_records(records).items():
-        own = record.get(FIRST_LOSSES)
+        # Without a hash of its batches, a record is of a run that an earlier version began: it has
+        # not the losses of all steps since the last one.
+        own = record.get(FIRST_LOSSES) if record.get(BATCHES) is not None else None
         for number, loss in enumerate(own if isinstance(own, list) else [], before + 1):
             if as_float(loss) is not None:
                 losses[number] = loss
@@ -115,42 +98,53 @@ def step_losses(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def compare_records(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> Agreement:
-    """Returns how far two runs agree, record by record of the same step.
-
-    All of them are compared, for the largest difference; the parting is the first one.
-    """
-    logs, losses = (log_records(first), log_records(second)), _Differences()
-    before, windows = [_steps_before(log) for log in logs], False
-    singles = step_losses(first), step_losses(second)
-    parting, equal, last_equal, done = None, 0, 0, 0
+    """Returns how far two runs agree, by their records of the same steps."""
+    logs = log_records(first), log_records(second)
+    before = _steps_before(logs[0]), _steps_before(logs[1])
+    keys, parting, equal = set[str](), None, list[int]()
+    losses = _pairs(step_losses(first), step_losses(second))
+    single = next((step for step, one, other in losses if one != other), None)
     for step in [step for step in logs[0] if step in logs[1]]:
         one, other = logs[0][step], logs[1][step]
-        windows = before[0][step] == before[1][step]
-        keys = [key for key in _ORDER if key in _OF_STEP or (windows and key in _SINCE_LAST)]
-        values = {key: (one[key], other[key]) for key in keys if key in one and key in other}
-        losses.keys |= values.keys()
+        same_begin = before[0][step] == before[1][step]
+        wanted = _ORDER if same_begin else _OF_STEP
+        values = {key: (one.get(key), other.get(key)) for key in wanted}
+        values = {key: pair for key, pair in values.items() if None not in pair}
+        keys |= values.keys()
+        if LOSS in values:
+            losses += _pairs({step: values[LOSS][0]}, {step: values[LOSS][1]})
         differing = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
-        if LOSS in values and None not in values[LOSS]:
-            losses.add(step, *values[LOSS])
-        both = [each for each in range(done + 1, step + 1) if each in singles[0].keys() & singles[1]]
-        apart = [each for each in both if losses.add(each, singles[0][each], singles[1][each])]
-        if apart:  # the loss of one step says more than the mean that it is part of
-            differing[LOSS] = singles[0][apart[0]], singles[1][apart[0]]
-        done = step
         if parting is None and differing:
-            ordered = {key: differing[key] for key in _ORDER if key in differing}
-            parting = Parting(min([*apart, step]), step, ordered)
+            parting = Parting(step, step, differing)
         elif parting is None:
-            equal, last_equal = equal + 1, step
+            equal.append(step)
+    if single is not None and (parting is None or single <= parting.record):
+        # The loss of one step says more than the mean that it is part of.
+        pair = next((one, other) for step, one, other in losses if step == single)
+        values = {**(parting.values if parting else {}), LOSS: pair}
+        ordered = {key: values[key] for key in _ORDER if key in values}
+        parting = Parting(single, parting.record if parting else single, ordered)
+    apart = ((_relative(one, other), step) for step, one, other in losses)
+    largest, largest_step = max(apart, default=(0.0, 0))
     return Agreement(
-        records=equal,
-        losses=losses.count,
-        last_equal=last_equal,
-        keys=frozenset(losses.keys),
+        records=len(equal),
+        losses=len(losses),
+        last_equal=max((step for step in equal if not parting or step < parting.step), default=0),
+        keys=frozenset(keys),
         parting=parting,
-        largest=losses.largest,
-        largest_step=losses.step,
+        largest=largest,
+        largest_step=largest_step,
     )
+
+
+def _pairs(one: Mapping[int, Any], other: Mapping[int, Any]) -> list[tuple[int, float, float]]:
+    """Returns (step, loss, loss) of the steps that both have, where both are numbers."""
+    pairs = [(step, as_float(one[step]), as_float(other[step])) for step in one if step in other]
+    return [(step, a, b) for step, a, b in pairs if a is not None and b is not None]
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(one), abs(other), 1e-300)
 
 
 def _steps_before(log: Mapping[int, Any]) -> dict[int, int]:

@@ -46,6 +46,27 @@ def flat_options(sections: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def nested_options(flat: Mapping[str, Any], lists: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the sections that `flat_options` made flat; keys without a section are left out.
+
+    lists: the options whose values are lists, such as `dataset.mixture`.
+    """
+    sections = dict[str, dict[str, Any]]()
+    entries = dict[tuple[str, str], dict[str, Any]]()
+    for key, value in flat.items():
+        of = next((each for each in lists if key.startswith(f"{each}.")), None)
+        section, _, name = key.partition(".")
+        if of is not None:
+            entry, _, own = key.removeprefix(f"{of}.").rpartition(".")
+            entries.setdefault((of, entry), {"name": entry})[own] = value
+        elif name:
+            sections.setdefault(section, {})[name] = value
+    for (of, _), entry_values in entries.items():
+        section, _, name = of.partition(".")
+        sections.setdefault(section, {}).setdefault(name, []).append(entry_values)
+    return sections
+
+
 def read_value(option: Option, value: Value) -> Any:
     """Returns what a value as written means for an option; raises RefusedError."""
     if isinstance(value, Scalar):

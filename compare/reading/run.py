@@ -26,7 +26,7 @@ from compare.reading.json_values import as_count, as_dict, as_float, as_str
 from compare.reading.records import Tail, os_error_text, read_records, read_tail
 from config import Config, ConfigError, DataError, schema
 from engine.run_directory.environment_file import METRICS_BYTES, read_environment
-from engine.run_directory.find_runs import FOLDER, is_run, runs_in
+from engine.run_directory.find_runs import FOLDER, find_by_name, is_run, runs_in, shown_names
 from engine.run_directory.fork import PARENT
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, LOCK, MAX_BYTES, METRICS, steps_in
 from engine.run_directory.saved_config import NOT_SAVED
@@ -171,6 +171,16 @@ def find_runs(paths: Sequence[Path] = ()) -> list[Path]:
             raise DataError(f"{path}: {'holds no runs' if path.is_dir() else 'no such run'}.")
         found |= {run.resolve(): run for run in runs}
     return list(found.values())
+
+
+def path_of(word: str) -> Path:
+    """Returns the word as a path if it exists, else the run that it names; raises DataError."""
+    path = find_by_name(word)
+    if path.exists():
+        return path
+    runs = runs_in(FOLDER)
+    there = f"{FOLDER} holds {shown_names(runs)}" if runs else f"{FOLDER.resolve()} holds no runs"
+    raise DataError(f"{word}: no such run, checkpoint or folder; {there}.")
 
 
 def restart_command(run: Run) -> str:

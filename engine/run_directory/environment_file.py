@@ -99,6 +99,18 @@ def sessions_of(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [session for session in found if isinstance(session, dict)]
 
 
+def session_of_step(environment: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Returns what the session wrote that trained a step, counted from 1: the last one that began
+    before it."""
+    began = [session for session in sessions_of(environment) if _begin_of(session) < step]
+    return began[-1] if began else {}
+
+
+def _begin_of(session: Mapping[str, Any]) -> int:
+    step = session.get("step")
+    return step if isinstance(step, int) else 0
+
+
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

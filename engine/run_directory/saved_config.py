@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from files.regular import read_regular
 from settings.entries import flat_options
 from settings.values import to_text
 
+_BEFORE = re.compile(r"config\.before_(\d+)(?:_\d+)?\.yaml")
 NOT_SAVED = f"not what the run saved; its copy in {ENVIRONMENT} is used"
 
 
@@ -33,6 +35,19 @@ def read_config(folder: Path) -> tuple[Config, str]:
     if not copy or hashlib.sha256(data).hexdigest() in known:
         return Config.from_yaml(path), ""
     return Config.from_dict(copy["values"], str(path)), NOT_SAVED
+
+
+def config_of_step(folder: Path, step: int) -> Config:
+    """Returns the config that a step, counted from 1, was trained with: a resume that changed
+    options kept the one before as `config.before_<step>.yaml`. Raises OSError and ConfigError."""
+    found = [(path, _BEFORE.fullmatch(path.name)) for path in folder.glob("config.before_*.yaml")]
+    kept = [(path.stat().st_mtime_ns, path, int(match[1])) for path, match in found if match]
+    kept.sort()
+    # A resume from an earlier step than the last one trained the steps after it again, so what
+    # counts is the last resume before `step`, in time. What came after it kept that one's config.
+    last = max((i for i, (_, _, resumed) in enumerate(kept) if resumed < step), default=-1)
+    later = kept[last + 1 :]
+    return Config.from_yaml(later[0][1]) if later else read_config(folder)[0]
 
 
 def check_config(folder: Path) -> None:

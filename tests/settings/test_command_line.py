@@ -119,6 +119,9 @@ MISTAKES = [
     ("--dry-run=1", "--dry-run takes no value."),
     ("--check-resume=1", "--check-resume=1: a number of steps, at least 2."),
     ("--dry-run --check-resume", "--dry-run and --check-resume exclude each other."),
+    ("--reproduce", "--reproduce: name a run, a checkpoint, its config.yaml or a report page."),
+    ("--reproduce a lr=3", "--reproduce repeats a run as it was: give it alone, without files, o"),
+    ("--reproduce=a --dry-run", "--reproduce repeats a run as it was: give it alone, without "),
     ("checkpoint_dir=no", "training.checkpoint_dir: expected text, got the word no. Quote it"),
     ("betas=0.9", "betas: expected a list of 2 numbers (optimizer.beta1, optimizer.beta2), got "),
     ("max_iters=ten", "training.max_iters: expected a whole number, got 'ten'. The default is"),
@@ -130,6 +133,17 @@ def test_each_mistake_on_the_command_line_has_its_message(complaint: Complain) -
     for line, message in MISTAKES:
         found = complaint(line)
         assert found.startswith(f"command line: {message}") and len(found.splitlines()) == 1
+
+
+def test_a_run_to_reproduce_stands_alone_and_no_config_is_read(
+    ask: Ask, complaint: Complain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in ("--reproduce run_a", "--reproduce=run_a"):
+        request = ask(line, {"config.yaml": "not: [valid"})
+        assert request.reproduce == "run_a" and request.config == Config()
+    assert ask("", {"config.yaml": ""}).reproduce is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert complaint("--reproduce run_a").startswith("--reproduce repeats a run in one process: ")
 
 
 def test_without_config_yaml_a_file_is_asked_for_unless_names_choose_one(
