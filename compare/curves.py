@@ -34,6 +34,7 @@ MAX_POINTS = 1500
 AXES = {"step": "steps", "tokens": "tokens", "time": "time"}
 """The x axes: key of a record -> title."""
 _NO_CURVES = {"step", "tokens", "time", "eval/val_losses", "eval/best_loss", "eval/best_step"}
+_NO_CURVES |= {"train/first_losses"}
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ class RepeatFirstBatch(StepBatch):
         self._first, self._start = next(loader), loader.first_data_state()
         self.micro_batches = self._first.micro_batches
 
+    def rows_hash(self) -> int:
+        """Returns the sum of the hashes of the rows."""
+        return self._first.rows_hash()
+
     def data_state(self) -> DataState:
         """Returns the data state before the batch."""
         return self._start

@@ -78,13 +78,16 @@ class Reporter:
             speed = self.size.tokens_per_step / seconds
             self.live.show(state.step, loss, speed, self.left_s(state))
 
-    def log(self, state: TrainState, learning_rate: float, grad_norm: float) -> None:
+    def log(
+        self, state: TrainState, learning_rate: float, grad_norm: float, weights_hash: str
+    ) -> None:
         """Writes one line and one record: the mean loss since the last one, and the speed without
         evaluations and saves."""
         seconds, waited = self.pace.take()
         speed = self.size.tokens_per_step / seconds
         record = base_record(state) | {
-            "train/loss": state.loss_sum / state.loss_steps,
+            **state.take_losses(),
+            "train/weights_hash": weights_hash,
             "train/learning_rate": learning_rate,
             "train/grad_norm": grad_norm,
             "train/tokens_per_sec": speed,
@@ -96,7 +99,6 @@ class Reporter:
         }
         if self.compile_s is not None and not self._compile_reported:
             record["train/compile_s"], self._compile_reported = self.compile_s, True
-        state.loss_sum, state.loss_steps = 0.0, 0
         self._record(record)
         console.info(iteration_line(record, self.left_s(state)))
 

@@ -21,6 +21,8 @@ class Step:
     """The rows of this process."""
     targets: int
     """Tokens that the loss is the mean over, in all processes."""
+    batch_hash: int
+    """Of the rows of all processes and the number of the step (data/loading/batch_hash.py)."""
     epoch: int
     """Epochs completed after this step, in all processes."""
     save_time_over: bool

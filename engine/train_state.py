@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from config import TrainingConfig
+from data.loading.batch_hash import MODULUS
 
+FIRST_STEPS = 50
+"""Steps whose losses are kept one by one, so that a run can be repeated and compared."""
+ADDED: Mapping[str, bool] = MappingProxyType({"added": True})
+"""Metadata of fields that checkpoints of earlier versions do not have."""
 _NUMPY_WORDS = 624  # of the Mersenne Twister
 
 
@@ -41,6 +48,41 @@ class TrainState:
     """Weights & Biases' id of this run, so that a resumed run continues there."""
     compiled: bool | None = None
     """Whether steps are compiled. They round differently, so a resumed run does the same."""
+    batch_hash: int | None = field(default=0, metadata=ADDED)
+    """Sum of the hashes of the batches since the last log line; None where an earlier version
+    trained on some of them."""
+    first_losses: list[float] = field(default_factory=list, metadata=ADDED)
+    """Of each of the first `FIRST_STEPS` steps since the last log line."""
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> TrainState:
+        """Returns the state that a checkpoint holds."""
+        unknown = {} if not saved["loss_steps"] else {"batch_hash": None}
+        return cls(**{**unknown, **saved})
+
+    def add_batch(self, batch_hash: int) -> None:
+        """Adds the hash of a step's batch to those since the last log line."""
+        if self.batch_hash is not None:
+            self.batch_hash = (self.batch_hash + batch_hash) % MODULUS
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Adds the loss of a step to those since the last log line."""
+        self.loss_sum += loss
+        self.loss_steps += 1
+        if step <= FIRST_STEPS:
+            self.first_losses.append(loss)
+
+    def take_losses(self) -> dict[str, Any]:
+        """Returns what a log record tells of the steps since the last one, and begins anew."""
+        batches = None if self.batch_hash is None else f"{self.batch_hash:016x}"
+        record: dict[str, Any] = {
+            "train/loss": self.loss_sum / self.loss_steps,
+            "train/batch_hash": batches,
+        }
+        if self.first_losses:
+            record["train/first_losses"] = self.first_losses
+        self.loss_sum, self.loss_steps, self.batch_hash, self.first_losses = 0.0, 0, 0, []
+        return record
 
     def finished(self, training: TrainingConfig) -> bool:
         """Returns whether `max_iters` steps or `epochs` passes over the data are done."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from config import Config, NonFiniteError, UserError
 from data import StepBatch, merge_data_states
+from data.loading.batch_hash import hash_step
 from data.run_data import RunData
 from engine.evaluation import Evaluator
 from engine.graphed_step import GraphedStep
@@ -29,6 +30,7 @@ from engine.saving import CheckpointSaver
 from engine.signals import StopRequest
 from engine.step import Step
 from engine.train_state import TrainState, rng_state
+from engine.weights_hash import weights_hash
 from model import LanguageModel
 
 OVERFLOWS_IN_A_ROW = 30  # each halves the loss scale of float16, which starts at 2 ** 16
@@ -89,22 +91,25 @@ class Trainer:
         batch = None if stop else next(self.batches)
         waited_s = time.monotonic() - began_s
         written = int(self.saver.is_written)
-        own = [0, 0, 0, 0, written]  # this process stops
+        own = [0, 0, 0, 0, 0, written]  # this process stops
         if batch is not None:
             ids = self.data.document_ids
             own_targets = sum(count_targets(rows, ids) for rows in batch.micro_batches)
-            own = [1, own_targets, batch.epoch, int(self.saver.time_over), written]
+            save_time = int(self.saver.time_over)
+            own = [1, own_targets, batch.rows_hash(), batch.epoch, save_time, written]
         all_own = self.world.all_gather(own)
-        goes_on, targets, epochs, save_times, writes = zip(*all_own, strict=True)
+        goes_on, targets, hashes, epochs, save_times, writes = zip(*all_own, strict=True)
         if all(writes):
             self.finish_save()
         if batch is None or not all(goes_on):
             stop.follow()
             return None
+        number = self.state.step + 1
         return Step(
-            number=self.state.step + 1,
+            number=number,
             batch=batch,
             targets=max(1, sum(targets)),
+            batch_hash=hash_step(number, hashes),
             epoch=min(epochs),  # the lanes of one process may end one a little before another's
             save_time_over=any(save_times),
             began_s=began_s,
@@ -173,6 +178,7 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += self.size.tokens_per_step
         self.state.epoch = step.epoch
+        self.state.add_batch(step.batch_hash)
         self.data_state = step.batch.data_state
         read, self._unread = (self._unread, step) if self.reads_late else (step, None)
         if read is not None:
@@ -192,8 +198,7 @@ class Trainer:
     def _count_values(self, step: Step) -> None:
         """Adds a step whose values were read to the mean loss, the times and the live line."""
         state, now = self.state, time.monotonic()
-        state.loss_sum += step.loss
-        state.loss_steps += 1
+        state.add_loss(step.number, step.loss)
         self._grad_norm = step.grad_norm
         # Read late, two steps overlap: the time of the second counts from the end of the first.
         seconds = now - max(step.began_s, self._counted_s)
@@ -208,7 +213,8 @@ class Trainer:
         """Writes a line and a record of the steps since the last one."""
         self.read_last_step()
         self._update_elapsed()
-        self.reporter.log(self.state, learning_rate, self._grad_norm)
+        weights = weights_hash(self.model.state_dict(), self.world)
+        self.reporter.log(self.state, learning_rate, self._grad_norm, weights)
 
     def evaluate(self, stop: StopRequest) -> None:
         """Evaluates on the fixed rows of both splits. A stop cuts it short; a resume makes up for

@@ -31,7 +31,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Loose files of engine/ stand on one of these floors.
 LOOSE = {
-    "engine.hardware": ("schedule", "signals", "compile", "kernels", "loss", "step", "train_state"),
+    "engine.hardware": (
+        "schedule",
+        "signals",
+        "compile",
+        "kernels",
+        "loss",
+        "step",
+        "train_state",
+        "weights_hash",
+    ),
     "engine.planning": ("evaluation", "graphed_step"),
     "engine.setup": ("trainer", "reporting", "saving"),
 }

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from config import DataError, DataLoaderConfig
+from data.loading.batch_hash import hash_rows
 from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState
 from data.loading.load_plan import LoadPlan, as_numbers, plan_loading
@@ -189,6 +190,10 @@ class StepBatch:
     def epoch(self) -> int:
         """The number of epochs that all lanes have completed after this batch."""
         return min(position.epoch for position in self._positions())
+
+    def rows_hash(self) -> int:
+        """Returns the sum of the hashes of these rows, for `hash_step` (batch_hash.py)."""
+        return hash_rows(self.micro_batches, self._plan.rows.start)
 
     def data_state(self) -> DataState:
         """Returns plain values from which a loader continues with the next batch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from config import CheckpointError, ConfigError, NonFiniteError
 from engine.checkpoint.stream import PendingTensor
-from engine.train_state import TrainState
+from engine.train_state import ADDED, TrainState
 
 _PLAIN = (str, int, float, bool, NoneType)
 _LARGEST = 2**63 - 1
@@ -220,7 +220,10 @@ def _check_fields(value: object, hint: Any, place: str) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{place} is {_described(value)}, expected a dict")
     hints, before = get_type_hints(hint), f"{place}." if place else ""
-    optional = set() if is_dataclass(hint) else hint.__optional_keys__
+    if is_dataclass(hint):
+        optional = {field.name for field in fields(hint) if field.metadata == ADDED}
+    else:
+        optional = hint.__optional_keys__
     if missing := [name for name in hints if name not in value and name not in optional]:
         raise ValueError(f"{before}{missing[0]} is missing")
     unknown = [key for key in value if key not in hints]

@@ -135,11 +135,8 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     local = full.detach()
     for mesh_dim, placement in enumerate(like.placements):
         if isinstance(placement, Shard):
-            dim, rank = placement.dim, like.device_mesh.get_local_rank(mesh_dim)
-            length = full.shape[dim]
-            size = -(-length // like.device_mesh.size(mesh_dim))  # the last slices may be shorter
-            begin = min(rank * size, length)
-            local = local.narrow(dim, begin, min(size, length - begin))
+            dim, begin, length = _shard_range(like, mesh_dim, placement)
+            local = local.narrow(dim, begin, length)
     return DTensor.from_local(
         local.clone(memory_format=torch.contiguous_format).to(like.device),
         like.device_mesh,
@@ -147,6 +144,33 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
         run_check=False,
         shape=full.shape,
         stride=like.stride(),
+    )
+
+
+def _shard_range(tensor: DTensor, mesh_dim: int, placement: Shard) -> tuple[int, int, int]:
+    """Returns the dimension that is cut, and where the slice of this process begins in it, and its
+    length."""
+    mesh, length = tensor.device_mesh, tensor.shape[placement.dim]
+    size = -(-length // mesh.size(mesh_dim))  # the last slices may be shorter
+    begin = min(mesh.get_local_rank(mesh_dim) * size, length)
+    return placement.dim, begin, min(size, length - begin)
+
+
+def shard_begins(tensor: DTensor) -> list[int]:
+    """Returns the index of the first element of this process's slice, in each dimension."""
+    begins = [0] * tensor.ndim
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            dim, begins[dim], _ = _shard_range(tensor, mesh_dim, placement)
+    return begins
+
+
+def is_of_first_replica(tensor: DTensor) -> bool:
+    """Returns whether the slice of this process is of the first of the replicas of a tensor."""
+    mesh = tensor.device_mesh
+    return all(
+        isinstance(placement, Shard) or mesh.get_local_rank(mesh_dim) == 0
+        for mesh_dim, placement in enumerate(tensor.placements)
     )
 
 

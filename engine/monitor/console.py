@@ -18,7 +18,13 @@ from settings.terminal import printable
 
 RULE = "-" * 80
 
-NOT_PLOTTED = ("eval/val_losses", "eval/rows")
+NOT_PLOTTED = (
+    "eval/val_losses",
+    "eval/rows",
+    "train/batch_hash",
+    "train/weights_hash",
+    "train/first_losses",
+)
 """Keys of records that stay in metrics.jsonl: trackers cannot draw a curve of them."""
 
 _PLAIN: Callable[[str], None] = partial(print, flush=True)

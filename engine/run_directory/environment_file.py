@@ -27,7 +27,8 @@ class EnvironmentFile:
 
     Args:
         config: as saved in config.yaml.
-        facts: `device` and versions of `cuda` of this session, `run` and `data` in numbers.
+        facts: `device`, `threads` and versions of `cuda` of this session; `run` and `data` in
+            numbers.
     """
 
     def __init__(self, config: Config, facts: Mapping[str, Any]) -> None:
@@ -64,11 +65,12 @@ class EnvironmentFile:
 
         processes = self._facts.get("run", {}).get("processes", 1)
         session = describe_session(str(self._facts.get("device", ""))) | {"processes": processes}
+        session["threads"] = self._facts.get("threads")
         cuda = self._facts.get("cuda")
         return session | {"cuda": cuda} if cuda else session
 
     def _run(self, config_text: str, replaced: str | None) -> dict[str, Any]:
-        of_session = ("device", "cuda")
+        of_session = ("device", "cuda", "threads")
         facts = {key: value for key, value in self._facts.items() if key not in of_session}
         return facts | {"config": config_copy(self._config, config_text, replaced)}
 

@@ -288,7 +288,11 @@ def restore(
     start, saved = setup.start, setup.start.saved
     if start.resume is None:
         return TrainState(), None
-    state, data_state, generators = TrainState(**saved["train"]), saved["cursor"], saved["rng"]
+    state, data_state, generators = (
+        TrainState.from_saved(saved["train"]),
+        saved["cursor"],
+        saved["rng"],
+    )
     if saved["config"]["training"]["block_size"] != setup.config.training.block_size:
         state.best_val_loss = state.best_step = None  # longer rows have another loss
     with as_checkpoint_error(start.resume.path):
@@ -380,6 +384,7 @@ def run_facts(setup: RunSetup, parts: ModelParts, world: World, size: RunSize) -
     return {
         "device": world.device_name,
         "cuda": cuda_versions(world.device),
+        "threads": torch.get_num_threads(),
         "run": {
             "parameters": sum(parameter_counts(parts.model)),
             "trainable_parameters": sum(trained),

@@ -102,6 +102,7 @@ def test_one_two_and_four_processes_make_the_same_run(tiny: list[str], tmp_path:
             assert len(mine) and theirs == pytest.approx(mine, abs=1e-5)
         states = [load_checkpoint(run / "checkpoint_16.pt") for run in (one, other)]
         assert states[0]["cursor"] == states[1]["cursor"]
+        assert numbers(one, "train/batch_hash") == numbers(other, "train/batch_hash")
 
 
 @pytest.mark.slow
@@ -115,11 +116,12 @@ def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
     assert "x 2 processes" in output
     assert "4 sequences x 32 tokens x 2 accumulation x 2 processes = 512" in output
     run = only_run(whole)
-    straight = numbers(run, *LOSSES)
+    straight, hashes = numbers(run, *LOSSES), numbers(run, "train/batch_hash")
     saved = run / "checkpoint_8.pt"
     assert run_here([*arguments, f"checkpoint_dir={whole}", f"resume_from={saved}"]) == 0
     for mine, theirs in zip(straight, numbers(run, *LOSSES), strict=True):
         assert theirs == pytest.approx(mine, abs=1e-5)
+    assert numbers(run, "train/batch_hash") == hashes
 
 
 @pytest.mark.slow

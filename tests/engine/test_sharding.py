@@ -41,6 +41,7 @@ from engine.setup.check_resume import check_resume
 from engine.signals import StopRequest
 from engine.train_state import TrainState, seed_generators
 from engine.trainer import Trainer
+from engine.weights_hash import tensor_hashes
 from model import build_model
 from tests.conftest import TEXT
 from tests.engine.planned_runs import configured
@@ -121,9 +122,9 @@ def record(made: Made) -> None:
         made.losses.append(loss)
         step(state, loss, seconds, waited_s)
 
-    def on_log(state: TrainState, rate: float, norm: float) -> None:
+    def on_log(state: TrainState, rate: float, norm: float, weights: str) -> None:
         made.norms.append(norm)
-        log(state, rate, norm)
+        log(state, rate, norm, weights)
 
     def on_evaluation(state: TrainState, found: Evaluation, *rest: Any) -> None:
         made.evaluations.append(found)
@@ -137,6 +138,7 @@ def assert_drawn_as_on_one_process(trainer: Trainer) -> None:
     """The weights of a new run are those that its seed gives in one process, bit for bit."""
     seed_generators(trainer.config.training.seed)
     expected = build_model(trainer.config).state_dict()
+    assert tensor_hashes(trainer.model.state_dict(), trainer.world) == tensor_hashes(expected)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(full_tensor(value), expected[name]), name
 
