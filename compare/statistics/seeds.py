@@ -1,0 +1,163 @@
+"""Compares two groups of runs by a metric: does the difference hold for other seeds?
+
+Each run gives one value, and these values are the sample: the held-out batches of one run cannot
+tell it (`compare.statistics.paired`). If both groups have the same seeds, the differences seed by
+seed are tested, since runs that share a seed share the order of their data and differ by less;
+otherwise Welch's test allows for unequal deviations. The rule looks at the seeds only, never at the
+values: choosing the test that gives the smaller p would make p wrong.
+
+The paired test finds a difference where there is none in 5 % of cases, with any number of seeds.
+Welch's is an approximation: 2.3 % with 2 seeds on each side, 3.7 % with 3, 4.7 % with 5, 4.9 % with
+20, but 9.8 % with 2 against 10 (20,000 simulated cases each, of equal deviations).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev, variance
+
+from compare.curves import by_step, shared_steps
+from compare.differences import differing_environment, texts_differ
+from compare.groups import Group, Spread
+from compare.reading.run import Run
+from compare.statistics.student import t_quantile, two_sided_p
+
+CONFIDENCE = 0.95
+METRIC = "eval/val_loss"
+_MACHINE = ("git", "torch", "device")  # differences inside a group that the reader is told of
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """A difference of means, its standard error, and the degrees of freedom of its t-test."""
+
+    difference: float
+    error: float
+    freedom: float
+
+    @property
+    def p(self) -> float:
+        """The probability of a difference at least this large if there is none (two-sided)."""
+        if self.error == 0:  # all values of a side are equal: the limit of ever smaller deviations
+            return 1.0 if self.difference == 0 else 0.0
+        return two_sided_p(self.difference / self.error, self.freedom)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        margin = t_quantile(CONFIDENCE, self.freedom) * self.error
+        return self.difference - margin, self.difference + margin
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
+    """Returns the mean of b minus that of a, for samples of two or more with unequal variances."""
+    of_a, of_b = variance(a) / len(a), variance(b) / len(b)
+    # Degrees of freedom after Welch and Satterthwaite: between those of the smaller sample and
+    # those of both together. Samples without any variance have no such number; any will do.
+    parts = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
+    freedom = (of_a + of_b) ** 2 / parts if parts else len(a) + len(b) - 2.0
+    return MeanDifference(fmean(b) - fmean(a), math.sqrt(of_a + of_b), freedom)
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
+    """Returns the mean of b minus a, value by value, for two pairs or more."""
+    differences = [of_b - of_a for of_a, of_b in zip(a, b, strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences))
+    return MeanDifference(fmean(differences), error, len(differences) - 1)
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """The metric of group b minus that of group a, at one step of all their runs."""
+
+    metric: str
+    step: int
+    a: Spread
+    b: Spread
+    mean: MeanDifference
+    paired: bool
+    notes: tuple[str, ...]
+    """What a reader has to know of the runs that were compared, a sentence each."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether b is better than a; of a metric that is no loss, whether it is lower."""
+        low, high = self.mean.interval
+        if low <= 0 <= high:
+            return "no difference shown" if low < high else "equal"
+        below, above = ("better", "worse") if is_loss(self.metric) else ("lower", "higher")
+        return below if high < 0 else above
+
+
+def compare_groups(a: Group, b: Group, metric: str = METRIC) -> SeedDifference | str:
+    """Compares two groups of two or more runs at the newest step at which all of them have the
+    metric; returns the reason as text if they cannot be compared."""
+    runs = [*a.runs, *b.runs]
+    if reason := _why_not_comparable(a, b, metric):
+        return reason
+    by_run = [by_step(run, metric) for run in runs]
+    steps = shared_steps(by_run)
+    if not steps:
+        without = [run.name for run, known in zip(runs, by_run, strict=True) if not known]
+        nowhere = f"there is no step at which all runs have {metric}"
+        return f"{without[0]} has no {metric}" if without else nowhere
+    values = [known[steps[-1]] for known in by_run]
+    of_a, of_b = values[: len(a.runs)], values[len(a.runs) :]
+    spread_a, spread_b = Spread.of(of_a), Spread.of(of_b)
+    assert spread_a and spread_b
+    by_seed = dict(zip(b.values, of_b, strict=True))
+    is_paired = by_seed.keys() == {*a.values}
+    test = paired(of_a, [by_seed[seed] for seed in a.values]) if is_paired else welch(of_a, of_b)
+    notes = [*_run_notes(runs, [max(known) for known in by_run], steps[-1])]
+    notes += [*_group_notes(a), *_group_notes(b)]
+    if not is_paired and by_seed.keys() & {*a.values}:
+        notes.append("They share some seeds; with the same seeds on both sides the test is paired.")
+    if not is_paired and max(len(of_a), len(of_b)) > 2 * min(len(of_a), len(of_b)):
+        notes.append("So unequal numbers of runs find differences that are none too often.")
+    return SeedDifference(metric, steps[-1], spread_a, spread_b, test, is_paired, tuple(notes))
+
+
+def is_loss(metric: str) -> bool:
+    """Returns whether lower values of a metric are better."""
+    return "loss" in metric or "bits_per_byte" in metric
+
+
+def _why_not_comparable(a: Group, b: Group, metric: str) -> str:
+    """Returns why values of the metric do not compare between the groups; '' if they do."""
+    for group in (a, b):
+        if len(group.runs) < 2:
+            return f"{group.runs[0].name} is one run and shows nothing of other seeds"
+    runs = [*a.runs, *b.runs]
+    if not metric.startswith(("eval/", "final/")):
+        return ""
+    if texts_differ(runs):
+        return "they were evaluated on different held-out text"
+    tokenizers = {run.config.get("tokenizer.name") for run in runs}
+    if len(tokenizers) > 1 and "loss" in metric:
+        return "their tokenizers differ: eval/bits_per_byte compares, losses per token do not"
+    return ""
+
+
+def _run_notes(runs: Sequence[Run], newest: Sequence[int], step: int) -> Iterator[str]:
+    """Yields what shortens the comparison: runs of other lengths, and unfinished ones."""
+    longer = [
+        f"{run.name} to {last:,}" for run, last in zip(runs, newest, strict=True) if last > step
+    ]
+    if longer:
+        yield f"Step {step:,} is the newest that all have; {', '.join(longer)} went on."
+    unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "done"]
+    if unfinished:
+        yield f"Not finished: {', '.join(unfinished)}."
+
+
+def _group_notes(group: Group) -> Iterator[str]:
+    """Yields what else differs between the runs of a group, and which runs do not count."""
+    rows = differing_environment(group.runs)
+    if differing := [key for key in _MACHINE if key in rows]:
+        named = ", ".join(run.name for run in group.runs)
+        yield f"Beside the seed, {named} differ in {' and '.join(differing)}."
+    if group.repeats:
+        left_out = ", ".join(run.name for run in group.repeats)
+        yield f"Not counted, since another run has the same seed: {left_out}."
