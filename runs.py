@@ -5,6 +5,7 @@
     python runs.py diff 143022 150101
     python runs.py plot checkpoints --metric eval/val_loss -o losses.png
     python runs.py report 143022 150101 -o report.html
+    python runs.py tree
 
 RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
 it from the others, in `checkpoints`, else in a folder beside it. A run that is still training, has
@@ -29,6 +30,7 @@ from compare.reading.run import Run, find_runs, path_of, read_run
 from compare.reading.select import filter_runs, sort_runs
 from compare.report.page import write_report
 from compare.table import list_lines, summary
+from compare.tree import family, parent_path, tree_lines, tree_values, trees
 from config import ConfigError, DataError
 from engine.run_directory.find_runs import FOLDER, shown_names
 from settings.cli import exit_on_signals, run_command
@@ -54,7 +56,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     add = _add_command(
         commands, "diff", show_differences, "settings, results, machine and data that differ"
     )
-    add("runs", nargs="+", metavar="RUN", help="two or more; all are compared with the first")
+    add("runs", nargs="+", metavar="RUN", help="all with the first; a fork alone: with its parent")
     add("--json", action="store_true", help="the same as JSON")
     add = _add_command(commands, "plot", show_plot, "curves as a picture")
     add("runs", nargs="+", metavar="RUN")
@@ -66,6 +68,9 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     add("runs", nargs="+", metavar="RUN")
     add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
+    add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
+    add("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(_joined(words))
     if arguments.command is None:
         parser.print_help()
@@ -130,6 +135,8 @@ def show_list(arguments: argparse.Namespace) -> None:
 def show_differences(arguments: argparse.Namespace) -> None:
     """Prints tables of what differs and of the results, or JSON."""
     runs = open_runs(arguments.runs)
+    if len(runs) == 1 and (parent := parent_path(runs[0])) is not None:
+        runs = [*open_runs([str(parent)]), *runs]
     if len(runs) < 2:
         raise ConfigError(
             f"diff compares two runs or more, got {shown_names([run.path for run in runs])}."
@@ -150,6 +157,16 @@ def show_report(arguments: argparse.Namespace) -> None:
     """Writes a page for a browser."""
     write_report(open_runs(arguments.runs), arguments.output)
     print(printable(f"Wrote {arguments.output}: open it in a browser"))
+
+
+def show_tree(arguments: argparse.Namespace) -> None:
+    """Prints families of runs, or JSON."""
+    named = open_runs(arguments.runs, with_records=False)
+    roots = trees(family(named) if arguments.runs else named, named)
+    if arguments.json:
+        _print_json(tree_values(roots))
+    else:
+        print("\n".join(tree_lines(roots)))
 
 
 def _print_json(value: Any) -> None:

@@ -14,6 +14,7 @@ from compare.differences import MISSING, differing_options
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
 from config import schema
+from engine.run_directory.fork import OPTION as FORK_FROM
 
 LONGEST = 32
 """Characters of a label."""
@@ -26,6 +27,7 @@ _SHORT = {
     "weight_decay": "wd",
     "batch_size": "batch",
     "gradient_accumulation_steps": "accumulation",
+    "fork_from_checkpoint": "fork",
 }
 
 
@@ -119,6 +121,9 @@ def _phrase(key: str, value: Any) -> tuple[str, bool]:
     name = _SHORT.get(name.removeprefix("use_"), name.removeprefix("use_"))
     if value is MISSING:
         return "", True
+    if key == FORK_FROM and value is not None:
+        step = os.path.basename(str(value)).removeprefix("checkpoint_").removesuffix(".pt")
+        return f"fork at {step[:_MAX_VALUE]}", False
     if value is None or value is False:
         return f"no {name}", True
     if value is True:

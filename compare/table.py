@@ -59,7 +59,8 @@ def summary(run: Run) -> dict[str, Any]:
     """Returns all that is known of a run as plain values, for JSON."""
     columns = {column.name: column.value(run) for column in COLUMNS}
     others = {"path": str(run.path), "reason": run.end_reason or None, "best_step": run.best_step}
-    return others | columns | {"config": dict(run.config), "problems": list(run.problems)}
+    more = {"parent": dict(run.parent) or None, "config": dict(run.config)}
+    return others | columns | more | {"problems": list(run.problems)}
 
 
 def list_lines(runs: Sequence[Run], sorted_by: str = "") -> list[str]:

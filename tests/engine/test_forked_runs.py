@@ -78,7 +78,7 @@ def test_a_fork_of_a_fork_is_whole_without_them(
     assert run_here([*words, AUTO]) == 0
     assert only_run(tmp_path / "second") == second
     assert metrics(second)[-1]["step"] == 35
-    for command in ("list", "report -o page.html", "plot -o curves.png"):
+    for command in ("list", "tree", f"report -o {tmp_path}/a.html", f"plot -o {tmp_path}/a.png"):
         name, *more = command.split()
         done = run_main(partial(runs.main, [name, str(second), *more]))
         assert (done.returncode, done.stderr) == (0, "")
