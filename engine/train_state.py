@@ -81,8 +81,12 @@ class TrainState:
         }
         if self.first_losses:
             record["train/first_losses"] = self.first_losses
-        self.loss_sum, self.loss_steps, self.batch_hash, self.first_losses = 0.0, 0, 0, []
+        self.clear_losses()
         return record
+
+    def clear_losses(self) -> None:
+        """Forgets the steps since the last log line."""
+        self.loss_sum, self.loss_steps, self.batch_hash, self.first_losses = 0.0, 0, 0, []
 
     def finished(self, training: TrainingConfig) -> bool:
         """Returns whether `max_iters` steps or `epochs` passes over the data are done."""

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine.checkpoint", "engine.run_directory"),
     ("engine.planning",),
     ("engine.setup", "compare"),
+    ("engine.replay",),
     SCRIPTS,
 )
 # Loose files of engine/ stand on one of these floors.
