@@ -40,7 +40,8 @@ def read_fork(checkpoint: Resume, changed: Mapping[str, tuple[Any, Any]], elapse
     changed: option -> its value in the parent and in the fork.
     """
     folder, options = checkpoint.run_dir, schema()
-    changed = {key: pair for key, pair in changed.items() if key != OPTION}
+    started_from = (OPTION, "training.resume_from_checkpoint")
+    changed = {key: pair for key, pair in changed.items() if key not in started_from}
     known = {key: options.find(key) for key in changed}
     silent = {key for key, option in known.items() if option and option.effect == "none"}
     parent = {
