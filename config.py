@@ -11,13 +11,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
-from settings.command_line import Arguments, parse_arguments
+from settings.command_line import COMMAND_LINE, Arguments, parse_arguments
 from settings.constraints import FP8_MULTIPLE as FP8_MULTIPLE
 from settings.constraints import GPT2_NAMES as GPT2_NAMES
 from settings.constraints import derived_values, micro_step_tokens
@@ -50,6 +50,7 @@ from settings.torchrun import report_to_torchrun as report_to_torchrun
 from settings.torchrun import started_by_launch as started_by_launch
 from settings.torchrun import started_by_torchrun as started_by_torchrun
 from settings.values import RefusedError, check_value
+from settings.yaml_reader import Entry
 
 DEFAULT_FILE = "config.yaml"
 DEFAULT_FILE_HEADER = (
@@ -419,7 +420,8 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the sections as plain values."""
-        values = asdict(self)
+        # Not `asdict`: it copies each value by itself, and a sweep reads a thousand configs.
+        values = {name: dict(vars(getattr(self, name))) for name in SECTIONS}
         values["dataset"]["mixture"] = [entry_values(source) for source in self.dataset.mixture]
         return values
 
@@ -591,6 +593,25 @@ def _answer_of_slurm(arguments: Arguments, request: Request) -> str | None:
         print(f"note: {printable(note)}", file=sys.stderr)
     script = batch_script(job, words)
     return submit(script) if job.submit else script
+
+
+def read_variants(
+    files: Sequence[str], variants: Iterable[Sequence[Entry]]
+) -> list[Config | ConfigError]:
+    """Reads the files once, and for each variant the config that its entries make of them, as if
+    they stood on the command line; or what is wrong with it. Raises ConfigError where the files
+    themselves are wrong.
+    """
+    layers = read_layers(schema(), Arguments(files=list(files)), DEFAULT_FILE)
+    raise_problems(merge(layers).problems)
+    found = list[Config | ConfigError]()
+    for entries in variants:
+        try:
+            last = read_layer(schema(), len(layers) + 1, COMMAND_LINE, entries)
+            found.append(_build(merge([*layers, last])))
+        except ConfigError as error:
+            found.append(error)
+    return found
 
 
 def _load(arguments: Arguments) -> Request:

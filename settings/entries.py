@@ -6,7 +6,7 @@ them: `mixture.web.weight=0.5`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def read_list(option: Option, given: Entry) -> tuple[tuple[Any, ...], list[Probl
     for number, item in enumerate(given.value.values, start=1):
         if not isinstance(item, Group):
             raise RefusedError(f"entry {number}: expected key: value pairs, got {describe(item)}")
-        values, wrong = _read_entry(option, item, given.origin)
+        values, wrong = read_options(option.entry_options, item, given.origin)
         if values.get("name") in [each.name for each in made]:
             at = next(child.origin for child in item.entries if child.key == "name")
             text = f"{option.key}: two entries have the name {values['name']}"
@@ -107,14 +107,15 @@ def read_list(option: Option, given: Entry) -> tuple[tuple[Any, ...], list[Probl
     return tuple(made), problems
 
 
-def _read_entry(
-    option: Option, item: Group, origin: Origin
+def read_options(
+    known: Sequence[Option], item: Group, origin: Origin
 ) -> tuple[dict[str, Any], list[tuple[Origin, str]]]:
-    """Returns the values of an entry, and what is wrong with it. origin: of its list."""
+    """Returns the values of `key: value` pairs, and what is wrong with them. origin: of what they
+    belong to."""
     first, values, wrong = dict[str, Entry](), dict[str, Any](), list[tuple[Origin, str]]()
     for child in item.entries:
         try:
-            own = entry_option(option, child.key)
+            own = find_option(known, child.key)
             if first.setdefault(child.key, child) is not child:
                 line = first[child.key].origin.line
                 raise RefusedError(f"given twice (first at line {line}). Keep one")
@@ -122,19 +123,19 @@ def _read_entry(
         except RefusedError as error:
             wrong.append((child.origin, f"{child.key}: {error}"))
     at = item.entries[0].origin if item.entries else origin
-    for own in option.entry_options:
+    for own in known:
         if own.default is REQUIRED and own.name not in first:
             wrong.append((at, f"{own.name} is missing ({own.doc})"))
     return values, wrong
 
 
-def entry_option(option: Option, name: str) -> Option:
-    """Returns an option of the entries of a list; RefusedError with the nearest known name."""
-    known = {own.name: own for own in option.entry_options}
-    if name not in known:
-        near = nearest(name, {own: own for own in known}) or f"Keys: {', '.join(known)}"
+def find_option(known: Sequence[Option], name: str) -> Option:
+    """Returns the option of that name; RefusedError with the nearest known name."""
+    names = {own.name: own for own in known}
+    if name not in names:
+        near = nearest(name, {own: own for own in names}) or f"Keys: {', '.join(names)}"
         raise RefusedError(f"unknown key. {near}")
-    return known[name]
+    return names[name]
 
 
 def change_entry(option: Option, entries: Iterable[Any], change: Entry) -> tuple[Any, ...]:
@@ -143,7 +144,7 @@ def change_entry(option: Option, entries: Iterable[Any], change: Entry) -> tuple
     name, _, key = change.key.removeprefix(f"{option.section}.").partition(".")[2].rpartition(".")
     if not name:
         raise RefusedError(f"give a key of it: {option.name}.{key}.weight=...")
-    value = read_value(entry_option(option, key), change.value)
+    value = read_value(find_option(option.entry_options, key), change.value)
     entries = tuple(entries)
     # A shell's option may be written with dashes or underscores alike.
     chosen = [each for each in entries if _shell_name(each.name) == _shell_name(name)]

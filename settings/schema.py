@@ -134,11 +134,13 @@ class Schema:
     def find(self, key: str) -> Option | None:
         """Returns the option called 'section.name', or 'section.list.entry.name' of an entry, if
         there is one."""
+        if key in self.options:
+            return self.options[key]
         listed = self.list_of(key)
         if listed is not None:
             name = key.rpartition(".")[2]
             return next((own for own in listed.entry_options if own.name == name), None)
-        return self.options.get(key) or self.extra.get(key)
+        return self.extra.get(key)
 
     def list_of(self, key: str) -> Option | None:
         """Returns the list that 'section.list.entry.name' or 'list.entry.name' is of, if any."""

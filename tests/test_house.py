@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "launch", "sample", "prepare", "export", "runs")
+SCRIPTS = ("train", "launch", "sample", "prepare", "export", "runs", "sweep")
 
 # Each folder may import itself and those above it in this list; of one line, none the others.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine.checkpoint", "engine.run_directory"),
     ("engine.planning",),
     ("engine.setup", "compare"),
-    ("engine.replay",),
+    ("engine.replay", "sweeps"),
     SCRIPTS,
 )
 # Loose files of engine/ stand on one of these floors.
@@ -55,6 +55,7 @@ NO_TORCH = (
     "config",
     "compare",
     "engine.run_directory",
+    "sweeps",
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
 import os
 import shlex
 import struct
@@ -36,6 +37,8 @@ from settings.names import resolve
 from settings.values import RefusedError, Scalar, read_scalar
 from settings.yaml_reader import Group, read_file
 
+STOPPED_EARLY = "stopped_early.json"
+"""Written by sweep.py into a run that it stopped for good: `reason`, and `step`, the run's last."""
 _RECENT_S = 120  # a run whose lock cannot be seen logs more often than this while it trains
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -69,7 +72,9 @@ class Run:
     state: str
     """done, stopped, crashed or running."""
     end_reason: str
-    """Why it ended: `SIGINT`, or an error."""
+    """Why it ended: `SIGINT`, what a sweep stopped it for, or an error."""
+    stopped_early: bool
+    """Whether a sweep stopped it for good."""
     step: int
     """Optimizer steps taken."""
     tokens: int | None
@@ -134,6 +139,8 @@ def read_run(path: Path) -> Run:
     planned = as_count(size.get("planned_steps"))
     if planned is None and config.get("training.epochs") is None:
         planned = as_count(config.get("training.max_iters"))
+    state = _known_state(path, ended.get("state"), tail) or _guessed_state(path, step, config)
+    early = _stopped_early(path, step) if state == "stopped" else ""
     return Run(
         path=path,
         name=os.path.basename(os.path.abspath(path)),
@@ -142,8 +149,9 @@ def read_run(path: Path) -> Run:
         size=size,
         newest=newest,
         problems=tuple(problems),
-        state=_known_state(path, ended.get("state"), tail) or _guessed_state(path, step, config),
-        end_reason=as_str(ended.get("reason")),
+        state=state,
+        end_reason=early or as_str(ended.get("reason")),
+        stopped_early=bool(early),
         step=step,
         tokens=tokens,
         planned_steps=planned,
@@ -345,6 +353,16 @@ def _guessed_state(path: Path, step: int, config: Mapping[str, Any]) -> str:
     saved = max(steps_in(path), default=-1)
     every = as_count(config.get("training.checkpoint_freq"))
     return "stopped" if saved >= step and saved % (every or saved + 1) else "crashed"
+
+
+def _stopped_early(path: Path, step: int) -> str:
+    """Returns why a sweep stopped the run at this step; '' if none did, or the run went on since
+    then."""
+    try:
+        record = as_dict(json.loads(read_regular(path / STOPPED_EARLY, MAX_BYTES)))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return as_str(record.get("reason")) if record.get("step") == step else ""
 
 
 def _lock_state(path: Path) -> str:

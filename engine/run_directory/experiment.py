@@ -74,11 +74,17 @@ def experiment_id(config: Mapping[str, Any], without: Collection[str] = ()) -> s
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def open_options(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the options that the experiment asked for leaves to its run to decide; of a fork,
+    also which checkpoint it began from."""
+    found = [key for key, value in DECIDED_AT_START.items() if asked.get(key, value) == value]
+    return (*found, FORK_FROM) if asked.get(FORK_FROM) is not None else tuple(found)
+
+
 def is_run_of(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
     """Returns whether a run that saved one config is a run of the experiment that was asked for:
     equal but for what a run decides at its start."""
-    open_options = [k for k, value in DECIDED_AT_START.items() if asked.get(k, value) == value]
-    folder = Path(asked.get("training.checkpoint_dir", FOLDER))
-    if means_parent(asked.get(FORK_FROM), saved.get(FORK_FROM), folder):
-        open_options.append(FORK_FROM)
-    return experiment_id(asked, open_options) == experiment_id(saved, open_options)
+    folder, without = Path(asked.get("training.checkpoint_dir", FOLDER)), open_options(asked)
+    if not means_parent(asked.get(FORK_FROM), saved.get(FORK_FROM), folder):
+        without = tuple(key for key in without if key != FORK_FROM)
+    return experiment_id(asked, without) == experiment_id(saved, without)

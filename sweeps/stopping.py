@@ -1,0 +1,131 @@
+"""Early stopping: which runs of a sweep are hopeless, by the losses in their run directories.
+
+Cells that differ in the seed alone are one group, judged by the mean over its seeds of the best
+value so far. What is compared is always the same step (median) or the same part of a run (halving).
+Nothing is remembered, so a sweep that is started again judges as it would have done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from compare.reading.json_values import as_count, as_float
+from compare.reading.records import read_records
+from engine.run_directory.manifest import METRICS
+from sweeps.sweep_file import StopRule
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The best value so far of a metric, at each step at which it was measured."""
+
+    steps: tuple[int, ...] = ()
+    best: tuple[float, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """The step that it reaches; 0 without a value."""
+        return self.steps[-1] if self.steps else 0
+
+    def at(self, step: float) -> float | None:
+        """Returns the best value until a step; None where the curve ends or begins beyond it."""
+        place = bisect_right(self.steps, step)
+        return self.best[place - 1] if place and self.last >= step else None
+
+
+class CurveReader:
+    """Reads curves; a file that did not change is not read again."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self._read = dict[Path, tuple[tuple[int, int], Curve]]()
+
+    def curve(self, run: Path) -> Curve:
+        """Returns the curve of a run directory."""
+        try:
+            status = os.stat(run / METRICS)
+        except OSError:
+            return Curve()
+        version = status.st_size, status.st_mtime_ns
+        if run not in self._read or self._read[run][0] != version:
+            self._read[run] = version, self._new_curve(run)
+        return self._read[run][1]
+
+    def _new_curve(self, run: Path) -> Curve:
+        steps, best = list[int](), list[float]()
+        for record in read_records(run)[0]:
+            step, value = as_count(record.get("step")), as_float(record.get(self._metric))
+            if step is not None and value is not None:
+                steps.append(step)
+                best.append(min(value, best[-1]) if best else value)
+        return Curve(tuple(steps), tuple(best))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a group, as far as it is."""
+
+    curve: Curve
+    planned: int
+    """Steps of the whole run."""
+    running: bool
+
+
+Groups = Mapping[str, Sequence[Member]]
+
+
+def hopeless(rule: StopRule, groups: Groups) -> dict[str, str]:
+    """Returns the groups whose runs are to be stopped, and why."""
+    judge = _by_median if rule.rule == "median" else _by_halving
+    found = {name: judge(rule, groups, name) for name in groups if _running(groups[name])}
+    return {name: why for name, why in found.items() if why}
+
+
+def _running(group: Sequence[Member]) -> list[Member]:
+    return [member for member in group if member.running]
+
+
+def _by_median(rule: StopRule, groups: Groups, name: str) -> str:
+    running = _running(groups[name])
+    step = min(member.curve.last for member in running)
+    if step < rule.after * max(member.planned for member in running):
+        return ""
+    means = {other: _mean([m.curve.at(step) for m in group]) for other, group in groups.items()}
+    own = means.pop(name)
+    others = [value for value in means.values() if value is not None]
+    if own is None or len(others) < rule.min_cells or own <= (middle := median(others)):
+        return ""
+    return f"median at step {step}: {own:.4f} above {middle:.4f} of {len(others)} others"
+
+
+def _by_halving(rule: StopRule, groups: Groups, name: str) -> str:
+    """Judges at the last rung that all running seeds of the group have reached: `after` of a run,
+    `factor` times that, and so on. Groups that get there later may still push it out."""
+    part = min(member.curve.last / member.planned for member in _running(groups[name]))
+    if part < rule.after:
+        return ""
+    rung = rule.after * rule.factor ** math.floor(math.log(part / rule.after, rule.factor) + 1e-9)
+    if rung >= 1:
+        return ""
+    means = {
+        other: _mean([member.curve.at(rung * member.planned) for member in group])
+        for other, group in groups.items()
+    }
+    own = means[name]
+    reached = [value for value in means.values() if value is not None]
+    kept = math.ceil(len(reached) / rule.factor)
+    if own is None or (place := 1 + sum(value < own for value in reached)) <= kept:
+        return ""
+    step = round(rung * groups[name][0].planned)
+    return f"halving at step {step}: {own:.4f} is place {place} of {len(reached)}, {kept} go on"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
