@@ -79,6 +79,7 @@ def _cost(cell: Cell, budget_s: float) -> Cost:
         dry_run=True,
         show_config=False,
         check_resume=None,
+        reproduce=None,
         notes=(),
         given=frozenset(),
     )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from config import WriteError
 from files.regular import open_regular
@@ -43,12 +44,21 @@ class Progress:
     """Time left: `4m03s`."""
 
 
+class Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    pid: int
+    returncode: int | Any
+
+    def poll(self) -> int | None: ...
+
+
 @dataclass
 class Job:
     """A run that was started here."""
 
     cell: Cell
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     slot: int
     """Which of the `--jobs` places it takes."""
@@ -66,7 +76,7 @@ class Job:
         return None
 
 
-Start = Callable[[Sequence[str], int, Mapping[str, str]], "subprocess.Popen[bytes]"]
+Start = Callable[[Sequence[str], int, Mapping[str, str]], Process]
 """Starts train.py with these words after its name, its output into a descriptor."""
 
 
@@ -81,11 +91,11 @@ def start_process(
         stderr=output,
         env=environment,
         start_new_session=True,  # Ctrl-C on the terminal reaches sweep.py alone
-        preexec_fn=partial(end_with, os.getpid(), _prctl()),
+        preexec_fn=partial(end_with, os.getpid(), linux_prctl()),
     )
 
 
-def _prctl() -> Callable[..., int] | None:
+def linux_prctl() -> Callable[..., int] | None:
     """Returns Linux's prctl; None elsewhere."""
     return ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 

@@ -198,8 +198,6 @@ class Scheduler:
             where = f" ({run.path})" if run else ""
             self._tell(cell, f"its loss or gradients were not finite: not repeated{where}")
             self._left_out.add(cell.number)
-        elif code in STOP_EXIT_CODES.values():
-            self._tell(cell, "was stopped by a signal")
         else:
             self._count_failure(job)
 

@@ -107,11 +107,10 @@ class RunIndex:
         return (State.MISSING, None) if run is None else (state_of_run(run), run)
 
     def checkpoint_of(self, cell: Cell) -> Resume | None:
-        """Returns the checkpoint from which an interrupted cell goes on, read and verified; None if
-        its runs have no good one."""
+        """Returns the checkpoint from which a cell goes on, read and verified; None if its runs
+        have no good one."""
         for run in self.runs_of(cell):
-            if state_of_run(run) is State.INTERRUPTED:
-                newest, _ = newest_valid(run.path)
-                if newest is not None:
-                    return newest
+            newest, _ = newest_valid(run.path)
+            if newest is not None:
+                return newest
         return None
