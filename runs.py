@@ -4,7 +4,9 @@
     python runs.py list --sort best_loss --filter 'training.learning_rate>1e-4'
     python runs.py diff 143022 150101
     python runs.py plot checkpoints --metric eval/val_loss -o losses.png
+    python runs.py plot checkpoints --over seed
     python runs.py report 143022 150101 -o report.html
+    python runs.py test 143022 150101
     python runs.py tree
 
 RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
@@ -17,19 +19,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare.diff import diff_lines, diff_values
+from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
 from compare.figure import draw
+from compare.groups import Group, find_group, group_labels, group_runs, list_of, option_keys
 from compare.labels import names
 from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, path_of, read_run
-from compare.reading.select import filter_runs, sort_runs
+from compare.reading.select import filter_runs, sort_groups, sort_runs
 from compare.report.page import write_report
-from compare.table import list_lines, summary
+from compare.statistics.answer import answer_lines, answer_values, goal_lines, goal_values
+from compare.statistics.goal import parse_goal
+from compare.statistics.seeds import METRIC
+from compare.table import group_lines, group_summary, list_lines, summary
 from compare.tree import family, parent_path, tree_lines, tree_values, trees
 from config import ConfigError, DataError
 from engine.run_directory.find_runs import FOLDER, shown_names
@@ -37,6 +45,19 @@ from settings.cli import exit_on_signals, run_command
 from settings.terminal import printable
 
 _SORT = "--sort"
+_NONE = "No run meets the conditions."
+_FILTER: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "KEY=VALUE",
+    "help": "also != < <= > >=",
+}
+_OVER: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "KEY",
+    "help": "runs that differ in this option alone, such as seed, become one",
+}
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -48,34 +69,59 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add = _add_command(commands, "list", show_list, "one line per run")
-    add("runs", nargs="*", metavar="RUN", help=f"default: all in {FOLDER}")
-    add(_SORT, metavar="KEY", help="a column, option or metric; -KEY: descending")
-    add("--filter", action="append", default=[], metavar="KEY=VALUE", help="also != < <= > >=")
-    add("--json", action="store_true", help="everything known of each run, as JSON")
-    add = _add_command(
-        commands, "diff", show_differences, "settings, results, machine and data that differ"
-    )
-    add("runs", nargs="+", metavar="RUN", help="all with the first; a fork alone: with its parent")
-    add("--json", action="store_true", help="the same as JSON")
-    add = _add_command(commands, "plot", show_plot, "curves as a picture")
-    add("runs", nargs="+", metavar="RUN")
-    add("--metric", action="append", default=[], metavar="KEY", help="default: the losses")
-    add("--x", choices=("step", "tokens", "time"), default="step", help="default: step")
-    add("-o", "--output", type=Path, default=Path("runs.png"), metavar="FILE", help=".png or .svg")
-    add = _add_command(
-        commands, "report", show_report, "one page with curves, settings and results"
-    )
-    add("runs", nargs="+", metavar="RUN")
-    add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
-    add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
-    add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
-    add("--json", action="store_true", help="the same as JSON")
+    _add_comparisons(commands)
+    _add_single_runs(commands)
     arguments = parser.parse_args(_joined(words))
     if arguments.command is None:
         parser.print_help()
         raise SystemExit(0)
     return arguments
+
+
+def _add_comparisons(commands: Any) -> None:
+    """Adds the commands that set runs side by side."""
+    add = _add_command(commands, "list", show_list, "one line per run")
+    add("runs", nargs="*", metavar="RUN", help=f"default: all in {FOLDER}")
+    add(_SORT, metavar="KEY", help="a column, option or metric; -KEY: descending")
+    add("--filter", **_FILTER)
+    add("--over", **_OVER)
+    add("--json", action="store_true", help="everything known of each run, as JSON")
+    add = _add_command(
+        commands, "diff", show_differences, "settings, results, machine and data that differ"
+    )
+    add("runs", nargs="+", metavar="RUN", help="all with the first; a fork alone: with its parent")
+    add("--over", **_OVER)
+    add("--json", action="store_true", help="the same as JSON")
+    add = _add_command(commands, "plot", show_plot, "curves as a picture")
+    add("runs", nargs="+", metavar="RUN")
+    add("--metric", action="append", default=[], metavar="KEY", help="default: the losses")
+    add("--x", choices=("step", "tokens", "time"), default="step", help="default: step")
+    add("--over", **_OVER)
+    add("-o", "--output", type=Path, default=Path("runs.png"), metavar="FILE", help=".png or .svg")
+    add("--json", action="store_true", help="the curves that were drawn, as JSON")
+    add = _add_command(
+        commands, "report", show_report, "one page with curves, settings and results"
+    )
+    add("runs", nargs="+", metavar="RUN")
+    add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    add = _add_command(
+        commands, "test", show_test, "whether B is better than A, for other seeds or other text"
+    )
+    what = "A and B: each a run, which stands for its repeats beside it, or a folder of repeats"
+    add("runs", nargs="+", metavar="RUN", help=what)
+    add("--over", **_OVER | {"help": "what repeats differ in; default: seed"})
+    add("--metric", metavar="KEY", help=f"default: {METRIC}; eval/best_loss: the best so far")
+    add("--filter", **_FILTER)
+    add("--goal", metavar="EXPR", help="'eval/val_loss<=1.30': the first step that reaches it")
+    add("-p", type=_probability, metavar="P", help="with which --goal is tested; default: 0.01")
+    add("--json", action="store_true", help="the same as JSON")
+
+
+def _add_single_runs(commands: Any) -> None:
+    """Adds the commands about where runs come from and what is in them."""
+    add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
+    add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
+    add("--json", action="store_true", help="the same as JSON")
 
 
 def _add_command(
@@ -98,6 +144,16 @@ def _joined(words: Sequence[str]) -> list[str]:
     return joined
 
 
+def _probability(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {word!r}")
+    return value
+
+
 def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
     """Returns the runs that the words mean; prints to standard error what cannot be read of them.
 
@@ -110,18 +166,25 @@ def open_runs(words: Sequence[str], with_records: bool = True) -> list[Run]:
             runs.append(read_run(path))
         except DataError as error:  # removed since `find_runs` listed it
             print(error, file=sys.stderr)
+    _print_problems(runs, with_records)
+    return runs
+
+
+def _print_problems(runs: Sequence[Run], with_records: bool = True) -> None:
     for run, name in zip(runs, names(runs), strict=True):
         more = run.record_problems if with_records else ()
         for problem in dict.fromkeys((*run.problems, *more)):
             print(printable(f"{name}: {problem}"), file=sys.stderr)
-    return runs
 
 
 def show_list(arguments: argparse.Namespace) -> None:
-    """Prints one line per run, or JSON."""
+    """Prints one line per run or group, or JSON."""
     runs = open_runs(arguments.runs, with_records=False)
     for condition in arguments.filter:
         runs = filter_runs(runs, condition)
+    if arguments.over:
+        _show_groups(group_runs(runs, option_keys(arguments.over)), arguments)
+        return
     if arguments.sort:
         runs = sort_runs(runs, arguments.sort)
     if arguments.json:
@@ -129,7 +192,19 @@ def show_list(arguments: argparse.Namespace) -> None:
     elif runs:
         print("\n".join(list_lines(runs, (arguments.sort or "").removeprefix("-"))))
     else:
-        print("No run meets the conditions.", file=sys.stderr)
+        print(_NONE, file=sys.stderr)
+
+
+def _show_groups(groups: list[Group], arguments: argparse.Namespace) -> None:
+    if arguments.sort and groups:
+        groups = sort_groups(groups, arguments.sort)
+    if arguments.json:
+        labels = group_labels(groups)
+        _print_json([group_summary(*each) for each in zip(groups, labels, strict=True)])
+    elif groups:
+        print("\n".join(group_lines(groups, (arguments.sort or "").removeprefix("-"))))
+    else:
+        print(_NONE, file=sys.stderr)
 
 
 def show_differences(arguments: argparse.Namespace) -> None:
@@ -141,22 +216,62 @@ def show_differences(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"diff compares two runs or more, got {shown_names([run.path for run in runs])}."
         )
+    groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []
+    if len(groups) == 1:
+        raise ConfigError(
+            f"diff compares two groups or more; all these runs differ in "
+            f"{list_of(groups[0].over)} alone."
+        )
     if arguments.json:
-        _print_json(diff_values(runs))
+        _print_json(group_diff_values(groups) if groups else diff_values(runs))
     else:
-        print(printable("\n".join(diff_lines(runs))))
+        print(printable("\n".join(group_diff_lines(groups) if groups else diff_lines(runs))))
 
 
 def show_plot(arguments: argparse.Namespace) -> None:
     """Writes a picture of curves."""
-    draw(open_runs(arguments.runs), arguments.output, arguments.metric, arguments.x)
-    print(printable(f"Wrote {arguments.output}"))
+    runs = open_runs(arguments.runs)
+    groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []
+    curves = draw(runs, arguments.output, arguments.metric, arguments.x, groups)
+    if arguments.json:
+        _print_json({"output": str(arguments.output), "x": arguments.x, "curves": curves})
+    else:
+        print(printable(f"Wrote {arguments.output}"))
 
 
 def show_report(arguments: argparse.Namespace) -> None:
     """Writes a page for a browser."""
     write_report(open_runs(arguments.runs), arguments.output)
     print(printable(f"Wrote {arguments.output}: open it in a browser"))
+
+
+def show_test(arguments: argparse.Namespace) -> None:
+    """Prints whether one experiment is better than another, or when one has reached a goal."""
+    words, over = arguments.runs, option_keys(arguments.over or ["seed"])
+    if arguments.goal is None and (len(words) != 2 or arguments.p is not None):
+        raise ConfigError("test takes two runs, A and B; or with --goal, runs and -p.")
+    if arguments.goal is not None and arguments.metric is not None:
+        raise ConfigError("--goal names its metric: leave out --metric.")
+    groups = [find_group(path_of(word), over) for word in words]
+    for condition in arguments.filter:
+        groups = [replace(own, runs=tuple(filter_runs(own.runs, condition))) for own in groups]
+    if not all(group.runs for group in groups):
+        raise ConfigError(f"--filter {' '.join(arguments.filter)}: leaves no run of a side.")
+    for group in groups:
+        _print_problems(group.runs)
+    if arguments.goal is not None:
+        asked = groups, parse_goal(arguments.goal), arguments.p or 0.01
+        if arguments.json:
+            _print_json(goal_values(*asked))
+        else:
+            print(printable("\n".join(goal_lines(*asked))))
+    else:
+        a, b = groups
+        metric = arguments.metric or METRIC
+        if arguments.json:
+            _print_json(answer_values(a, b, metric))
+        else:
+            print(printable("\n".join(answer_lines(a, b, metric))))
 
 
 def show_tree(arguments: argparse.Namespace) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from compare.differences import (
@@ -15,10 +15,25 @@ from compare.differences import (
     differing_without_effect,
     equal_options,
 )
+from compare.groups import Group, group_labels
 from compare.labels import labels, names, shared_start, short_names
 from compare.reading.run import Run
+from compare.statistics.answer import difference_cells, difference_values
 from compare.statistics.paired import At, PairedDifference, compare_runs
-from compare.table import COLUMNS, aligned, cell, summary, value_text, width
+from compare.statistics.seeds import METRIC, compare_groups
+from compare.table import (
+    COLUMNS,
+    aligned,
+    cell,
+    column_spread,
+    group_cell,
+    group_summary,
+    states,
+    steps,
+    summary,
+    value_text,
+    width,
+)
 from settings.formatting import format_duration
 
 _MAX_VALUE = 40  # characters of a value in a table; --json has all of it
@@ -29,15 +44,15 @@ def diff_lines(runs: Sequence[Run]) -> list[str]:
     without_effect = ", ".join(differing_without_effect(runs))
     lines = [
         *_full_names(runs),
-        *_section(runs, "Settings that differ", differing_options(runs)),
+        *_section(labels(runs), "Settings that differ", differing_options(runs)),
         f"({equal_options(runs)} other options are equal)",
     ]
     if without_effect:
         lines.append(f"(without effect on the result, they differ in {without_effect})")
     return [
         *lines,
-        *_section(runs, "Results", _results(runs)),
-        *_section(runs, "Machine and software", differing_environment(runs)),
+        *_section(labels(runs), "Results", _results(runs)),
+        *_section(labels(runs), "Machine and software", differing_environment(runs)),
         *_data_lines(runs),
         *_paired_lines(runs),
     ]
@@ -61,16 +76,8 @@ def diff_values(runs: Sequence[Run]) -> dict[str, Any]:
         "equal_options": equal_options(runs),
         "environment": by_run(differing_environment(runs)),
         "data": by_run(differing_data(runs)),
-        "against_first": [
-            _pair_values(pair) if isinstance(pair, PairedDifference) else {"not_compared": pair}
-            for pair in pairs
-        ],
+        "against_first": [difference_values(pair) for pair in pairs],
     }
-
-
-def _pair_values(pair: PairedDifference) -> dict[str, Any]:
-    sources = {name: _pair_values(own) for name, own in pair.sources.items()}
-    return asdict(pair) | {"verdict": pair.verdict, "sources": sources}
 
 
 def _full_names(runs: Sequence[Run]) -> list[str]:
@@ -88,11 +95,11 @@ def _results(runs: Sequence[Run]) -> dict[str, list[str]]:
     return rows
 
 
-def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Returns a titled table with a column per run, in several parts if it would be too wide."""
+def _section(headings: Sequence[str], title: str, rows: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Returns a titled table with a column per run or group, in several parts if it would be too
+    wide."""
     if not rows:
         return []
-    headings = labels(runs)
     columns = [[*map(_shortened, column)] for column in zip(*rows.values(), strict=True)]
     widths = [
         2 + max(map(len, (heading, *column)))
@@ -100,9 +107,9 @@ def _section(runs: Sequence[Run], title: str, rows: Mapping[str, Sequence[Any]])
     ]
     first_width = max(map(len, (title, *rows)))
     lines, start = list[str](), 0
-    while start < len(runs):
+    while start < len(headings):
         end = start + 1
-        while end < len(runs) and first_width + sum(widths[start : end + 1]) <= width():
+        while end < len(headings) and first_width + sum(widths[start : end + 1]) <= width():
             end += 1
         body = [list(row) for row in zip(rows, *columns[start:end], strict=True)]
         table = [[title, *headings[start:end]], *body]
@@ -121,7 +128,7 @@ def _shortened(value: Any) -> str:
 def _data_lines(runs: Sequence[Run]) -> list[str]:
     data = differing_data(runs)
     printed = data.pop("ledger", [])
-    lines = _section(runs, "Data", data)
+    lines = _section(labels(runs), "Data", data)
     if printed:
         lines += ["", "Data, as said at the start"]
         for label, own in zip(labels(runs), printed, strict=True):
@@ -173,3 +180,94 @@ def _paired_cells(pair: PairedDifference, at: At) -> list[str]:
         pair.verdict,
         f"({at}: step {steps}, {pair.batches} batches)",
     ]
+
+
+# ---- groups of runs
+
+
+def group_diff_lines(groups: Sequence[Group]) -> list[str]:
+    """Returns the lines of all tables with a column per group: means and deviations."""
+    headings, tables = group_labels(groups), _tables_by_group(groups)
+    own = (", ".join(names(group.runs)) for group in groups)
+    return [
+        *(f"{label}: {runs}" for label, runs in zip(headings, own, strict=True)),
+        *_section(headings, "Settings that differ", tables["settings"]),
+        f"({equal_options([run for group in groups for run in group.runs])} other options are "
+        "equal)",
+        *_section(headings, "Results, mean \u00b1 sd", _group_results(groups)),
+        *_section(headings, "Machine and software", tables["environment"]),
+        *_section(headings, "Data", tables["data"]),
+        *_seed_lines(groups, headings),
+    ]
+
+
+def group_diff_values(groups: Sequence[Group]) -> dict[str, Any]:
+    """Returns the content of all tables over groups as plain values."""
+    tables = _tables_by_group(groups)
+    by_group = {
+        title: [{key: row[place] for key, row in rows.items()} for place in range(len(groups))]
+        for title, rows in tables.items()
+    }
+    labelled = zip(groups, group_labels(groups), strict=True)
+    return {
+        "groups": [group_summary(group, label) for group, label in labelled],
+        **by_group,
+        "against_first": [
+            difference_values(compare_groups(groups[0], group)) for group in groups[1:]
+        ],
+    }
+
+
+def _tables_by_group(groups: Sequence[Group]) -> dict[str, dict[str, list[Any]]]:
+    """Returns what differs between groups: title of a table -> key -> the value of each group."""
+    runs = [run for group in groups for run in group.runs]
+    over = {key for group in groups for key in group.over}
+    tables = {
+        "settings": {k: row for k, row in differing_options(runs).items() if k not in over},
+        "environment": differing_environment(runs),
+        "data": {k: row for k, row in differing_data(runs).items() if k == "fingerprint"},
+    }
+    return {
+        title: {key: _by_group(groups, row) for key, row in rows.items()}
+        for title, rows in tables.items()
+    }
+
+
+def _by_group(groups: Sequence[Group], row: Sequence[Any]) -> list[Any]:
+    """Returns the value of each group; if its runs have several, all of them as one text."""
+    left = iter(row)
+    by_group = []
+    for group in groups:
+        own = list(itertools.islice(left, len(group.runs)))
+        equal = all(value == own[0] for value in own)
+        by_group.append(own[0] if equal else " | ".join(dict.fromkeys(map(value_text, own))))
+    return by_group
+
+
+def _group_results(groups: Sequence[Group]) -> dict[str, list[str]]:
+    rows = {
+        "runs": [group.size for group in groups],
+        "state": [*map(states, groups)],
+        "step": [*map(steps, groups)],
+    }
+    rows |= {
+        column.name: [group_cell(column, group) for group in groups]
+        for column in COLUMNS
+        if column.name not in (*rows, "planned_steps")
+        and any(column_spread(column, group) for group in groups)
+    }
+    return rows
+
+
+def _seed_lines(groups: Sequence[Group], headings: Sequence[str]) -> list[str]:
+    """Returns the comparison of each group with the first, or why there is none."""
+    rows, reasons = list[list[str]](), list[str]()
+    for group, label in zip(groups[1:], headings[1:], strict=True):
+        found = compare_groups(groups[0], group)
+        if isinstance(found, str):
+            reasons.append(f"  {label} is not compared: {found}.")
+        else:
+            rows.append([f"  {label}", *difference_cells(found)])
+    title = f"{METRIC} less that of {headings[0]}, with its 95 % interval over the runs:"
+    table = aligned(rows, [True] * len(rows[0])) if rows else []
+    return ["", title, *table, *reasons]

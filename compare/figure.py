@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compare.curves import AXES, COLOURS, Curve, curve, described, metrics_of
+from compare.curves import AXES, COLOURS, Curve, band, curve, described, metrics_of
+from compare.groups import Group, Spread, group_labels
 from compare.labels import labels, short_names
 from compare.output import check_folder, write
 from compare.reading.run import Run
@@ -49,10 +52,18 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str = "step") -> None:
+def draw(
+    runs: Sequence[Run],
+    output: Path,
+    metrics: Sequence[str] = (),
+    x: str = "step",
+    groups: Sequence[Group] = (),
+) -> list[dict[str, Any]]:
     """Writes curves over `x`: both losses in one panel, or each of `metrics` in its own.
 
-    Raises WriteError, and ConfigError for an unknown suffix or metric or a missing matplotlib.
+    groups: of the runs; each becomes a line of means and a band of one standard deviation, with the
+    single runs behind it. Returns what is drawn as plain values, a dict per curve. Raises
+    WriteError, and ConfigError for an unknown suffix or metric or a missing matplotlib.
     """
     if output.suffix not in SUFFIXES:
         raise ConfigError(f"{output}: a picture ends in .png or .svg; runs.py report makes a page.")
@@ -63,16 +74,20 @@ def draw(runs: Sequence[Run], output: Path, metrics: Sequence[str] = (), x: str 
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
-    picture = io.BytesIO()
+    picture, drawn = io.BytesIO(), list[dict[str, Any]]()
     with matplotlib.rc_context(_STYLE):
         # Figure, not pyplot: pyplot would look for a display and keep every figure in memory.
         figure = Figure(figsize=(7.2, 0.5 + 2.9 * len(panels)), layout="constrained")
         all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, panel in zip(all_axes, panels, strict=True):
-            _draw_panel(axes, runs, panel, x)
+            if groups:
+                drawn += _draw_groups(axes, groups, panel[-1], x)
+            else:
+                drawn += _draw_panel(axes, runs, panel, x)
         _label_x(all_axes[-1], x)
         _save(figure, picture, output.suffix[1:])
     write(output, picture.getvalue())
+    return drawn
 
 
 def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]]:
@@ -98,10 +113,13 @@ def _unknown(metric: str, known: Sequence[str]) -> str:
     return f"{metric}: no run has this metric.{guess} There is: {', '.join(known)}."
 
 
-def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: str) -> None:
+def _draw_panel(
+    axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: str
+) -> list[dict[str, Any]]:
     last = described(metrics[-1])
     legend: list[tuple[float, Any, str]] = []
     drawn: list[Curve] = []
+    values = list[dict[str, Any]]()
     for index, (run, label, name) in enumerate(
         zip(runs, labels(runs), short_names(runs), strict=True)
     ):
@@ -109,7 +127,9 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: st
         entry: tuple[float, Any, str] | None = None
         for metric in metrics:
             drawn.append(curve(run, metric, x))
-            line = _draw_curve(axes, drawn[-1], index, metric)
+            line = _draw_curve(axes, drawn[-1], index, metric, metric.startswith("eval/"))
+            values.append({"metric": metric, "run": str(run.path), "label": label})
+            values[-1] |= {"x": drawn[-1].x, "y": drawn[-1].y}
             known = [value for value in drawn[-1].y if value is not None]
             if known:
                 entry = known[-1], line, f"{_literal(title)}  {known[-1] * last.scale:.4g}"
@@ -118,6 +138,48 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], metrics: tuple[str, ...], x: st
     if len(metrics) > 1:
         axes.set_title("thin: training   bold: held-out", fontsize=8, color=_FAINT, loc="left")
         _crop_start(axes, drawn)
+    _draw_legend(axes, legend)
+    return values
+
+
+def _draw_groups(axes: Axes, groups: Sequence[Group], metric: str, x: str) -> list[dict[str, Any]]:
+    """Draws the mean of each group, a band of one standard deviation, and the runs behind it."""
+    shown, scale = described(metric), described(metric).scale
+    legend, values = list[tuple[float, Any, str]](), list[dict[str, Any]]()
+    singles = list[Curve]()
+    for index, (group, label) in enumerate(zip(groups, group_labels(groups), strict=True)):
+        for run in group.runs:
+            singles.append(curve(run, metric, x))
+            _draw_curve(axes, singles[-1], index, metric, bold=False)
+        mean = band(group.runs, metric, x)
+        line = _draw_curve(axes, Curve([], mean.x, [*mean.mean]), index, metric, bold=True)
+        low, high = (
+            [
+                (value + side * sd) * scale
+                for value, sd in zip(mean.mean, mean.deviation, strict=True)
+            ]
+            for side in (-1, 1)
+        )
+        places = [math.nan if place is None else place for place in mean.x]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+        values.append({"metric": metric, "runs": [str(run.path) for run in group.runs]})
+        values[-1] |= {"label": label} | asdict(mean)
+        if mean.mean:
+            end = Spread(len(group.runs), mean.mean[-1] * scale, mean.deviation[-1] * scale)
+            text = f"{_literal(label)} ({group.size})  {end.text('{:.4g}'.format, '{:.2g}'.format)}"
+            legend.append((mean.mean[-1], line, text))
+    axes.set_ylabel(shown.label)
+    note = "bold: mean, at steps that all runs have   band: \u00b1 1 sd   thin: single runs"
+    axes.set_title(note, fontsize=8, color=_FAINT, loc="left")
+    if "loss" in metric:
+        _crop_start(axes, singles)
+    _draw_legend(axes, legend)
+    return values
+
+
+def _draw_legend(axes: Axes, legend: list[tuple[float, Any, str]]) -> None:
+    """Draws the legend; its entries are the last value of a curve, the curve, and its text."""
     # The highest last value first, so that texts and ends of the lines are in one order.
     legend.sort(key=lambda entry: -entry[0])
     handles, texts = [entry[1] for entry in legend], [entry[2] for entry in legend]
@@ -130,22 +192,20 @@ def _literal(name: str) -> str:
     return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _draw_curve(axes: Axes, points: Curve, index: int, metric: str) -> Any:
+def _draw_curve(axes: Axes, points: Curve, index: int, metric: str, bold: bool) -> Any:
     scale = described(metric).scale
-    nan = float("nan")
-    places = [nan if place is None else place for place in points.x]
-    values = [nan if value is None else value * scale for value in points.y]
-    held_out = metric.startswith("eval/")
+    places = [math.nan if place is None else place for place in points.x]
+    values = [math.nan if value is None else value * scale for value in points.y]
     (line,) = axes.plot(
         places,
         values,
         _DASHES[index // len(COLOURS) % len(_DASHES)],
         color=COLOURS[index % len(COLOURS)],
-        linewidth=1.8 if held_out else 0.8,
-        alpha=1.0 if held_out else 0.55,  # training losses are noisy: they stay behind
-        marker=_MARKERS[index % len(_MARKERS)] if held_out and len(values) <= _MAX_MARKERS else "",
+        linewidth=1.8 if bold else 0.8,
+        alpha=1.0 if bold else 0.55,  # training losses are noisy: they stay behind
+        marker=_MARKERS[index % len(_MARKERS)] if bold and len(values) <= _MAX_MARKERS else "",
         markersize=4,
-        zorder=3 if held_out else 2,
+        zorder=3 if bold else 2,
     )
     return line
 

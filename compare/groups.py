@@ -7,16 +7,19 @@ twice, on a CPU with equal results, is one observation and not two.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from compare.differences import MISSING, data_fingerprint
 from compare.labels import LONGEST, labels, names, short_names
-from compare.reading.run import Run
+from compare.reading.run import Run, find_runs, read_run
 from config import ConfigError, schema
 from engine.run_directory.experiment import experiment_id
+from engine.run_directory.find_runs import runs_in
 from settings.names import resolve
 from settings.values import RefusedError, to_text
 
@@ -41,6 +44,11 @@ class Group:
         return f"{len(self.runs)} {what}{'s' if len(self.runs) > 1 else ''}"
 
     @property
+    def others(self) -> str:
+        """For what a comparison of groups speaks: `other seeds`."""
+        return f"other {'seeds' if self.over == (SEED,) else f'values of {list_of(self.over)}'}"
+
+    @property
     def values(self) -> list[tuple[Any, ...]]:
         """The values of `over` of each run."""
         return [_values(run, self.over) for run in self.runs]
@@ -63,11 +71,15 @@ class Spread:
         deviation = stdev(values) if len(values) > 1 else math.nan
         return cls(len(values), fmean(values), deviation)
 
-    def text(self, show: Callable[[float], str] = "{:.4f}".format) -> str:
+    def text(
+        self,
+        show: Callable[[float], str] = "{:.4f}".format,
+        show_deviation: Callable[[float], str] | None = None,
+    ) -> str:
         """Returns `2.5012 \u00b1 0.0034`, or the value alone if there is one."""
         if math.isnan(self.deviation):
             return show(self.mean)
-        return f"{show(self.mean)} \u00b1 {show(self.deviation)}"
+        return f"{show(self.mean)} \u00b1 {(show_deviation or show)(self.deviation)}"
 
 
 def option_keys(words: Collection[str]) -> tuple[str, ...]:
@@ -125,9 +137,40 @@ def group_labels(groups: Sequence[Group], longest: int = LONGEST) -> list[str]:
     return [name + (f" and {more} more" if more else "") for name in names(firsts)]
 
 
+def find_group(path: Path, over: Sequence[str]) -> Group:
+    """Returns the group that a path means: a run and those beside it, in the same folder, that are
+    its repeats over `over`; or all runs of a folder.
+
+    Raises DataError if there is no run, ConfigError for a folder of several experiments.
+    """
+    found = find_runs([path])
+    own = found[0].resolve()
+    beside = runs_in(Path(os.path.relpath(own.parent)), depth=1) if len(found) == 1 else []
+    paths = {each.resolve(): each for each in (*found, *beside)}
+    runs = {path: read_run(paths[path]) for path in sorted(paths)}
+    groups = group_runs(list(runs.values()), over)
+    if beside:
+        return next(each for each in groups if runs[own] in (*each.runs, *each.repeats))
+    if len(groups) > 1:
+        named = "; ".join(
+            f"{label} ({group.runs[0].name})"
+            for label, group in zip(group_labels(groups), groups, strict=True)
+        )
+        raise ConfigError(
+            f"{path} holds {len(groups)} experiments that differ in more than {list_of(over)}: "
+            f"{named}. Name a run of the one that is meant."
+        )
+    return groups[0]
+
+
 def group_values(group: Group) -> str:
     """Returns what tells the runs of a group apart: `1, 2, 3` over seeds."""
     plain = [[value for value in own if value is not MISSING] for own in group.values]
     if len(group.over) > 1 or not any(plain):
         return ", ".join(short_names(group.runs))
     return ", ".join(to_text(own[0]) if own else MISSING for own in plain)
+
+
+def list_of(keys: Sequence[str]) -> str:
+    """Returns `training.seed and model.dropout`."""
+    return " and ".join(filter(None, (", ".join(keys[:-1]), *keys[-1:])))

@@ -1,14 +1,16 @@
-"""The table of `runs.py list`: a line per run, with the options in which the runs differ."""
+"""The table of `runs.py list`: a line per run or group of runs, with the options that differ."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compare.differences import MISSING
+from compare.groups import Group, Spread
 from compare.labels import LONGEST, descriptions, short_names
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
@@ -52,7 +54,8 @@ COLUMNS = (
 COLUMN_BY_NAME = {name: column for column in COLUMNS for name in (column.name, column.heading)}
 _DIFFERS = "differs in"
 _MIN_DESCRIPTION = 16  # characters
-_LEFT_ALIGNED = {"run", _DIFFERS, "state", "model", "precision"}
+_OF_GROUPS = ("best_loss", "last_loss", "bits_per_byte")
+_LEFT_ALIGNED = {"run", "first run", _DIFFERS, "state", "model", "precision"}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -64,22 +67,89 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def list_lines(runs: Sequence[Run], sorted_by: str = "") -> list[str]:
-    """Returns the lines of the table; the options that differ get the width that is left.
+    """Returns the lines of the table of runs.
 
     sorted_by: a metric that gets a column, unless one shows its values already.
     """
     columns = (*COLUMNS, *_metric_column(runs, sorted_by))
     headings = [column.heading for column in columns if column.name != "planned_steps"]
     headings[headings.index("step")] = "steps"
-    # A column `differs in` is inserted after the name, if the runs differ in anything.
     rows = [headings, *(_row(columns, *each) for each in zip(runs, short_names(runs), strict=True))]
+    return _with_differences(rows, runs)
+
+
+def group_lines(groups: Sequence[Group], sorted_by: str = "") -> list[str]:
+    """Returns the lines of the table of groups: the mean and deviation of their runs' values."""
+    firsts = [group.runs[0] for group in groups]
+    more = _metric_column([run for group in groups for run in group.runs], sorted_by)
+    columns = [*(COLUMN_BY_NAME[name] for name in _OF_GROUPS), *more]
+    rows = [["first run", "n", "state", "steps", *(column.heading for column in columns)]]
+    for group, name in zip(groups, short_names(firsts), strict=True):
+        cells = [group_cell(column, group) for column in columns]
+        rows.append([name, str(len(group.runs)), states(group), steps(group), *cells])
+    return _with_differences(rows, firsts, {key for group in groups for key in group.over})
+
+
+def _with_differences(
+    rows: Sequence[list[str]], runs: Sequence[Run], without: Collection[str] = ()
+) -> list[str]:
+    """Returns the lines of a table that has a row of headings and one for each run; after the name,
+    the options in which the runs differ get the width that is left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = width() - sum(widths) - len(widths)
-    described = descriptions(runs, min(LONGEST, max(_MIN_DESCRIPTION, left)))
+    described = descriptions(runs, min(LONGEST, max(_MIN_DESCRIPTION, left)), without)
     if any(described):
         for row, text in zip(rows, [_DIFFERS, *described], strict=True):
             row.insert(1, text)
-    return aligned(rows, [heading in _LEFT_ALIGNED for heading in headings])
+    return aligned(rows, [heading in _LEFT_ALIGNED for heading in rows[0]])
+
+
+def states(group: Group) -> str:
+    """Returns `done`, or `2 done, 1 crashed`."""
+    counts = Counter(run.state for run in group.runs)
+    return ", ".join(f"{n} {state}" if len(counts) > 1 else state for state, n in counts.items())
+
+
+def steps(group: Group) -> str:
+    """Returns the steps taken, from the fewest to the most."""
+    ends = sorted({run.step for run in group.runs})
+    return f"{ends[0]}-{ends[-1]}" if len(ends) > 1 else str(ends[0])
+
+
+def group_cell(column: Column, group: Group) -> str:
+    """Returns the mean and deviation of a column as text; `-` if no run has a value, and how many
+    have one if not all do."""
+    spread = column_spread(column, group)
+    if spread is None:
+        return _UNKNOWN
+    is_count = column.show is format_count and spread.deviation == 0  # such as of the parameters
+    lacking = f" (of {spread.count})" if spread.count < len(group.runs) else ""
+    return (column.show(spread.mean) if is_count else spread.text(column.show)) + lacking
+
+
+def column_spread(column: Column, group: Group) -> Spread | None:
+    """Returns the spread of a column's numbers over the runs of a group."""
+    values = [as_float(column.value(run)) for run in group.runs]
+    return Spread.of([value for value in values if value is not None])
+
+
+def group_summary(group: Group, label: str) -> dict[str, Any]:
+    """Returns all that is known of a group as plain values, for JSON."""
+    known = {column.name: column_spread(column, group) for column in COLUMNS}
+    return {
+        "label": label,
+        "runs": [str(run.path) for run in group.runs],
+        "over": {key: [run.config.get(key) for run in group.runs] for key in group.over},
+        "not_counted": [str(run.path) for run in group.repeats],
+        "n": len(group.runs),
+        "states": [run.state for run in group.runs],
+        **{name: spread_values(spread) for name, spread in known.items() if spread},
+    }
+
+
+def spread_values(spread: Spread) -> dict[str, Any]:
+    """Returns a spread as plain values, for JSON."""
+    return {"n": spread.count, "mean": spread.mean, "sd": spread.deviation}
 
 
 def _metric_column(runs: Sequence[Run], key: str) -> list[Column]:

@@ -9,9 +9,10 @@ import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from compare.differences import MISSING
+from compare.groups import Group, Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
 from compare.table import COLUMN_BY_NAME, COLUMNS
@@ -19,6 +20,7 @@ from config import ConfigError, schema
 from settings.names import resolve
 from settings.values import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, RefusedError, one_line
 
+T = TypeVar("T")
 STATES = ("done", "stopped", "crashed", "running")
 _CONDITION = re.compile(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|==|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _WITH_UNIT = re.compile(r"([0-9.]+)\s*([kMBT])")
@@ -39,16 +41,31 @@ def sort_runs(runs: Sequence[Run], key: str) -> list[Run]:
 
     Raises ConfigError for an unknown key.
     """
-    value_of = value_getter(runs, key.removeprefix("-"))
+    return _sorted(runs, value_getter(runs, key.removeprefix("-")), key.startswith("-"))
 
-    def sort_key(run: Run) -> tuple[bool, float, str]:
-        value = value_of(run)
+
+def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
+    """Returns the groups sorted as `sort_runs` sorts runs, by the mean of the runs' values."""
+    every = [run for group in groups for run in group.runs]
+    value_of = value_getter(every, key.removeprefix("-"))
+
+    def mean_of(group: Group) -> Any:
+        values = [value_of(run) for run in group.runs]
+        spread = Spread.of([number for each in values if (number := as_float(each)) is not None])
+        return spread.mean if spread else values[0]
+
+    return _sorted(groups, mean_of, key.startswith("-"))
+
+
+def _sorted(items: Sequence[T], value_of: Callable[[T], Any], descending: bool) -> list[T]:
+    def sort_key(item: T) -> tuple[bool, float, str]:
+        value = value_of(item)
         amount = as_float(value)
         return (True, 0.0, str(value)) if amount is None else (False, amount, "")  # numbers first
 
-    known = [run for run in runs if value_of(run) not in (None, MISSING)]
-    unknown = [run for run in runs if value_of(run) in (None, MISSING)]
-    return sorted(known, key=sort_key, reverse=key.startswith("-")) + unknown
+    known = [item for item in items if value_of(item) not in (None, MISSING)]
+    unknown = [item for item in items if value_of(item) in (None, MISSING)]
+    return sorted(known, key=sort_key, reverse=descending) + unknown
 
 
 def filter_runs(runs: Sequence[Run], condition: str) -> list[Run]:

@@ -20,7 +20,7 @@ from statistics import fmean, stdev, variance
 
 from compare.curves import by_step, shared_steps
 from compare.differences import differing_environment, texts_differ
-from compare.groups import Group, Spread
+from compare.groups import Group, Spread, list_of
 from compare.reading.run import Run
 from compare.statistics.student import t_quantile, two_sided_p
 
@@ -78,6 +78,8 @@ class SeedDifference:
     b: Spread
     mean: MeanDifference
     paired: bool
+    others: str
+    """For what it speaks: `other seeds`."""
     notes: tuple[str, ...]
     """What a reader has to know of the runs that were compared, a sentence each."""
 
@@ -113,10 +115,13 @@ def compare_groups(a: Group, b: Group, metric: str = METRIC) -> SeedDifference |
     notes = [*_run_notes(runs, [max(known) for known in by_run], steps[-1])]
     notes += [*_group_notes(a), *_group_notes(b)]
     if not is_paired and by_seed.keys() & {*a.values}:
-        notes.append("They share some seeds; with the same seeds on both sides the test is paired.")
+        shared = f"They share some values of {list_of(a.over)}"
+        notes.append(f"{shared}; with the same on both sides the test is paired.")
     if not is_paired and max(len(of_a), len(of_b)) > 2 * min(len(of_a), len(of_b)):
         notes.append("So unequal numbers of runs find differences that are none too often.")
-    return SeedDifference(metric, steps[-1], spread_a, spread_b, test, is_paired, tuple(notes))
+    return SeedDifference(
+        metric, steps[-1], spread_a, spread_b, test, is_paired, a.others, tuple(notes)
+    )
 
 
 def is_loss(metric: str) -> bool:
@@ -157,7 +162,7 @@ def _group_notes(group: Group) -> Iterator[str]:
     rows = differing_environment(group.runs)
     if differing := [key for key in _MACHINE if key in rows]:
         named = ", ".join(run.name for run in group.runs)
-        yield f"Beside the seed, {named} differ in {' and '.join(differing)}."
+        yield f"Beside {list_of(group.over)}, {named} differ in {list_of(differing)}."
     if group.repeats:
         left_out = ", ".join(run.name for run in group.repeats)
-        yield f"Not counted, since another run has the same seed: {left_out}."
+        yield f"Not counted, since another run has the same {list_of(group.over)}: {left_out}."

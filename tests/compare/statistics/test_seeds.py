@@ -150,7 +150,7 @@ def test_groups_with_other_seeds_are_compared_by_welchs_test() -> None:
     assert not found.paired
     assert found.verdict == "better"
     assert found.mean == welch([3.0, 3.01, 3.02], [2.0, 2.01, 2.02])
-    assert "They share some seeds" in found.notes[0]
+    assert "They share some values" in found.notes[0]
     assert compare(b, a).verdict == "worse"
     assert (
         "So unequal numbers"
@@ -177,9 +177,9 @@ def test_notes_name_unfinished_runs_repeats_and_other_machines() -> None:
     b = seeds("b", [(3.0,), (3.1,)], words="learning_rate=0.1")
     assert compare([*a, again, other, unfinished], b).notes == (
         "Not finished: bad (crashed).",
-        "Beside the seed, a_1, a_2, other, bad differ in torch.",
-        "Not counted, since another run has the same seed: again.",
-        "They share some seeds; with the same seeds on both sides the test is paired.",
+        "Beside training.seed, a_1, a_2, other, bad differ in torch.",
+        "Not counted, since another run has the same training.seed: again.",
+        "They share some values of training.seed; with the same on both sides the test is paired.",
     )
 
 
