@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train.py my_experiment.yaml
     python train.py my_experiment.yaml --dry-run                # memory, time, data: no training
     python train.py my_experiment.yaml --check-resume           # is a resumed run the same run?
+    python train.py --reproduce checkpoints/run_20251108_143022     # the same losses, here?
     python train.py my_experiment.yaml --slurm nodes=2 gpus=8 time=24:00    # a batch script
     python train.py --help
 
@@ -58,6 +59,7 @@ from engine.monitor import console
 from engine.optim.build import clip_gradients, gradient_norm, set_learning_rate
 from engine.planning.advice import out_of_memory_lines
 from engine.precision.precision import disable_unavailable_4bit
+from engine.replay.reproduce import reproduce
 from engine.schedule import learning_rate
 from engine.setup.build import build
 from engine.setup.check_resume import check_resume
@@ -118,6 +120,8 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
 
 def run_to_the_end(request: Request, stop: StopRequest) -> int:
     """Builds, trains, finishes; returns the exit code."""
+    if request.reproduce is not None:
+        return reproduce(request.reproduce, stop, train)
     request = disable_unavailable_4bit(request)
     training = request.config.training
     with ExitStack() as stack:

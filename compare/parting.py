@@ -96,15 +96,19 @@ def step_losses(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def compare_records(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], after: int = 0
 ) -> Agreement:
-    """Returns how far two runs agree, by their records of the same steps."""
+    """Returns how far two runs agree, by their records of the same steps.
+
+    after: records and losses up to this step are not compared.
+    """
     logs = log_records(first), log_records(second)
     before = _steps_before(logs[0]), _steps_before(logs[1])
     keys, parting, equal = set[str](), None, list[int]()
     losses = _pairs(step_losses(first), step_losses(second))
+    losses = [(step, one, other) for step, one, other in losses if step > after]
     single = next((step for step, one, other in losses if one != other), None)
-    for step in [step for step in logs[0] if step in logs[1]]:
+    for step in [step for step in logs[0] if step in logs[1] and step > after]:
         one, other = logs[0][step], logs[1][step]
         same_begin = before[0][step] == before[1][step]
         wanted = _ORDER if same_begin else _OF_STEP

@@ -14,9 +14,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from compare.differences import data_fingerprint
 from compare.reading.json_values import as_count, as_dict, as_str
 from compare.reading.run import path_of, read_run
 from config import Config, ConfigError, DataError, schema
+from engine.run_directory.fork import PARENT
 from engine.run_directory.manifest import MAX_BYTES, steps_in
 from engine.run_directory.saved_config import config_of_step
 from files.regular import read_regular
@@ -37,10 +39,12 @@ class Original:
     records: Sequence[Mapping[str, Any]]
     path: Path | None
     """The run directory; None where only a page is there."""
+    fingerprint: str
+    """Of its data; empty where it is unknown."""
     checkpoint: Path | None = None
-    """Where the repetition begins; None: at the first step."""
+    """Where the repetition begins; None: where the run did."""
     step: int = 0
-    """The steps that the checkpoint has behind it."""
+    """The steps that are done there."""
 
 
 def find_original(word: str) -> Original:
@@ -57,13 +61,20 @@ def find_original(word: str) -> Original:
         raise DataError(f"{path}: neither a run, a checkpoint, its config.yaml nor a report page.")
     run = read_run(folder)
     checkpoint = path if path.suffix == ".pt" else None
-    step = _step_of(path) if checkpoint else 0
+    step = _step_of(path) if checkpoint else _step_of_fork(run.environment)
     try:
         config = config_of_step(folder, step + 1)
     except OSError as error:
         raise DataError(f"{folder}: its config cannot be read: {error.strerror}.") from error
     return Original(
-        run.name, config, run.environment, run.records, folder, checkpoint=checkpoint, step=step
+        run.name,
+        config,
+        run.environment,
+        run.records,
+        folder,
+        data_fingerprint(run),
+        checkpoint=checkpoint,
+        step=step,
     )
 
 
@@ -72,6 +83,11 @@ def _step_of(path: Path) -> int:
         if path.name == f"checkpoint_{step}.pt":
             return step
     raise DataError(f"{path} is not a checkpoint of a run: it has no manifest.")
+
+
+def _step_of_fork(environment: Mapping[str, Any]) -> int:
+    """Returns the step at which a fork begins; 0 for another run."""
+    return as_count(as_dict(environment.get(PARENT)).get("step")) or 0
 
 
 # ---- a report page
@@ -104,17 +120,19 @@ def _from_page(page: Path, name: str) -> Original:
     if not name and len(runs) > 1:
         raise DataError(f"{page} holds {len(runs)} runs: {known}. Name one: {page}#NAME.")
     found = runs[name] if name else next(iter(runs.values()))
-    records = found.get("records")
+    records, environment = found.get("records"), as_dict(found.get("environment"))
     return Original(
         name=as_str(found.get("name")),
         config=_config(page, as_dict(found.get("config"))),
-        environment=as_dict(found.get("environment")),
+        environment=environment,
         records=[
             record
             for record in (records if isinstance(records, list) else [])
             if isinstance(record, dict) and as_count(record.get("step")) is not None
         ],
         path=None,
+        fingerprint=as_str(as_dict(environment.get("data")).get("fingerprint")),
+        step=_step_of_fork(environment),
     )
 
 
