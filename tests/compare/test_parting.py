@@ -68,7 +68,7 @@ def test_the_first_loss_of_a_step_that_differs_is_named_with_the_batches_of_its_
 def test_runs_of_an_earlier_version_are_compared_by_their_losses() -> None:
     hashes = "train/first_losses", BATCHES, WEIGHTS
     old = [without(logged(10), *hashes), without(logged(10, batches=23), *hashes)]
-    found = compare_records(*old)
+    found = compare_records(old[0], old[1])
     assert found.parting is not None and found.parting.step == 30
     assert list(found.parting.values) == [LOSS, NORM]
     assert compare_records(old[0], logged(10)).records == 5
