@@ -33,6 +33,7 @@ from compare.labels import names
 from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, path_of, read_run
 from compare.reading.select import filter_runs, sort_groups, sort_runs
+from compare.report.content import report
 from compare.report.page import write_report
 from compare.statistics.answer import answer_lines, answer_values, goal_lines, goal_values
 from compare.statistics.goal import parse_goal
@@ -103,7 +104,9 @@ def _add_comparisons(commands: Any) -> None:
         commands, "report", show_report, "one page with curves, settings and results"
     )
     add("runs", nargs="+", metavar="RUN")
+    add("--over", **_OVER | {"help": "what runs of a group differ in; default: seed"})
     add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    add("--json", action="store_true", help="what the page would hold, as JSON")
     add = _add_command(
         commands, "test", show_test, "whether B is better than A, for other seeds or other text"
     )
@@ -240,9 +243,13 @@ def show_plot(arguments: argparse.Namespace) -> None:
 
 
 def show_report(arguments: argparse.Namespace) -> None:
-    """Writes a page for a browser."""
-    write_report(open_runs(arguments.runs), arguments.output)
-    print(printable(f"Wrote {arguments.output}: open it in a browser"))
+    """Writes a page for a browser, or prints what it would hold."""
+    over, runs = option_keys(arguments.over), open_runs(arguments.runs)
+    if arguments.json:
+        _print_json(report(runs, over))
+    else:
+        write_report(runs, arguments.output, over)
+        print(printable(f"Wrote {arguments.output}: open it in a browser"))
 
 
 def show_test(arguments: argparse.Namespace) -> None:

@@ -1,15 +1,18 @@
-"""What the page holds of each run: curves, samples, settings, and what it takes to repeat it."""
+"""What the page holds of each run and group: curves, samples, settings, and what it takes to repeat
+a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from compare.curves import AXES, curve, described, metrics_of
-from compare.reading.json_values import as_float, finite
+from compare.curves import AXES, Band, band, curve, described, metrics_of, place_of
+from compare.reading.json_values import as_count, as_dict, as_str, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
 
+PAGE_AXES = {**AXES, "flops": "FLOPs"}
 _LOSSES = ("train/loss", "eval/val_loss")
 _FROM_ZERO = {"train/tokens_per_sec", "train/memory_bytes", "train/data_wait", "train/mfu"}
 _WITHOUT_PANEL = {  # another panel shows the same, or a run has one number of it
@@ -48,13 +51,19 @@ def _panel(metrics: tuple[str, ...]) -> dict[str, Any]:
     title = "Loss" if len(metrics) > 1 else last.title
     return {
         "title": title,
-        "label": f"{title} over the run, one curve per run",
+        "label": f"{title} over the run, one curve per run or group",
         "unit": last.unit,
         "scale": last.scale,
         "loss": metrics[-1] in _LOSSES,
         "zero": metrics[0] in _FROM_ZERO,
+        # Two bands per group in one panel would hide each other: the held-out loss has it.
         "metrics": [
-            {"key": key, "bold": key.startswith("eval/"), "smooth": key == "train/loss"}
+            {
+                "key": key,
+                "bold": key.startswith("eval/"),
+                "smooth": key == "train/loss",
+                "band": key == metrics[-1],
+            }
             for key in metrics
         ],
     }
@@ -72,6 +81,7 @@ def run_content(run: Run, name: str) -> dict[str, Any]:
     place = {row: index for index, row in enumerate(rows)}
     problems = dict.fromkeys((*run.problems, *run.record_problems))
     return {
+        "name": name,
         "path": utf8_text(str(run.path)),
         "state": run.state,
         "status": ": ".join(filter(None, (progress_text(run), run.end_reason))),
@@ -79,8 +89,11 @@ def run_content(run: Run, name: str) -> dict[str, Any]:
         "command": utf8_text(restart_command(run)),
         "settings": [(key, value_text(value)) for key, value in run.config.items()],
         "environment": _environment(run.environment),
+        "parent": _parent(run.parent) if run.parent else None,
         "reproduce": _reproduce(run, name),
-        "axes": {axis: [as_float(run.records[row].get(axis)) for row in rows] for axis in AXES},
+        "axes": {
+            axis: [place_of(run, run.records[row], axis) for row in rows] for axis in PAGE_AXES
+        },
         "curves": {
             key: {"at": [place[row] for row in each.rows], "y": [*map(_rounded, each.y)]}
             for key, each in curves.items()
@@ -90,6 +103,33 @@ def run_content(run: Run, name: str) -> dict[str, Any]:
             for record in run.records
             if isinstance(record.get("eval/sample"), str)
         ],
+    }
+
+
+def group_curves(runs: Sequence[Run]) -> dict[str, Any]:
+    """Returns the means of the runs of a group over their shared steps, in the form of a run's
+    curves, with the standard deviations as `spread`."""
+    bands = {key: band(runs, key) for key in metrics_of(runs)}
+    steps = sorted({step for each in bands.values() for step in each.steps})
+    place = {step: index for index, step in enumerate(steps)}
+    # A log line and an evaluation of one step differ in time by the evaluation: the first counts.
+    by_run = [{record["step"]: record for record in reversed(run.records)} for run in runs]
+
+    def mean_place(axis: str, step: int) -> float | None:
+        at = [place_of(run, own[step], axis) for run, own in zip(runs, by_run, strict=True)]
+        known = [each for each in at if each is not None]
+        return fmean(known) if len(known) == len(runs) else None
+
+    def curve_of(each: Band) -> dict[str, Any]:
+        return {
+            "at": [place[step] for step in each.steps],
+            "y": [*map(_rounded, each.mean)],
+            "spread": [*map(_rounded, each.deviation)],
+        }
+
+    return {
+        "axes": {axis: [mean_place(axis, step) for step in steps] for axis in PAGE_AXES},
+        "curves": {key: curve_of(each) for key, each in bands.items()},
     }
 
 
@@ -105,6 +145,23 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key, value in shown.items()
         for inner, each in (value.items() if isinstance(value, dict) else [(None, value)])
     ]
+
+
+def _parent(parent: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns where a fork comes from and what it changed."""
+    step, changed = as_count(parent.get("step")) or 0, as_dict(parent.get("changed"))
+    pairs = {
+        key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2
+    }
+    return {
+        "step": step,
+        "text": f"Fork of {as_str(parent.get('run'))} at step {step:,}"
+        + ("; it changed" if pairs else ""),
+        "changed": [
+            (key, f"{value_text(then)} \u2192 {value_text(now)}")
+            for key, (then, now) in pairs.items()
+        ],
+    }
 
 
 def _reproduce(run: Run, name: str) -> dict[str, Any]:

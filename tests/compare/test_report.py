@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -105,9 +106,10 @@ def test_the_page_allows_its_two_scripts_and_asks_for_nothing(
     (style,) = read.texts("style")
     assert "url(" not in style and "@import" not in style
     assert "\r" not in source  # which a browser would read as a line end
-    _, *scripts = read.texts("script")
-    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    assert len(digests) == 2
+    _, packed, script = read.texts("script")
+    plotly = gzip.decompress(base64.b64decode(packed))
+    digests = [hashlib.sha256(text).digest() for text in (plotly, script.encode())]
+    assert len(source) < 2_500_000
     assert read.policy == {
         "default-src": ["'none'"],
         "script-src": [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests],
@@ -158,6 +160,8 @@ def test_curves_hold_the_numbers_of_the_records() -> None:
         for axis in ("step", "tokens", "time"):
             places = [drawn["axes"][axis][row] for row in points["at"]]
             assert places == [record[axis] for record in records]
+        flops = [drawn["axes"]["flops"][row] for row in points["at"]]
+        assert flops == [record["tokens"] * 150_000_000 for record in records]
     (drawn,) = report([make("run_b", losses=(4.0, None, 2.5))])["runs"]
     assert drawn["curves"]["eval/val_loss"]["y"] == [4.0, None, 2.5]  # a gap stays a gap
 
@@ -271,7 +275,7 @@ def test_six_runs_are_ranked_and_each_compared_with_the_best() -> None:
     assert content["headline"] == "Best: 2.1, with held-out loss 2.1000"
     assert content["answer"][0].startswith("0.1000 below 2.2 (95 % interval ")
     assert [run["label"] for run in content["runs"]] == ["2.1", "2.2", "2.3", "2.4", "2.5", "2.6"]
-    assert [pair["run"] for pair in content["pairs"]] == [1, 2, 3, 4, 5]
+    assert [pair["group"] for pair in content["pairs"]] == [1, 2, 3, 4, 5]
     assert {pair["verdict"] for pair in content["pairs"]} == {"worse"}
     differences = [pair["difference"] for pair in content["pairs"]]
     assert differences == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.02)
@@ -343,6 +347,97 @@ def test_the_page_holds_what_it_takes_to_repeat_each_run_in_exact_values() -> No
     assert first.keys() >= {"step", "train/loss", *hashes}
 
 
+# ---- groups
+
+
+def seeds(name: str, *options: str, losses: tuple[float, ...], first: int = 1) -> list[Run]:
+    """Runs that differ in their seed alone and end at these losses."""
+    return [
+        make(f"run_{name}{n}", *options, f"seed={n}", losses=(4.0, loss), seed=n)
+        for n, loss in enumerate(losses, first)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_deviation() -> None:
+    worse = seeds("b", "lr=3e-4", losses=(2.5, 2.6, 2.7))
+    best = seeds("a", "lr=1e-3", losses=(2.0, 2.1, 2.2))
+    content = report([*worse, *best])
+    assert content["overline"] == "Report of 6 runs in 2 groups"
+    assert content["headline"] == "Best: lr 0.001, with held-out loss 2.1000 ± 0.1000 over 3 seeds"
+    assert content["answer"][0].startswith("0.5000 below lr 0.0003 (95 % interval ")
+    assert "for other seeds: 3 and 3 runs at step 200, paired by seed" in content["answer"][0]
+    assert "Groups differ in learning_rate, and runs of a group in seed." in content["answer"]
+    assert column(content, "Held-out loss, best")["texts"] == [
+        "2.1000 ± 0.1000",
+        "2.6000 ± 0.1000",
+    ]
+    assert titles(content, "Settings") == ["learning_rate"]
+    first, second = content["groups"]
+    assert (first["label"], first["short_name"]) == ("lr 0.001", "3 seeds: 1, 2, 3")
+    assert (first["runs"], second["runs"]) == ([0, 1, 2], [3, 4, 5])
+    assert first["curves"]["eval/val_loss"]["y"] == pytest.approx([4.0, 2.1])
+    assert first["curves"]["eval/val_loss"]["spread"] == pytest.approx([0.0, 0.1])
+    (pair,) = content["pairs"]
+    assert (pair["verdict"], pair["details"][0]) == ("worse", "for other seeds, on this text")
+    assert [run["label"] for run in content["runs"]][:2] == ["lr 0.001, seed 1", "lr 0.001, seed 2"]
+    assert len(content["run_columns"][0]["texts"]) == 6
+
+
+def test_groups_with_other_seeds_are_compared_by_welch_and_a_lone_run_is_not() -> None:
+    three, two = seeds("a", losses=(2.0, 2.1, 2.2)), seeds("b", "lr=3e-4", losses=(2.5, 2.7))
+    content = report([*three, *two[:1]])
+    assert content["pairs"][0]["low"] is None
+    assert "run_b1 is one run and shows nothing of other seeds" in content["pairs"][0]["verdict"]
+    (pair,) = report([*three, *two])["pairs"]
+    assert "3 and 2 runs at step 200, Welch's test, p = " in pair["details"][1]
+
+
+def test_a_seed_that_was_trained_twice_makes_no_group_and_another_option_can() -> None:
+    twice = [make("run_a"), make("run_b", losses=(4.0, 2.0, 2.4))]
+    assert len(report(twice)["groups"]) == 2
+    repeated = [*twice, make("run_c", "seed=2")]
+    content = report(repeated)
+    assert [group["runs"] for group in content["groups"]] == [[0, 1]]
+    assert any(
+        line.startswith("Not counted, since another run repeats") for line in content["answer"]
+    )
+    assert len(content["runs"]) == 3
+    rates = [make(f"run_{rate}", f"lr={rate}") for rate in ("1e-3", "1e-4")]
+    (group,) = report(rates, ("training.learning_rate",))["groups"]
+    assert group["short_name"] == "2 runs: 1e-3, 1e-4"
+
+
+def test_axes_of_the_settings_are_those_that_vary_and_the_result_is_the_last() -> None:
+    made = [
+        make("run_a", "lr=1e-2", "n_layer=2", "n_head=2", losses=(2.0,)),
+        make("run_b", "lr=1e-3", "n_layer=4", "n_head=4", losses=(2.5,)),
+        make("run_c", "lr=1e-4", "n_layer=2", "n_head=2", losses=(2.1,)),
+        make("run_d", "lr=1e-4", "n_layer=4", "n_head=4", losses=(None,)),
+        make("run_e", "lr=1e-4", "n_layer=4", "n_head=4", losses=(99.0,)),
+    ]
+    found = report(made)["parallel"]
+    layers, rates, result = found["axes"]
+    assert found["left_out"] == 1
+    assert (layers["title"], layers["also"], layers["at"]) == ("n_layer", ["n_head"], [0, 0, 1, 1])
+    assert (rates["title"], rates["at"]) == ("learning_rate", [1.0, 0.0, 0.5, 0.0])
+    assert rates["ticks"] == [(0.0, "0.0001"), (0.5, "0.001"), (1.0, "0.01")]
+    assert result["texts"][0] == "2.0000"
+    assert result["at"][0] == 0 and result["at"][-1] == 1
+    assert 0 < result["at"][1] < result["at"][2] < 0.5  # the one that diverged is cut off
+    assert result["ticks"][-1][1].startswith("≥")
+    assert report([make("run_f"), make("run_g")])["parallel"] is None
+
+
+def test_a_fork_names_its_parent_its_step_and_what_it_changed() -> None:
+    changed = {"training.learning_rate": [1e-3, 1e-4]}
+    parent = {"run": "run_a", "path": "/gone", "step": 200, "changed": changed}
+    (run,) = report([make("run_b", "lr=1e-4", environment={"parent": parent})])["runs"]
+    assert run["parent"]["text"] == "Fork of run_a at step 200; it changed"
+    assert run["parent"]["changed"] == [("training.learning_rate", "0.001 → 0.0001")]
+    damaged = make("run_c", environment={"parent": {"step": "x", "changed": {"a": 1}}})
+    assert report([damaged])["runs"][0]["parent"]["changed"] == []
+
+
 # ---- the command line
 
 
@@ -359,6 +454,16 @@ def test_report_writes_the_page(capsys: pytest.CaptureFixture[str], here: Path) 
     assert capsys.readouterr().out.startswith("Wrote page.html")
     assert Page((here / "page.html").read_text("utf-8")).data["runs"][0]["name"] == "run_a"
     assert sorted(path.name for path in here.iterdir()) == ["checkpoints", "page.html"]
+
+
+def test_an_unknown_option_to_group_over_exits_with_2(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    make()
+    assert "--over sed" in refused(capsys, "report", "run_a", "--over", "sed", code=2)
+    assert command_line.main(["report", "run_a", "--over", "seed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"][0]["label"] == "run_a"
+    assert [path.name for path in here.iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize(

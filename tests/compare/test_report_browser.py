@@ -42,6 +42,8 @@ LAYOUTS = """() => [...document.querySelectorAll(".js-plotly-plot")].map(plot =>
     const {xaxis, yaxis} = plot._fullLayout;
     return {x: xaxis.type, y: yaxis.type, range: xaxis.range, title: xaxis.title.text};
 })"""
+DRAWN = """() => document.querySelectorAll(".js-plotly-plot .scatterlayer .trace").length &&
+    document.querySelectorAll(".plot:not(.js-plotly-plot)").length == 0"""
 ORIGIN = """() => { const area = document.querySelector(".main .nsewdrag").getBoundingClientRect();
     return [area.left, area.top, area.width, area.height]; }"""
 
@@ -85,6 +87,7 @@ def opened(browser: Any, page: Path, **options: Any) -> Iterator[Watched]:
     context.set_default_timeout(20_000)
     watched = Watched(context.new_page())
     watched.page.goto(page.as_uri())
+    watched.page.wait_for_function(DRAWN)
     watched.requests.remove(page.as_uri())
     try:
         yield watched
@@ -317,11 +320,14 @@ def test_samples_settings_and_commands(page: Any, three: Path) -> None:
         assert line in zip(words, values, strict=True)
         fold.locator("summary").click()
     assert "[object" not in page.inner_text("body")
-    page.locator("#runs .copy").nth(1).click()
-    page.wait_for_function("() => document.querySelectorAll('.copy')[1].textContent == 'Copied'")
-    assert page.inner_text("#live") == "Command of run_slow copied"
-    command = restart_command(read_run(three.parent / "run_slow"))
-    assert page.evaluate("navigator.clipboard.readText()") == command
+    restart = restart_command(read_run(three.parent / "run_slow"))
+    repeat = f"python train.py --reproduce '{three}#run_slow'"
+    for place, name, command in ((2, "run_slow", restart), (3, "the check of run_slow", repeat)):
+        page.locator("#runs .copy").nth(place).click()
+        copied = f"() => document.querySelectorAll('.copy')[{place}].textContent == 'Copied'"
+        page.wait_for_function(copied)
+        assert page.inner_text("#live") == f"Command of {name} copied"
+        assert page.evaluate("navigator.clipboard.readText()") == command
 
 
 # ---- light and dark, keyboard
@@ -438,7 +444,7 @@ def thirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_thirty_runs_fit_on_a_page_and_are_sorted_by_headings(browser: Any, thirty: Path) -> None:
     with opened(browser, thirty) as watched:
         page = watched.page
-        assert page.evaluate(HEIGHT) < 6000
+        assert page.evaluate(HEIGHT) < 6500
         assert page.locator("#runs .command").first.is_hidden()
         page.locator("#runs summary").first.click()
         assert page.locator("#runs .command").first.is_visible()
@@ -510,3 +516,86 @@ def test_one_run_is_shown_in_cards_and_no_foreign_script_runs(browser: Any) -> N
             )
         assert page.evaluate("window.hacked") is None
         assert "Content Security Policy" in watched.complaints.pop()
+
+
+# ---- groups and settings
+
+GROUPED = """() => document.querySelector(".js-plotly-plot").data.map(
+    ({meta, fill, opacity, customdata}) => ({meta, fill, opacity, spread: customdata}))"""
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two learning rates with three seeds each; the best is lr 0.001."""
+    folder = tmp_path_factory.mktemp("seeds")
+    runs = [
+        make(
+            f"run_{rate}_{seed}",
+            f"learning_rate={rate}",
+            f"seed={seed}",
+            folder=folder,
+            losses=(9.0, *[loss + seed / 10] * 19),
+            every=20,
+            seed=seed,
+        )
+        for rate, loss in (("1e-3", 3.0), ("3e-4", 3.5))
+        for seed in (1, 2, 3)
+    ]
+    return written(runs)
+
+
+def test_a_group_is_a_mean_with_a_band_and_its_runs_on_request(browser: Any, seeds: Path) -> None:
+    with opened(browser, seeds) as watched:
+        page = watched.page
+        assert page.locator("#legend button").all_inner_texts() == ["lr 0.001\n×3", "lr 0.0003\n×3"]
+        losses = page.evaluate(GROUPED)
+        assert [trace["meta"] for trace in losses if trace["fill"] == "toself"] == [0, 1]
+        means = [trace["spread"] for trace in losses if trace["spread"] and trace["opacity"] == 1]
+        assert [spread[-1] for spread in means] == pytest.approx([0.1, 0.1])
+        page.check("[name=single]")
+        single = [trace["meta"] for trace in page.evaluate(GROUPED) if trace["opacity"] == 0.3]
+        assert single == [0, 0, 0, 1, 1, 1]
+        page.mouse.move(*over(page, 195))
+        page.mouse.move(*over(page, 200), steps=3)
+        _, worse, better = readout(page)
+        assert (worse[:2], better[:2]) == (["lr 0.0003", "3.7 ± 0.1"], ["lr 0.001", "3.2 ± 0.1"])
+        rows = page.locator("#results .each tbody tr")
+        assert rows.count() == 6
+        assert rows.first.is_hidden()
+        page.locator("#results .each summary").click()
+        assert rows.first.inner_text().startswith("lr 0.001, seed 1")
+        page.check("input[value=flops]", force=True)
+        assert {layout["title"] for layout in page.evaluate(LAYOUTS)} == {"Training TFLOPs"}
+
+
+def test_a_line_over_the_settings_is_chosen_by_key_and_by_tap(browser: Any, thirty: Path) -> None:
+    fits = "() => document.documentElement.scrollWidth <= innerWidth"
+    with opened(browser, thirty, **PHONE) as watched:
+        page = watched.page
+        area, caption = page.locator("#parallel .area"), page.locator("#parallel p.chosen")
+        area.scroll_into_view_if_needed()
+        assert caption.inner_text().startswith("lr 0.001")
+        assert page.locator("#parallel .area path").count() == 30
+        page.locator("#parallel-line").press("End")
+        assert caption.inner_text().startswith("lr 0.0039")
+        assert (
+            page.locator("#parallel-line").get_attribute("aria-valuetext").startswith("30 of 30:")
+        )
+        box = area.bounding_box()
+        page.touchscreen.tap(box["x"] + 2, box["y"] + box["height"] - 2)
+        assert caption.inner_text().startswith("lr 0.001")
+        assert page.evaluate(fits)
+
+
+def test_a_browser_that_cannot_inflate_the_library_shows_the_rest(
+    browser: Any, three: Path
+) -> None:
+    with opened(browser, three, offline=True) as watched:
+        page = watched.page
+        page.add_init_script("delete window.DecompressionStream")
+        page.reload()
+        page.locator("#panels .notice").wait_for()
+        assert "too old" in page.inner_text("#panels .notice")
+        assert page.locator("#results td").count() > 10
+        page.click("#theme")
+        watched.requests.clear()
