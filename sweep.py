@@ -4,7 +4,7 @@
     python sweep.py sweep.yaml --dry-run        # cells, predicted time and memory
     python sweep.py sweep.yaml --jobs 4         # four runs at once
 
-sweeps/sweep_file.py describes the file; configs/sweep-learning-rate.yaml is an example. Each cell
+sweeps/sweep_file.py describes the file; configs/sweeps/learning-rate.yaml is one. Each cell
 is an ordinary run of train.py. The same command again continues interrupted runs, repeats failed
 ones and leaves finished ones, also those that were started by hand: what is done is read from the
 run directories below `training.checkpoint_dir`. Ctrl-C stops all runs after they have saved.

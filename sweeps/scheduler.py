@@ -17,7 +17,7 @@ from types import FrameType
 from compare.reading.run import STOPPED_EARLY, Run
 from config import STOP_EXIT_CODES
 from files.atomic import atomic_write_text
-from settings.formatting import format_duration
+from settings.formatting import format_duration, format_plural
 from settings.terminal import printable
 from sweeps.cells import Cell
 from sweeps.display import Display, Row
@@ -119,11 +119,13 @@ class Scheduler:
             time.sleep(POLL_S)
 
     def _pass_on(self, number: signal.Signals) -> None:
-        self._say(
-            "Stopped all runs without saving."
-            if number == signal.SIGKILL
-            else f"{number.name}: {len(self._jobs)} runs save and end; Ctrl-C again ends them now."
-        )
+        count = format_plural(len(self._jobs), "run")
+        if number == signal.SIGKILL:
+            self._say(f"Ended {count} at once, without saving.")
+        else:
+            self._say(
+                f"{number.name}: waiting for {count} to save; Ctrl-C again ends them at once."
+            )
         for job in self._jobs.values():
             send(job, number)
 

@@ -15,6 +15,9 @@ import sweep
 from sweeps.processes import end_with, linux_prctl
 from tests.runs import run_here
 
+MOST_S = 60
+"""A process of a test that takes longer is hanging: it is ended by SIGALRM."""
+
 
 class Fork:
     """A process of its own session with the names of `subprocess.Popen` that a sweep uses."""
@@ -51,6 +54,7 @@ def _become(work: Callable[[], int], output: int) -> NoReturn:
         for number in (1, 2):
             os.dup2(output, number)
         sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        signal.alarm(int(os.environ.get("SWEEP_KILLS", "0")) * 100 + MOST_S)
         for number in (signal.SIGINT, signal.SIGTERM):  # pytest's are not the child's
             signal.signal(number, signal.SIG_DFL)
         code = work()
@@ -77,9 +81,9 @@ def start_fork(words: Sequence[str], output: int, environment: Mapping[str, str]
     return Fork(work, output)
 
 
-def start_sweep(file: Path, jobs: int = 2) -> tuple[Fork, Path]:
+def start_sweep(file: Path, jobs: int = 2, name: str = "sweep") -> tuple[Fork, Path]:
     """Starts `sweep.py FILE --jobs N`; returns it and where its output goes."""
-    log = file.with_suffix(".log")
+    log = file.with_name(f"{name}.log")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def work() -> int:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from compare.reading.run import Run, find_runs, read_run
+from compare.reading.run import STOPPED_EARLY, Run, find_runs, read_run
+from config import Config
 from engine.run_directory.environment_file import config_copy
 from engine.run_directory.experiment import is_run_of
 from sweeps.cells import Cell, make_cells
+from sweeps.processes import last_lines
+from sweeps.scheduler import log_path
+from sweeps.state import RunIndex, State
 from sweeps.sweep_file import read_sweep
-from tests.compare.run_directories import (
-    change_environment,
-    make_run,
-)
+from tests.compare.run_directories import change_environment, locked_by_another_process, make_run
 from tests.sweeps.forked import children_of, run_sweep, start_sweep
 
 KILLS = int(os.environ.get("SWEEP_KILLS", "0"))
@@ -109,3 +110,114 @@ def test_a_sweep_that_is_killed_ends_with_one_whole_run_for_each_cell(base: str)
     code, out = run_sweep(path)
     assert time.monotonic() - began < 2
     assert code == 0 and "are done: nothing to do" in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_another_sweep_takes_over(base: str) -> None:
+    path = write_sweep(base, "grid: {lr: [1e-2]}\n", steps=100_000)
+    (cell,) = cells_of(path)
+    first, first_log = start_sweep(path)
+    wait_until(log_path(cell), "Iter      2")
+    # At the same time, a second one does not start the cell again.
+    second, second_log = start_sweep(path, name="second")
+    wait_until(second_log, "runs already, started elsewhere")
+    first.kill(signal.SIGINT)
+    assert first.wait() == 130
+    assert "SIGINT: waiting for 1 run to save" in first_log.read_text()
+    assert "To go on: python sweep.py checkpoints.yaml" in first_log.read_text()
+    wait_until(second_log, "goes on from step")
+    wait_until(log_path(cell), "Resumed from")
+    second.kill(signal.SIGTERM)
+    assert second.wait() == 143
+    (run,) = map(read_run, find_runs([CHECKPOINTS]))
+    assert run.state == "stopped"
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_twice_is_given_up_and_the_others_go_on(base: str) -> None:
+    texts = Config.from_yaml(base).dataset.parquet_dir
+    path = write_sweep(base, f"grid:\n  dataset.parquet_dir: [nowhere, {texts}]\n")
+    bad, good = cells_of(path)
+    code, out = run_sweep(path, jobs=1)
+    assert code == 1 and "Failed: 1 cell; run the command again" in out
+    first, second = out.index("failed (exit code 3), tries again"), out.index("given up")
+    assert first < second and out.count("nowhere") >= 4
+    assert one_run(good).step == 12 and "nowhere" in last_lines(log_path(bad))[-1]
+
+
+@pytest.mark.slow
+def test_a_hopeless_run_is_stopped_said_and_recorded(base: str) -> None:
+    stop = "stop: {rule: median, after: 1e-4}\n"
+    path = write_sweep(base, f"grid: {{lr: [1e-5, 1e-2, 2e-2, 3e-2]}}\n{stop}", steps=4000)
+    bad, *others = cells_of(path)
+    for cell, loss in zip(others, (1.0, 2.0, 3.0), strict=True):
+        make_cell_run(cell, f"run_{cell.number}", (loss,) * 100, every=40)
+    code, out = run_sweep(path)
+    assert code == 0 and "above 2.0000 of 3 others" in out
+    (run,) = (run for run in map(read_run, find_runs([CHECKPOINTS])) if run.stopped_early)
+    assert run.state == "stopped" and run.end_reason.startswith("sweep: median at step ")
+    assert is_run_of(bad.options, run.config) and (run.path / STOPPED_EARLY).exists()
+    assert "nothing to do" in run_sweep(path)[1]
+    # Without the rule, the run is one that was interrupted.
+    path.write_text(path.read_text().replace(stop, ""))
+    index = RunIndex(CHECKPOINTS, cells_of(path))
+    index.refresh()
+    assert index.checkpoint_of(bad) is not None
+
+
+def test_a_cell_has_the_runs_of_its_config_wherever_they_are(base: str) -> None:
+    path = write_sweep(base, "grid: {lr: [1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 7e-4]}\n", steps=8)
+    cells = cells_of(path)
+    finished, stopped, crashed, without, not_finite, running, missing = cells
+    make_cell_run(finished, "run_by_hand", folder=CHECKPOINTS / "a" / "b" / "c" / "d")
+    make_cell_run(finished, "run_of_before", state="stopped")
+    make_cell_run(stopped, "run_stopped", (4.0,), state="stopped")
+    make_cell_run(crashed, "run_killed", (4.0,), state="")
+    for file in make_cell_run(without, "run_short", (4.0,), state="").glob("checkpoint_*"):
+        file.unlink()
+    make_cell_run(not_finite, "run_nan", (4.0,), state="failed")
+    lock = make_cell_run(running, "run_now", (4.0,), state="") / ".lock"
+    make_run("run_other", "learning_rate=0.5")
+    index = RunIndex(CHECKPOINTS, cells)
+    with locked_by_another_process(lock):
+        index.refresh()
+        assert [index.state_of(cell)[0] for cell in cells] == [
+            State.FINISHED,
+            State.INTERRUPTED,
+            State.INTERRUPTED,
+            State.MISSING,
+            State.NOT_FINITE,
+            State.RUNNING,
+            State.MISSING,
+        ]
+    index.refresh()
+    assert index.state_of(running)[0] is State.INTERRUPTED
+    assert index.state_of(missing) == (State.MISSING, None)
+
+
+def test_a_run_without_its_last_checkpoint_is_not_finished(base: str) -> None:
+    """It was killed between its final record and its final checkpoint."""
+    path = write_sweep(base, "grid: {lr: [1e-4]}\n", steps=8)
+    (cell,) = cells_of(path)
+    run = make_cell_run(cell, "run_a")
+    change_environment(run, ended=None)
+    (run / "checkpoint_8.json").rename(run / "checkpoint_4.json")
+    index = RunIndex(CHECKPOINTS, [cell])
+    index.refresh()
+    assert index.state_of(cell)[0] is State.INTERRUPTED
+
+
+def test_finished_cells_are_recognised_at_once(base: str) -> None:
+    """SWEEP_KILLS in the environment: 1,000 of them."""
+    count = 1000 if KILLS else 50
+    rates = ", ".join(f"{n}e-6" for n in range(1, count + 1))
+    path = write_sweep(base, f"grid: {{lr: [{rates}]}}\n", steps=8)
+    for cell in cells_of(path):
+        make_cell_run(cell, f"run_{cell.number:04}")
+    (CHECKPOINTS / "sweeps").mkdir()
+    (CHECKPOINTS / "sweeps" / "checkpoints.html").touch()
+    began = time.monotonic()
+    code, out = run_sweep(path)
+    took = time.monotonic() - began
+    print(f"{count} cells: {took:.2f} s")
+    assert code == 0 and f"all {count:,} cells" in out and took < 2
