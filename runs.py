@@ -8,6 +8,7 @@
     python runs.py report 143022 150101 -o report.html
     python runs.py test 143022 150101
     python runs.py tree
+    python runs.py export checkpoints -o runs.parquet
 
 RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
 it from the others, in `checkpoints`, else in a folder beside it. A run that is still training, has
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
+from compare.export import SUFFIXES, export
 from compare.figure import draw
 from compare.groups import Group, find_group, group_labels, group_runs, list_of, option_keys
 from compare.labels import names
@@ -125,6 +127,14 @@ def _add_single_runs(commands: Any) -> None:
     add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
     add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
     add("--json", action="store_true", help="the same as JSON")
+    add = _add_command(
+        commands, "export", show_export, "all records with their configs, as a table"
+    )
+    add("runs", nargs="+", metavar="RUN")
+    what = ", ".join(SUFFIXES)
+    add("-o", "--output", type=Path, default=Path("runs.csv"), metavar="FILE", help=what)
+    add("--metric", action="append", default=[], metavar="KEY", help="default: all")
+    add("--json", action="store_true", help="what was written, as JSON")
 
 
 def _add_command(
@@ -289,6 +299,17 @@ def show_tree(arguments: argparse.Namespace) -> None:
         _print_json(tree_values(roots))
     else:
         print("\n".join(tree_lines(roots)))
+
+
+def show_export(arguments: argparse.Namespace) -> None:
+    """Writes the records of runs as a table."""
+    runs = open_runs(arguments.runs)
+    rows = export(runs, arguments.output, arguments.metric)
+    if arguments.json:
+        paths = [str(run.path) for run in runs]
+        _print_json({"output": str(arguments.output), "rows": rows, "runs": paths})
+    else:
+        print(printable(f"Wrote {arguments.output}: {rows:,} rows of {len(runs)} runs"))
 
 
 def _print_json(value: Any) -> None:
