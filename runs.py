@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compare.curves import AXES
 from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
 from compare.export import SUFFIXES, export
 from compare.figure import draw
@@ -98,7 +99,7 @@ def _add_comparisons(commands: Any) -> None:
     add = _add_command(commands, "plot", show_plot, "curves as a picture")
     add("runs", nargs="+", metavar="RUN")
     add("--metric", action="append", default=[], metavar="KEY", help="default: the losses")
-    add("--x", choices=("step", "tokens", "time"), default="step", help="default: step")
+    add("--x", choices=tuple(AXES), default="step", help="default: step")
     add("--over", **_OVER)
     add("-o", "--output", type=Path, default=Path("runs.png"), metavar="FILE", help=".png or .svg")
     add("--json", action="store_true", help="the curves that were drawn, as JSON")

@@ -31,8 +31,8 @@ DARK_COLOURS = [
 """Of runs on black, in the same order."""
 MAX_POINTS = 1500
 """Points of a curve: few screens have more columns."""
-AXES = {"step": "steps", "tokens": "tokens", "time": "time"}
-"""The x axes: key of a record -> title."""
+AXES = {"step": "steps", "tokens": "tokens", "time": "time", "flops": "FLOPs"}
+"""The x axes: name (see `place_of`) -> title."""
 _NO_CURVES = {"step", "tokens", "time", "eval/val_losses", "eval/best_loss", "eval/best_step"}
 _NO_CURVES |= {"train/first_losses"}
 

@@ -22,6 +22,7 @@ from compare.labels import names
 from compare.output import check_folder, write
 from compare.reading.json_values import as_count, as_float, finite
 from compare.reading.run import Run, find_runs, path_of, read_run
+from compare.report.text import utf8_text
 from config import ConfigError, schema
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def to_table(runs: Sequence[Run], metrics: Sequence[str] = ()) -> pa.Table:
     }
     # What is of a whole run is written once for each run, and then taken for each of its rows.
     owner = pa.array([place for place, rows in enumerate(by_run) for _ in rows], pa.int32())
-    columns = {"run": pa.array(_valid(names(runs)), pa.string()).take(owner)}
-    columns["path"] = pa.array(_valid(str(run.path) for run in runs), pa.string()).take(owner)
+    columns = {"run": pa.array([*map(utf8_text, names(runs))], pa.string()).take(owner)}
+    columns["path"] = pa.array([utf8_text(str(run.path)) for run in runs], pa.string()).take(owner)
     for name, kind in of_row.items():
         columns[name] = pa.array([row.get(name) for rows in by_run for row in rows], kind)
     for key in _options(runs):
@@ -111,18 +112,13 @@ def _rows(run: Run, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
             if metric in record and metric not in _STAMP:
                 value = as_float(record[metric])
                 text = None if value is not None else _text(record[metric])
-                yield stamp | {"metric": _valid([metric])[0], "value": value, "text": text}
+                yield stamp | {"metric": utf8_text(metric), "value": value, "text": text}
 
 
 def _text(value: Any) -> str | None:
     if value is None:
         return None
-    return _valid([value])[0] if isinstance(value, str) else json.dumps(value)
-
-
-def _valid(texts: Any) -> list[str]:
-    """Returns the texts with `?` for what is no Unicode, such as bytes of file names."""
-    return [text.encode("utf-8", "replace").decode() for text in texts]
+    return utf8_text(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _options(runs: Sequence[Run]) -> list[str]:

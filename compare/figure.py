@@ -68,6 +68,9 @@ def draw(
     if output.suffix not in SUFFIXES:
         raise ConfigError(f"{output}: a picture ends in .png or .svg; runs.py report makes a page.")
     panels = _panels(runs, metrics)
+    lacking = [run.name for run in runs if x == "flops" and not run.size.get("flops_per_token")]
+    if lacking:
+        raise ConfigError(f"--x flops: not known of {', '.join(lacking)}, of an older version.")
     check_folder(output)
     try:
         import matplotlib
@@ -248,8 +251,8 @@ def frame(drawn: Sequence[Curve]) -> tuple[float, float, float]:
 def _label_x(axes: Axes, x: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    axes.set_xlabel("Time (s)" if x == "time" else AXES[x].capitalize())
-    if x == "tokens":
+    axes.set_xlabel("Time (s)" if x == "time" else AXES[x][0].upper() + AXES[x][1:])
+    if x in ("tokens", "flops"):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 

@@ -11,12 +11,12 @@ from datetime import datetime
 from typing import Any
 
 from compare import differences
-from compare.curves import COLOURS, DARK_COLOURS
+from compare.curves import AXES, COLOURS, DARK_COLOURS
 from compare.groups import SEED, Group, group_labels, group_runs, group_values
 from compare.labels import labels, names, short_names
 from compare.reading.run import Run
 from compare.report.parallel import parallel
-from compare.report.run_content import PAGE_AXES, group_curves, panels, run_content
+from compare.report.run_content import group_curves, panels, run_content
 from compare.report.tables import (
     BEST_LOSS,
     BITS_PER_BYTE,
@@ -75,7 +75,7 @@ def report(runs: Sequence[Run], over: Sequence[str] = ()) -> dict[str, Any]:
         "footer": f"Written {datetime.now():%Y-%m-%d %H:%M} by runs.py report. This page holds "
         "all it shows and loads nothing.",
         "colours": {"light": COLOURS, "dark": DARK_COLOURS},
-        "axes": {key: title[0].upper() + title[1:] for key, title in PAGE_AXES.items()},
+        "axes": {key: title[0].upper() + title[1:] for key, title in AXES.items()},
         "panels": panels(runs),
         "groups": _groups(groups, titles, runs),
         "runs": _runs(groups, titles),

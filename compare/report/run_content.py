@@ -12,7 +12,6 @@ from compare.reading.json_values import as_count, as_dict, as_str, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
 
-PAGE_AXES = {**AXES, "flops": "FLOPs"}
 _LOSSES = ("train/loss", "eval/val_loss")
 _FROM_ZERO = {"train/tokens_per_sec", "train/memory_bytes", "train/data_wait", "train/mfu"}
 _WITHOUT_PANEL = {  # another panel shows the same, or a run has one number of it
@@ -91,9 +90,7 @@ def run_content(run: Run, name: str) -> dict[str, Any]:
         "environment": _environment(run.environment),
         "parent": _parent(run.parent) if run.parent else None,
         "reproduce": _reproduce(run, name),
-        "axes": {
-            axis: [place_of(run, run.records[row], axis) for row in rows] for axis in PAGE_AXES
-        },
+        "axes": {axis: [place_of(run, run.records[row], axis) for row in rows] for axis in AXES},
         "curves": {
             key: {"at": [place[row] for row in each.rows], "y": [*map(_rounded, each.y)]}
             for key, each in curves.items()
@@ -128,7 +125,7 @@ def group_curves(runs: Sequence[Run]) -> dict[str, Any]:
         }
 
     return {
-        "axes": {axis: [mean_place(axis, step) for step in steps] for axis in PAGE_AXES},
+        "axes": {axis: [mean_place(axis, step) for step in steps] for axis in AXES},
         "curves": {key: curve_of(each) for key, each in bands.items()},
     }
 

@@ -133,6 +133,16 @@ def test_plot_over_seeds_draws_means_and_says_what_they_are(capsys: Captured) ->
     assert single["curves"][0]["y"] == [4.0, 3.01]
 
 
+def test_plot_over_flops_needs_runs_that_wrote_them(capsys: Captured) -> None:
+    make_run("a")
+    words = ("plot", "a", "--x", "flops", "--json")
+    (train, _) = json.loads(output(capsys, *words))["curves"]
+    assert train["x"][0] == 25 * 4096 * 150_000_000
+    make_run("b", old=True)
+    message = refused(capsys, "plot", "a", "b", "--x", "flops")
+    assert message == "--x flops: not known of b, of an older version."
+
+
 # ---- test
 
 
