@@ -28,8 +28,10 @@ from sweeps.sweep_file import StopRule
 
 ATTEMPTS = 2
 POLL_S = 0.1
-LOOK_S = 2.0
-"""Between two looks at the run directories."""
+_LOOK_S = 0.5
+_LOOK_SHARE = 20
+"""Run directories are looked at again after `_LOOK_S`, or after so many times as long as that took:
+of thousands, less often."""
 _LINES = 6  # of the log of a failed run
 _NOT_FINITE = 4  # exit code of train.py
 _SETTLED = (State.FINISHED, State.STOPPED_EARLY, State.NOT_FINITE)
@@ -41,17 +43,17 @@ class StopSignals:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.at_once = False
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopSignals:
         for number in STOP_EXIT_CODES:
             if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-                signal.signal(number, self._receive)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in STOP_EXIT_CODES:
-            if signal.getsignal(number) == self._receive:
-                signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.at_once = self.signal is not None and number == signal.SIGINT
@@ -89,6 +91,7 @@ class Scheduler:
         self._elsewhere = set[int]()
         self._curves = CurveReader(rule.metric if rule else "")
         self._next_look = 0.0
+        self._stopping = False
 
     def state_of(self, cell: Cell) -> State:
         """Returns the state of a cell, as of the last look. Without a rule in the file, a run that
@@ -119,6 +122,7 @@ class Scheduler:
             time.sleep(POLL_S)
 
     def _pass_on(self, number: signal.Signals) -> None:
+        self._stopping = True
         count = format_plural(len(self._jobs), "run")
         if number == signal.SIGKILL:
             self._say(f"Ended {count} at once, without saving.")
@@ -133,13 +137,13 @@ class Scheduler:
 
     def _look(self) -> None:
         """Reads the run directories, stops hopeless runs, and starts others in free slots."""
-        free = len(self._jobs) < len(self._slots)
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + LOOK_S
+        began = time.monotonic()
         self.index.refresh()
+        self._next_look = began + max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - began))
         self._judge()
-        for cell in self.cells if free else ():
+        for cell in self.cells:
             if len(self._jobs) == len(self._slots):
                 break
             if cell.number not in self._jobs and not self.is_settled(cell):
@@ -200,6 +204,8 @@ class Scheduler:
             where = f" ({run.path})" if run else ""
             self._tell(cell, f"its loss or gradients were not finite: not repeated{where}")
             self._left_out.add(cell.number)
+        elif self._stopping:
+            self._tell(cell, f"stopped at step {run.step}" if run else "stopped, nothing to save")
         else:
             self._count_failure(job)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,7 @@ def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a flat config without options that play no part in it: those of other models, paths
     of text that is not read, and a text column that is `auto` still, as a run that reads token
     files leaves it."""
-    own = config.get("model.name")
-    others = {
-        key
-        for key, option in schema().options.items()
-        if own is not None and option.models and own not in option.models
-    }
+    others = set(_of_other_models(str(config.get("model.name"))))
     if config.get("dataset.text_column") == "auto":
         others.add("dataset.text_column")
     paths = {key for key, value in config.items() if is_text_path(key) and value is not None}
@@ -47,6 +43,22 @@ def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in others}
 
 
+# A sweep asks for a thousand configs, always by the same hundred keys.
+@cache
+def _of_other_models(own: str) -> frozenset[str]:
+    if own not in schema().options["model.name"].choices:  # of an older or newer version
+        return frozenset()
+    options = schema().options.items()
+    return frozenset(key for key, o in options if o.models and own not in o.models)
+
+
+@cache
+def _is_without_effect(key: str) -> bool:
+    option = schema().find(key)
+    return option is not None and option.effect == "none"
+
+
+@cache
 def is_text_path(key: str) -> bool:
     """Returns whether an option says where text is, that of a run or of a source of a mixture."""
     return key.startswith("dataset.") and key.rpartition(".")[2] in TEXT_PATHS
@@ -54,11 +66,8 @@ def is_text_path(key: str) -> bool:
 
 def experiment_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a flat config that affect results."""
-    known = {key: schema().find(key) for key in config}
-    without = {
-        key for key, option in known.items() if option is not None and option.effect == "none"
-    }
-    return {key: value for key, value in own_options(config).items() if key not in without}
+    own = own_options(config)
+    return {key: value for key, value in own.items() if not _is_without_effect(key)}
 
 
 def experiment_id(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
