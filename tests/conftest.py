@@ -28,9 +28,13 @@ TEXT = "the dragon egg hatches when warm and its wings grow with every neuron th
 
 def pytest_collection_finish() -> None:
     if "torch" in sys.modules:  # tests of the config run without it
+        from data.loading import load_plan
         from model.compiled import separate_caches_by_cpu
 
         separate_caches_by_cpu()
+        # The loader reads 256 kB ahead: thousands of steps of a tiny run, which would cost more
+        # than its training. How much it reads ahead changes nothing (tests/data/test_loader.py).
+        load_plan.CHUNK_BYTES = 1 << 13
 
 
 def write_corpus(folder: Path, documents: int = 240, seed: int = 0) -> Path:

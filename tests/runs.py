@@ -74,7 +74,7 @@ class Child:
             os.close(reading)
             if start_new_session:
                 os.setsid()
-            _become_script(writing, arguments, preexec_fn)
+            become_script(writing, arguments, preexec_fn)
         os.close(writing)
         self.stdout = open(reading, encoding="utf-8")  # noqa: SIM115  # closed by its reader
 
@@ -109,7 +109,7 @@ class Child:
         return rest, None
 
 
-def _become_script(out: int, arguments: list[str], preexec_fn: Callable[[], object]) -> NoReturn:
+def become_script(out: int, arguments: list[str], preexec_fn: Callable[[], object]) -> NoReturn:
     """Goes on as `train.py`, which writes to the file `out`; never comes back."""
     code = 1
     try:

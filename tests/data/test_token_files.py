@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import data
 from config import DataError, DataLoaderConfig, DatasetConfig, TokenizerConfig
+from data.loading import load_plan
 from data.sources.dataset import segments_of_split
 from data.sources.tokens import dataset as token_dataset
 from data.sources.tokens import file as token_file
@@ -563,7 +564,7 @@ def test_a_change_in_the_middle_of_a_run_is_noticed_soon(tmp_path: Path, change:
 def test_files_of_gigabytes_take_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(load_plan, "CHUNK_BYTES", 1 << 18)  # as a run
     path = tmp_path / "train.bin"
     path.touch()
     os.truncate(path, 4 << 30)  # a hole: takes no disk

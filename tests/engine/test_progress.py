@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sample
 from engine.monitor import console
 from engine.monitor.progress import Pace
 from engine.train_state import due, times_due
 from settings.terminal import printable
-from tests.conftest import ROOT
-from tests.runs import metrics, only_run, run_here
+from tests.runs import become_script, metrics, only_run, run_here, run_main
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 20))
@@ -76,13 +74,10 @@ def test_the_time_of_a_run_is_told_once_after_some_seconds_of_steps() -> None:
 def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
     """What `train.py` writes to a terminal."""
     ours, theirs = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, os.fspath(ROOT / "train.py"), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
-        env=os.environ | {"TERM": kind, "COLUMNS": "120"},
-    )
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        become_script(theirs, arguments, lambda: os.environ.update(TERM=kind, COLUMNS="120"))
     os.close(theirs)
     written = b""
     deadline = time.monotonic() + 120
@@ -95,7 +90,7 @@ def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
             break
         written += piece
     os.close(ours)
-    assert child.wait() == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     return written.decode()
 
 
@@ -103,13 +98,13 @@ def on_a_terminal(arguments: list[str], kind: str = "xterm") -> str:
 def test_a_terminal_shows_a_live_line_below_the_same_plain_lines(
     tiny: list[str], tmp_path: Path
 ) -> None:
-    words = ["max_iters=400", "test_freq=null", "checkpoint_freq=null", "log_freq=50"]
+    words = ["max_iters=150", "test_freq=null", "checkpoint_freq=null", "log_freq=50"]
     arguments = [*tiny, f"checkpoint_dir={tmp_path / 'runs'}", *words]
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(arguments))
-    assert re.search(r"\d+/400 .* left  loss \d\.\d{4}  [\d,]+ tokens/s", shown)
+    assert re.search(r"\d+/150 .* left  loss \d\.\d{4}  [\d,]+ tokens/s", shown)
     lines = shown.replace("\r", "\n").split("\n")
     steps = [line.split("|")[0].strip() for line in lines if line.startswith("Iter ")]
-    assert steps == [f"Iter {step:>6}" for step in (1, *range(50, 401, 50))]
+    assert steps == [f"Iter {step:>6}" for step in (1, *range(50, 151, 50))]
     assert not [line for line in lines if line.startswith("Iter ") and "ETA" not in line]
 
 
@@ -152,9 +147,7 @@ def test_the_sample_is_what_sample_py_writes(tiny: list[str], tmp_path: Path) ->
     run = only_run(tmp_path / "runs")
     (last,) = (r["eval/sample"] for r in metrics(run) if r["step"] == 30 and "eval/sample" in r)
     words = ["--prompt", "dragon", "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "5"]
-    command = [sys.executable, "sample.py", os.fspath(run), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert done.stdout.decode() == f"{last}\n"
+    assert run_main(sample.main, os.fspath(run), *words).stdout == f"{last}\n"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Sharded training: the run that DDP makes, with a slice of the model in each process.
+"""Sharded training: the run of a whole model, with a slice of it in each process.
 
 One group of processes makes many small runs: starting it costs more than a run.
 """
@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,7 @@ class Made:
 
     def evaluated(self) -> list[float]:
         found = self.evaluations[-1]
-        active = sum(found.active_neurons.values(), []) if self.trainer.world.is_main else []
-        return [*found.val_losses, found.train_loss, *active]
+        return [*found.val_losses, found.train_loss, *sum(found.active_neurons.values(), [])]
 
 
 @dataclass
@@ -176,12 +175,14 @@ def assert_close(one: Iterable[float], other: Iterable[float], tolerance: float)
     assert one and list(other) == pytest.approx(one, abs=tolerance)
 
 
-def assert_same_run(ddp: Made, fsdp: Made, tolerance: float = 1e-5) -> None:
-    assert not is_sharded(ddp.trainer.model) and is_sharded(fsdp.trainer.model)
-    assert len(ddp.losses) == STEPS
-    assert_close(ddp.losses, fsdp.losses, tolerance)
-    assert_close(ddp.norms, fsdp.norms, 10 * tolerance)
-    assert_close(ddp.evaluated(), fsdp.evaluated(), tolerance)
+def assert_same_run(whole: Made, fsdp: Made, tolerance: float = 1e-5) -> None:
+    """whole: of a model that is not sharded, in this process alone or with DDP."""
+    assert not is_sharded(whole.trainer.model) and is_sharded(fsdp.trainer.model)
+    assert len(whole.losses) == STEPS
+    assert_close(whole.losses, fsdp.losses, tolerance)
+    assert_close(whole.norms, fsdp.norms, 10 * tolerance)
+    if fsdp.trainer.world.is_main:  # only there evaluations are whole
+        assert_close(whole.evaluated(), fsdp.evaluated(), tolerance)
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
@@ -210,49 +211,65 @@ def assert_divided(made: Made, shards: int) -> None:
     model.zero_grad()
 
 
-def both(run: Runs, *words: str) -> tuple[Made, Made]:
-    return run(*words, "strategy=ddp"), run(*words, "strategy=fsdp")
-
-
-def two_processes(world: World, text: Path, folder: Path) -> None:
-    run = Runs(world, text, folder)
-    prompt = ["sample_prompt=the dragon", "sample_tokens=3"]
-    ddp, fsdp = both(run, *GPT_WORDS, *prompt, "use_4bit=false")
-    assert_same_run(ddp, fsdp)
-    assert_divided(fsdp, 2)
-    assert not world.is_main or ddp.evaluations[-1].sample == fsdp.evaluations[-1].sample
-    words = [*LLAMA_WORDS, "use_4bit=true", "quantize_after=0.4", "recompute=layer"]
-    assert_same_run(*both(run, *words))
+PROMPT = ["sample_prompt=the dragon", "sample_tokens=3"]
+OF_FOUR = ["use_4bit=false", "recompute=layer", "tokens_per_step=512"]
+# Runs of one process, to which sharded ones are compared. Those of 16 bits round the same numbers;
+# what is left is the order of sums.
+ALONE = {
+    "llama": [*LLAMA_WORDS, "use_4bit=true", "quantize_after=0.4", "recompute=layer"],
     # BDH's default: all weights are gathered at the root, and rounded after half of the run.
-    ddp, fsdp = both(run, *BDH_WORDS, *prompt, "use_4bit=true", "quantize_after=0.4")
+    "bdh": [*BDH_WORDS, *PROMPT, "use_4bit=true", "quantize_after=0.4"],
+    "float16": [*GPT_WORDS, "compute_dtype=float16"],
+    "bfloat16": [*GPT_WORDS, "compute_dtype=bfloat16"],
+    "muon": [*BDH_WORDS, "use_4bit=false", "optimizer.name=muon"],
+}
+ALONE_OF_FOUR = {
+    "uneven": [*UNEVEN, *OF_FOUR],
+    # Four processes cannot share two heads: BDH's weights are cut along the neurons.
+    "bdh": [*BDH_WORDS, *OF_FOUR, "n_head=2"],
+}
+
+
+def two_processes(run: Runs, alone: dict[str, Made]) -> None:
+    def sharded(name: str) -> Made:
+        return run(*ALONE[name], "strategy=fsdp")
+
+    words = [*GPT_WORDS, *PROMPT, "use_4bit=false"]
+    ddp, fsdp = run(*words, "strategy=ddp"), run(*words, "strategy=fsdp")
     assert_same_run(ddp, fsdp)
     assert_divided(fsdp, 2)
-    losses = [each.evaluations[-1].val_loss_quantized or 0.0 for each in (ddp, fsdp)]
-    assert losses[0] and losses[1] == pytest.approx(losses[0], abs=1e-4)
-    # 16 bits round the same numbers; what is left is the order of sums.
-    for words in (["compute_dtype=float16"], FP8):
-        assert_same_run(*both(run, *GPT_WORDS, *words), tolerance=2e-4)
+    is_main = run.world.is_main
+    assert not is_main or ddp.evaluations[-1].sample == fsdp.evaluations[-1].sample
+    assert_same_run(alone["llama"], sharded("llama"))
+    fsdp = sharded("bdh")
+    assert_same_run(alone["bdh"], fsdp)
+    assert_divided(fsdp, 2)
+    losses = [each.evaluations[-1].val_loss_quantized or 0.0 for each in (alone["bdh"], fsdp)]
+    assert not is_main or (losses[0] and losses[1] == pytest.approx(losses[0], abs=1e-4))
+    assert_same_run(alone["float16"], sharded("float16"), tolerance=2e-4)
+    words = [*GPT_WORDS, *FP8]  # whose scales follow from the micro-steps of a process
+    assert_same_run(run(*words, "strategy=ddp"), run(*words, "strategy=fsdp"), tolerance=2e-4)
     with pytest.MonkeyPatch.context() as patch:  # as on a GPU: the optimizer looks at a flag
         patch.setattr("engine.setup.build.reads_late", lambda parts: True)
-        assert_same_run(*both(run, *GPT_WORDS, "compute_dtype=bfloat16"), tolerance=2e-4)
-    ddp, fsdp = both(run, *BDH_WORDS, "use_4bit=false", "optimizer.name=muon")
-    assert_same_run(ddp, fsdp, tolerance=1e-4)  # its products are in bfloat16
-    assert_same_muon(ddp.trainer, fsdp.trainer)
-    words = [*GPT_WORDS, "strategy=fsdp", "use_4bit=false", "max_iters=4", "save_model=true"]
-    arguments = [*COMMON, f"train_data_path={text}", f"checkpoint_dir={folder}", *words]
-    request = command_line([*arguments, "--check-resume=4"])
-    assert check_resume(request, world, StopRequest(), train.train) == 0
+        assert_same_run(alone["bfloat16"], sharded("bfloat16"), tolerance=2e-4)
+    fsdp = sharded("muon")
+    assert_same_run(alone["muon"], fsdp, tolerance=1e-4)  # its products are in bfloat16
+    assert_same_muon(alone["muon"].trainer, fsdp.trainer)
+    words = [*GPT_WORDS, "strategy=fsdp", "use_4bit=false", "max_iters=2", "save_model=true"]
+    arguments = [*COMMON, f"train_data_path={run.text}", f"checkpoint_dir={run.folder}", *words]
+    request = command_line([*arguments, "--check-resume=2"])
+    assert check_resume(request, run.world, StopRequest(), train.train) == 0
 
 
 FP8 = ["use_fp8=true", "fp8.recipe=delayed", "compute_dtype=bfloat16"]
 
 
-def assert_same_muon(ddp: Trainer, fsdp: Trainer) -> None:
+def assert_same_muon(whole: Trainer, fsdp: Trainer) -> None:
     """Momenta are sharded as their parameters are, and equal."""
     compared = 0
-    pairs = zip(ddp.model.named_parameters(), fsdp.model.named_parameters(), strict=True)
+    pairs = zip(whole.model.named_parameters(), fsdp.model.named_parameters(), strict=True)
     for (_, one), (_, other) in pairs:
-        for name, value in ddp.optimizer.state[one].items():
+        for name, value in whole.optimizer.state[one].items():
             found = fsdp.optimizer.state[other][name]
             if value.dim():
                 assert isinstance(found, DTensor) and isinstance(other, DTensor)
@@ -262,29 +279,26 @@ def assert_same_muon(ddp: Trainer, fsdp: Trainer) -> None:
     assert compared > 3
 
 
-def four_processes(world: World, text: Path, folder: Path) -> None:
-    run = Runs(world, text, folder)
-    words = ["use_4bit=false", "recompute=layer", "tokens_per_step=512"]
-    ddp, fsdp = both(run, *UNEVEN, *words)
-    assert_same_run(ddp, fsdp)
-    assert_divided(fsdp, 4)
-    hsdp = run(*UNEVEN, *words, "strategy=hsdp")
-    assert_same_run(ddp, hsdp)
-    assert_divided(hsdp, 2)
-    # Four processes cannot share two heads: BDH's weights are cut along the neurons.
-    ddp, fsdp = both(run, *BDH_WORDS, *words, "n_head=2")
-    assert_same_run(ddp, fsdp)
+def four_processes(run: Runs, alone: dict[str, Made]) -> None:
+    for strategy, shards in (("fsdp", 4), ("hsdp", 2)):
+        made = run(*ALONE_OF_FOUR["uneven"], f"strategy={strategy}")
+        assert_same_run(alone["uneven"], made)
+        assert_divided(made, shards)
+    fsdp = run(*ALONE_OF_FOUR["bdh"], "strategy=fsdp")
+    assert_same_run(alone["bdh"], fsdp)
     assert_divided(fsdp, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_sharded_runs_are_those_of_ddp_with_a_share_of_the_memory(
+def test_sharded_runs_are_those_of_whole_models_with_a_share_of_the_memory(
     count: int, text: Path, tmp_path: Path
 ) -> None:
     """Losses, norms, evaluations of an odd number of batches, memory, number formats, Muon."""
-    body = {2: two_processes, 4: four_processes}[count]
-    on_processes(count, lambda world: body(world, text, tmp_path), LOCAL_WORLD_SIZE="2")
+    body, cases = {2: (two_processes, ALONE), 4: (four_processes, ALONE_OF_FOUR)}[count]
+    run = Runs(World(0, 1, CPU), text, tmp_path)
+    alone = {name: run(*words) for name, words in cases.items()}
+    on_processes(count, lambda world: body(replace(run, world=world), alone), LOCAL_WORLD_SIZE="2")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.test_distributed import finish, torchrun
+from tests.engine.test_distributed import torchrun
 from tests.gpu.devices import DEVICE, ON_CUDA, gpu_tests
 from tests.runs import only_run
 
@@ -34,7 +34,9 @@ def test_sharded_runs_are_those_of_ddp(name: str, corpus_dir: Path, tmp_path: Pa
         folder = tmp_path / strategy
         words = [*COMMON, *MODELS[name], f"strategy={strategy}", f"device={DEVICE}"]
         words += [f"checkpoint_dir={folder}", f"parquet_dir={os.fspath(corpus_dir)}"]
-        finish(torchrun(2, words))
+        child = torchrun(2, words)
+        output, _ = child.communicate()
+        assert child.returncode == 0, output
         lines = (only_run(folder) / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         found.append([record["train/loss"] for record in records if "train/loss" in record])

@@ -464,12 +464,16 @@ def test_without_network_the_way_out_is_told(
 
 
 HUB_CACHE = """
+import os, sys
 from config import CheckpointError
 from model.pretrained import find
-try:
-    print(find("gpt2"))
-except CheckpointError as error:
-    print(error)
+for downloaded in (False, True):
+    if downloaded:
+        os.rename(*sys.argv[1:])
+    try:
+        print(find("gpt2"))
+    except CheckpointError as error:
+        print(error)
 """
 
 
@@ -479,25 +483,25 @@ def test_the_cache_and_the_offline_variable_of_the_hub_are_respected(tmp_path: P
     variables = os.environ | {"HF_HOME": os.fspath(tmp_path), "HF_HUB_OFFLINE": "1"}
     variables.pop("HF_HUB_CACHE", None)
 
-    def said() -> str:
-        return subprocess.run(
-            [sys.executable, "-W", "error::UserWarning", "-c", HUB_CACHE],
-            env=variables,
-            cwd=Path(__file__).resolve().parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=True,
-        ).stdout
-
-    assert "could not be downloaded (Cannot reach" in said()
-    repo = tmp_path / "hub" / "models--openai-community--gpt2"
-    snapshot = repo / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    write_published(snapshot)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("a" * 40)
-    assert said() == f"{snapshot}\n"
+    repo, made = tmp_path / "hub" / "models--openai-community--gpt2", tmp_path / "made"
+    name = Path("snapshots", "a" * 40)
+    (made / name).mkdir(parents=True)
+    write_published(made / name)
+    (made / "refs").mkdir()
+    (made / "refs" / "main").write_text("a" * 40)
+    repo.parent.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", HUB_CACHE, made, repo],
+        env=variables,
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    *before, after = done.stdout.splitlines()
+    assert "could not be downloaded (Cannot reach" in "".join(before)
+    assert after == str(repo / name)
 
 
 @pytest.mark.parametrize("package", ["huggingface_hub", "safetensors"])
