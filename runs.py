@@ -28,19 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from compare.curves import AXES
-from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
-from compare.export import SUFFIXES, export
-from compare.figure import draw
 from compare.groups import Group, find_group, group_labels, group_runs, list_of, option_keys
 from compare.labels import names
 from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, path_of, read_run
 from compare.reading.select import filter_runs, sort_groups, sort_runs
-from compare.report.content import report
-from compare.report.page import write_report
-from compare.statistics.answer import answer_lines, answer_values, goal_lines, goal_values
-from compare.statistics.goal import parse_goal
-from compare.statistics.seeds import METRIC
 from compare.table import group_lines, group_summary, list_lines, summary
 from compare.tree import family, parent_path, tree_lines, tree_values, trees
 from config import ConfigError, DataError
@@ -48,6 +40,7 @@ from engine.run_directory.find_runs import FOLDER, shown_names
 from settings.cli import exit_on_signals, run_command
 from settings.terminal import printable
 
+# What one command alone needs is imported in its show_ function: `list` answers in 0.1 s.
 _SORT = "--sort"
 _NONE = "No run meets the conditions."
 _FILTER: dict[str, Any] = {
@@ -116,7 +109,7 @@ def _add_comparisons(commands: Any) -> None:
     what = "A and B: each a run, which stands for its repeats beside it, or a folder of repeats"
     add("runs", nargs="+", metavar="RUN", help=what)
     add("--over", **_OVER | {"help": "what repeats differ in; default: seed"})
-    add("--metric", metavar="KEY", help=f"default: {METRIC}; eval/best_loss: the best so far")
+    add("--metric", metavar="KEY", help="default: eval/val_loss; eval/best_loss: the best so far")
     add("--filter", **_FILTER)
     add("--goal", metavar="EXPR", help="'eval/val_loss<=1.30': the first step that reaches it")
     add("-p", type=_probability, metavar="P", help="with which --goal is tested; default: 0.01")
@@ -132,7 +125,7 @@ def _add_single_runs(commands: Any) -> None:
         commands, "export", show_export, "all records with their configs, as a table"
     )
     add("runs", nargs="+", metavar="RUN")
-    what = ", ".join(SUFFIXES)
+    what = ".csv, .parquet or .jsonl"
     add("-o", "--output", type=Path, default=Path("runs.csv"), metavar="FILE", help=what)
     add("--metric", action="append", default=[], metavar="KEY", help="default: all")
     add("--json", action="store_true", help="what was written, as JSON")
@@ -223,6 +216,8 @@ def _show_groups(groups: list[Group], arguments: argparse.Namespace) -> None:
 
 def show_differences(arguments: argparse.Namespace) -> None:
     """Prints tables of what differs and of the results, or JSON."""
+    from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
+
     runs = open_runs(arguments.runs)
     if len(runs) == 1 and (parent := parent_path(runs[0])) is not None:
         runs = [*open_runs([str(parent)]), *runs]
@@ -244,6 +239,8 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 def show_plot(arguments: argparse.Namespace) -> None:
     """Writes a picture of curves."""
+    from compare.figure import draw
+
     runs = open_runs(arguments.runs)
     groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []
     curves = draw(runs, arguments.output, arguments.metric, arguments.x, groups)
@@ -255,6 +252,9 @@ def show_plot(arguments: argparse.Namespace) -> None:
 
 def show_report(arguments: argparse.Namespace) -> None:
     """Writes a page for a browser, or prints what it would hold."""
+    from compare.report.content import report
+    from compare.report.page import write_report
+
     over, runs = option_keys(arguments.over), open_runs(arguments.runs)
     if arguments.json:
         _print_json(report(runs, over))
@@ -265,6 +265,10 @@ def show_report(arguments: argparse.Namespace) -> None:
 
 def show_test(arguments: argparse.Namespace) -> None:
     """Prints whether one experiment is better than another, or when one has reached a goal."""
+    from compare.statistics.answer import answer_lines, answer_values, goal_lines, goal_values
+    from compare.statistics.goal import parse_goal
+    from compare.statistics.seeds import METRIC
+
     words, over = arguments.runs, option_keys(arguments.over or ["seed"])
     if arguments.goal is None and (len(words) != 2 or arguments.p is not None):
         raise ConfigError("test takes two runs, A and B; or with --goal, runs and -p.")
@@ -304,6 +308,8 @@ def show_tree(arguments: argparse.Namespace) -> None:
 
 def show_export(arguments: argparse.Namespace) -> None:
     """Writes the records of runs as a table."""
+    from compare.export import export
+
     runs = open_runs(arguments.runs)
     rows = export(runs, arguments.output, arguments.metric)
     if arguments.json:
