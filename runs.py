@@ -8,6 +8,8 @@
     python runs.py report 143022 150101 -o report.html
     python runs.py test 143022 150101
     python runs.py tree
+    python runs.py batch 143022 1700 --worst 3
+    python runs.py seen 143022 "to be or not to be"
     python runs.py export checkpoints -o runs.parquet
 
 RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
@@ -121,6 +123,18 @@ def _add_single_runs(commands: Any) -> None:
     add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
     add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
     add("--json", action="store_true", help="the same as JSON")
+    add = _add_command(commands, "batch", show_batch, "the documents that a step was trained on")
+    add("word", metavar="RUN")
+    add("step", type=int, metavar="STEP", help="counted from 1")
+    add("--no-loss", action="store_true", help="without each sequence's loss, which needs a replay")
+    add("--worst", type=int, metavar="N", help="only the N sequences of the highest loss")
+    add("--full", action="store_true", help="whole texts")
+    add("--json", action="store_true", help="the same as JSON")
+    add = _add_command(commands, "seen", show_seen, "at which steps a run read a text")
+    add("word", metavar="RUN")
+    add("text", metavar="TEXT")
+    add("--full", action="store_true", help="every time, not only the first ones")
+    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(
         commands, "export", show_export, "all records with their configs, as a table"
     )
@@ -182,6 +196,14 @@ def _print_problems(runs: Sequence[Run], with_records: bool = True) -> None:
         more = run.record_problems if with_records else ()
         for problem in dict.fromkeys((*run.problems, *more)):
             print(printable(f"{name}: {problem}"), file=sys.stderr)
+
+
+def open_one(word: str) -> Run:
+    """Returns the one run that the word means; raises ConfigError where it means several."""
+    runs = open_runs([word])
+    if len(runs) != 1:
+        raise ConfigError(f"{word}: one run is meant, and it holds {len(runs)}.")
+    return runs[0]
 
 
 def show_list(arguments: argparse.Namespace) -> None:
@@ -304,6 +326,38 @@ def show_tree(arguments: argparse.Namespace) -> None:
         _print_json(tree_values(roots))
     else:
         print("\n".join(tree_lines(roots)))
+
+
+def show_batch(arguments: argparse.Namespace) -> None:
+    """Prints the documents of a step, with losses unless they are not asked for; or JSON."""
+    from engine.replay.batch import batch_of, replayed_losses
+    from train import train
+
+    run = open_one(arguments.word)
+    if not 1 <= arguments.step <= run.step:
+        raise ConfigError(f"{run.name} has steps 1 to {run.step}, not {arguments.step}.")
+    if arguments.no_loss and arguments.worst:
+        raise ConfigError("--worst orders sequences by their loss, and --no-loss leaves it out.")
+    report = batch_of(run.path, arguments.step, run.records)
+    if not arguments.no_loss:
+        report = report.with_losses(replayed_losses(report, run.path, train))
+    report = report.worst(arguments.worst)
+    if arguments.json:
+        _print_json(report.to_json())
+    else:
+        print("\n".join(map(printable, report.lines(arguments.full))))
+
+
+def show_seen(arguments: argparse.Namespace) -> None:
+    """Prints at which steps a run read a text, or JSON."""
+    from engine.replay.seen import seen
+
+    run = open_one(arguments.word)
+    found = seen(run.path, arguments.text, run.step)
+    if arguments.json:
+        _print_json(found.to_json())
+    else:
+        print("\n".join(map(printable, found.lines(arguments.full))))
 
 
 def show_export(arguments: argparse.Namespace) -> None:

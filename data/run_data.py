@@ -27,7 +27,7 @@ from config import (
 from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState, check_data_state
 from data.loading.evaluation_rows import evaluation_rows
-from data.loading.loader import StepBatch, TrainLoader
+from data.loading.loader import RowOrigin, StepBatch, TrainLoader
 from data.loading.packing import document_ids
 from data.preparation import stdlib_corpus
 from data.sources.dataset import Dataset, errors_of_source
@@ -117,6 +117,10 @@ class RepeatFirstBatch(StepBatch):
     def data_state(self) -> DataState:
         """Returns the data state before the batch."""
         return self._start
+
+    def origins(self) -> list[RowOrigin]:
+        """Returns what each row is made of."""
+        return self._first.origins()
 
     def describe(self) -> list[str]:
         """Returns the file and the rows or tokens that the batch is made of."""

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "launch", "sample", "prepare", "export", "runs", "sweep")
+SCRIPTS = ("launch", "sample", "prepare", "export", "runs", "sweep")
 
 # Each folder may import itself and those above it in this list; of one line, none the others.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine.planning",),
     ("engine.setup", "compare"),
     ("engine.replay", "sweeps"),
+    ("train",),  # whose loop a replay runs
     SCRIPTS,
 )
 # Loose files of engine/ stand on one of these floors.

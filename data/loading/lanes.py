@@ -191,6 +191,18 @@ class LanePlan:
         """Returns which tokens of its index-th segment the lane reads."""
         return self._lane(epoch, lane).shares.get(index, WHOLE_SEGMENT)
 
+    def tokens_read(self, epoch: int, lane: int, tokens: Integers) -> Integers:
+        """Returns how many tokens the lane reads of each of its segments.
+
+        tokens: what every segment was found to have, by its number.
+        """
+        own = self._lane(epoch, lane)
+        read = tokens[own.segments]
+        for index, share in own.shares.items():
+            part = share.of(int(read[index]))
+            read[index] = part.stop - part.start
+        return read
+
     def _lane(self, epoch: int, lane: int) -> _LaneEpoch:
         if epoch not in self._epochs:
             # Lanes pass from one epoch to the next at different rows, so two plans are alive.

@@ -170,19 +170,28 @@ class LoadPlan:
             if (moved != moved[0]).any() or (moved[0] % lanes).any():
                 layout = self.layout(given).of_worker(worker, workers)
 
+    def lane_rows(self, given: Integers) -> tuple[Integers, Integers]:
+        """Returns how many rows each lane that is read has given since the first of some steps, and
+        how many the lanes below it of its source have in the run: (steps + 1, lanes) both.
+
+        given: the rows of each source before and after each step, (steps + 1, sources).
+        """
+        given = given + np.array([source.rows_before for source in self.sources])
+        index = np.array([own.source for own in self.lanes])
+        lane = np.array([own.lane for own in self.lanes])
+        lanes = np.array([source.lane_plan.lanes for source in self.sources])[index]
+        below = rows_before_lane(given[:, index], lane, lanes)
+        rows = rows_before_lane(given[:, index], lane + 1, lanes) - below
+        return rows - rows[0], below
+
     def layout(self, given: Integers) -> ChunkLayout:
         """Lays out the steps between the rows of `given`: (steps + 1, sources)."""
-        given = given + np.array([source.rows_before for source in self.sources])
         # The batch of a step has the sources one after the other.
         counts = np.diff(given, axis=0)
         source_begins = np.cumsum(counts, axis=1) - counts
         # From here on one column for each lane that is read.
         index = np.array([own.source for own in self.lanes])
-        lane = np.array([own.lane for own in self.lanes])
-        lanes = np.array([source.lane_plan.lanes for source in self.sources])[index]
-        below = rows_before_lane(given[:, index], lane, lanes)
-        lane_rows = rows_before_lane(given[:, index], lane + 1, lanes) - below
-        lane_rows -= lane_rows[0]
+        lane_rows, below = self.lane_rows(given)
         row_counts = np.diff(lane_rows, axis=0)
         row_begins = source_begins[:, index] + np.diff(below, axis=0)
         # And from here on one entry for each row that is read, lane after lane.

@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +33,17 @@ from data.loading.batch_spec import BatchSpec
 from data.loading.data_state import DataState
 from data.loading.load_plan import LoadPlan, as_numbers, plan_loading
 from data.loading.order import Integers, Tokens
-from data.loading.packing import Lane, LaneReader, PackedLane, Position, PositionMap, RowLane
+from data.loading.packing import (
+    Lane,
+    LaneReader,
+    PackedLane,
+    Position,
+    PositionMap,
+    RowLane,
+    shifted,
+)
 from data.loading.prefetch import Prefetcher
-from data.sources.dataset import Dataset, errors_of_source
+from data.sources.dataset import Dataset, Stored, errors_of_source
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +178,16 @@ def join_chunks(parts: list[Chunk], pin: bool) -> Chunk:
     return Chunk(rows, None, first.given, first.lane_tokens, position_maps, skipped)
 
 
+class RowOrigin(NamedTuple):
+    """What a row is made of."""
+
+    number: int
+    """In the batch of the whole step."""
+    source: str
+    parts: list[Stored]
+    """Its documents, with their tokens in the row."""
+
+
 class StepBatch:
     """The rows of one optimizer step on this process."""
 
@@ -205,21 +224,56 @@ class StepBatch:
 
         Slow: reads the segments again.
         """
-        plan, found = self._plan, defaultdict[str, list[range]](list)
+        found = defaultdict[str, list[range]](list)
+        for row in self.origins():
+            for part in row.parts:
+                found[part.place].append(part.numbers)
+        return [f"{name} {_format_ranges(numbers)}" for name, numbers in sorted(found.items())]
+
+    def origins(self) -> list[RowOrigin]:
+        """Returns what each row is made of, in the order of the batch.
+
+        Slow: reads the segments again.
+        """
+        plan, found, block_size = self._plan, list[RowOrigin](), self._plan.spec.block_size
         layout = plan.layout(self._chunk.given[self._step : self._step + 2])
         readers = open_readers(plan, range(len(plan.lanes)))
         lanes = zip(plan.lanes, layout.places, self._chunk.lane_tokens[self._step], strict=True)
         for number, ((source, lane, _), places, token) in enumerate(lanes):
-            own, block_size = np.flatnonzero(as_numbers(places) >= 0), plan.spec.block_size
+            numbers = as_numbers(places)
+            own = np.flatnonzero(numbers >= 0)
             if not len(own):
                 continue
             begin = token + int(own[0]) * block_size
             maps = self._chunk.position_maps[number]
-            for position, length in maps.pieces(begin, begin + len(own) * block_size):
-                name, numbers = readers[source].locate(lane, position, length)
-                found[name] += numbers
+            pieces = [
+                readers[source].locate(lane, position, length)
+                for position, length in maps.pieces(begin, begin + len(own) * block_size)
+            ]
+            if not plan.sources[source].segments.whole_rows:
+                pieces = _cut_rows(pieces, len(own), block_size)
+            name = plan.sources[source].source.name
+            first = numbers[own] + plan.rows.start
+            found += map(RowOrigin, first.tolist(), [name] * len(own), pieces)
         close_readers(readers)
-        return [f"{name} {_format_ranges(numbers)}" for name, numbers in sorted(found.items())]
+        return sorted(found)
+
+
+def _cut_rows(pieces: list[list[Stored]], rows: int, block_size: int) -> list[list[Stored]]:
+    """Returns the parts of each of some packed rows, from pieces that follow each other."""
+    joined, at = list[Stored](), 0
+    for parts in pieces:
+        joined += [shifted(part, at) for part in parts]
+        at = joined[-1].tokens.stop
+    cut = list[list[Stored]]()
+    for begin in range(0, rows * block_size, block_size):
+        end, inside = begin + block_size + 1, list[Stored]()
+        for part in joined:
+            first, last = max(part.tokens.start, begin), min(part.tokens.stop, end)
+            if first < last:
+                inside.append(part._replace(tokens=range(first - begin, last - begin)))
+        cut.append(inside)
+    return cut
 
 
 def _format_ranges(ranges: list[range]) -> str:

@@ -23,7 +23,7 @@ import torch
 from config import DataError
 from data.loading.lanes import LanePlan
 from data.loading.order import Tokens
-from data.sources.dataset import Reader
+from data.sources.dataset import Passage, Reader, Stored
 
 # As many empty segments in a row, and a whole epoch of them, mean that there is no text.
 _EMPTY_SEGMENTS = 1000
@@ -73,15 +73,34 @@ class LaneReader:
         yield from map(int, self._plan.lane_segments(epoch, lane)[index:])
         yield from map(int, self._plan.lane_segments(epoch + 1, lane))
 
-    def locate(self, lane: int, start: Position, length: int) -> tuple[str, list[range]]:
-        """Returns where `length` tokens of one segment are stored (see `Reader.locate`)."""
+    def locate(self, lane: int, start: Position, length: int) -> list[Stored]:
+        """Returns where `length` tokens of one segment are stored; they are counted from 0."""
         epoch, index, token = start
         segment = int(self._plan.lane_segments(epoch, lane)[index])
         # Positions count what the lane reads; the reader counts from the begin of the segment.
         order = self._plan.seed, epoch, self._plan.shuffle
         share = self._plan.share(epoch, lane, index)
         token += share.of(len(self.reader.tokens(segment, *order))).start
-        return self.reader.locate(segment, *order, range(token, token + length))
+        parts = self.reader.locate(segment, *order, range(token, token + length))
+        return [shifted(part, -token) for part in parts]
+
+    def find(
+        self, epoch: int, lane: int, index: int, passage: Passage
+    ) -> Iterator[tuple[int, Stored]]:
+        """Yields where a text begins in what a lane reads of its index-th segment, each time."""
+        plan = self._plan
+        segment, share = int(plan.lane_segments(epoch, lane)[index]), plan.share(epoch, lane, index)
+        order = plan.seed, epoch, plan.shuffle
+        found = self.reader.find(segment, *order, passage)
+        own = share.of(len(self.reader.tokens(segment, *order))) if found else slice(0, 0)
+        for part in found:
+            if own.start <= part.tokens.start < own.stop:
+                yield part.tokens.start - own.start, part
+
+
+def shifted(part: Stored, by: int) -> Stored:
+    """Returns stored tokens that are counted from elsewhere."""
+    return part._replace(tokens=range(part.tokens.start + by, part.tokens.stop + by))
 
 
 class PositionMap:

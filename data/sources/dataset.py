@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +43,34 @@ class DatasetStats:
     error: float = 0.0
 
 
+class Stored(NamedTuple):
+    """Some tokens of a segment and where they are stored: those of one document, or of a file of
+    tokens."""
+
+    tokens: range
+    """In the segment, or in what the caller counts from."""
+    place: str
+    """The file, and what `numbers` counts: "a.parquet row group 3 rows"."""
+    numbers: range
+
+    def __str__(self) -> str:
+        """In words: "a.parquet row group 3 row 17"."""
+        first, last = self.numbers.start, self.numbers.stop - 1
+        alone = first == last
+        return (
+            f"{self.place.removesuffix('s')} {first:,}"
+            if alone
+            else f"{self.place} {first:,}-{last:,}"
+        )
+
+
+class Passage(NamedTuple):
+    """A text that is looked for, and its tokens."""
+
+    text: str
+    ids: Tokens
+
+
 class Reader(Protocol):
     """Reads segments; used by one thread."""
 
@@ -63,11 +91,13 @@ class Reader(Protocol):
 
     def locate(
         self, segment: int, seed: int, epoch: int, shuffle: bool, tokens: range
-    ) -> tuple[str, list[range]]:
-        """Returns where these tokens of the segment are stored, for messages.
+    ) -> list[Stored]:
+        """Returns where these tokens of the segment are stored, document by document."""
 
-        The text names the file and what the ranges count: "a.parquet row group 3 rows".
-        """
+    def find(
+        self, segment: int, seed: int, epoch: int, shuffle: bool, passage: Passage
+    ) -> list[Stored]:
+        """Returns where a text stands in the segment, each time that it does."""
 
     def close(self) -> None:
         """Closes all files."""

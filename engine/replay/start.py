@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compare.reading.json_values import as_count, as_dict
 from config import CheckpointError, Config, ConfigError, DataError
 from engine.replay.replay import in_one_process
 from engine.run_directory.environment_file import read_environment, session_of_step
@@ -41,30 +42,40 @@ def find_start(run: Path, step: int) -> ReplayStart:
     the step.
     """
     run = run_of_step(run, step)
-    config, environment = _config(run, step), _environment(run)
-    session = session_of_step(environment, step)
+    config, environment = _config(run, step), environment_of(run)
     checkpoint, done = _checkpoint_before(run, step)
     if checkpoint is None:
-        done = _parent_step(environment)
-    then, now = (flat_options(each.to_dict()) for each in (_config(run, done + 1), config))
+        done = parent_step(environment)
+    earlier = config if done + 1 == step else _config(run, done + 1)
+    then, now = (flat_options(each.to_dict()) for each in (earlier, config))
     changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
     if changed:
         raise DataError(
             f"{run}: between steps {done} and {step} it was resumed with other options "
             f"({', '.join(changed)}), and the checkpoint that it was resumed from is gone."
         )
+    session = session_of_step(environment, step)
+    return ReplayStart(run, _in_one_process(run, config, session), checkpoint, done, session)
+
+
+def config_in_one_process(run: Path, step: int) -> Config:
+    """Returns the config with which one process takes a step as the run's processes did."""
+    session = session_of_step(environment_of(run), step)
+    return _in_one_process(run, _config(run, step), session)
+
+
+def _in_one_process(run: Path, config: Config, session: Mapping[str, Any]) -> Config:
     try:
-        config = in_one_process(config, int(session.get("processes") or 1))
+        return in_one_process(config, as_count(session.get("processes")) or 1)
     except ConfigError as error:
-        raise DataError(f"{run}: it cannot be replayed on one process: {error}") from None
-    return ReplayStart(run, config, checkpoint, done, session)
+        raise DataError(f"{run}: its steps cannot be taken by one process: {error}") from None
 
 
 def run_of_step(run: Path, step: int) -> Path:
     """Returns the directory of the run that trained a step: a fork's first steps are those of its
     parent. Raises DataError where that is gone."""
-    environment = _environment(run)
-    while step <= _parent_step(environment):
+    environment = environment_of(run)
+    while step <= parent_step(environment):
         parent = environment[PARENT]
         if not Path(parent["path"]).is_dir():
             raise DataError(
@@ -72,13 +83,13 @@ def run_of_step(run: Path, step: int) -> Path:
                 f"trained by {parent['path']}, which is gone."
             )
         run = Path(parent["path"])
-        environment = _environment(run)
+        environment = environment_of(run)
     return run
 
 
-def _parent_step(environment: Mapping[str, Any]) -> int:
+def parent_step(environment: Mapping[str, Any]) -> int:
     """Returns the steps of the parent that a fork goes on from, 0 for a run that is none."""
-    return int(environment.get(PARENT, {}).get("step", 0))
+    return as_count(as_dict(environment.get(PARENT)).get("step")) or 0
 
 
 def _checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
@@ -97,7 +108,8 @@ def _config(run: Path, step: int) -> Config:
         raise DataError(f"{run}: its config cannot be read: {error.strerror}.") from error
 
 
-def _environment(run: Path) -> dict[str, Any]:
+def environment_of(run: Path) -> dict[str, Any]:
+    """Returns environment.json of a run; {} where it cannot be read."""
     try:
         return read_environment(run)
     except (OSError, ValueError):  # of an early version, or damaged: a run in one process, then

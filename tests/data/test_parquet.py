@@ -582,9 +582,10 @@ def test_a_batch_of_other_tokens_names_its_documents(tmp_path: Path) -> None:
     dataset = opened(tmp_path, small_bpe(tmp_path, texts))
     reader, end = dataset.segments(1).open_reader(), dataset.tokenizer.separator
     for segment, tokens in enumerate(segment_tokens(dataset, shuffle=True)):
-        name, rows = reader.locate(segment, 1, 0, True, range(len(tokens)))
-        assert re.fullmatch(r".*a\.parquet row group \d rows", name)
-        assert len(rows) == (tokens == end).sum()
-        _, (row,) = reader.locate(segment, 1, 0, True, range(1))
-        first = dataset.tokenizer.decode(tokens[: np.flatnonzero(tokens == end)[0]])
-        assert texts[10 * int(name.split()[-2]) + row.start] == first
+        parts = reader.locate(segment, 1, 0, True, range(len(tokens)))
+        assert len(parts) == (tokens == end).sum()
+        for part in parts:
+            found = re.fullmatch(r".*a\.parquet row group (\d) rows", part.place)
+            assert found
+            text = dataset.tokenizer.decode(tokens[part.tokens.start : part.tokens.stop])
+            assert texts[10 * int(found[1]) + part.numbers.start] == text

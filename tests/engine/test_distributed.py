@@ -36,9 +36,13 @@ from engine.hardware.distributed import (
     no_sync_until_last,
     wrap_ddp,
 )
+from engine.replay.replay import open_replay
+from engine.replay.start import find_start
+from engine.signals import StopRequest
 from tests.conftest import ROOT
 from tests.engine.forks import in_processes
 from tests.runs import metrics, only_run, run_here, start_ranks, wait_for
+from train import train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 CPU = torch.device("cpu")
@@ -106,6 +110,18 @@ def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
     for mine, theirs in zip(straight, numbers(run, *LOSSES), strict=True):
         assert theirs == pytest.approx(mine, abs=1e-5)
     assert numbers(run, "train/batch_hash") == hashes
+    start, alone = find_start(run, 9), World(0, 1, torch.device("cpu"))
+    assert start.session["processes"] == 1
+    before = find_start(run, 4)
+    assert before.session["processes"] == 2 and before.checkpoint is None
+    with open_replay(before.config, None, alone, StopRequest(), train) as replay:
+        replay.advance_to(4)
+    records = {r["step"]: r for r in metrics(run) if "train/loss" in r}
+    for record in replay.logged_after(records.keys()):
+        if record["step"] in records:
+            own = records[record["step"]]
+            assert record["train/batch_hash"] == own["train/batch_hash"]
+            assert record["train/loss"] == pytest.approx(own["train/loss"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from config import DataError, DatasetConfig
 from data.loading.order import Integers, Tokens, document_order
 from data.remote.range_cache import Range
+from data.sources.dataset import Passage, Stored
 from data.sources.parquet.index import REMEDY, Index, first_line
 from data.sources.parquet.remote_file import RangedFile, RemoteParquet
 from data.sources.parquet.segments import SegmentTable
@@ -345,19 +346,47 @@ class ParquetReader:
 
     def locate(
         self, segment: int, seed: int, epoch: int, shuffle: bool, tokens: range
-    ) -> tuple[str, list[range]]:
-        """Returns the row group and rows of the documents that these tokens belong to."""
+    ) -> list[Stored]:
+        """Returns the row group and row of each document that these tokens belong to."""
         documents, rows = self._documents.read(segment, seed, epoch, shuffle)
+        ends = np.cumsum(self._sizes(documents))
+        first, last = np.searchsorted(ends, (tokens.start, tokens.stop - 1), side="right").tolist()
+        edges = [tokens.start, *ends[first:last].tolist(), tokens.stop]
+        parts = zip(pairwise(edges), rows[first : last + 1].tolist(), strict=True)
+        place = f"{self._documents.name(segment)} rows"
+        return [Stored(range(a, b), place, range(row, row + 1)) for (a, b), row in parts]
+
+    def find(
+        self, segment: int, seed: int, epoch: int, shuffle: bool, passage: Passage
+    ) -> list[Stored]:
+        """Returns the documents that hold a text, and its tokens: of tokens that are not bytes to
+        within one or two, since they may run across its ends."""
+        documents, rows = self._documents.read(segment, seed, epoch, shuffle)
+        if not len(rows):
+            return []
+        matches = pc.match_substring(documents, passage.text).to_numpy(zero_copy_only=False)
+        if not matches.any():
+            return []
+        ends = np.cumsum(self._sizes(documents))
+        place = f"{self._documents.name(segment)} rows"
+        found = list[Stored]()
+        for i in np.flatnonzero(matches).tolist():
+            begin = int(ends[i - 1]) if i else 0
+            before, *rest = documents[i].as_py().split(passage.text)
+            for after in rest:
+                begin += len(self._tokenizer.encode(before))
+                end = min(begin + len(passage.ids), int(ends[i]))
+                row = int(rows[i])
+                found.append(Stored(range(min(begin, end - 1), end), place, range(row, row + 1)))
+                begin, before = end, after
+        return found
+
+    def _sizes(self, documents: Any) -> Integers:
+        """Returns the tokens of each document, with its separator."""
         if isinstance(self._tokenizer, ByteTokenizer):
-            # Each document and its separator.
-            sizes = np.diff(offsets(documents)) + 1
-        else:
-            each = ([text.as_py()] for text in documents)
-            sizes = np.array([len(self._tokenizer.encode_documents(text)) for text in each])
-        ends = np.cumsum(sizes)
-        first, last = np.searchsorted(ends, (tokens.start, tokens.stop - 1), side="right")
-        numbers = sorted(rows[first : last + 1].tolist())
-        return f"{self._documents.name(segment)} rows", [range(row, row + 1) for row in numbers]
+            return np.diff(offsets(documents)).astype(np.int64) + 1
+        each = ([text.as_py()] for text in documents)
+        return np.array([len(self._tokenizer.encode_documents(text)) for text in each])
 
     def close(self) -> None:
         """Closes all files."""

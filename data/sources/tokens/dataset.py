@@ -29,7 +29,14 @@ from data.loading.order import (
     row_offset_hash,
 )
 from data.remote.listing import Listing
-from data.sources.dataset import Dataset, DatasetStats, remote_details, tokens_of_splits
+from data.sources.dataset import (
+    Dataset,
+    DatasetStats,
+    Passage,
+    Stored,
+    remote_details,
+    tokens_of_splits,
+)
 from data.sources.tokens.file import TokenFile, TokenMaps
 from data.tokenizers.base import Tokenizer, storage_dtype
 
@@ -308,11 +315,25 @@ class TokenReader:
 
     def locate(
         self, segment: int, seed: int, epoch: int, shuffle: bool, tokens: range
-    ) -> tuple[str, list[range]]:
+    ) -> list[Stored]:
         """Returns the file and the numbers of these tokens of a segment."""
         file, first, _ = self._segments.span_of(segment, seed, epoch, shuffle)
-        path = self._segments.files[file].path
-        return f"{path} tokens", [range(first + tokens.start, first + tokens.stop)]
+        place = f"{self._segments.files[file].path} tokens"
+        return [Stored(tokens, place, range(first + tokens.start, first + tokens.stop))]
+
+    def find(
+        self, segment: int, seed: int, epoch: int, shuffle: bool, passage: Passage
+    ) -> list[Stored]:
+        """Returns where the tokens of a text follow each other in a segment. A text that crosses
+        its end, or was encoded together with its neighbours, is not found."""
+        tokens, count = self.tokens(segment, seed, epoch, shuffle), len(passage.ids)
+        begins = np.flatnonzero(tokens[: len(tokens) - count + 1] == passage.ids[0])
+        found = list[Stored]()
+        for begin in begins.tolist():
+            if np.array_equal(tokens[begin : begin + count], passage.ids):
+                own = range(begin, begin + count)
+                found += self.locate(segment, seed, epoch, shuffle, own)
+        return found
 
     def close(self) -> None:
         """Closes all files."""
