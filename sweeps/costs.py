@@ -20,20 +20,23 @@ from sweeps.cells import Cell
 
 _FREE = ("training.learning_rate", "training.weight_decay", "training.seed", "training.debug")
 _FREE_SECTIONS = ("schedule", "optimizer")
-_MEASURING_S = 12.0  # of all shapes together
-_LEAST_S, _MOST_S = 0.5, 4.0  # of one
+MEASURING_S = 12.0
+"""Of all shapes together, each at least `_LEAST_S`."""
+_LEAST_S, _MOST_S = 0.2, 4.0
 
 Cost = tuple[int, float | None]
 """Bytes of a step, and seconds of the run; None where not even a micro-step fits."""
 
 
-def cost_lines(cells: Sequence[Cell], states: Sequence[str], jobs: int) -> Iterator[str]:
+def cost_lines(
+    cells: Sequence[Cell], states: Sequence[str], jobs: int, measuring_s: float = MEASURING_S
+) -> Iterator[str]:
     """Yields a table of the cells with their costs, and the sums over those that are not done.
 
     Raises UserError where a cell cannot run.
     """
     shapes = [_shape(cell) for cell in cells]
-    budget_s = min(_MOST_S, max(_LEAST_S, _MEASURING_S / len(set(shapes))))
+    budget_s = min(_MOST_S, max(_LEAST_S, measuring_s / len(set(shapes))))
     known = dict[str, Cost]()
     for cell, shape in zip(cells, shapes, strict=True):
         if shape not in known:

@@ -15,7 +15,8 @@ from config import Config
 from engine.run_directory.environment_file import config_copy
 from engine.run_directory.experiment import is_run_of
 from sweeps.cells import Cell, make_cells
-from sweeps.processes import last_lines
+from sweeps.costs import cost_lines
+from sweeps.processes import last_lines, start_process
 from sweeps.scheduler import log_path
 from sweeps.state import RunIndex, State
 from sweeps.sweep_file import read_sweep
@@ -165,6 +166,27 @@ def test_a_hopeless_run_is_stopped_said_and_recorded(base: str) -> None:
     index = RunIndex(CHECKPOINTS, cells_of(path))
     index.refresh()
     assert index.checkpoint_of(bad) is not None
+
+
+@pytest.mark.slow
+def test_a_dry_run_predicts_each_shape_once_and_creates_nothing(base: str) -> None:
+    path = write_sweep(base, "grid: {n_layer: [1, 2]}\nzip: {lr: [1e-3, 1e-2], wd: [0.1, 0.2]}\n")
+    cells = cells_of(path)
+    states = ["finished", "waiting", "interrupted", "waiting"]
+    heading, *lines, total = cost_lines(cells, states, jobs=2, measuring_s=0.2)
+    memory = [line.split()[-2:] for line in lines]
+    assert "memory" in heading and memory[0] == memory[1] != memory[2] == memory[3]
+    assert total.startswith("3 cells to run, 2 at once: about ")
+    assert not CHECKPOINTS.exists()
+
+
+def test_a_cell_is_a_process_of_train_py_in_a_session_of_its_own(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        process = start_process(["--help"], out.fileno(), dict(os.environ))
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        while process.poll() is None:
+            time.sleep(0.01)
+    assert process.returncode == 0 and "--dry-run" in (tmp_path / "out").read_text()
 
 
 def test_a_cell_has_the_runs_of_its_config_wherever_they_are(base: str) -> None:
