@@ -22,14 +22,14 @@ BEST_LOSS, BITS_PER_BYTE = "Held-out loss, best", "Bits per byte"
 
 
 def columns_of(groups: Sequence[Group]) -> list[Column]:
-    """Returns the state and the best loss, then the settings that differ, then other results."""
+    """Returns the best loss and the state, then the settings that differ, then other results."""
     results, settings = _results(groups), settings_of(groups)
     # The newest losses repeat the best ones if all runs ended at their best.
     _, best, newest, *_ = results
     repeated = {newest["title"]} if newest["texts"] == best["texts"] else set()
     repeated |= {"Model"} if any(column["title"] == "model" for column in settings) else set()
     results = [column for column in results if column["title"] not in repeated]
-    return [*results[:2], *settings, *results[2:]]
+    return [results[1], results[0], *settings, *results[2:]]
 
 
 def spread_of(group: Group, value: Callable[[Run], float | None]) -> Spread | None:
