@@ -8,10 +8,8 @@ from a report page alone.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +23,15 @@ from compare.parting import (
     log_records,
     step_losses,
 )
-from compare.reading.json_values import as_count, as_dict, as_str
+from compare.reading.json_values import as_count
 from compare.reading.original import Original, find_original
 from config import DataError
 from engine.hardware.device import cuda_versions
 from engine.hardware.distributed import World, enter_world
 from engine.monitor import console
 from engine.replay.replay import TrainingLoop, in_one_process, open_replay
+from engine.replay.session import NAMES, Fact, compare_facts, session_facts
 from engine.run_directory.environment import describe_session
-from engine.run_directory.environment_file import session_of_step
 from engine.signals import StopRequest
 
 STEPS = 50
@@ -44,38 +42,6 @@ CLOSE = 1e-5
 versions add in another order, data that differs or another option does more."""
 _MOST_THREADS = 4
 """Threads per core up to which a run's number of threads is taken."""
-_FACTS = {
-    "torch": "torch",
-    "cuda": "CUDA",
-    "numpy": "numpy",
-    "python": "python",
-    "device": "device",
-    "cpu": "cpu",
-    "threads": "threads",
-    "processes": "processes",
-    "git": "code revision",
-}
-_WITHOUT_EFFECT = ("python", "numpy")
-"""Facts that are told and are not the cause of a difference."""
-_THREADS = re.compile(r" \((\d+) threads\)")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Something that a computation may depend on, then and now; empty: unknown."""
-
-    name: str
-    then: str
-    now: str
-
-    @property
-    def differs(self) -> bool:
-        """Whether it is known to be another one."""
-        return bool(self.then and self.now) and self.then != self.now
-
-    def __str__(self) -> str:
-        then = f"then {self.then}" if self.then else "unknown of then"
-        return f"{self.name:<14} {self.now}, {then if self.differs or not self.then else 'as then'}"
 
 
 def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
@@ -88,12 +54,12 @@ def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
     original = find_original(word)
     begin, end = steps_to_repeat(original)
     console.info(f"Repeating {original.name}, steps {begin + 1} to {end}, in memory")
-    then = _as_facts(session_of_step(original.environment, begin + 1), original.environment)
+    then = session_facts(original.environment, begin + 1)
     lines = _take_threads(as_count(then.get("threads")))
     with ExitStack() as stack:
         config = in_one_process(original.config, as_count(then.get("processes")) or 1)
         world = stack.enter_context(enter_world(config.system, config.distributed))
-        facts = environment_facts(then, _session_here(world))
+        facts = compare_facts(then, _facts_here(world))
         console.info(*map(str, facts), *lines)
         again = stack.enter_context(open_replay(config, original.checkpoint, world, stop, loop))
         data = Fact("data", original.fingerprint, again.fingerprint)
@@ -137,38 +103,12 @@ def steps_to_repeat(original: Original) -> tuple[int, int]:
 # ---- then and here
 
 
-def environment_facts(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Fact]:
-    """Returns what two sessions, as environment.json describes them, may compute differently by."""
-    facts = [Fact(name, _text(then.get(key)), _text(now.get(key))) for key, name in _FACTS.items()]
-    return [fact for fact in facts if fact.then or fact.now]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {inner}" for key, inner in value.items())
-    return "" if value is None else as_str(str(value))
-
-
-def _as_facts(session: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a session with what versions wrote elsewhere or otherwise."""
-    device, git = as_str(session.get("device")), as_str(session.get("git"))
-    threads = _THREADS.search(device)
-    revision, *dirty = git.split("-")
-    return {
-        "processes": as_dict(environment.get("run")).get("processes"),
-        **({"threads": int(threads[1])} if threads else {}),
-        **session,
-        "device": re.sub(r" x \d+ processes$", "", _THREADS.sub("", device)),
-        "git": "-".join([revision[:12], *dirty]),  # shortened by git to various lengths
-    }
-
-
-def _session_here(world: World) -> dict[str, Any]:
+def _facts_here(world: World) -> dict[str, Any]:
     here = describe_session(world.device_name) | {
         "processes": 1,
         "cuda": cuda_versions(world.device),
     }
-    return _as_facts({**here, "threads": torch.get_num_threads()}, {})
+    return session_facts({**here, "threads": torch.get_num_threads()}, 1)
 
 
 def _take_threads(wanted: int | None) -> list[str]:
@@ -210,11 +150,11 @@ def verdict(found: Agreement, steps: int, facts: Sequence[Fact]) -> str:
 
 def _likely_cause(parting: Parting, facts: Sequence[Fact]) -> str:
     data, *others = facts
-    differing = [fact for fact in others if fact.differs and fact.name not in _WITHOUT_EFFECT]
+    differing = [fact for fact in others if fact.may_cause]
     if parting.batches_differ and data.differs:
         return f"Likely cause: other data (fingerprint then {data.then}, now {data.now})."
     if parting.batches_differ:
-        differing = [fact for fact in differing if fact.name == _FACTS["git"]]
+        differing = [fact for fact in differing if fact.name == NAMES["git"]]
         if not differing:
             return "Likely cause: text that was changed behind an equal fingerprint."
     if differing:

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,9 +216,17 @@ def _report_cause(straight: Path, again: Path) -> None:
 def first_difference(one: Path, other: Path) -> tuple[int, str | None]:
     """Returns how many values of two checkpoints were compared, and the first difference in words,
     None where there is none."""
-    first, second = load_checkpoint(one), load_checkpoint(other)
-    mine = {name: v for key in COMPARED for name, v in _leaves(first[key], key)}
-    yours = {name: v for key in COMPARED for name, v in _leaves(second[key], key)}
+    return state_difference(load_checkpoint(one), load_checkpoint(other), COMPARED)
+
+
+def state_difference(
+    first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterable[str]
+) -> tuple[int, str | None]:
+    """Returns how many values below `keys` of two states were compared, and the first difference in
+    words, None where there is none."""
+    keys = list(keys)
+    mine = {name: v for key in keys for name, v in _leaves(first[key], key)}
+    yours = {name: v for key in keys for name, v in _leaves(second[key], key)}
     for name in sorted(mine.keys() ^ yours.keys()):
         return 0, f"{name} is in one of them only"
     for count, name in enumerate(mine, 1):

@@ -15,7 +15,8 @@ import train
 from compare.parting import Agreement, compare_records
 from compare.reading.run import read_run
 from config import command_line
-from engine.replay.reproduce import Fact, is_close, verdict
+from engine.replay.reproduce import is_close, verdict
+from engine.replay.session import Fact
 from tests.compare.run_directories import write_records
 from tests.compare.test_parting import logged, without
 from tests.conftest import write_corpus

@@ -1,0 +1,97 @@
+"""Checkpoints of two runs before they part: equal ones, and one that is not what its run logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compare.parting import WEIGHTS, log_records
+from compare.reading.json_values import as_count, as_dict, as_str
+from compare.reading.run import Run
+from config import CheckpointError
+from engine.checkpoint.load import load_checkpoint
+from engine.run_directory.environment_file import sessions_of
+from engine.run_directory.fork import PARENT
+from engine.run_directory.manifest import data_path, steps_in
+from engine.setup.check_resume import state_difference
+from engine.weights_hash import weights_hash
+
+STATE = ("model", "optimizer", "precision", "rng")
+"""What of a checkpoint decides the steps after it, besides the data."""
+
+
+@dataclass
+class SavedWeights:
+    """What the checkpoints of two runs tell, up to the step at which the runs part."""
+
+    equal: list[int] = field(default_factory=list)
+    """Steps whose checkpoints have the same weights, optimizer and random generators."""
+    lines: list[str] = field(default_factory=list)
+    """What differs, or cannot be read."""
+    differing: str = ""
+    """The first difference between two checkpoints of one step."""
+    culprit: str = ""
+    """The first checkpoint that a run went on from with other weights than it had logged there."""
+
+
+def compare_saved(runs: Sequence[Run], names: Sequence[str], before: int | None) -> SavedWeights:
+    """Compares the checkpoints of two runs with each other and with the weights that each logged.
+
+    before: the step at which the runs part, whose checkpoints differ for that reason; None: they do
+    not part.
+    """
+    found = SavedWeights()
+    paths = [_checkpoints(run) for run in runs]
+    for step in sorted({*paths[0], *paths[1]}):
+        if before is not None and step >= before:
+            break
+        states, wrong, cause = list[dict[str, Any]](), "", False
+        for run, name, own in zip(runs, names, paths, strict=True):
+            if step in own:
+                try:
+                    state = load_checkpoint(own[step], mmap=True)
+                except CheckpointError as error:
+                    found.lines.append(f"{name}: {error}")
+                    continue
+                states.append(state)
+                logged = log_records(run.records).get(step, {}).get(WEIGHTS)
+                if logged is not None and weights_hash(state["model"]) != logged:
+                    wrong = f"{own[step].name} of {name} holds other weights than {name} logged"
+                    cause = cause or step in _resumed_at(run)
+        difference = _difference(states)
+        if wrong:
+            wrong += f" at step {step}" + (f": {difference}" if difference else "")
+            found.lines.append(wrong)
+            found.culprit = found.culprit or (wrong if cause else "")
+        elif difference:
+            found.differing = found.differing or f"checkpoint_{step}.pt differs: {difference}"
+            found.lines.append(f"checkpoint_{step}.pt differs: {difference}")
+        elif len(states) == 2:
+            found.equal.append(step)
+    return found
+
+
+def _checkpoints(run: Run) -> dict[int, Path]:
+    """Returns step -> checkpoint, of a fork also the one that it began with."""
+    found = {step: data_path(run.path, step) for step in steps_in(run.path)}
+    parent = as_dict(run.environment.get(PARENT))
+    step = as_count(parent.get("step"))
+    if step is not None:
+        path = data_path(Path(as_str(parent.get("path"))), step)
+        found |= {step: path} if path.exists() else {}
+    return found
+
+
+def _resumed_at(run: Run) -> set[int]:
+    """Returns the steps of the checkpoints that the run went on from."""
+    sessions = [*sessions_of(run.environment), as_dict(run.environment.get(PARENT))]
+    return {session["step"] for session in sessions if as_count(session.get("step"))}
+
+
+def _difference(states: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the first tensor or value in which two states differ; empty where none does."""
+    if len(states) < 2:
+        return ""
+    return state_difference(states[0], states[1], STATE)[1] or ""
