@@ -70,6 +70,12 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_comparisons(commands)
     _add_single_runs(commands)
+    add = _add_command(
+        commands, "bisect", show_bisect, "where two runs that should agree part, and why"
+    )
+    add("runs", nargs=2, metavar="RUN", help="exit code 1 if they part, 0 if they agree")
+    add("--steps", type=int, default=500, metavar="N", help="replayed at most; default: 500")
+    add("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(_joined(words))
     if arguments.command is None:
         parser.print_help()
@@ -375,6 +381,23 @@ def show_export(arguments: argparse.Namespace) -> None:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(finite(value), indent=2))
+
+
+def show_bisect(arguments: argparse.Namespace) -> None:
+    """Prints where two runs part and why, or JSON; leaves with 1 if they do, as diff does."""
+    from engine.replay.bisect import bisect
+    from train import train
+
+    runs = [run for word in arguments.runs for run in open_runs([word])]
+    if len(runs) != 2:
+        raise ConfigError(f"bisect compares two runs, got {shown_names([r.path for r in runs])}.")
+    found = bisect(runs[0], runs[1], arguments.steps, train)
+    if arguments.json:
+        _print_json(found.values())
+    else:
+        print(printable("\n".join([*found.evidence, found.conclusion])))
+    if not found.agree:
+        raise SystemExit(1)
 
 
 def main(words: Sequence[str]) -> int:
