@@ -21,6 +21,7 @@ from compare.parting import Agreement, compare_records
 from compare.reading.json_values import as_count
 from compare.reading.run import Run
 from config import Config, DataError, UserError, schema
+from engine.checkpoint.load import load_checkpoint
 from engine.hardware.distributed import enter_world
 from engine.replay.batch import batch_of
 from engine.replay.replay import Replay, TrainingLoop, open_replay
@@ -32,6 +33,7 @@ from engine.run_directory.experiment import is_text_path
 from engine.run_directory.manifest import data_path
 from engine.setup.check_resume import state_difference
 from engine.signals import StopRequest
+from engine.weights_hash import weights_hash
 from settings.entries import flat_options, nested_options
 from settings.values import to_text
 
@@ -179,7 +181,7 @@ class _Search:
         found = compare_records(steps[0], steps[1], after=begin)
         if found.parting is None:
             self.lines.append(f"Replayed here from step {begin}, both compute the same")
-            return None
+            return self._wrong_checkpoint(first)
         step, other_rows = found.parting.step, found.parting.batches_differ
         self.lines.append(f"Replayed here from step {begin}, they part at {found.parting}")
         what = self._first_row(step) if other_rows else self._first_tensor(first, second, step)
@@ -191,6 +193,22 @@ class _Search:
             if self._explains(first, key, value, steps[1], begin):
                 return self._explained(key, value, what)
         return ("text", f"Other text: {what}.") if other_rows and not differences else None
+
+    def _wrong_checkpoint(self, side: Side) -> tuple[str, str] | None:
+        """Returns which of two checkpoints that differ is not what a replay makes; for a step
+        without a log record, whose hash would tell it at once."""
+        step = self.saved.differing
+        if step is None:
+            return None
+        with _opened(side, self.loop) as replay:
+            replay.advance_to(step)
+            right = weights_hash(replay.trainer.model.state_dict())
+        for run, name in zip(self.runs, self.names, strict=True):
+            path = data_path(run.path, step)
+            if weights_hash(load_checkpoint(path, mmap=True)["model"]) != right:
+                wrong = f"{path.name} of {name} holds other weights than a replay makes"
+                return "weights", f"{wrong}: {self.saved.difference}."
+        return None
 
     def _side(self, run: Run, begin: int) -> Side:
         """Returns a run from its checkpoint of a step on or, without one, from its own begin."""

@@ -30,8 +30,10 @@ class SavedWeights:
     """Steps whose checkpoints have the same weights, optimizer and random generators."""
     lines: list[str] = field(default_factory=list)
     """What differs, or cannot be read."""
-    differing: str = ""
-    """The first difference between two checkpoints of one step."""
+    differing: int | None = None
+    """The first step whose checkpoints differ."""
+    difference: str = ""
+    """In which tensor, and by how much."""
     culprit: str = ""
     """The first checkpoint that a run went on from with other weights than it had logged there."""
 
@@ -66,7 +68,8 @@ def compare_saved(runs: Sequence[Run], names: Sequence[str], before: int | None)
             found.lines.append(wrong)
             found.culprit = found.culprit or (wrong if cause else "")
         elif difference:
-            found.differing = found.differing or f"checkpoint_{step}.pt differs: {difference}"
+            if found.differing is None:
+                found.differing, found.difference = step, difference
             found.lines.append(f"checkpoint_{step}.pt differs: {difference}")
         elif len(states) == 2:
             found.equal.append(step)
