@@ -134,7 +134,11 @@ class _Search:
             compared = f"{found.records} records ({found.evidence})"
             count = len(saved.equal)
             return "none", f"{both} agree in all {compared} and in {count} checkpoints."
-        self.lines.append(f"{found.records} records are equal, the last at step {found.last_equal}")
+        self.lines.append(
+            f"{found.records} records are equal, the last at step {found.last_equal}"
+            if found.records
+            else "No record is equal"
+        )
         self.lines.append(f"They part at {found.parting}")
         if saved.equal:
             self.lines.append(f"Equal checkpoints: {', '.join(map(str, saved.equal))}")
@@ -191,7 +195,7 @@ class _Search:
             differences[THREADS] = second.threads
         for key, value in list(differences.items())[:MOST_TRIALS]:
             if self._explains(first, key, value, steps[1], begin):
-                return self._explained(key, value, what)
+                return self._explained(key, value, what, end)
         return ("text", f"Other text: {what}.") if other_rows and not differences else None
 
     def _wrong_checkpoint(self, side: Side) -> tuple[str, str] | None:
@@ -243,13 +247,14 @@ class _Search:
         )
         return same
 
-    def _explained(self, key: str, value: Any, what: str) -> tuple[str, str]:
+    def _explained(self, key: str, value: Any, what: str, end: int) -> tuple[str, str]:
         one, other = self.names
         if is_text_path(key):
             return "text", f"Other text: {what}."
         return (
             "threads" if key == THREADS else "option",
-            f"{key} explains it: with {_shown(value)}, {one} computes the same as {other}.",
+            f"{key} explains it: with {_shown(value)}, {one} computes the same as {other} up to "
+            f"step {end}.",
         )
 
     # ---- the first thing that differs

@@ -73,7 +73,8 @@ def test_the_option_is_found_among_several_that_differ(train_run: Train) -> None
     found = bisected(one, other)
     assert found["cause"] == "option"
     assert found["conclusion"] == (
-        "training.weight_decay explains it: with 0.3, run_a computes the same as run_b."
+        "training.weight_decay explains it: with 0.3, run_a computes the same as run_b up to "
+        "step 1."
     )
     assert found["parting"]["step"] == 1  # whose loss is equal, and the weights after it are not
     assert any("after step " in line and "differs in" in line for line in found["evidence"])
@@ -105,7 +106,7 @@ def test_another_number_of_threads_is_found(train_run: Train) -> None:
     found = bisected(one, other)
     assert found["cause"] == "threads"
     assert found["conclusion"] == (
-        "number of threads explains it: with 2, run_a computes the same as run_b."
+        "number of threads explains it: with 2, run_a computes the same as run_b up to step 1."
     )
 
 
