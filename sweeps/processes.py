@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from config import WriteError
 from files.regular import open_regular
+from files.write_errors import as_write_error
 from settings.terminal import printable
 from sweeps.cells import Cell
 
@@ -125,7 +125,8 @@ def start_job(
         began_at = os.lseek(descriptor, 0, os.SEEK_END)
         words = [*cell.words, *words]
         head = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} train.py {' '.join(words)}\n"
-        os.write(descriptor, printable(head).encode())
+        with as_write_error(f"write {log}", log.parent):
+            os.write(descriptor, printable(head).encode())
         # -u is not needed: train.py flushes its lines.
         process = start(words, descriptor, {**os.environ, **slot[1]})
     finally:
@@ -135,11 +136,9 @@ def start_job(
 
 def lock_log(log: Path) -> int | None:
     """Returns a descriptor of the log that holds its lock; None while another process holds it."""
-    try:
+    with as_write_error(f"write {log}", log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except OSError as error:
-        raise WriteError(f"cannot write {log}: {error.strerror}.") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,6 +17,7 @@ from types import FrameType
 from compare.reading.run import STOPPED_EARLY, Run
 from config import STOP_EXIT_CODES
 from files.atomic import atomic_write_text
+from files.write_errors import as_write_error
 from settings.formatting import format_duration, format_plural
 from settings.terminal import printable
 from sweeps.cells import Cell
@@ -206,6 +207,10 @@ class Scheduler:
             self._left_out.add(cell.number)
         elif self._stopping:
             self._tell(cell, f"stopped at step {run.step}" if run else "stopped, nothing to save")
+        elif code == 0:  # repeated, it would end in the same way
+            self.failed.add(cell.number)
+            why = "its run saved other options, decided by training.init_from"
+            self._tell(cell, f"ended, but {why}; give them in the base")
         else:
             self._count_failure(job)
 
@@ -290,5 +295,6 @@ def log_path(cell: Cell) -> Path:
 
 def record_early_stop(run: Run, why: str) -> None:
     """Writes into a run that has ended that it was stopped for good."""
-    record = {"reason": why, "step": run.step}
-    atomic_write_text(run.path / STOPPED_EARLY, json.dumps(record) + "\n")
+    path, record = run.path / STOPPED_EARLY, {"reason": why, "step": run.step}
+    with as_write_error(f"write {path}", run.path):
+        atomic_write_text(path, json.dumps(record) + "\n")
