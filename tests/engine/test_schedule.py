@@ -76,3 +76,16 @@ def test_rate_is_positive_and_never_above_the_peak(
     warmup = None if warmup is None else min(warmup, max_iters)
     config = config_with(max_iters, name=name, warmup_iters=warmup)
     assert 0.0 < learning_rate(step, config, max_iters) <= PEAK
+
+
+@given(st.integers(50, 400), st.integers(50, 400))
+def test_with_wsd_runs_of_all_lengths_share_the_steps_before_their_decay(a: int, b: int) -> None:
+    """So that a fork of the longer one at the decay of the shorter one is the shorter run."""
+    shorter, longer = (
+        config_with(length, name="wsd", warmup_iters=10) for length in sorted((a, b))
+    )
+    length, whole = min(a, b), max(a, b)
+    begin = length - round(length * 0.2)
+    for step in range(1, begin + 1):
+        assert learning_rate(step, shorter, length) == learning_rate(step, longer, whole)
+    assert learning_rate(begin + 1, shorter, length) < PEAK

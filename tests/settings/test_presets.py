@@ -26,7 +26,7 @@ def test_a_preset_is_read_and_says_what_it_is(
     path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert len(CONFIGS) == 13
+    assert len(CONFIGS) == 14
     config = ask(str(path)).config
     trial = ask(f"{path} max_iters=50").config
     assert trial.training.max_iters == 50 and warmup_steps(trial) <= 1
@@ -59,6 +59,7 @@ COMMENTS = [  # preset, what its comment says, the values that it means
     ),
     ("tmrc-default", "one epoch or 100,000 steps", "epochs=1 max_iters=100000"),
     ("tmrc-default", "every 3,600 seconds", "save_every=3600.0"),
+    ("wsd-trunk", "after 500, 1,000 and 2,000 steps", "max_iters=2000 schedule.name=wsd"),
     *(
         (f"eval-gpt2{size}", "500 batches of 8 x 1,024 tokens", EVALUATION)
         for size in ("", "-medium", "-large", "-xl")
