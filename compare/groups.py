@@ -24,6 +24,7 @@ from settings.names import resolve
 from settings.values import RefusedError, to_text
 
 SEED = "training.seed"
+_SHOWN = 4  # experiments in a message
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,12 @@ def find_group(path: Path, over: Sequence[str]) -> Group:
     if beside:
         return next(each for each in groups if runs[own] in (*each.runs, *each.repeats))
     if len(groups) > 1:
-        named = "; ".join(
-            f"{label} ({group.runs[0].name})"
-            for label, group in zip(group_labels(groups), groups, strict=True)
-        )
+        shown = list(zip(group_labels(groups), groups, strict=True))[:_SHOWN]
+        named = "; ".join(f"{label} ({group.runs[0].name})" for label, group in shown)
+        more = f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
         raise ConfigError(
             f"{path} holds {len(groups)} experiments that differ in more than {list_of(over)}: "
-            f"{named}. Name a run of the one that is meant."
+            f"{named}{more}. Name a run of the one that is meant."
         )
     return groups[0]
 

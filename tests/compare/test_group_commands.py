@@ -188,6 +188,7 @@ def test_one_run_on_each_side_answers_for_other_text_and_says_what_to_train(
     text = output(capsys, "test", "a", "b")
     assert text.startswith("For other text, with these two runs: B is better than A.\n")
     assert "eval/val_loss at step 200\n" in text  # which both have
+    assert "B - A: -0.1000, 95 % interval" in text
     assert "Paired t-test over 8 batches of held-out text.\n" in text
     *_, why, first, second = text.splitlines()
     assert why == "It says nothing of other seeds. To ask that, train both again:"
@@ -232,7 +233,7 @@ def test_one_run_against_several_cannot_be_answered(capsys: Captured) -> None:
         ("a1 --goal loss<1 -p 2", "expected a number between 0 and 1, got '2'"),
         (
             "checkpoints b1",
-            "checkpoints holds 3 experiments that differ in more than training.seed",
+            "checkpoints holds 3 experiments that differ in more than training.seed: n_layer 6",
         ),
     ],
 )
