@@ -29,7 +29,7 @@ function buildPanels() {
     const unit = panel.unit ? make("span", {class: "unit"}, panel.unit) : null;
     const banded = panel.number === 0 && panel.metrics.some(metric => groups.some(group => group.curves[metric.key]?.spread));
     const forked = panel.number === 0 && groups.some(group => group.parent);
-    panel.explained = [banded && "line: mean; band: \u00b1 one standard deviation over the runs of a group", forked && "dotted: where a run was forked"];
+    panel.explained = [banded && "line: mean over the steps that all runs of a group have; band: \u00b1 one standard deviation", forked && "dotted: where a run was forked"];
     const key = panel.loss ? make("span", {class: "key"}, make("i", {class: "thin"}), "training", make("i", {class: "bold"}), "held-out") : null;
     byId("panels").append(make("figure", {class: panel.loss ? "panel main" : "panel"},
       make("figcaption", {}, make("h3", {}, panel.title), unit, key, panel.note), panel.plot));
@@ -69,9 +69,10 @@ function tracesOf(panel) {
     const behind = {...base, hoverinfo: "skip", opacity: 0.3, line: {...base.line, width: 1}};
     const mean = curve && points(group, curve, unit, panel.scale);
     // Runs of a group that have no step in common have no mean: then they are all there is to see.
-    const single = several && (view.single && metric.band || !mean || !mean.x.length) ? group.runs.flatMap(run => {
+    const meanless = several && !(mean && mean.x.length);
+    const single = meanless || (several && view.single && metric.band) ? group.runs.flatMap(run => {
       const own = runs[run].curves[metric.key];
-      return own ? [{...behind, ...points(runs[run], own, unit, panel.scale)}] : [];
+      return own ? [{...(meanless ? base : behind), ...points(runs[run], own, unit, panel.scale)}] : [];
     }) : [];
     if (!mean) return single;
     const {x, y} = mean, smooth = metric.smooth && view.smooth > 0;
