@@ -10,6 +10,7 @@
     python runs.py tree
     python runs.py batch 143022 1700 --worst 3
     python runs.py seen 143022 "to be or not to be"
+    python runs.py bisect 143022 150101
     python runs.py export checkpoints -o runs.parquet
 
 RUN is a run directory, a checkpoint in one, a folder of them, or enough of the name of one to tell
@@ -70,12 +71,6 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_comparisons(commands)
     _add_single_runs(commands)
-    add = _add_command(
-        commands, "bisect", show_bisect, "where two runs that should agree part, and why"
-    )
-    add("runs", nargs=2, metavar="RUN", help="exit code 1 if they part, 0 if they agree")
-    add("--steps", type=int, default=500, metavar="N", help="replayed at most; default: 500")
-    add("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(_joined(words))
     if arguments.command is None:
         parser.print_help()
@@ -140,6 +135,12 @@ def _add_single_runs(commands: Any) -> None:
     add("word", metavar="RUN")
     add("text", metavar="TEXT")
     add("--full", action="store_true", help="every time, not only the first ones")
+    add("--json", action="store_true", help="the same as JSON")
+    add = _add_command(
+        commands, "bisect", show_bisect, "where two runs that should agree part, and why"
+    )
+    add("runs", nargs=2, metavar="RUN", help="exit code 1 if they part, 0 if they agree")
+    add("--steps", type=int, default=500, metavar="N", help="replayed at most; default: 500")
     add("--json", action="store_true", help="the same as JSON")
     add = _add_command(
         commands, "export", show_export, "all records with their configs, as a table"
@@ -366,23 +367,6 @@ def show_seen(arguments: argparse.Namespace) -> None:
         print("\n".join(map(printable, found.lines(arguments.full))))
 
 
-def show_export(arguments: argparse.Namespace) -> None:
-    """Writes the records of runs as a table."""
-    from compare.export import export
-
-    runs = open_runs(arguments.runs)
-    rows = export(runs, arguments.output, arguments.metric)
-    if arguments.json:
-        paths = [str(run.path) for run in runs]
-        _print_json({"output": str(arguments.output), "rows": rows, "runs": paths})
-    else:
-        print(printable(f"Wrote {arguments.output}: {rows:,} rows of {len(runs)} runs"))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(finite(value), indent=2))
-
-
 def show_bisect(arguments: argparse.Namespace) -> None:
     """Prints where two runs part and why, or JSON; leaves with 1 if they do, as diff does."""
     from engine.replay.bisect import bisect
@@ -398,6 +382,23 @@ def show_bisect(arguments: argparse.Namespace) -> None:
         print(printable("\n".join([*found.evidence, found.conclusion])))
     if not found.agree:
         raise SystemExit(1)
+
+
+def show_export(arguments: argparse.Namespace) -> None:
+    """Writes the records of runs as a table."""
+    from compare.export import export
+
+    runs = open_runs(arguments.runs)
+    rows = export(runs, arguments.output, arguments.metric)
+    if arguments.json:
+        paths = [str(run.path) for run in runs]
+        _print_json({"output": str(arguments.output), "rows": rows, "runs": paths})
+    else:
+        print(printable(f"Wrote {arguments.output}: {rows:,} rows of {len(runs)} runs"))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(finite(value), indent=2))
 
 
 def main(words: Sequence[str]) -> int:

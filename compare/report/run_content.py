@@ -11,6 +11,10 @@ from compare.curves import AXES, Band, band, curve, described, metrics_of, place
 from compare.reading.json_values import as_count, as_dict, as_str, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
+from config import ConfigError
+from engine.run_directory.fork import PARENT
+from engine.run_directory.saved_config import config_of_step
+from settings.entries import flat_options
 
 _LOSSES = ("train/loss", "eval/val_loss")
 _FROM_ZERO = {"train/tokens_per_sec", "train/memory_bytes", "train/data_wait", "train/mfu"}
@@ -161,6 +165,17 @@ def _parent(parent: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _first_config(run: Run) -> Mapping[str, Any]:
+    """Returns the config of the run's first steps: a resume may have changed options."""
+    if not any(run.path.glob("config.before_*")):
+        return run.config
+    begin = as_count(as_dict(run.environment.get(PARENT)).get("step")) or 0
+    try:
+        return flat_options(config_of_step(run.path, begin + 1).to_dict())
+    except (OSError, ConfigError):  # of another version
+        return run.config
+
+
 def _reproduce(run: Run, name: str) -> dict[str, Any]:
     """Returns what `train.py --reproduce` reads from the page: exact values, not their texts."""
     environment = {key: value for key, value in run.environment.items() if key != "config"}
@@ -171,7 +186,7 @@ def _reproduce(run: Run, name: str) -> dict[str, Any]:
     ]
     return {
         "name": name,
-        "config": finite(dict(run.config)),
+        "config": finite(dict(_first_config(run))),
         "environment": finite(environment),
         "records": finite(compared),
     }

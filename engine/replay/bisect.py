@@ -30,6 +30,7 @@ from engine.replay.saved_weights import SavedWeights, compare_saved
 from engine.replay.session import compare_facts, session_facts, threads_of
 from engine.replay.start import config_in_one_process, parent_step
 from engine.run_directory.experiment import is_text_path
+from engine.run_directory.fork import OPTION as FORK_FROM
 from engine.run_directory.manifest import data_path
 from engine.setup.check_resume import state_difference
 from engine.signals import StopRequest
@@ -190,7 +191,9 @@ class _Search:
         self.lines.append(f"Replayed here from step {begin}, they part at {found.parting}")
         what = self._first_row(step) if other_rows else self._first_tensor(first, second, step)
         self.lines.append(what)
-        differences = {key: row[1] for key, row in options.items() if MISSING not in row}
+        # Where a fork began decides nothing: both begin with the same state.
+        differences = {k: row[1] for k, row in options.items() if MISSING not in row}
+        differences.pop(FORK_FROM, None)
         if first.threads != second.threads and second.threads is not None:
             differences[THREADS] = second.threads
         for key, value in list(differences.items())[:MOST_TRIALS]:

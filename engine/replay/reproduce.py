@@ -63,7 +63,7 @@ def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
         console.info(*map(str, facts), *lines)
         again = stack.enter_context(open_replay(config, original.checkpoint, world, stop, loop))
         data = Fact("data", original.fingerprint, again.fingerprint)
-        console.info(str(data), console.RULE)
+        console.info(str(data))
         stop.training_started = True
         with again.trainer.reporter.live:
             done = again.advance_to(end)

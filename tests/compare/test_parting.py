@@ -145,6 +145,17 @@ def test_a_page_a_run_its_config_and_its_checkpoint_name_the_same_run() -> None:
     assert (later.step, later.checkpoint) == (120, Path("checkpoints/run_b/checkpoint_120.pt"))
 
 
+def test_a_page_has_the_config_of_the_first_steps() -> None:
+    """The run was resumed with another learning rate, which its directory keeps apart."""
+    folder = make_run("run_a", "learning_rate=1e-3")
+    first = (
+        (folder / "config.yaml").read_text().replace("learning_rate: 1e-3", "learning_rate: 2.0")
+    )
+    (folder / "config.before_50.yaml").write_text(first)
+    Path("report.html").write_text(page([read_run(folder)]))
+    assert find_original("report.html").config.training.learning_rate == 2.0
+
+
 def test_what_is_no_run_is_refused_in_one_sentence() -> None:
     report = report_of("run_a", "run_b")
     Path("broken.html").write_text('<script id="data">{"runs": [{"reproduce": {"name"')
