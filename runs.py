@@ -343,8 +343,10 @@ def show_batch(arguments: argparse.Namespace) -> None:
     run = open_one(arguments.word)
     if not 1 <= arguments.step <= run.step:
         raise ConfigError(f"{run.name} has steps 1 to {run.step}, not {arguments.step}.")
-    if arguments.no_loss and arguments.worst:
+    if arguments.no_loss and arguments.worst is not None:
         raise ConfigError("--worst orders sequences by their loss, and --no-loss leaves it out.")
+    if arguments.worst is not None and arguments.worst < 1:
+        raise ConfigError(f"--worst {arguments.worst}: give the number of sequences to show.")
     report = batch_of(run.path, arguments.step, run.records)
     if not arguments.no_loss:
         report = report.with_losses(replayed_losses(report, run.path, train))

@@ -154,7 +154,7 @@ def batch_of(run: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Batc
 def _verdict(since: TrainState, end: int, logged: Mapping[int, str | None]) -> str:
     told, own = logged.get(end), since.batch_hash
     if not told or own is None:
-        why = "there is none of it" if end not in logged else "its record has no hash of batches"
+        why = "no hash of batches in the next one" if end in logged else "none follows this step"
         return f"Not compared with the run's records: {why}."
     if told == f"{own:016x}":
         return f"It is what the run trained on: the batches up to record {end} have its hash."

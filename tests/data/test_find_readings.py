@@ -21,7 +21,7 @@ from tests.data.parquet_folder import opened, small_bpe, write
 from tests.data.test_mixture import WEIGHTS, mixed
 from tests.data.token_files import ids, put
 
-STEPS = 40  # several epochs
+STEPS = 24  # several epochs
 WORDS = [" ".join(TEXT.split()[n % 11 : n % 11 + 4]) for n in range(60)]
 
 
@@ -82,11 +82,11 @@ def assert_once_per_epoch(found: list[Reading]) -> None:
 
 def test_documents_are_found_in_every_epoch(parquet_corpus: Path) -> None:
     dataset = opened(parquet_corpus)
-    assert check(dataset, ["<37>", "<0>", "<119>", "<5>xxxxx"]) > 20
+    assert check(dataset, ["<37>", "<0>", "<119>", "<5>xxxxx"]) > 8
 
 
 def test_texts_of_a_mixture_are_found_in_all_its_sources(mixture: data.Dataset) -> None:
-    assert check(mixture, ["<37>", "[42]", "ABCDEFG", "no such text"]) > 20
+    assert check(mixture, ["<37>", "[42]", "ABCDEFG", "no such text"]) > 8
 
 
 def test_other_tokens_are_found_where_the_plan_has_estimates(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import runs
 import train
 from config import DataError
 from engine.hardware.distributed import World
+from engine.replay.batch import batch_of
 from engine.replay.replay import Replay, open_replay
 from engine.replay.start import find_start
 from engine.signals import StopRequest
@@ -108,7 +110,11 @@ def test_a_batch_shows_its_documents_the_losses_of_the_step_and_that_it_is_the_r
     assert told("batch", str(run), "12", "--no-loss")["sequences"][0]["loss"] is None
     worst = told("batch", str(run), "7", "--worst", "2")["sequences"]
     assert worst == sorted(batch["sequences"], key=lambda each: -each["loss"])[:2]
-    assert run_main(lambda: runs.main(["batch", str(run), "13"])).returncode == 2
+    other = {**logged(run)[8], "train/batch_hash": "0" * 16}
+    assert "NOT what the run trained on" in batch_of(run, 7, [other]).verdict
+    assert "no hash" in batch_of(run, 7, [{"step": 8, "train/loss": 1.0}]).verdict
+    for wrong in (["13"], ["7", "--worst", "0"], ["7", "--worst", "1", "--no-loss"]):
+        assert run_main(partial(runs.main, ["batch", str(run), *wrong])).returncode == 2
     assert files(tmp_path) == before
 
 
