@@ -123,7 +123,7 @@ def test_metrics_have_the_names_of_the_contract(finished: tuple[Tiny, str]) -> N
     records = [json.loads(line) for line in lines]
     common = {"step", "time", "tokens", "crc"}
     training = {"loss", "learning_rate", "grad_norm", "tokens_per_sec", "iter_time_ms"}
-    training |= {"mfu", "memory_bytes", "data_wait"}
+    training |= {"mfu", "memory_bytes", "data_wait", "batch_hash", "weights_hash", "first_losses"}
     evaluation = {"train_loss", "val_loss", "bits_per_byte", "active_s", "active_z", "seconds"}
     evaluation |= {"best_loss", "best_step", "val_losses", "rows"}
     kinds = {frozenset(record) for record in records}

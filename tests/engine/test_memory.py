@@ -399,7 +399,6 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_allocated(
 ON_TWO_PROCESSES: list[tuple[Any, dict[str, Any]]] = [
     ("fsdp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}}),
     ("ddp", {"model": GPT, "training": {"gradient_accumulation_steps": 2}} | FLOAT32),
-    ("fsdp", {"model": LLAMA, "training": {"recompute": "layer"}} | FLOAT32),
     ("fsdp", {"model": LLAMA, "optimizer": {"name": "muon"}} | FLOAT32),
     ("fsdp", {"model": {"n_embd": 128}, "training": {"recompute": "layer"}} | FLOAT32),
 ]

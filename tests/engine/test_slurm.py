@@ -100,6 +100,8 @@ SRUN = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {os.fspath(ROOT)!r})
 import train
+from data.loading import load_plan
+load_plan.CHUNK_BYTES = 1 << 13  # see tests/conftest.py
 from engine.run_directory.directory import RunDirectory
 close = RunDirectory.close
 RunDirectory.close = lambda self: (time.sleep(0.5), close(self))  # a slow disk
@@ -153,7 +155,7 @@ def test_a_job_saves_is_requeued_and_goes_on_with_its_run(
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     own, other = tmp_path / "runs", tmp_path / "other"
-    words = [*tiny, "max_iters=30", "log_freq=1", "dropout=0.1", "test_freq=null"]
+    words = [*tiny, "max_iters=15", "log_freq=1", "dropout=0.1", "test_freq=null"]
     words += ["distributed.strategy=fsdp", "training.recompute=layer"]
     script = [sys.executable, os.fspath(ROOT / "train.py"), *words, f"checkpoint_dir={own}"]
     slurm = ["--slurm", "nodes=2", "gpus=0", "time=1:03", "--submit"]
@@ -180,4 +182,4 @@ def test_a_job_saves_is_requeued_and_goes_on_with_its_run(
     assert f"{run} is the run of this SLURM job (4242): continuing it" in output
     jobs = [session["slurm_job"] for session in sessions_of(read_environment(run))]
     assert jobs == ["4242", "4242"]
-    assert_same_run(run, newer, 30)
+    assert_same_run(run, newer, 15)
