@@ -17,7 +17,10 @@ import export
 import prepare
 import runs
 import sample
+import sweep
 from config import Config, command_line
+from sweeps.cells import make_cells
+from sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +71,7 @@ def check_python(arguments: list[str]) -> None:
         "prepare.py": check_prepare,
         "export.py": export.read_arguments,
         "runs.py": runs.read_arguments,
+        "sweep.py": check_sweep,
         "-m": check_module,
     }
     assert arguments[0] in scripts, f"python {arguments[0]}: this test does not know it"
@@ -76,6 +80,10 @@ def check_python(arguments: list[str]) -> None:
 
 def check_prepare(arguments: list[str]) -> None:
     assert prepare.main(arguments) == 0
+
+
+def check_sweep(arguments: list[str]) -> None:
+    assert make_cells(read_sweep(sweep.read_arguments(arguments).file))
 
 
 def check_torchrun(arguments: list[str]) -> None:
@@ -142,7 +150,8 @@ def test_targets_of_make_that_the_text_names_exist() -> None:
 
 
 def test_options_shown_as_yaml_are_read(tmp_path: Path) -> None:
-    for number, block in enumerate(blocks("yaml")):
+    configs = [block for block in blocks("yaml") if "\nbase:" not in block]  # no sweeps
+    for number, block in enumerate(configs):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
         assert Config.from_yaml(path) != Config()
