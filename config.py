@@ -662,13 +662,17 @@ def _build(merged: Merged) -> Config:
     sections = _sections(merged)
     broken = check_rules(kept, sections, merged.origins, merged.refused)
     raise_problems([*merged.problems, *broken])
-    return Config(**vars(sections))
+    # All of it has been checked: `Config(...)` would do that again, for a thousand cells of a sweep
+    # in a second.
+    config = object.__new__(Config)
+    vars(config).update(vars(sections))
+    return config
 
 
 def _sections(merged: Merged) -> SimpleNamespace:
     """Returns the sections side by side, not yet checked with each other."""
-    sections = {name: made(**merged.section(name)) for name, made in SECTIONS.items()}
-    return _with_derived(sections)
+    given = merged.by_section()
+    return _with_derived({name: made(**given.get(name, {})) for name, made in SECTIONS.items()})
 
 
 def _with_derived(sections: Mapping[str, Any]) -> SimpleNamespace:

@@ -19,23 +19,26 @@ import argparse
 import os
 import shlex
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare.groups import Spread, group_runs
-from compare.reading.run import Run
+from compare.groups import Spread
 from compare.report.page import write_report
 from compare.table import aligned
-from config import STOP_EXIT_CODES, UserError
+from config import UserError
+from engine.signals import StopRequest
 from settings.cli import exit_on_signals, number_type, run_command
 from settings.formatting import format_plural
 from settings.terminal import printable
 from sweeps.cells import Cell, make_cells
 from sweeps.display import Display
 from sweeps.processes import LOGS, Start, shares, start_process, visible_gpus
-from sweeps.scheduler import Scheduler, StopSignals
-from sweeps.state import RunIndex, State
-from sweeps.sweep_file import SEED, Sweep, read_sweep
+from sweeps.scheduler import Scheduler
+from sweeps.state import OPEN, RunIndex, State
+from sweeps.sweep_file import read_sweep
+
+_MOST_ROWS = 20  # of the results
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -58,16 +61,26 @@ def sweep(path: Path, jobs: int | None, start: Start = start_process) -> int:
     """Runs a sweep to its end; returns the exit code. start: starts a process of train.py."""
     file = read_sweep(path)
     cells = make_cells(file)
+    index = RunIndex(folder_of(cells), cells, file.stop is not None)
     slots = places(cells, jobs)
-    with Display() as display, StopSignals() as stop:
-        scheduler = Scheduler(cells, file.stop, slots, display, start)
-        display.say(plan_line(scheduler, file, len(slots)))
+    print(printable(plan_line(cells, index, path, len(slots))), flush=True)
+    display = Display()
+    scheduler = Scheduler(cells, index, file.stop, slots, display, start)
+    with StopRequest("stopping all runs", "the runs still save and end") as stop:
+        stop.training_started = True  # a signal is noted, and nothing ends at once
         scheduler.run(stop)
-    if stop.signal is not None:
+    display.clear()
+    if stop:
         command = shlex.join(["python", os.path.relpath(sys.argv[0]), str(path)])
-        print(printable(f"Stopped by {stop.signal.name}. To go on: {command}"))
-        return STOP_EXIT_CODES[stop.signal]
-    return tell_results(scheduler, path)
+        command += "" if jobs is None else f" --jobs {jobs}"
+        print(printable(f"Stopped by {stop.name}. To go on: {command}"))
+        return stop.exit_code
+    for line in result_lines(cells, index):
+        print(printable(line))
+    report(cells, index, path, bool(scheduler.started))
+    if scheduler.failed:
+        print(f"Failed: {format_plural(len(scheduler.failed), 'cell')}; run the command again")
+    return 1 if scheduler.failed else 0
 
 
 def places(cells: Sequence[Cell], jobs: int | None) -> list[dict[str, str]]:
@@ -81,60 +94,60 @@ def folder_of(cells: Sequence[Cell]) -> Path:
     return Path(cells[0].config.training.checkpoint_dir)
 
 
-def plan_line(scheduler: Scheduler, file: Sweep, jobs: int) -> str:
+def plan_line(cells: Sequence[Cell], index: RunIndex, path: Path, jobs: int) -> str:
     """Returns how many cells there are and what is left to do."""
-    cells = scheduler.cells
-    states = [scheduler.state_of(cell) for cell in cells]
-    done = sum(map(scheduler.is_settled, cells))
-    parts = [f"{done} done", f"{states.count(State.INTERRUPTED)} to go on with"]
-    parts += [f"{states.count(State.MISSING)} to start"]
-    if count := states.count(State.RUNNING):
-        parts.append(f"{count} running elsewhere")
-    folder = folder_of(cells)
-    what = format_plural(len(cells), "cell")
-    if done == len(cells):
-        return printable(f"{file.path}: all {what} in {folder} are done: nothing to do")
-    return printable(f"{file.path}: {what} in {folder}: {', '.join(parts)}; {jobs} at once")
+    counts = Counter(map(index.state_of, cells))
+    what = f"{path}: {format_plural(len(cells), 'cell')} in {folder_of(cells)}"
+    done = ", ".join(f"{n} {state.value}" for state, n in counts.items() if state not in OPEN)
+    if not any(counts[state] for state in OPEN):
+        return f"{what}: {done}; nothing to do"
+    todo = f"{counts[State.INTERRUPTED]} to go on with, {counts[State.WAITING]} to start"
+    elsewhere = counts[State.RUNNING]
+    parts = [
+        done or "none finished",
+        todo,
+        *([f"{elsewhere} running elsewhere"] if elsewhere else []),
+    ]
+    return f"{what}: {', '.join(parts)}; {jobs} at once"
 
 
-def tell_results(scheduler: Scheduler, path: Path) -> int:
-    """Prints the results by setting and writes the report; returns the exit code."""
-    cells, index = scheduler.cells, scheduler.index
-    runs = {cell.number: index.state_of(cell)[1] for cell in cells}
-    found = [run for run in runs.values() if run is not None]
-    names = {run.path: cell.group_name for cell in cells if (run := runs[cell.number])}
-    for line in result_lines(found, names):
-        print(line)
-    page = folder_of(cells) / LOGS / f"{path.stem}.html"
-    if found and (scheduler.started or not page.exists()):
-        try:
-            page.parent.mkdir(exist_ok=True)
-            write_report(found, page)
-        except (UserError, OSError) as error:  # the runs are there all the same
-            print(error, file=sys.stderr)
-    if page.exists():
-        print(printable(f"Report: {page}"))
-    if scheduler.failed:
-        print(f"Failed: {format_plural(len(scheduler.failed), 'cell')}; run the command again")
-    return 1 if scheduler.failed else 0
-
-
-def result_lines(runs: Sequence[Run], names: dict[Path, str]) -> list[str]:
+def result_lines(cells: Sequence[Cell], index: RunIndex) -> list[str]:
     """Returns a table of the best held-out loss of each setting, over its seeds, best first."""
+    groups = defaultdict[str, list[Cell]](list)
+    for cell in cells:
+        groups[cell.group_name].append(cell)
     rows = list[tuple[float, list[str]]]()
-    for group in group_runs(runs, [SEED]):
-        losses = [run.best_loss for run in group.runs if run.best_loss is not None]
-        states = sorted({run.state for run in group.runs} - {"done"})
-        spread = Spread.of(losses)
+    for name, own in groups.items():
+        runs = [run for cell in own if (run := index.run_of(cell)) is not None]
+        spread = Spread.of([run.best_loss for run in runs if run.best_loss is not None])
         if spread is not None:
-            mean, deviation = f"{spread.mean:.4f}", f"{spread.deviation:.4f}"
-            deviation = "" if spread.count == 1 else deviation
-            row = [names[group.runs[0].path], str(spread.count), mean, deviation, ", ".join(states)]
+            states = {index.state_of(cell) for cell in own} - {State.FINISHED}
+            deviation = "" if spread.count == 1 else f"{spread.deviation:.4f}"
+            unfinished = ", ".join(sorted(state.value for state in states))
+            row = [name, str(spread.count), f"{spread.mean:.4f}", deviation, unfinished]
             rows.append((spread.mean, row))
+    if not rows:
+        return []
     rows.sort(key=lambda row: row[0])
     heading = ["settings", "n", "best loss", "sd", ""]
-    lines = aligned([heading, *(row for _, row in rows)], [True, False, False, False, True])
-    return lines if rows else []
+    shown = [heading, *(row for _, row in rows[:_MOST_ROWS])]
+    more = [f"... and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
+    return aligned(shown, [True, False, False, False, True]) + more
+
+
+def report(cells: Sequence[Cell], index: RunIndex, path: Path, changed: bool) -> None:
+    """Writes the report on the runs if they changed or there is none, and says where it is."""
+    runs = [run for cell in cells if (run := index.run_of(cell)) is not None]
+    page = folder_of(cells) / LOGS / f"{path.stem}.html"
+    if runs and (changed or not page.exists()):
+        try:
+            page.parent.mkdir(exist_ok=True)
+            write_report(runs, page)
+        except (UserError, OSError) as error:  # the runs are there all the same
+            print(printable(str(error)), file=sys.stderr)
+            return
+    if page.exists():
+        print(printable(f"Report: {page}"))
 
 
 def dry_run(path: Path, jobs: int | None) -> int:
@@ -143,11 +156,9 @@ def dry_run(path: Path, jobs: int | None) -> int:
 
     file = read_sweep(path)
     cells = make_cells(file)
-    index = RunIndex(folder_of(cells), cells)
-    index.refresh()
-    states = [index.state_of(cell)[0].value for cell in cells]
-    for line in cost_lines(cells, states, len(places(cells, jobs))):
-        print(line, flush=True)
+    index = RunIndex(folder_of(cells), cells, file.stop is not None)
+    for line in cost_lines(cells, [*map(index.state_of, cells)], len(places(cells, jobs))):
+        print(printable(line), flush=True)
     return 0
 
 

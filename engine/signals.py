@@ -18,9 +18,15 @@ class StopRequest:
 
     From `training_started` on a signal only sets the flag; before, it raises SystemExit with its
     exit code. Signals that the process was started to ignore (nohup) stay ignored.
+
+    Args:
+        note: what is said of a signal, and second: of the second Ctrl-C.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, note: str = "finishing the step and saving", second: str = "stopped without saving"
+    ) -> None:
+        self._note, self._second = note, second
         self.signal: signal.Signals | None = None
         self.training_started = False
         self.quiet = False  # ranks other than 0 print nothing
@@ -70,9 +76,9 @@ class StopRequest:
             raise SystemExit(STOP_EXIT_CODES[signal.Signals(number)])
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
-            self._print("\nSecond Ctrl-C: stopped without saving.\n")
+            self._print(f"\nSecond Ctrl-C: {self._second}.\n")
             os._exit(STOP_EXIT_CODES[signal.SIGINT])
         self.signal = signal.Signals(number)
-        note = f"\n{self.signal.name}: finishing the step and saving"
+        note = f"\n{self.signal.name}: {self._note}"
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         self._print(f"{note}{again}.\n")

@@ -6,6 +6,7 @@ collected with its place, so that one run reports all of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -113,10 +114,13 @@ class Merged:
         if text not in self.notes:
             self.notes.append(text)
 
-    def section(self, name: str) -> dict[str, Any]:
-        """Returns the values given for one section, by the options' bare names."""
-        keys = [key for key in self.given if key.startswith(f"{name}.")]
-        return {key.split(".")[1]: self.given[key].value for key in keys}
+    def by_section(self) -> dict[str, dict[str, Any]]:
+        """Returns the values given for each section, by the options' bare names."""
+        found = defaultdict[str, dict[str, Any]](dict)
+        for key, given in self.given.items():
+            section, _, name = key.partition(".")
+            found[section][name] = given.value
+        return found
 
 
 def merge(layers: Sequence[Layer]) -> Merged:

@@ -122,6 +122,7 @@ UNSUPPORTED: dict[str, tuple[str, ...]] = {
 }
 
 TARGETS: dict[str, str] = {alias: key for key, names in ALIASES.items() for alias in names}
+_ALIAS_SECTIONS = {alias.partition(".")[0] for alias in TARGETS if "." in alias}
 
 # options of TMRC that `settings.foreign.tmrc` turns into options of ours
 EXTRA_OPTIONS: dict[str, Option] = {
@@ -165,9 +166,8 @@ def resolve(schema: Schema, written: str) -> Target:
 def is_section(schema: Schema, name: str) -> bool:
     """Returns whether a mapping may stand under this top-level name."""
     name = SECTION_ALIASES.get(name, name)
-    homes = {key.split(".")[0] for key in (*schema.extra, *UNSUPPORTED)}
-    aliases = any(alias.startswith(f"{name}.") for alias in TARGETS)
-    return name in schema.sections or name in homes or aliases
+    homes = (key.split(".")[0] for key in (*schema.extra, *UNSUPPORTED))
+    return name in schema.sections or name in _ALIAS_SECTIONS or name in homes
 
 
 def refuse_unknown_section(schema: Schema, name: str) -> None:

@@ -220,8 +220,8 @@ def schema_of(sections: Mapping[str, Any], extra: Mapping[str, Option]) -> Schem
 
 
 def default_of(section: Any, name: str) -> Any:
-    """Returns the default of an option of a section's dataclass."""
-    return next(item.default for item in fields(section) if item.name == name)
+    """Returns the default of an option of a section."""
+    return getattr(type(section), name)  # where a dataclass keeps them
 
 
 def entry_values(entry: Any) -> dict[str, Any]:

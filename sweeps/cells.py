@@ -52,38 +52,33 @@ def make_cells(sweep: Sweep) -> list[Cell]:
 
     Raises ConfigError with what is wrong in any of them.
     """
-    seeds = _seed_entries(sweep)
-    variants = [(*sweep.fixed, *setting, *seed) for seed in seeds for setting in sweep.settings]
-    configs = list[Config]()
-    wrong = dict[str, list[str]]()
-    names = _names([variant[len(sweep.fixed) :] for variant in variants])
-    for name, found in zip(names, read_variants(sweep.base, variants), strict=True):
-        configs += [found] if isinstance(found, Config) else []
-        error = _unfit(found) if isinstance(found, Config) else found
-        if error is not None:
-            wrong.setdefault(str(error), []).append(name)
+    seeds = [[Entry(SEED, Scalar(str(seed)), sweep.seeds_at)] for seed in _seeds(sweep)] or [[]]
+    varied = [(*setting, *seed) for seed in seeds for setting in sweep.settings]
+    names, variants = _names(varied), [(*sweep.fixed, *own) for own in varied]
+    cells, wrong = dict[str, Cell](), dict[str, list[str]]()
+    read = read_variants(sweep.base, variants)
+    for name, entries, config in zip(names, variants, read, strict=True):
+        problem = str(config) if isinstance(config, ConfigError) else _unfit(config)
+        if isinstance(config, ConfigError) or problem:
+            wrong.setdefault(problem, []).append(name)
+        else:
+            cell = _cell(len(cells) + 1, name, sweep.base, entries, config)
+            cells.setdefault(cell.id, cell)
     if wrong:
         raise ConfigError(_errors(wrong, len(variants)))
-    cells = dict[str, Cell]()
-    for name, variant, config in zip(names, variants, configs, strict=True):
-        cell = _cell(len(cells) + 1, name, sweep.base, variant, config)
-        cells.setdefault(cell.id, cell)
     return list(cells.values())
 
 
-def _seed_entries(sweep: Sweep) -> list[tuple[Entry, ...]]:
-    if sweep.seeds is None:
-        return [()]
-    seeds = sweep.seeds
-    if isinstance(seeds, int):
-        (base,) = read_variants(sweep.base, [sweep.fixed])
-        first = base.training.seed if isinstance(base, Config) else 0  # told with the cells
-        seeds = tuple(range(first, first + seeds))
-    return [(Entry(SEED, Scalar(str(seed)), sweep.seeds_at),) for seed in seeds]
+def _seeds(sweep: Sweep) -> Sequence[int]:
+    if not isinstance(sweep.seeds, int):
+        return sweep.seeds
+    (base,) = read_variants(sweep.base, [sweep.fixed])
+    first = base.training.seed if isinstance(base, Config) else 0  # told with the cells
+    return range(first, first + sweep.seeds)
 
 
-def _unfit(config: Config) -> ConfigError | None:
-    """Returns why a config cannot be a cell: its state is read from its run directory."""
+def _unfit(config: Config) -> str:
+    """Returns why a config cannot be a cell, whose state is read from its run directory; or ''."""
     unfit = {
         "training.save_model": not config.training.save_model,
         "training.eval_only": config.training.eval_only,
@@ -91,18 +86,15 @@ def _unfit(config: Config) -> ConfigError | None:
         "training.init_from": config.training.init_from == "resume",
     }
     named = [setting(config, key) for key, holds in unfit.items() if holds]
-    if not named:
-        return None
-    return ConfigError(f"{named[0]}: a run of a sweep trains, saves, and begins by itself.")
+    return f"{named[0]}: a run of a sweep trains, saves, and begins by itself." if named else ""
 
 
-def _errors(wrong: dict[str, list[str]], count: int) -> str:
+def _errors(wrong: Mapping[str, Sequence[str]], count: int) -> str:
     """Returns each message once, with the cells that it is about unless those are all."""
     lines = []
     for text, names in list(wrong.items())[:_MAX_ERRORS]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines += [] if len(names) == count else [f"Cell {names[0]}{more}:"]
-        lines.append(text)
+        lines += [text] if len(names) == count else [f"Cell {names[0]}{more}:", text]
     rest = len(wrong) - _MAX_ERRORS
     return "\n".join(lines + ([f"... and {rest} other messages"] if rest > 0 else []))
 
@@ -111,7 +103,7 @@ def _cell(
     number: int, name: str, base: Sequence[str], entries: Sequence[Entry], config: Config
 ) -> Cell:
     flat = flat_options(config.to_dict())
-    left_open = open_options(flat)
+    left_open = open_options(flat, [key for e in entries for key in resolve(schema(), e.key).keys])
     files = [word for file in base for word in ("--config", file)]
     return Cell(
         number=number,
@@ -134,10 +126,10 @@ def _assignment(entry: Entry) -> str:
 
 def _names(variants: Sequence[Sequence[Entry]]) -> list[str]:
     """Returns for each variant the values of the options in which the variants differ."""
-    rows = [{_short(entry.key): _text(entry.value) for entry in each} for each in variants]
-    keys = {key: None for row in rows for key in row}
-    varying = [key for key in keys if len({row.get(key) for row in rows}) > 1]
-    return [" ".join(f"{key}={row[key]}" for key in varying if key in row) for row in rows]
+    short = {key: _short(key) for key in {entry.key for each in variants for entry in each}}
+    rows = [{short[entry.key]: _text(entry.value) for entry in each} for each in variants]
+    varying = [key for key in rows[0] if len({row[key] for row in rows}) > 1] if rows else []
+    return [" ".join(f"{key}={row[key]}" for key in varying) for row in rows]
 
 
 def _short(key: str) -> str:

@@ -14,12 +14,12 @@ from engine.hardware.distributed import enter_world
 from engine.monitor import console
 from engine.planning.memory import MemoryBudget
 from engine.setup.run_plan import plan_run, time_parts
-from settings.entries import flat_options
 from settings.formatting import format_bytes, format_duration, format_plural
 from sweeps.cells import Cell
+from sweeps.state import State
 
 _FREE = ("training.learning_rate", "training.weight_decay", "training.seed", "training.debug")
-_FREE_SECTIONS = ("schedule", "optimizer")
+_FREE_SECTIONS = ("schedule.", "optimizer.")
 MEASURING_S = 12.0
 """Of all shapes together, each at least `_LEAST_S`."""
 _LEAST_S, _MOST_S = 0.2, 4.0
@@ -29,7 +29,7 @@ Cost = tuple[int, float | None]
 
 
 def cost_lines(
-    cells: Sequence[Cell], states: Sequence[str], jobs: int, measuring_s: float = MEASURING_S
+    cells: Sequence[Cell], states: Sequence[State], jobs: int, measuring_s: float = MEASURING_S
 ) -> Iterator[str]:
     """Yields a table of the cells with their costs, and the sums over those that are not done.
 
@@ -38,20 +38,16 @@ def cost_lines(
     shapes = [_shape(cell) for cell in cells]
     budget_s = min(_MOST_S, max(_LEAST_S, measuring_s / len(set(shapes))))
     known = dict[str, Cost]()
-    for cell, shape in zip(cells, shapes, strict=True):
+    left = list[Cost]()
+    rows = [["cell", "settings", "state", "time", "memory"]]
+    for cell, shape, state in zip(cells, shapes, states, strict=True):
         if shape not in known:
             known[shape] = _cost(cell, budget_s)
-    costs = [known[shape] for shape in shapes]
-    rows = [["cell", "settings", "state", "time", "memory"]]
-    for cell, state, (memory, seconds) in zip(cells, states, costs, strict=True):
+        memory, seconds = known[shape]
         time = "unknown" if seconds is None else format_duration(seconds)
-        rows.append([str(cell.number), cell.name, state, time, format_bytes(memory)])
+        rows.append([str(cell.number), cell.name, state.value, time, format_bytes(memory)])
+        left += [known[shape]] if state in (State.WAITING, State.INTERRUPTED) else []
     yield from aligned(rows, [False, True, True, False, False])
-    left = [
-        cost
-        for cost, state in zip(costs, states, strict=True)
-        if state in ("waiting", "interrupted")
-    ]
     if not left:
         yield "Nothing is left to do."
         return
@@ -66,12 +62,8 @@ def cost_lines(
 
 def _shape(cell: Cell) -> str:
     """Returns text that is equal for cells of equal costs."""
-    flat = flat_options(cell.config.to_dict())
-    name = cell.config.optimizer.name
-    kept = {
-        k: v for k, v in flat.items() if k not in _FREE and k.split(".")[0] not in _FREE_SECTIONS
-    }
-    return f"{name} {kept}"
+    kept = {k: v for k, v in cell.options.items() if not k.startswith(_FREE_SECTIONS)}
+    return f"{cell.config.optimizer.name} { {k: v for k, v in kept.items() if k not in _FREE} }"
 
 
 def _cost(cell: Cell, budget_s: float) -> Cost:

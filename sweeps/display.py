@@ -2,86 +2,60 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+
+from compare.table import aligned
+from settings.terminal import printable
 
 _REFRESH_S = 0.5
-_MOST_ROWS = 20  # of the table; cells that run come first
-_ORDER = ("running", "stopping", "failed", "finished", "stopped early", "not finite")
-
-
-class Row(NamedTuple):
-    """A cell of the sweep in the table."""
-
-    number: int
-    name: str
-    state: str
-    step: str
-    loss: str
-    left: str
+_MOST_ROWS = 20
+HEADINGS = ("cell", "state", "step", "loss", "left", "settings")
+_FIRST = ("running", "stopping", "failed", "finished", "stopped early", "not finite")
 
 
 class Display:
-    """Prints lines; a context in which a terminal also shows a table that is drawn again."""
+    """Prints lines and, below them on a terminal, a table that is drawn again."""
 
     def __init__(self) -> None:
-        self._live: Any = None
+        self._is_live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._drawn = 0  # lines of the table on the screen
         self._next = 0.0
-
-    def __enter__(self) -> Display:
-        if sys.stdout.isatty():
-            self._live = _live()
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def say(self, line: str) -> None:
         """Prints a line, above the table if there is one."""
-        if self._live is None:
-            print(line, flush=True)
-        else:
-            self._live.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._draw([printable(line)], 0)
 
-    def show(self, rows: Callable[[], Sequence[Row]]) -> None:
-        """Draws the table again, if it is time for that."""
-        if self._live is not None and time.monotonic() >= self._next:
+    def show(self, rows: Callable[[], Sequence[Sequence[str]]]) -> None:
+        """Draws the table again, if it is time for that; rows: as `HEADINGS`."""
+        if self._is_live and time.monotonic() >= self._next:
             self._next = time.monotonic() + _REFRESH_S
-            self._live.update(_table(rows()), refresh=True)
+            lines = _table(rows())
+            self._draw(lines, len(lines))
+
+    def clear(self) -> None:
+        """Removes the table."""
+        self._draw([], 0)
+
+    def _draw(self, lines: Sequence[str], drawn: int) -> None:
+        """Prints lines in place of the table. drawn: how many of them are the new table."""
+        # Up to the table's first line, and erase from there on.
+        erase = f"\x1b[{self._drawn}A\x1b[J" if self._drawn else ""
+        print(erase + "".join(f"{line}\n" for line in lines), end="", flush=True)
+        self._drawn = drawn
 
 
-def _live() -> Any:
-    """Returns rich's live display; None if the terminal cannot redraw or rich is missing."""
-    try:
-        from rich.console import Console
-        from rich.live import Live
-    except ImportError:
-        return None
-    terminal = Console()
-    if not terminal.is_terminal or terminal.is_dumb_terminal:
-        return None
-    # Without a thread of its own: runs are started by fork, which threads make unsafe.
-    return Live(console=terminal, auto_refresh=False, transient=True)
-
-
-def _table(rows: Sequence[Row]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    counts = Counter(row.state for row in rows)
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines that fit on the screen: a longer one would wrap, and not be erased whole."""
+    width, height = shutil.get_terminal_size()
+    counts = Counter(row[1] for row in rows)
+    order = {state: place for place, state in enumerate(_FIRST)}
+    most = max(1, min(_MOST_ROWS, height - 3))
+    shown = sorted(rows, key=lambda row: order.get(row[1], len(order)))[:most]
+    lines = aligned([HEADINGS, *shown], [False, True, False, False, False, True])
     title = ", ".join(f"{count} {state}" for state, count in counts.items())
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("cell", "settings", "state", "step", "loss", "left"):
-        table.add_column(heading, justify="left" if heading in ("settings", "state") else "right")
-    order = {state: place for place, state in enumerate(_ORDER)}
-    shown = sorted(rows, key=lambda row: order.get(row.state, len(order)))[:_MOST_ROWS]
-    for row in shown:
-        table.add_row(*(Text(str(value)) for value in row))
-    return table
+    return [printable(line)[: width - 1] for line in (title, *lines)]

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -29,19 +28,9 @@ from sweeps.cells import Cell
 LOGS = "sweeps"
 """Folder in checkpoint_dir with the logs of all cells and the reports."""
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+_HEAD = "---- "  # begins the line above the output of each run in the log of a cell
 _TAIL_BYTES = 1 << 14
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_LOG_LINE = re.compile(r"Iter +(\d+) \| Loss: +(\S+) .*\| ETA: +(\S+)")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the last log line of a run said."""
-
-    step: int
-    loss: str
-    left: str
-    """Time left: `4m03s`."""
 
 
 class Process(Protocol):
@@ -53,31 +42,26 @@ class Process(Protocol):
     def poll(self) -> int | None: ...
 
 
+Start = Callable[[Sequence[str], int, Mapping[str, str]], Process]
+"""Starts train.py with these words after its name, its output into a descriptor."""
+
+
 @dataclass
 class Job:
     """A run that was started here."""
 
     cell: Cell
     process: Process
-    log: Path
-    slot: int
-    """Which of the `--jobs` places it takes."""
+    share: Mapping[str, str]
+    """Which of the `shares` it takes."""
     began_s: float
-    began_at: int
-    """Bytes that the log held before."""
     why_stopped: str = ""
     """Why it was told to stop for good."""
 
-    def progress(self) -> Progress | None:
-        """Returns how far it is; None before its first log line."""
-        for line in reversed(last_lines(self.log, self.began_at)):
-            if found := _LOG_LINE.match(line):
-                return Progress(int(found[1]), found[2], found[3])
-        return None
-
-
-Start = Callable[[Sequence[str], int, Mapping[str, str]], Process]
-"""Starts train.py with these words after its name, its output into a descriptor."""
+    def send(self, number: int) -> None:
+        """Sends a signal, if the process lives."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
 
 def start_process(
@@ -111,62 +95,44 @@ def end_with(parent: int, prctl: Callable[..., int] | None) -> None:
 
 
 def start_job(
-    cell: Cell, words: Sequence[str], log: Path, slot: tuple[int, Mapping[str, str]], start: Start
+    cell: Cell, resume: Sequence[str], share: Mapping[str, str], start: Start
 ) -> Job | None:
-    """Starts a cell's run; returns None if another process has started it already.
-
-    words: after those of the cell. slot: its number and the environment variables that it sets.
-    Raises WriteError.
-    """
-    descriptor = lock_log(log)
-    if descriptor is None:
-        return None
-    try:
-        began_at = os.lseek(descriptor, 0, os.SEEK_END)
-        words = [*cell.words, *words]
-        head = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} train.py {' '.join(words)}\n"
-        with as_write_error(f"write {log}", log.parent):
-            os.write(descriptor, printable(head).encode())
-        # -u is not needed: train.py flushes its lines.
-        process = start(words, descriptor, {**os.environ, **slot[1]})
-    finally:
-        os.close(descriptor)  # the run has its own, and the lock with it
-    return Job(cell, process, log, slot[0], time.monotonic(), began_at)
-
-
-def lock_log(log: Path) -> int | None:
-    """Returns a descriptor of the log that holds its lock; None while another process holds it."""
+    """Starts a cell's run with the words of the cell and of `resume`; returns None if another
+    process has started it already. Raises WriteError."""
+    log, words = log_path(cell), [*cell.words, *resume]
     with as_write_error(f"write {log}", log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+        head = f"{_HEAD}{time.strftime('%Y-%m-%d %H:%M:%S')} train.py {' '.join(words)}\n"
+        with as_write_error(f"write {log}", log.parent):
+            os.write(descriptor, printable(head).encode())
+        process = start(words, descriptor, {**os.environ, **share})
+    finally:
+        os.close(descriptor)  # the run has its own, and the lock with it
+    return Job(cell, process, share, time.monotonic())
 
 
-def last_lines(log: Path, began_at: int = 0) -> list[str]:
-    """Returns the last lines of a log, none from before `began_at`."""
+def log_path(cell: Cell) -> Path:
+    """Returns where the output of a cell's runs is kept; of equal cells of two sweeps, one file."""
+    return Path(cell.config.training.checkpoint_dir) / LOGS / f"{cell.id}.log"
+
+
+def last_lines(log: Path) -> list[str]:
+    """Returns the last lines of the newest run in a log."""
     try:
         with open(log, "rb", opener=open_regular) as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(began_at, size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-
-
-def send(job: Job, number: int) -> None:
-    """Sends a signal to the process of a job; SIGKILL to all that it started, too."""
-    with contextlib.suppress(ProcessLookupError):
-        if number == signal.SIGKILL:
-            os.killpg(job.process.pid, number)
-        else:
-            os.kill(job.process.pid, number)
+    heads = [place for place, line in enumerate(lines) if line.startswith(_HEAD)]
+    return lines[heads[-1] + 1 :] if heads else lines
 
 
 # ---- what each of several runs at once gets of the machine
@@ -184,17 +150,11 @@ def shares(jobs: int | None, gpus: Sequence[str]) -> list[dict[str, str]]:
     """Returns the environment variables of each of so many runs at once: a GPU for each, or an
     equal part of the cores. jobs: None for one per GPU, or one."""
     count = jobs or len(gpus) or 1
-    found = list[dict[str, str]]()
-    for number in range(count):
-        own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        if count > 1 and "OMP_NUM_THREADS" not in os.environ:
-            own["OMP_NUM_THREADS"] = str(max(1, _cores() // count))
-        found.append(own)
-    return found
-
-
-def _cores() -> int:
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    split = count > 1 and "OMP_NUM_THREADS" not in os.environ
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))} if split else {}
+    own = [{"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {} for n in range(count)]
+    return [each | threads for each in own]

@@ -1,7 +1,7 @@
 """Starts the runs of a sweep, some at once, looks after them, and stops them.
 
-A cell is settled once its run is finished, was stopped for good, or failed twice. Whatever else
-happens, a kill of this process included, the next start finds its state in the run directories.
+Whatever happens, a kill of this process included, the next start finds the state of each cell in
+the run directories. Only that a cell failed twice is forgotten: it is tried again.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import FrameType
 
 from compare.reading.run import STOPPED_EARLY, Run
-from config import STOP_EXIT_CODES
+from engine.signals import StopRequest
 from files.atomic import atomic_write_text
 from files.write_errors import as_write_error
 from settings.formatting import format_duration, format_plural
-from settings.terminal import printable
 from sweeps.cells import Cell
-from sweeps.display import Display, Row
-from sweeps.processes import LOGS, Job, Start, last_lines, send, start_job
-from sweeps.state import RunIndex, State
+from sweeps.display import Display
+from sweeps.processes import Job, Start, last_lines, log_path, start_job
+from sweeps.state import OPEN, RunIndex, State
 from sweeps.stopping import CurveReader, Member, hopeless
 from sweeps.sweep_file import StopRule
 
@@ -34,266 +31,192 @@ _LOOK_SHARE = 20
 """Run directories are looked at again after `_LOOK_S`, or after so many times as long as that took:
 of thousands, less often."""
 _LINES = 6  # of the log of a failed run
-_NOT_FINITE = 4  # exit code of train.py
-_SETTLED = (State.FINISHED, State.STOPPED_EARLY, State.NOT_FINITE)
-
-
-class StopSignals:
-    """Context that notes signals that end a sweep; the second Ctrl-C sets `at_once`."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self.at_once = False
-        self._previous: dict[signal.Signals, signal._HANDLER] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in STOP_EXIT_CODES:
-            if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.at_once = self.signal is not None and number == signal.SIGINT
-        self.signal = signal.Signals(number)
 
 
 class Scheduler:
     """Brings all cells to their end.
 
     Args:
+        index: the runs that there are.
         rule: when runs are stopped early; None for never.
-        slots: the environment variables of each of several runs at once.
+        shares: the environment variables of each of several runs at once.
         start: starts a process.
     """
 
     def __init__(
         self,
         cells: Sequence[Cell],
+        index: RunIndex,
         rule: StopRule | None,
-        slots: Sequence[Mapping[str, str]],
+        shares: Sequence[Mapping[str, str]],
         display: Display,
         start: Start,
     ) -> None:
-        self.cells = cells
-        self.index = RunIndex(Path(cells[0].config.training.checkpoint_dir), cells)
-        self.index.refresh()
+        self._cells, self._index, self._rule, self._display = cells, index, rule, display
+        self._free, self._start = list(shares), start
         self.started = 0
         """Runs that were started here."""
         self.failed = set[int]()
         """Numbers of cells that are given up."""
-        self._left_out = set[int]()  # their group was stopped before they had a run
-        self._rule, self._slots, self._display, self._start = rule, slots, display, start
-        self._jobs = dict[int, Job]()
         self._failures = Counter[int]()
-        self._elsewhere = set[int]()
-        self._curves = CurveReader(rule.metric if rule else "")
+        self._jobs = dict[int, Job]()
+        self._elsewhere = set[int]()  # cells of which was said that they run elsewhere
+        self._groups = defaultdict[str, list[Cell]](list)
+        for cell in cells if rule else ():
+            self._groups[cell.group].append(cell)
+        self._curves = CurveReader()
         self._next_look = 0.0
-        self._stopping = False
 
-    def state_of(self, cell: Cell) -> State:
-        """Returns the state of a cell, as of the last look. Without a rule in the file, a run that
-        one stopped early goes on."""
-        state = self.index.state_of(cell)[0]
-        return State.INTERRUPTED if state is State.STOPPED_EARLY and not self._rule else state
-
-    def is_settled(self, cell: Cell) -> bool:
-        """Returns whether nothing more is done for a cell."""
-        given_up = cell.number in self.failed or cell.number in self._left_out
-        return given_up or self.state_of(cell) in _SETTLED
-
-    def run(self, stop: StopSignals) -> None:
-        """Returns once all cells are settled, or all runs have ended after a signal."""
-        told: signal.Signals | None = None
+    def run(self, stop: StopRequest) -> None:
+        """Returns once nothing is left to do, or all runs have ended after a signal."""
+        told = False
         while True:
-            self._reap()
+            self._end_jobs(stop)
             if stop.signal is None:
-                self._look()
-                if not self._jobs and all(map(self.is_settled, self.cells)):
+                if self._look():
                     return
             elif not self._jobs:
                 return
-            elif told is None or stop.at_once:
-                told = stop.signal
-                self._pass_on(signal.SIGKILL if stop.at_once else told)
+            elif not told:
+                told = True
+                self._display.say(f"Waiting for {format_plural(len(self._jobs), 'run')} to save.")
+                for job in self._jobs.values():
+                    job.send(stop.signal)
             self._display.show(self._rows)
             time.sleep(POLL_S)
 
-    def _pass_on(self, number: signal.Signals) -> None:
-        self._stopping = True
-        count = format_plural(len(self._jobs), "run")
-        if number == signal.SIGKILL:
-            self._say(f"Ended {count} at once, without saving.")
-        else:
-            self._say(
-                f"{number.name}: waiting for {count} to save; Ctrl-C again ends them at once."
-            )
-        for job in self._jobs.values():
-            send(job, number)
-
     # ---- starting
 
-    def _look(self) -> None:
-        """Reads the run directories, stops hopeless runs, and starts others in free slots."""
+    def _look(self) -> bool:
+        """Reads the run directories, stops hopeless runs, and starts others; returns whether
+        nothing is left to do."""
         if time.monotonic() < self._next_look:
-            return
+            return False
         began = time.monotonic()
-        self.index.refresh()
+        self._index.refresh()
         self._next_look = began + max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - began))
-        self._judge()
-        for cell in self.cells:
-            if len(self._jobs) == len(self._slots):
-                break
-            if cell.number not in self._jobs and not self.is_settled(cell):
+        if self._rule is not None:
+            self._stop_hopeless(self._rule)
+        left = [c for c in self._cells if c.number not in self.failed | self._jobs.keys()]
+        left = [cell for cell in left if self._index.state_of(cell) in OPEN]
+        # Left out once that run has ended.
+        hopeless_groups = {job.cell.group for job in self._jobs.values() if job.why_stopped}
+        for cell in left:
+            if self._free and not (hopeless_groups and cell.group in hopeless_groups):
                 self._begin(cell)
+        return not left and not self._jobs
 
     def _begin(self, cell: Cell) -> None:
         """Starts a cell's run or goes on with it, unless it runs elsewhere."""
-        taken = {job.slot for job in self._jobs.values()}
-        slot = next(number for number in range(len(self._slots)) if number not in taken)
-        if self.state_of(cell) is State.RUNNING:
-            self._tell_elsewhere(cell)
-            return
-        resume = self.index.checkpoint_of(cell)
-        words = [] if resume is None else [f"resume_from_checkpoint={resume.run_dir}"]
-        job = start_job(cell, words, log_path(cell), (slot, self._slots[slot]), self._start)
-        if job is None:
-            self._tell_elsewhere(cell)
-            return
-        self._elsewhere.discard(cell.number)
-        self._jobs[cell.number] = job
-        self.started += 1
-        how = f"goes on from step {resume.step} of {resume.run_dir}" if resume else "started"
-        self._tell(cell, f"{how}, log in {job.log}")
-
-    def _tell_elsewhere(self, cell: Cell) -> None:
-        if cell.number not in self._elsewhere:
+        job = None
+        if self._index.state_of(cell) is not State.RUNNING:
+            resume = self._index.checkpoint_of(cell)
+            words = [] if resume is None else [f"resume_from_checkpoint={resume.run_dir}"]
+            job = start_job(cell, words, self._free[0], self._start)
+        if job is not None:
+            del self._free[0]
+            self._jobs[cell.number] = job
+            self.started += 1
+            how = f"goes on from step {resume.step} of {resume.run_dir}" if resume else "started"
+            self._tell(cell, f"{how}, log in {log_path(cell)}")
+        elif cell.number not in self._elsewhere:
             self._elsewhere.add(cell.number)
-            run = self.index.state_of(cell)[1]
+            run = self._index.run_of(cell)
             where = f" ({run.path})" if run else ""
             self._tell(cell, f"runs already, started elsewhere{where}: waiting for its end")
 
     # ---- ending
 
-    def _reap(self) -> None:
-        """Settles the cells whose processes have ended."""
-        ended = {n: job for n, job in self._jobs.items() if job.process.poll() is not None}
+    def _end_jobs(self, stop: StopRequest) -> None:
+        """Says of each process that has ended how it did, and counts failures."""
+        ended = [job for job in self._jobs.values() if job.process.poll() is not None]
         if not ended:
             return
-        for number in ended:
-            del self._jobs[number]
-        self.index.refresh()
-        for job in ended.values():
-            self._settle(job)
+        self._index.refresh()
+        for job in ended:
+            del self._jobs[job.cell.number]
+            self._free.append(job.share)
+            self._settle(job, stop.signal is not None)
         self._next_look = 0.0
 
-    def _settle(self, job: Job) -> None:
-        """Says how a run ended, records an early stop, counts a failure."""
-        cell, code = job.cell, job.process.returncode
-        state, run = self.index.state_of(cell)
-        took = format_duration(time.monotonic() - job.began_s)
+    def _settle(self, job: Job, stopping: bool) -> None:
+        cell = job.cell
+        state, run = self._index.state_of(cell), self._index.run_of(cell)
+        where = f" ({run.path})" if run else ""
         if state is State.FINISHED and run is not None:
             loss = "" if run.best_loss is None else f", best held-out loss {run.best_loss:.4f}"
-            self._tell(cell, f"finished in {took}{loss} ({run.path})")
+            took = format_duration(time.monotonic() - job.began_s)
+            self._tell(cell, f"finished in {took}{loss}{where}")
         elif job.why_stopped and run is not None and run.state == "stopped":
-            record_early_stop(run, job.why_stopped)
-            self.index.refresh()
-        elif state is State.NOT_FINITE or code == _NOT_FINITE:
-            where = f" ({run.path})" if run else ""
+            _record_early_stop(run, job.why_stopped)
+            self._index.refresh()
+        elif state is State.NOT_FINITE:
             self._tell(cell, f"its loss or gradients were not finite: not repeated{where}")
-            self._left_out.add(cell.number)
-        elif self._stopping:
+        elif stopping:
             self._tell(cell, f"stopped at step {run.step}" if run else "stopped, nothing to save")
-        elif code == 0:  # repeated, it would end in the same way
-            self.failed.add(cell.number)
-            why = "its run saved other options, decided by training.init_from"
-            self._tell(cell, f"ended, but {why}; give them in the base")
         else:
             self._count_failure(job)
 
     def _count_failure(self, job: Job) -> None:
-        self._failures[job.cell.number] += 1
-        again = self._failures[job.cell.number] < ATTEMPTS
-        if not again:
-            self.failed.add(job.cell.number)
-        code = job.process.returncode
+        cell, code = job.cell, job.process.returncode
+        self._failures[cell.number] += 1
+        # A run that ended well, but is not that of its cell, would do so again.
+        if code == 0 or self._failures[cell.number] == ATTEMPTS:
+            self.failed.add(cell.number)
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        what = "tries again" if again else "given up"
-        self._tell(job.cell, f"failed ({how}), {what}; the end of {job.log}:")
-        for line in last_lines(job.log, job.began_at)[-_LINES:]:
-            self._say(f"    {line}")
+        what = "given up" if cell.number in self.failed else "tries again"
+        self._tell(cell, f"failed ({how}), {what}; the end of {log_path(cell)}:")
+        for line in last_lines(log_path(cell))[-_LINES:]:
+            self._display.say(f"    {line}")
 
-    # ---- early stopping
-
-    def _judge(self) -> None:
-        """Stops runs that the rule calls hopeless, and leaves out what else their groups have."""
-        if self._rule is None:
-            return
-        cells = defaultdict[str, list[Cell]](list)
-        for cell in self.cells:
-            cells[cell.group].append(cell)
-        groups = {name: [m for c in own for m in self._member(c)] for name, own in cells.items()}
-        why = hopeless(self._rule, groups)
-        for name, own in cells.items():
-            early = any(self.state_of(cell) is State.STOPPED_EARLY for cell in own)
-            for cell in own:
+    def _stop_hopeless(self, rule: StopRule) -> None:
+        members = {name: self._members(own) for name, own in self._groups.items()}
+        for name, why in hopeless(rule, members).items():
+            for cell in self._groups[name]:
                 job = self._jobs.get(cell.number)
-                if job is not None and name in why and not job.why_stopped:
-                    job.why_stopped = f"sweep: {why[name]}"
-                    self._tell(cell, f"stopped early, {why[name]}")
-                    send(job, signal.SIGTERM)
-                elif job is None and early and not self.is_settled(cell):
-                    self._left_out.add(cell.number)
-                    self._tell(cell, "left out: its setting was stopped early with another seed")
+                if job is None and self._index.state_of(cell) in (State.INTERRUPTED, State.WAITING):
+                    self._tell(cell, "left out: its setting is stopped early with another seed")
+                elif job is not None:
+                    job.why_stopped = f"sweep: {why}"
+                    self._tell(cell, f"stopped early, {why}")
+                    job.send(signal.SIGTERM)
 
-    def _member(self, cell: Cell) -> list[Member]:
-        run = self.index.state_of(cell)[1]
-        if run is None:
-            return []
-        job = self._jobs.get(cell.number)
-        planned = run.planned_steps or cell.config.training.max_iters
-        running = job is not None and not job.why_stopped
-        return [Member(self._curves.curve(run.path), planned, running)]
+    def _members(self, group: Sequence[Cell]) -> list[Member]:
+        found = []
+        for cell in group:
+            job, run = self._jobs.get(cell.number), self._index.run_of(cell)
+            if run is not None:
+                planned = run.planned_steps or cell.config.training.max_iters
+                running = job is not None and not job.why_stopped
+                found.append(Member(self._curves.curve(run.path), planned, running))
+        return found
 
     # ---- saying
 
-    def _say(self, line: str) -> None:
-        self._display.say(printable(line))
-
     def _tell(self, cell: Cell, text: str) -> None:
-        self._say(f"Cell {cell.number}/{len(self.cells)} ({cell.name}): {text}")
+        self._display.say(f"Cell {cell.number}/{len(self._cells)} ({cell.name}): {text}")
 
-    def _rows(self) -> list[Row]:
-        return [self._row(cell) for cell in self.cells]
+    def _rows(self) -> list[list[str]]:
+        return [self._row(cell) for cell in self._cells]
 
-    def _row(self, cell: Cell) -> Row:
+    def _row(self, cell: Cell) -> list[str]:
         """Returns a line of the live table."""
-        job, (state, run) = self._jobs.get(cell.number), self.index.state_of(cell)
+        job, run = self._jobs.get(cell.number), self._index.run_of(cell)
+        state, step, loss, left = self._index.state_of(cell).value, 0, "", ""
         planned = cell.config.training.max_iters
-        if job is not None and (progress := job.progress()) is not None:
-            step, loss, left = progress.step, progress.loss, progress.left
-        else:
-            step, left = (run.step if run else 0), ""
-            loss = "" if run is None or run.best_loss is None else f"{run.best_loss:.4f}"
-        shown = state.value
+        if run is not None:
+            step, planned = run.step, run.planned_steps or planned
+            loss = "" if run.best_loss is None else f"{run.best_loss:.4f}"
+            if job is not None and run.seconds is not None and step:
+                left = format_duration((planned - step) * run.seconds / step)
         if job is not None:
-            shown = "stopping" if job.why_stopped else "running"
+            state = "stopping" if job.why_stopped else "running"
         elif cell.number in self.failed:
-            shown = "failed"
-        elif cell.number in self._left_out and state is not State.NOT_FINITE:
-            shown = "left out"
-        return Row(cell.number, cell.name, shown, f"{step}/{planned}", loss, left)
+            state = "failed"
+        return [str(cell.number), state, f"{step}/{planned}", loss, left, cell.name]
 
 
-def log_path(cell: Cell) -> Path:
-    """Returns where the output of a cell's runs is kept; of equal cells of two sweeps, one file."""
-    return Path(cell.config.training.checkpoint_dir) / LOGS / f"{cell.id}.log"
-
-
-def record_early_stop(run: Run, why: str) -> None:
+def _record_early_stop(run: Run, why: str) -> None:
     """Writes into a run that has ended that it was stopped for good."""
     path, record = run.path / STOPPED_EARLY, {"reason": why, "step": run.step}
     with as_write_error(f"write {path}", run.path):

@@ -16,15 +16,14 @@ from config import DataError
 from engine.run_directory.experiment import experiment_id, is_run_of
 from engine.run_directory.find_checkpoint import Resume, newest_valid
 from engine.run_directory.find_runs import runs_in
-from engine.run_directory.manifest import complete_checkpoints, steps_in
+from engine.run_directory.manifest import steps_in
 from sweeps.cells import Cell
 
 _DEPTH = 8  # folders below checkpoint_dir in which runs are found
-_KEY = tuple[tuple[str, ...], str]  # open options, id
 
 
 class State(Enum):
-    """What is left to do for a cell, by its runs. The first that holds for one of them counts."""
+    """What is left to do for a cell. Of several runs of a cell, the one with the first counts."""
 
     FINISHED = "finished"
     RUNNING = "running"
@@ -32,12 +31,17 @@ class State(Enum):
     NOT_FINITE = "not finite"
     """Its loss or gradients were: a result, which the same run would give again."""
     INTERRUPTED = "interrupted"
-    MISSING = "waiting"
+    WAITING = "waiting"
+    LEFT_OUT = "left out"
+    """Not finished, and a run that differs in the seed alone was stopped early."""
 
 
-def state_of_run(run: Run) -> State:
-    """Returns how far a run is."""
-    if run.state == "done" and _is_whole(run):
+_ORDER = list(State)
+OPEN = (State.RUNNING, State.INTERRUPTED, State.WAITING)
+
+
+def _state_of_run(run: Run) -> State:
+    if run.state == "done":
         return State.FINISHED
     if run.state == "running":
         return State.RUNNING
@@ -45,72 +49,75 @@ def state_of_run(run: Run) -> State:
         return State.STOPPED_EARLY
     if run.state == "crashed" and run.end_reason.startswith("NonFiniteError"):
         return State.NOT_FINITE
-    return State.INTERRUPTED if steps_in(run.path) else State.MISSING
-
-
-def _is_whole(run: Run) -> bool:
-    """Returns whether the last checkpoint of a run is there. A kill can come between it and the
-    final record, which stands in metrics.jsonl before."""
-    ended = run.environment.get("ended")
-    if isinstance(ended, dict) and ended.get("state") == "done":
-        return True
-    return max(complete_checkpoints(run.path), default=-1) >= run.step
+    return State.INTERRUPTED if steps_in(run.path) else State.WAITING
 
 
 class RunIndex:
-    """The runs below a folder by the cells that they are of."""
+    """The runs below a folder by the cells that they are of, as of the last `refresh`.
 
-    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
-        self._folder = folder
+    stops: whether the sweep stops runs early. Else a run that one stopped is an interrupted one.
+    """
+
+    def __init__(self, folder: Path, cells: Sequence[Cell], stops: bool) -> None:
+        self._folder, self._cells, self._stops = folder, cells, stops
         self._left_open = {cell.open_options for cell in cells}
-        self._runs = dict[Path, Run]()
-        self._keys = dict[Path, list[_KEY]]()
-        self._by_key = dict[_KEY, list[Path]]()
+        self._runs = dict[Path, tuple[State, Run, dict[tuple[str, ...], str]]]()
+        self._found = dict[int, tuple[State, list[Run]]]()
+        self.refresh()
 
     def refresh(self) -> None:
         """Looks for new runs, and reads those again that were not finished."""
-        found = dict[Path, Run]()
+        known, self._runs = self._runs, {}
+        of_cells = defaultdict[tuple[tuple[str, ...], str], list[tuple[State, Run]]](list)
         for path in runs_in(self._folder, _DEPTH):
-            run = self._runs.get(path)
-            if run is None or state_of_run(run) is not State.FINISHED:
+            if path not in known or known[path][0] is not State.FINISHED:
                 try:
                     run = read_run(path)
                 except DataError:  # removed since it was listed
                     continue
-            found[path] = run
-        for path, run in found.items():
-            before = self._runs.get(path)
-            if before is None or before.config != run.config:
-                ids = {key: experiment_id(run.config, key) for key in self._left_open}
-                self._keys[path] = list(ids.items()) if run.config else []
-        self._runs = found
-        by_key = defaultdict[_KEY, list[Path]](list)
-        for path in found:
-            for key in self._keys[path]:
-                by_key[key].append(path)
-        self._by_key = by_key
+                old = known.get(path)
+                if old is not None and old[1].config == run.config:
+                    ids = old[2]
+                else:
+                    ids = {each: experiment_id(run.config, each) for each in self._left_open}
+                known[path] = _state_of_run(run), run, ids if run.config else {}
+            state, run, ids = self._runs[path] = known[path]
+            for key in ids.items():
+                of_cells[key].append((state, run))
+        self._found = {
+            cell.number: self._choose(cell, of_cells.get((cell.open_options, cell.id), []))
+            for cell in self._cells
+        }
+        if self._stops:
+            self._leave_out()
 
-    def runs_of(self, cell: Cell) -> list[Run]:
-        """Returns the runs of a cell, as of the last refresh, the one that counts first."""
-        runs = [self._runs[path] for path in self._by_key.get((cell.open_options, cell.id), ())]
+    def _choose(self, cell: Cell, runs: list[tuple[State, Run]]) -> tuple[State, list[Run]]:
+        """Returns the state of a cell, and its runs, the one that counts first."""
         if cell.config.training.fork_from_checkpoint is not None:  # forks of which parent?
-            runs = [run for run in runs if is_run_of(cell.options, run.config)]
-        order = list(State)
-        return sorted(
-            runs,
-            key=lambda run: (order.index(state_of_run(run)), -run.step, run.name),
-        )
+            runs = [pair for pair in runs if is_run_of(cell.options, pair[1].config)]
+        runs = sorted(runs, key=lambda pair: (_ORDER.index(pair[0]), -pair[1].step, pair[1].name))
+        state = runs[0][0] if runs else State.WAITING
+        if state is State.STOPPED_EARLY and not self._stops:
+            state = State.INTERRUPTED
+        return state, [run for _, run in runs]
 
-    def state_of(self, cell: Cell) -> tuple[State, Run | None]:
-        """Returns what is left to do for a cell, and the run that says so."""
-        run = next(iter(self.runs_of(cell)), None)
-        return (State.MISSING, None) if run is None else (state_of_run(run), run)
+    def _leave_out(self) -> None:
+        early = {c.group for c in self._cells if self.state_of(c) is State.STOPPED_EARLY}
+        for cell in self._cells:
+            state, runs = self._found[cell.number]
+            if cell.group in early and state in (State.INTERRUPTED, State.WAITING):
+                self._found[cell.number] = State.LEFT_OUT, runs
+
+    def state_of(self, cell: Cell) -> State:
+        """Returns what is left to do for a cell."""
+        return self._found[cell.number][0]
+
+    def run_of(self, cell: Cell) -> Run | None:
+        """Returns the run of a cell that says so."""
+        return next(iter(self._found[cell.number][1]), None)
 
     def checkpoint_of(self, cell: Cell) -> Resume | None:
         """Returns the checkpoint from which a cell goes on, read and verified; None if its runs
         have no good one."""
-        for run in self.runs_of(cell):
-            newest, _ = newest_valid(run.path)
-            if newest is not None:
-                return newest
-        return None
+        newest = (newest_valid(run.path)[0] for run in self._found[cell.number][1])
+        return next((checkpoint for checkpoint in newest if checkpoint is not None), None)

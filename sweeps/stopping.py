@@ -23,7 +23,7 @@ from sweeps.sweep_file import StopRule
 
 @dataclass(frozen=True)
 class Curve:
-    """The best value so far of a metric, at each step at which it was measured."""
+    """The best held-out loss so far, at each step at which it was measured."""
 
     steps: tuple[int, ...] = ()
     best: tuple[float, ...] = ()
@@ -40,10 +40,9 @@ class Curve:
 
 
 class CurveReader:
-    """Reads curves; a file that did not change is not read again."""
+    """Reads curves of the held-out loss; a file that did not change is not read again."""
 
-    def __init__(self, metric: str) -> None:
-        self._metric = metric
+    def __init__(self) -> None:
         self._read = dict[Path, tuple[tuple[int, int], Curve]]()
 
     def curve(self, run: Path) -> Curve:
@@ -60,7 +59,7 @@ class CurveReader:
     def _new_curve(self, run: Path) -> Curve:
         steps, best = list[int](), list[float]()
         for record in read_records(run)[0]:
-            step, value = as_count(record.get("step")), as_float(record.get(self._metric))
+            step, value = as_count(record.get("step")), as_float(record.get("eval/val_loss"))
             if step is not None and value is not None:
                 steps.append(step)
                 best.append(min(value, best[-1]) if best else value)
@@ -77,25 +76,20 @@ class Member:
     running: bool
 
 
-Groups = Mapping[str, Sequence[Member]]
-
-
-def hopeless(rule: StopRule, groups: Groups) -> dict[str, str]:
+def hopeless(rule: StopRule, groups: Mapping[str, Sequence[Member]]) -> dict[str, str]:
     """Returns the groups whose runs are to be stopped, and why."""
-    judge = _by_median if rule.rule == "median" else _by_halving
-    found = {name: judge(rule, groups, name) for name in groups if _running(groups[name])}
+    found = dict[str, str]()
+    for name, group in groups.items():
+        running = [member for member in group if member.running]
+        # As far as all running seeds of the group are.
+        step = min((member.curve.last for member in running), default=0)
+        if running and step >= rule.after * running[0].planned:
+            judge = _by_median if rule.rule == "median" else _by_halving
+            found[name] = judge(rule, groups, name, step)
     return {name: why for name, why in found.items() if why}
 
 
-def _running(group: Sequence[Member]) -> list[Member]:
-    return [member for member in group if member.running]
-
-
-def _by_median(rule: StopRule, groups: Groups, name: str) -> str:
-    running = _running(groups[name])
-    step = min(member.curve.last for member in running)
-    if step < rule.after * max(member.planned for member in running):
-        return ""
+def _by_median(rule: StopRule, groups: Mapping[str, Sequence[Member]], name: str, step: int) -> str:
     means = {other: _mean([m.curve.at(step) for m in group]) for other, group in groups.items()}
     own = means.pop(name)
     others = [value for value in means.values() if value is not None]
@@ -104,13 +98,13 @@ def _by_median(rule: StopRule, groups: Groups, name: str) -> str:
     return f"median at step {step}: {own:.4f} above {middle:.4f} of {len(others)} others"
 
 
-def _by_halving(rule: StopRule, groups: Groups, name: str) -> str:
-    """Judges at the last rung that all running seeds of the group have reached: `after` of a run,
-    `factor` times that, and so on. Groups that get there later may still push it out."""
-    part = min(member.curve.last / member.planned for member in _running(groups[name]))
-    if part < rule.after:
-        return ""
-    rung = rule.after * rule.factor ** math.floor(math.log(part / rule.after, rule.factor) + 1e-9)
+def _by_halving(
+    rule: StopRule, groups: Mapping[str, Sequence[Member]], name: str, step: int
+) -> str:
+    """Judges at the last rung that was reached: `after` of a run, twice that, and so on. Groups
+    that get there later may still push it out."""
+    planned = groups[name][0].planned
+    rung = rule.after * 2 ** math.floor(math.log2(step / planned / rule.after) + 1e-9)
     if rung >= 1:
         return ""
     means = {
@@ -119,10 +113,10 @@ def _by_halving(rule: StopRule, groups: Groups, name: str) -> str:
     }
     own = means[name]
     reached = [value for value in means.values() if value is not None]
-    kept = math.ceil(len(reached) / rule.factor)
+    kept = math.ceil(len(reached) / 2)
     if own is None or (place := 1 + sum(value < own for value in reached)) <= kept:
         return ""
-    step = round(rung * groups[name][0].planned)
+    step = round(rung * planned)
     return f"halving at step {step}: {own:.4f} is place {place} of {len(reached)}, {kept} go on"
 
 

@@ -139,7 +139,8 @@ def read_run(path: Path) -> Run:
     planned = as_count(size.get("planned_steps"))
     if planned is None and config.get("training.epochs") is None:
         planned = as_count(config.get("training.max_iters"))
-    state = _known_state(path, ended.get("state"), tail) or _guessed_state(path, step, config)
+    state = _known_state(path, ended.get("state"), tail, config)
+    state = state or _guessed_state(path, step, config)
     early = _stopped_early(path, step) if state == "stopped" else ""
     return Run(
         path=path,
@@ -332,14 +333,19 @@ def _read_option(key: str, value: Scalar) -> dict[str, Any]:
 # ---- state
 
 
-def _known_state(path: Path, ended: Any, tail: Tail) -> str:
-    """Returns the state by the run's lock or by what it wrote at its end; '' if neither tells."""
+def _known_state(path: Path, ended: Any, tail: Tail, config: Mapping[str, Any]) -> str:
+    """Returns the state by the run's lock or by what it wrote at its end; '' if neither tells.
+
+    A run that was killed between its final record and its last checkpoint is not done.
+    """
     lock = _lock_state(path / LOCK)
     if lock == "held":
         return "running"
     if ended in ("done", "stopped", "failed"):
         return "crashed" if ended == "failed" else str(ended)
-    if any(key.startswith("final/") for key in tail.newest):
+    if any(key.startswith("final/") for key in tail.newest) and (
+        config.get("training.save_model") is False or tail.newest["step"] in steps_in(path)
+    ):
         return "done"
     recent = abs(time.time() - tail.modified_s) < _RECENT_S
     return "running" if lock == "unseen" and recent else ""

@@ -26,6 +26,8 @@ DECIDED_AT_START: Mapping[str, Any] = {
     "training.eval_batch_size": None,
 }
 """Options that a run decides at its start if they have this value, and then saves as decided."""
+DECIDED_BY_WEIGHTS = ("training.block_size", "low_precision.use_4bit", "tokenizer.name")
+"""So are these, and the shape of the model, by the weights of `training.init_from`."""
 
 
 def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,11 +85,24 @@ def experiment_id(config: Mapping[str, Any], without: Collection[str] = ()) -> s
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_options(asked: Mapping[str, Any]) -> tuple[str, ...]:
+def open_options(asked: Mapping[str, Any], given: Collection[str] = ()) -> tuple[str, ...]:
     """Returns the options that the experiment asked for leaves to its run to decide; of a fork,
-    also which checkpoint it began from."""
+    also which checkpoint it began from.
+
+    given: options that the user gave by themselves, which no weights change.
+    """
     found = [key for key, value in DECIDED_AT_START.items() if asked.get(key, value) == value]
+    if asked.get("training.init_from", "scratch") != "scratch":
+        found += sorted(_decided_by_weights().difference(found, given))
     return (*found, FORK_FROM) if asked.get(FORK_FROM) is not None else tuple(found)
+
+
+@cache
+def _decided_by_weights() -> frozenset[str]:
+    """With the shape of a model, its kind, and so the options that only some kinds have."""
+    options = schema().options.items()
+    shape = {k for k, o in options if o.models or (o.section == "model" and o.on_resume == "fixed")}
+    return frozenset(shape.union(DECIDED_BY_WEIGHTS))
 
 
 def is_run_of(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:

@@ -17,11 +17,11 @@ from data.sources.tokens.meta import open_tokenizer
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.resume_rules import pretrained_options
 from engine.checkpoint.trained_model import is_pretrained, open_model
+from engine.run_directory.experiment import DECIDED_BY_WEIGHTS
 from engine.run_directory.find_runs import FOLDER, find_by_name
 from model.pretrained import Pretrained, read
 
-DECIDED = {"training.block_size", "low_precision.use_4bit", "tokenizer.name"}
-DECIDED |= {f"model.{name}" for name in pretrained_options()}
+DECIDED = {*DECIDED_BY_WEIGHTS, *(f"model.{name}" for name in pretrained_options())}
 """Options that weights may decide."""
 NOT_IN_EVERY_FILE = ("n_layer", "n_head")  # some formats of weights hold no config
 

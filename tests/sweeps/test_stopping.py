@@ -12,7 +12,7 @@ from sweeps.sweep_file import StopRule
 from tests.compare.run_directories import make_run
 
 MEDIAN = StopRule(rule="median", after=0.25)
-HALVING = StopRule(rule="halving", after=0.25, factor=2)
+HALVING = StopRule(rule="halving", after=0.25)
 
 
 def member(losses: Sequence[float], running: bool = True, planned: int = 100) -> Member:
@@ -65,7 +65,7 @@ def test_a_curve_is_the_best_so_far_and_is_read_again_when_it_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run, reader = make_run(losses=(4.0, 2.0, 3.0)), CurveReader("eval/val_loss")
+    run, reader = make_run(losses=(4.0, 2.0, 3.0)), CurveReader()
     curve = reader.curve(run)
     assert curve == Curve((100, 200, 300), (4.0, 2.0, 2.0))
     assert (curve.at(99), curve.at(250), curve.at(301)) == (None, 2.0, None)

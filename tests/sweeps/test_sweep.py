@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from compare.reading.run import STOPPED_EARLY, Run, find_runs, read_run
 from config import Config
 from engine.run_directory.environment_file import config_copy
 from engine.run_directory.experiment import is_run_of
+from sweep import plan_line
 from sweeps.cells import Cell, make_cells
 from sweeps.costs import cost_lines
-from sweeps.processes import last_lines, start_process
-from sweeps.scheduler import log_path
+from sweeps.processes import last_lines, log_path, start_process
 from sweeps.state import RunIndex, State
 from sweeps.sweep_file import read_sweep
 from tests.compare.run_directories import change_environment, locked_by_another_process, make_run
@@ -111,7 +112,7 @@ def test_a_sweep_that_is_killed_ends_with_one_whole_run_for_each_cell(base: str)
     began = time.monotonic()
     code, out = run_sweep(path)
     assert time.monotonic() - began < 2
-    assert code == 0 and "are done: nothing to do" in out
+    assert code == 0 and "finished; nothing to do" in out
 
 
 @pytest.mark.slow
@@ -126,7 +127,7 @@ def test_ctrl_c_saves_and_another_sweep_takes_over(base: str) -> None:
     first.kill(signal.SIGINT)
     assert first.wait() == 130
     said = first_log.read_text()
-    assert "SIGINT: waiting for 1 run to save" in said and "stopped at step " in said
+    assert "Waiting for 1 run to save" in said and "stopped at step " in said
     assert "To go on: python sweep.py checkpoints.yaml" in said
     wait_until(second_log, "goes on from step")
     wait_until(log_path(cell), "Resumed from")
@@ -163,8 +164,8 @@ def test_a_hopeless_run_is_stopped_said_and_recorded(base: str) -> None:
     assert "nothing to do" in run_sweep(path)[1]
     # Without the rule, the run is one that was interrupted.
     path.write_text(path.read_text().replace(stop, ""))
-    index = RunIndex(CHECKPOINTS, cells_of(path))
-    index.refresh()
+    index = RunIndex(CHECKPOINTS, cells_of(path), stops=False)
+    assert index.state_of(bad) is State.INTERRUPTED
     assert index.checkpoint_of(bad) is not None
 
 
@@ -172,7 +173,7 @@ def test_a_hopeless_run_is_stopped_said_and_recorded(base: str) -> None:
 def test_a_dry_run_predicts_each_shape_once_and_creates_nothing(base: str) -> None:
     path = write_sweep(base, "grid: {n_layer: [1, 2]}\nzip: {lr: [1e-3, 1e-2], wd: [0.1, 0.2]}\n")
     cells = cells_of(path)
-    states = ["finished", "waiting", "interrupted", "waiting"]
+    states = [State.FINISHED, State.WAITING, State.INTERRUPTED, State.WAITING]
     heading, *lines, total = cost_lines(cells, states, jobs=2, measuring_s=0.2)
     memory = [line.split()[-2:] for line in lines]
     assert "memory" in heading and memory[0] == memory[1] != memory[2] == memory[3]
@@ -202,21 +203,20 @@ def test_a_cell_has_the_runs_of_its_config_wherever_they_are(base: str) -> None:
     make_cell_run(not_finite, "run_nan", (4.0,), state="failed")
     lock = make_cell_run(running, "run_now", (4.0,), state="") / ".lock"
     make_run("run_other", "learning_rate=0.5")
-    index = RunIndex(CHECKPOINTS, cells)
     with locked_by_another_process(lock):
-        index.refresh()
-        assert [index.state_of(cell)[0] for cell in cells] == [
+        index = RunIndex(CHECKPOINTS, cells, stops=False)
+        assert [index.state_of(cell) for cell in cells] == [
             State.FINISHED,
             State.INTERRUPTED,
             State.INTERRUPTED,
-            State.MISSING,
+            State.WAITING,
             State.NOT_FINITE,
             State.RUNNING,
-            State.MISSING,
+            State.WAITING,
         ]
     index.refresh()
-    assert index.state_of(running)[0] is State.INTERRUPTED
-    assert index.state_of(missing) == (State.MISSING, None)
+    assert index.state_of(running) is State.INTERRUPTED
+    assert index.run_of(missing) is None
 
 
 def test_a_run_without_its_last_checkpoint_is_not_finished(base: str) -> None:
@@ -226,9 +226,34 @@ def test_a_run_without_its_last_checkpoint_is_not_finished(base: str) -> None:
     run = make_cell_run(cell, "run_a")
     change_environment(run, ended=None)
     (run / "checkpoint_8.json").rename(run / "checkpoint_4.json")
-    index = RunIndex(CHECKPOINTS, [cell])
-    index.refresh()
-    assert index.state_of(cell)[0] is State.INTERRUPTED
+    assert RunIndex(CHECKPOINTS, [cell], stops=False).state_of(cell) is State.INTERRUPTED
+
+
+def test_a_cell_has_the_run_whose_shape_the_initial_weights_decided(base: str) -> None:
+    path = write_sweep(base, "grid: {lr: [1e-4, 2e-4], dropout: [0, 0.1]}\n", steps=8)
+    path.write_text(path.read_text().replace("set:\n", "set:\n  init_from: weights.pt\n"))
+    cells = cells_of(path)
+    other = ["model=gpt", "mlp_internal_dim_multiplier=128"]
+    shape = [*other, "n_layer=3", "n_embd=32", "vocab_size=300", "block_size=16", "activation=relu"]
+    saved = Config.from_yaml(base, [*cells[1].words[2:], *shape])
+    make_cell_run(replace(cells[1], config=saved), "run_a")
+    index = RunIndex(CHECKPOINTS, cells, stops=False)
+    assert [index.state_of(cell) is State.FINISHED for cell in cells] == [False, True, False, False]
+    # What the sweep itself gives is not left to the weights.
+    path.write_text(path.read_text().replace("dropout: [0, 0.1]", "block_size: [16, 32]"))
+    assert len({cell.id for cell in cells_of(path)}) == 4
+
+
+def test_other_seeds_of_a_setting_that_was_stopped_early_are_left_out(base: str) -> None:
+    path = write_sweep(base, "grid: {lr: [1e-4, 2e-4]}\nseeds: 2\n", steps=8)
+    cells = cells_of(path)
+    run = make_cell_run(cells[0], "run_a", (4.0,), state="stopped")
+    (run / STOPPED_EARLY).write_text('{"reason": "sweep: median", "step": 4}')
+    index = RunIndex(CHECKPOINTS, cells, stops=True)
+    assert plan_line(cells, index, path, 1) == (
+        "checkpoints.yaml: 4 cells in checkpoints: 1 stopped early, 1 left out, "
+        "0 to go on with, 2 to start; 1 at once"
+    )
 
 
 def test_finished_cells_are_recognised_at_once(base: str) -> None:
@@ -244,4 +269,8 @@ def test_finished_cells_are_recognised_at_once(base: str) -> None:
     code, out = run_sweep(path)
     took = time.monotonic() - began
     print(f"{count} cells: {took:.2f} s")
-    assert code == 0 and f"all {count:,} cells" in out and took < 2
+    assert (
+        code == 0
+        and f"{count:,} cells in checkpoints: {count} finished; nothing to do" in out
+        and took < 2
+    )
