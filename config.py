@@ -24,7 +24,7 @@ from settings.constraints import derived_values, micro_step_tokens
 from settings.constraints import holds_out as holds_out
 from settings.constraints import token_paths as token_paths
 from settings.constraints import warmup_steps as warmup_steps
-from settings.entries import entries_of
+from settings.entries import entries_of, nested_options
 from settings.errors import STOP_EXIT_CODES as STOP_EXIT_CODES
 from settings.errors import CheckpointError as CheckpointError
 from settings.errors import ConfigError as ConfigError
@@ -418,6 +418,12 @@ class Config:
         entries = entries_of(values, Origin(1, source=source))
         return _build(merge([read_layer(schema(), 1, source, entries)]))
 
+    @staticmethod
+    def from_flat(options: Mapping[str, Any], source: str = "") -> Config:
+        """Rebuilds a config from `flat_options` of its `to_dict`."""
+        lists = [key for key, option in schema().options.items() if option.entry_options]
+        return Config.from_dict(nested_options(options, lists), source)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the sections as plain values."""
         # Not `asdict`: it copies each value by itself, and a sweep reads a thousand configs.
@@ -524,14 +530,14 @@ class Request:
     """What a command line asks for."""
 
     config: Config
-    files: tuple[str, ...]  # as they were applied, a base first
-    overrides: tuple[str, ...]  # key=value, as `Config.from_yaml` takes them
-    dry_run: bool
-    show_config: bool
-    check_resume: int | None  # steps to train straight and interrupted
-    reproduce: str | None  # a run to repeat, with its config in place of this one
-    notes: tuple[str, ...]  # aliases used and names ignored, to be printed
-    given: frozenset[str]  # options that would have another value had the user left them out
+    files: tuple[str, ...] = ()  # as they were applied, a base first
+    overrides: tuple[str, ...] = ()  # key=value, as `Config.from_yaml` takes them
+    dry_run: bool = False
+    show_config: bool = False
+    check_resume: int | None = None  # steps to train straight and interrupted
+    reproduce: str | None = None  # a run to repeat, with its config in place of this one
+    notes: tuple[str, ...] = ()  # aliases used and names ignored, to be printed
+    given: frozenset[str] = frozenset()  # options that would differ had the user left them out
 
 
 def command_line(argv: Sequence[str]) -> Request:
@@ -628,7 +634,6 @@ def _load(arguments: Arguments) -> Request:
         dry_run=arguments.dry_run,
         show_config=arguments.show_config,
         check_resume=arguments.check_resume,
-        reproduce=None,
         notes=tuple(merged.notes),
         given=_given(merged, config),
     )
@@ -641,17 +646,7 @@ def _request_to_reproduce(run: str) -> Request:
             "--reproduce repeats a run in one process: start it with python, without torchrun or "
             "srun. The steps have the same rows on any number of processes."
         )
-    return Request(
-        config=Config(),
-        files=(),
-        overrides=(),
-        dry_run=False,
-        show_config=False,
-        check_resume=None,
-        reproduce=run,
-        notes=(),
-        given=frozenset(),
-    )
+    return Request(Config(), reproduce=run)
 
 
 def _build(merged: Merged) -> Config:

@@ -337,9 +337,6 @@ def show_tree(arguments: argparse.Namespace) -> None:
 
 def show_batch(arguments: argparse.Namespace) -> None:
     """Prints the documents of a step, with losses unless they are not asked for; or JSON."""
-    from engine.replay.batch import batch_of, replayed_losses
-    from train import train
-
     run = open_one(arguments.word)
     if not 1 <= arguments.step <= run.step:
         raise ConfigError(f"{run.name} has steps 1 to {run.step}, not {arguments.step}.")
@@ -347,10 +344,15 @@ def show_batch(arguments: argparse.Namespace) -> None:
         raise ConfigError("--worst orders sequences by their loss, and --no-loss leaves it out.")
     if arguments.worst is not None and arguments.worst < 1:
         raise ConfigError(f"--worst {arguments.worst}: give the number of sequences to show.")
+    # Imported after the checks: torch takes seconds.
+    from engine.replay.batch import batch_of, with_losses
+    from train import train
+
     report = batch_of(run.path, arguments.step, run.records)
     if not arguments.no_loss:
-        report = report.with_losses(replayed_losses(report, run.path, train))
-    report = report.worst(arguments.worst)
+        report = with_losses(report, run.path, train)
+    if arguments.worst is not None:
+        report = report.worst(arguments.worst)
     if arguments.json:
         _print_json(report.to_json())
     else:
@@ -359,9 +361,9 @@ def show_batch(arguments: argparse.Namespace) -> None:
 
 def show_seen(arguments: argparse.Namespace) -> None:
     """Prints at which steps a run read a text, or JSON."""
+    run = open_one(arguments.word)
     from engine.replay.seen import seen
 
-    run = open_one(arguments.word)
     found = seen(run.path, arguments.text, run.step)
     if arguments.json:
         _print_json(found.to_json())
@@ -371,12 +373,12 @@ def show_seen(arguments: argparse.Namespace) -> None:
 
 def show_bisect(arguments: argparse.Namespace) -> None:
     """Prints where two runs part and why, or JSON; leaves with 1 if they do, as diff does."""
-    from engine.replay.bisect import bisect
-    from train import train
-
     runs = [run for word in arguments.runs for run in open_runs([word])]
     if len(runs) != 2:
         raise ConfigError(f"bisect compares two runs, got {shown_names([r.path for r in runs])}.")
+    from engine.replay.bisect import bisect
+    from train import train
+
     found = bisect(runs[0], runs[1], arguments.steps, train)
     if arguments.json:
         _print_json(found.values())

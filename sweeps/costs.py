@@ -67,17 +67,7 @@ def _shape(cell: Cell) -> str:
 
 
 def _cost(cell: Cell, budget_s: float) -> Cost:
-    request = Request(
-        config=cell.config,
-        files=(),
-        overrides=(),
-        dry_run=True,
-        show_config=False,
-        check_resume=None,
-        reproduce=None,
-        notes=(),
-        given=frozenset(),
-    )
+    request = Request(cell.config, dry_run=True)
     with enter_world(cell.config.system, cell.config.distributed) as world:
         budget = MemoryBudget.of(world)
         with console.redirected(lambda line: None):

@@ -1,31 +1,31 @@
 """A run that `train.py --reproduce` repeats: from its directory, or from a report page alone.
 
-A page is text of others: its elements are read by html.parser and its values by json, the config
-goes through the checks of any config, and nothing in it is run. Imports no torch.
+A page is text of others: its values are read by json, the config goes through the checks of any
+config, and nothing in it is run. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from compare.differences import data_fingerprint
 from compare.reading.json_values import as_count, as_dict, as_str
 from compare.reading.run import path_of, read_run
-from config import Config, ConfigError, DataError, schema
-from engine.run_directory.fork import PARENT
+from config import Config, ConfigError, DataError
+from engine.run_directory.fork import parent_step
 from engine.run_directory.manifest import MAX_BYTES, steps_in
 from engine.run_directory.saved_config import config_of_step
 from files.regular import read_regular
-from settings.entries import nested_options
 from settings.terminal import printable
 
 _PAGES = (".html", ".htm")
+_DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,10 @@ def find_original(word: str) -> Original:
         raise DataError(f"{path}: neither a run, a checkpoint, its config.yaml nor a report page.")
     run = read_run(folder)
     checkpoint = path if path.suffix == ".pt" else None
-    step = _step_of(path) if checkpoint else _step_of_fork(run.environment)
-    try:
-        config = config_of_step(folder, step + 1)
-    except OSError as error:
-        raise DataError(f"{folder}: its config cannot be read: {error.strerror}.") from error
+    step = _step_of(path) if checkpoint else parent_step(run.environment)
     return Original(
         run.name,
-        config,
+        config_of_step(folder, step + 1),
         run.environment,
         run.records,
         folder,
@@ -85,31 +81,7 @@ def _step_of(path: Path) -> int:
     raise DataError(f"{path} is not a checkpoint of a run: it has no manifest.")
 
 
-def _step_of_fork(environment: Mapping[str, Any]) -> int:
-    """Returns the step at which a fork begins; 0 for another run."""
-    return as_count(as_dict(environment.get(PARENT)).get("step")) or 0
-
-
 # ---- a report page
-
-
-class _DataElement(HTMLParser):
-    """Collects the text of the page's `<script type="application/json" id="data">`."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.texts: list[str] = []
-        self._inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._inside = tag == "script" and ("id", "data") in attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.texts.append(data)
 
 
 def _from_page(page: Path, name: str) -> Original:
@@ -132,34 +104,30 @@ def _from_page(page: Path, name: str) -> Original:
         ],
         path=None,
         fingerprint=as_str(as_dict(environment.get("data")).get("fingerprint")),
-        step=_step_of_fork(environment),
+        step=parent_step(environment),
     )
 
 
 def _runs_of_page(page: Path) -> list[Mapping[str, Any]]:
     """Returns what the page holds of each run to repeat it."""
-    element = _DataElement()
     try:
-        element.feed(read_regular(page, MAX_BYTES).decode("utf-8", "replace"))
-        content = json.loads("".join(element.texts))
+        found = _DATA.search(read_regular(page, MAX_BYTES).decode("utf-8", "replace"))
+        content = json.loads(found[1]) if found else None
     except OSError as error:
         raise DataError(f"{page}: cannot be read: {os.strerror(error.errno or 0)}.") from error
-    # html.parser asserts that a declaration is one it knows.
-    except (ValueError, RecursionError, AssertionError):
+    except (ValueError, RecursionError):
         content = None
     runs = as_dict(content).get("runs")
-    found = (
-        [as_dict(as_dict(run).get("reproduce")) for run in runs] if isinstance(runs, list) else []
-    )
-    found = [run for run in found if run.get("config")]
-    if not found:
+    runs = runs if isinstance(runs, list) else []
+    originals = [as_dict(as_dict(run).get("reproduce")) for run in runs]
+    originals = [run for run in originals if run.get("config")]
+    if not originals:
         raise DataError(f"{page} is not a page of `runs.py report` that holds runs to repeat.")
-    return found
+    return originals
 
 
 def _config(page: Path, flat: Mapping[str, Any]) -> Config:
-    lists = [key for key, option in schema().options.items() if option.entry_options]
     try:
-        return Config.from_dict(nested_options(flat, lists), str(page))
+        return Config.from_flat(flat, str(page))
     except ConfigError as error:
         raise ConfigError(printable(str(error))) from None

@@ -11,8 +11,8 @@ from compare.curves import AXES, Band, band, curve, described, metrics_of, place
 from compare.reading.json_values import as_count, as_dict, as_str, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
-from config import ConfigError
-from engine.run_directory.fork import PARENT
+from config import ConfigError, DataError
+from engine.run_directory.fork import parent_step
 from engine.run_directory.saved_config import config_of_step
 from settings.entries import flat_options
 
@@ -169,10 +169,10 @@ def _first_config(run: Run) -> Mapping[str, Any]:
     """Returns the config of the run's first steps: a resume may have changed options."""
     if not any(run.path.glob("config.before_*")):
         return run.config
-    begin = as_count(as_dict(run.environment.get(PARENT)).get("step")) or 0
     try:
-        return flat_options(config_of_step(run.path, begin + 1).to_dict())
-    except (OSError, ConfigError):  # of another version
+        first = config_of_step(run.path, parent_step(run.environment) + 1)
+        return flat_options(first.to_dict())
+    except (DataError, ConfigError):  # of another version
         return run.config
 
 

@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     sequence: int
     """The row of the batch that holds the begin of the text."""
     epoch: int
-    """Counted from 0, as its source counts them."""
+    """Of its source, counted from 1."""
     source: str
     stored: Stored
     """Where the text is stored."""
@@ -100,7 +100,7 @@ class ReadingSearch:
                 step = int(np.searchsorted(rows[:, column], row, side="right")) - 1
                 places = as_numbers(plan.layout(given[step : step + 2]).places[column])
                 number = int(places[row - rows[step, column]])
-                yield Reading(self.first_step + step, number, epoch, name, part)
+                yield Reading(self.first_step + step, number, epoch + 1, name, part)
         close_readers(readers)
 
     def _in_streams(

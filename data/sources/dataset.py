@@ -56,12 +56,13 @@ class Stored(NamedTuple):
     def __str__(self) -> str:
         """In words: "a.parquet row group 3 row 17"."""
         first, last = self.numbers.start, self.numbers.stop - 1
-        alone = first == last
-        return (
-            f"{self.place.removesuffix('s')} {first:,}"
-            if alone
-            else f"{self.place} {first:,}-{last:,}"
-        )
+        if first == last:
+            return f"{self.place.removesuffix('s')} {first:,}"
+        return f"{self.place} {first:,}-{last:,}"
+
+    def place_values(self) -> dict[str, Any]:
+        """Returns the same as plain values."""
+        return {"place": self.place, "first": self.numbers.start, "last": self.numbers.stop - 1}
 
 
 class Passage(NamedTuple):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import DataError
-from data import StepBatch, TrainLoader
+from data import Dataset, StepBatch, TrainLoader
 from data.loading.batch_hash import hash_step
 from data.loading.loader import RowOrigin
 from data.run_data import batch_spec
@@ -21,30 +21,32 @@ from data.sources.dataset import Stored
 from data.tokenizers.base import Tokenizer
 from engine.checkpoint.load import load_checkpoint
 from engine.evaluation import batch_losses
-from engine.hardware.distributed import enter_world
 from engine.loss import count_targets, next_token_loss
-from engine.replay.course import Progress, newest_content, open_text
-from engine.replay.replay import Replay, TrainingLoop, open_replay
-from engine.replay.start import ReplayStart, find_start
+from engine.replay.replay import Replay, ReplayStart, TrainingLoop, open_replay
+from engine.replay.start import find_start, newest_content, open_text, run_of_step
 from engine.signals import StopRequest
 from engine.train_state import TrainState
 
 _SHOWN = 100  # characters of a document
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """What a sequence holds of one document."""
 
     stored: Stored
     text: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the same as plain values."""
+        tokens = [self.stored.tokens.start, self.stored.tokens.stop - 1]
+        return self.stored.place_values() | {"tokens": tokens, "text": self.text}
 
 
 @dataclass(frozen=True)
 class BatchSequence:
     """A row of a batch."""
 
-    number: int
+    sequence: int
     source: str
     documents: list[Document]
     loss: float | None = None
@@ -63,15 +65,8 @@ class BatchReport:
     verdict: str
     """Whether it is the batch that the run trained on, as far as its records tell."""
 
-    def with_losses(self, losses: list[float]) -> BatchReport:
-        """Returns the report with the loss of each sequence."""
-        pairs = zip(self.sequences, losses, strict=True)
-        return replace(self, sequences=[replace(each, loss=loss) for each, loss in pairs])
-
-    def worst(self, count: int | None) -> BatchReport:
+    def worst(self, count: int) -> BatchReport:
         """Returns the report with the sequences of the highest loss, the highest first."""
-        if count is None:
-            return self
         ordered = sorted(self.sequences, key=lambda each: -(each.loss or 0.0))
         return replace(self, sequences=ordered[:count])
 
@@ -82,38 +77,24 @@ class BatchReport:
         lines.append(self.verdict)
         for each in self.sequences:
             loss = "" if each.loss is None else f"  loss {each.loss:.4f}"
-            lines.append(f"sequence {each.number}{loss}{f'  {each.source}' if each.source else ''}")
-            for document in each.documents:
-                first, last = document.stored.tokens.start, document.stored.tokens.stop - 1
-                lines.append(f"  tokens {first}-{last}  {document.stored}")
-                lines.append(f"    {document.text if full else shortened(document.text)}")
+            name = f"  {each.source}" if each.source else ""
+            lines.append(f"sequence {each.sequence}{loss}{name}")
+            for stored, text in each.documents:
+                lines.append(f"  tokens {stored.tokens.start}-{stored.tokens.stop - 1}  {stored}")
+                lines.append(f"    {text if full else _shortened(text)}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """Returns the same as plain values, with whole texts."""
+        values = {"step": self.step, "batch_hash": f"{self.hash:016x}", "verdict": self.verdict}
         sequences = [
-            {
-                "sequence": each.number,
-                "source": each.source,
-                "loss": each.loss,
-                "documents": [
-                    {
-                        "place": document.stored.place,
-                        "first": document.stored.numbers.start,
-                        "last": document.stored.numbers.stop - 1,
-                        "tokens": [document.stored.tokens.start, document.stored.tokens.stop - 1],
-                        "text": document.text,
-                    }
-                    for document in each.documents
-                ],
-            }
+            vars(each) | {"documents": [own.to_json() for own in each.documents]}
             for each in self.sequences
         ]
-        values = {"step": self.step, "batch_hash": f"{self.hash:016x}", "verdict": self.verdict}
-        return {**values, "sequences": sequences}
+        return values | {"sequences": sequences}
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """Returns a text in one line, without its middle if it is long."""
     line = " ".join(text.split())
     half = _SHOWN // 2
@@ -125,10 +106,10 @@ def batch_of(run: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Batc
 
     records: of the run. Raises DataError where the text is not what the run read.
     """
-    start, progress = find_start(run, step), Progress()
+    start = find_start(run, step)
     path = start.checkpoint or start.config.training.fork_from_checkpoint
     saved = {} if path is None else load_checkpoint(Path(path), mmap=True)
-    dataset = open_text(start.config, saved or newest_content(start.run))
+    dataset = open_text(start.config, saved or newest_content(run_of_step(run, step)))
     since = TrainState.from_saved(saved["train"]) if saved else TrainState()
     logged = {
         each["step"]: each.get("train/batch_hash") for each in records if "train/loss" in each
@@ -136,7 +117,6 @@ def batch_of(run: Path, step: int, records: Sequence[Mapping[str, Any]]) -> Batc
     end = min((each for each in logged if each >= step), default=step)
     found: BatchReport | None = None
     for number, batch in enumerate(_batches(start, dataset, saved), start.step + 1):
-        progress("Steps read", number - start.step, end - start.step)
         own = hash_step(number, [batch.rows_hash()])
         since.add_batch(own)
         if number == step:
@@ -161,15 +141,12 @@ def _verdict(since: TrainState, end: int, logged: Mapping[int, str | None]) -> s
     return f"It is NOT what the run trained on: record {end} has another hash of the batches."
 
 
-def _batches(start: ReplayStart, dataset: Any, saved: Mapping[str, Any]) -> Iterator[StepBatch]:
+def _batches(start: ReplayStart, dataset: Dataset, saved: Mapping[str, Any]) -> Iterator[StepBatch]:
     """Yields the batches of the steps from the start on."""
     config = start.config
     spec, options = batch_spec(config, 0, 1), replace(config.dataloader, num_workers=0)
     with TrainLoader(dataset, spec, options, saved.get("cursor")) as loader:
-        first = next(loader)
-        yield first
-        while True:
-            yield first if config.training.use_oracle else next(loader)
+        yield from repeat(next(loader)) if config.training.use_oracle else loader
 
 
 def _sequence(row: RowOrigin, rows: Tensor, tokenizer: Tokenizer) -> BatchSequence:
@@ -196,18 +173,14 @@ def _documents(part: Stored, tokens: Any, separator: int | None) -> list[Stored]
     return found
 
 
-def replayed_losses(report: BatchReport, run: Path, loop: TrainingLoop) -> list[float]:
-    """Returns the loss of each sequence under the weights before the step, by a replay.
-
-    Raises DataError where the replay comes to other rows.
-    """
-    start = find_start(run, report.step)
-    with ExitStack() as stack:
-        config, stop = start.config, StopRequest()
-        world = stack.enter_context(enter_world(config.system, config.distributed))
-        replay = stack.enter_context(open_replay(config, start.checkpoint, world, stop, loop))
+def with_losses(report: BatchReport, run: Path, loop: TrainingLoop) -> BatchReport:
+    """Returns the report with the loss of each sequence under the weights before the step, by a
+    replay; raises DataError where that comes to other rows. loop: `train.train`."""
+    with open_replay(find_start(run, report.step), StopRequest(), loop) as replay:
         replay.advance_to(report.step - 1)
-        return _row_losses(replay, report)
+        losses = _row_losses(replay, report)
+    pairs = zip(report.sequences, losses, strict=True)
+    return replace(report, sequences=[replace(each, loss=loss) for each, loss in pairs])
 
 
 def _row_losses(replay: Replay, report: BatchReport) -> list[float]:

@@ -10,32 +10,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from compare.differences import MISSING, differing_data, differing_options
 from compare.labels import names
 from compare.parting import Agreement, compare_records
-from compare.reading.json_values import as_count
 from compare.reading.run import Run
-from config import Config, DataError, UserError, schema
+from config import Config, DataError, UserError
 from engine.checkpoint.load import load_checkpoint
-from engine.hardware.distributed import enter_world
 from engine.replay.batch import batch_of
-from engine.replay.replay import Replay, TrainingLoop, open_replay
+from engine.replay.replay import Replay, ReplayStart, TrainingLoop, open_replay
 from engine.replay.reproduce import is_close
 from engine.replay.saved_weights import SavedWeights, compare_saved
-from engine.replay.session import compare_facts, session_facts, threads_of
-from engine.replay.start import config_in_one_process, parent_step
-from engine.run_directory.experiment import is_text_path
+from engine.replay.session import compare_facts, session_facts
+from engine.replay.start import start_with
+from engine.run_directory.experiment import is_text_path, own_options
 from engine.run_directory.fork import OPTION as FORK_FROM
+from engine.run_directory.fork import parent_step
 from engine.run_directory.manifest import data_path
+from engine.run_directory.saved_config import config_of_step
 from engine.setup.check_resume import state_difference
 from engine.signals import StopRequest
 from engine.weights_hash import weights_hash
-from settings.entries import flat_options, nested_options
+from settings.entries import flat_options
 from settings.values import to_text
 
 THREADS = "number of threads"
@@ -79,21 +78,13 @@ class Finding:
         }
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two runs, as it is replayed."""
-
-    config: Config
-    checkpoint: Path | None
-    threads: int | None
-
-    def with_difference(self, key: str, value: Any) -> Side:
-        """Returns it with another value of one option, or as many threads; raises ConfigError."""
-        if key == THREADS:
-            return replace(self, threads=value)
-        lists = [name for name, option in schema().options.items() if option.entry_options]
-        values = flat_options(self.config.to_dict()) | {key: value}
-        return replace(self, config=Config.from_dict(nested_options(values, lists)))
+def _with_difference(start: ReplayStart, key: str, value: Any) -> ReplayStart:
+    """Returns a start with another value of one option, or as many threads; raises ConfigError."""
+    if key == THREADS:
+        return replace(start, threads=value)
+    values = flat_options(start.config.to_dict()) | {key: value}
+    # Another model does not have all options of this one.
+    return replace(start, config=Config.from_flat(own_options(values)))
 
 
 def bisect(first: Run, second: Run, most_steps: int, loop: TrainingLoop) -> Finding:
@@ -181,8 +172,8 @@ class _Search:
                 f"Not replayed: {end - begin:,} steps from step {begin} (see --steps)"
             )
             return None
-        first, second = (self._side(run, begin) for run in self.runs)
-        steps = [self._steps(side, end) for side in (first, second)]
+        first, second = (self._start(run, begin) for run in self.runs)
+        steps = [self._steps(start, end) for start in (first, second)]
         found = compare_records(steps[0], steps[1], after=begin)
         if found.parting is None:
             self.lines.append(f"Replayed here from step {begin}, both compute the same")
@@ -197,18 +188,17 @@ class _Search:
         if first.threads != second.threads and second.threads is not None:
             differences[THREADS] = second.threads
         for key, value in list(differences.items())[:MOST_TRIALS]:
-            if self._explains(first, key, value, steps[1], begin):
+            if self._explains(first, key, value, steps[1]):
                 return self._explained(key, value, what, end)
         return ("text", f"Other text: {what}.") if other_rows and not differences else None
 
-    def _wrong_checkpoint(self, side: Side) -> tuple[str, str] | None:
+    def _wrong_checkpoint(self, start: ReplayStart) -> tuple[str, str] | None:
         """Returns which of two checkpoints that differ is not what a replay makes; for a step
         without a log record, whose hash would tell it at once."""
         step = self.saved.differing
         if step is None:
             return None
-        with _opened(side, self.loop) as replay:
-            replay.advance_to(step)
+        with self._replayed(start, step) as replay:
             right = weights_hash(replay.trainer.model.state_dict())
         for run, name in zip(self.runs, self.names, strict=True):
             path = data_path(run.path, step)
@@ -217,31 +207,35 @@ class _Search:
                 return "weights", f"{wrong}: {self.saved.difference}."
         return None
 
-    def _side(self, run: Run, begin: int) -> Side:
+    def _start(self, run: Run, begin: int) -> ReplayStart:
         """Returns a run from its checkpoint of a step on or, without one, from its own begin."""
         assert self.found.parting is not None
-        step = self.found.parting.step
-        path = data_path(run.path, begin)
-        threads = as_count(session_facts(run.environment, step).get("threads"))
-        config = config_in_one_process(run.path, step)
-        return Side(config, path if path.exists() else None, threads)
+        step, path = self.found.parting.step, data_path(run.path, begin)
+        config = config_of_step(run.path, step)
+        checkpoint = path if path.exists() else None
+        return start_with(config, run.environment, step, checkpoint, begin)
 
-    def _steps(self, side: Side, end: int) -> list[dict[str, Any]]:
-        with _opened(side, self.loop) as replay:
-            replay.advance_to(end)
+    def _steps(self, start: ReplayStart, end: int) -> list[dict[str, Any]]:
+        with self._replayed(start, end) as replay:
             self.on_cpu = replay.trainer.world.on_cpu
             return replay.records
 
+    @contextmanager
+    def _replayed(self, start: ReplayStart, end: int) -> Iterator[Replay]:
+        with open_replay(start, StopRequest(), self.loop) as replay:
+            replay.advance_to(end)
+            yield replay
+
     def _explains(
-        self, side: Side, key: str, value: Any, wanted: Sequence[Mapping[str, Any]], begin: int
+        self, start: ReplayStart, key: str, value: Any, wanted: Sequence[Mapping[str, Any]]
     ) -> bool:
         """Returns whether the first run, with one difference, computes what the second one does."""
         try:
-            steps = self._steps(side.with_difference(key, value), wanted[-1]["step"])
+            steps = self._steps(_with_difference(start, key, value), wanted[-1]["step"])
         except UserError as error:  # one difference alone may be no valid config
             self.lines.append(f"{key} {_shown(value)} in {self.names[0]}: {error}")
             return False
-        found = compare_records(steps, wanted, after=begin)
+        found = compare_records(steps, wanted, after=start.step)
         # A GPU does not compute the same twice.
         same = found.parting is None or (not self.on_cpu and is_close(found))
         result = "the same as" if same else f"still another than, from step {_parts(found)},"
@@ -282,12 +276,11 @@ class _Search:
             texts.append(f"{text!r} in {document.stored.place} {where}")
         return f"step {step}, row {row}, token {token}: {' and '.join(texts)}"
 
-    def _first_tensor(self, first: Side, second: Side, step: int) -> str:
+    def _first_tensor(self, first: ReplayStart, second: ReplayStart, step: int) -> str:
         """Returns the first tensor of the weights or the optimizer that differs after a step."""
         states = []
-        for side in (first, second):
-            with _opened(side, self.loop) as replay:
-                replay.advance_to(step)
+        for start in (first, second):
+            with self._replayed(start, step) as replay:
                 state = replay.trainer.state_dict()
                 states.append(copy.deepcopy({key: state[key] for key in ("model", "optimizer")}))
         try:
@@ -295,16 +288,6 @@ class _Search:
         except RuntimeError as error:
             found = str(error)
         return f"after step {step}, {found or 'weights and optimizer are equal'}"
-
-
-@contextmanager
-def _opened(side: Side, loop: TrainingLoop) -> Iterator[Replay]:
-    """Opens a replay on the run's device and with its number of threads; says nothing."""
-    with ExitStack() as stack:
-        stack.enter_context(threads_of(side.threads))
-        world = stack.enter_context(enter_world(side.config.system, side.config.distributed))
-        stop = StopRequest()
-        yield stack.enter_context(open_replay(side.config, side.checkpoint, world, stop, loop))
 
 
 def _parts(found: Agreement) -> int:

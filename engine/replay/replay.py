@@ -12,6 +12,7 @@ generator that training uses.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,8 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from config import Config, DataError, Request, TrainingConfig, sequences_per_step
-from engine.hardware.distributed import World
+import torch
+
+from config import Config, DataError, Request, TrainingConfig
+from engine.hardware.distributed import enter_world
 from engine.monitor import console
 from engine.monitor.tracker import Tracker
 from engine.setup.build import build
@@ -31,6 +34,21 @@ from engine.train_state import TrainState
 from engine.trainer import Trainer
 
 TrainingLoop = Callable[[Trainer, StopRequest], None]
+_THREADS_PER_CORE = 4
+
+
+@dataclass(frozen=True)
+class ReplayStart:
+    """What a replay begins with."""
+
+    config: Config
+    """Of the steps that are replayed, for one process."""
+    checkpoint: Path | None
+    """None: the run's first step, or where a fork left its parent."""
+    step: int
+    """Steps done before the replay."""
+    threads: int | None = None
+    """Of the run; None: unknown."""
 
 
 class RecordList(Tracker):
@@ -62,15 +80,10 @@ class Replay:
     begun: TrainState
     """What the checkpoint had of the steps since the run's last log record."""
 
-    @property
-    def fingerprint(self) -> str:
-        """That of the text that is read."""
-        return str(self.trainer.data.identity()["data"]["fingerprint"])
-
     def advance_to(self, step: int) -> int:
         """Trains until so many steps are done; returns how many are: fewer where the run ends, or
         was stopped by a signal."""
-        with console.redirected(_to_nowhere):
+        with console.redirected(lambda line: None):
             self.trainer.stop_after = step
             self.loop(self.trainer, self.stop)
             self.trainer.read_last_step()
@@ -102,19 +115,13 @@ class Replay:
 
 
 @contextmanager
-def open_replay(
-    config: Config,
-    checkpoint: Path | None,
-    world: World,
-    stop: StopRequest,
-    loop: TrainingLoop,
-) -> Iterator[Replay]:
-    """Builds a run again, at its beginning or at a checkpoint; raises what building a run raises.
+def open_replay(start: ReplayStart, stop: StopRequest, loop: TrainingLoop) -> Iterator[Replay]:
+    """Builds a run again, at its beginning or at a checkpoint, on the device of its config; raises
+    what building a run raises.
 
-    Args:
-        config: of the run, for one process; how often it logs, evaluates and saves is left out.
-        loop: `train.train`.
+    loop: `train.train`.
     """
+    config = start.config
     training = replace(
         config.training,
         log_freq=1,
@@ -126,14 +133,18 @@ def open_replay(
         checkpoint_dir=tempfile.gettempdir(),  # where nothing is written, but could be
         resume_from_checkpoint=None,
     )
-    if checkpoint is not None:
+    if start.checkpoint is not None:
         # A fork has all of a checkpoint's state and, other than a resume, leaves its run alone.
-        training = replace(training, fork_from_checkpoint=str(checkpoint), init_from="scratch")
+        training = replace(
+            training, fork_from_checkpoint=str(start.checkpoint), init_from="scratch"
+        )
     logging = replace(config.logging, wandb_log=False, tensorboard=False)
     config = replace(config, training=training, logging=logging)
-    with ExitStack() as stack:
-        with console.redirected(_to_nowhere):
-            trainer = build(_request(config), world, stack)
+    with _threads(start.threads), ExitStack() as stack:
+        world = stack.enter_context(enter_world(config.system, config.distributed))
+        # It says what it found at its end, not what a run says on its way.
+        with console.redirected(lambda line: None):
+            trainer = build(Request(config), world, stack)
         records = RecordList()
         trainer.reporter.trackers = [records]
         begun = replace(trainer.state)
@@ -141,33 +152,15 @@ def open_replay(
         yield Replay(trainer, loop, stop, records.records, begun)
 
 
-def _to_nowhere(line: str) -> None:
-    """A replay says what it found at its end, not what a run says on its way."""
-
-
-def _request(config: Config) -> Request:
-    return Request(
-        config=config,
-        files=(),
-        overrides=(),
-        dry_run=False,
-        show_config=False,
-        check_resume=None,
-        reproduce=None,
-        notes=(),
-        given=frozenset(),
-    )
-
-
-def in_one_process(config: Config, processes: int) -> Config:
-    """Returns the config with which one process takes the steps that so many took; raises
-    ConfigError."""
-    before = sequences_per_step(config, processes)
-    if before == sequences_per_step(config, 1):
-        return config
-    training = replace(
-        config.training,
-        tokens_per_step=before * config.training.block_size,
-        gradient_accumulation_steps=1,
-    )
-    return replace(config, training=training)
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """Has torch compute with the run's number of threads, which decides in which order sums are
+    added on a CPU. An unknown number, and one that is far too high for this machine, is not taken.
+    """
+    before = torch.get_num_threads()
+    if wanted is not None and 0 < wanted <= _THREADS_PER_CORE * (os.cpu_count() or 1):
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,10 +7,7 @@ from a report page alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 
@@ -23,25 +20,21 @@ from compare.parting import (
     log_records,
     step_losses,
 )
-from compare.reading.json_values import as_count
 from compare.reading.original import Original, find_original
 from config import DataError
 from engine.hardware.device import cuda_versions
-from engine.hardware.distributed import World, enter_world
 from engine.monitor import console
-from engine.replay.replay import TrainingLoop, in_one_process, open_replay
+from engine.replay.replay import TrainingLoop, open_replay
 from engine.replay.session import NAMES, Fact, compare_facts, session_facts
+from engine.replay.start import start_with
 from engine.run_directory.environment import describe_session
 from engine.signals import StopRequest
+from engine.trainer import Trainer
 
 STEPS = 50
-MOST_STEPS = 200
-"""Repeated of a run that has no record of its first 50 steps."""
 CLOSE = 1e-5
 """The relative difference of losses up to which a run is said to be repeated: other hardware or
 versions add in another order, data that differs or another option does more."""
-_MOST_THREADS = 4
-"""Threads per core up to which a run's number of threads is taken."""
 
 
 def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
@@ -54,16 +47,10 @@ def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
     original = find_original(word)
     begin, end = steps_to_repeat(original)
     console.info(f"Repeating {original.name}, steps {begin + 1} to {end}, in memory")
-    then = session_facts(original.environment, begin + 1)
-    lines = _take_threads(as_count(then.get("threads")))
-    with ExitStack() as stack:
-        config = in_one_process(original.config, as_count(then.get("processes")) or 1)
-        world = stack.enter_context(enter_world(config.system, config.distributed))
-        facts = compare_facts(then, _facts_here(world))
-        console.info(*map(str, facts), *lines)
-        again = stack.enter_context(open_replay(config, original.checkpoint, world, stop, loop))
-        data = Fact("data", original.fingerprint, again.fingerprint)
-        console.info(str(data))
+    first = original.config, original.environment, begin + 1
+    with open_replay(start_with(*first, original.checkpoint, begin), stop, loop) as again:
+        facts = _facts(original, begin + 1, again.trainer)
+        console.info(*map(str, facts))
         stop.training_started = True
         with again.trainer.reporter.live:
             done = again.advance_to(end)
@@ -75,7 +62,7 @@ def reproduce(word: str, stop: StopRequest, loop: TrainingLoop) -> int:
     before = [record for record in original.records if record["step"] <= begin]
     records = [*before, *again.logged_after(log_records(original.records))]
     found = compare_records(original.records, records, after=begin)
-    console.info(console.RULE, verdict(found, done - begin, [data, *facts]))
+    console.info(console.RULE, verdict(found, done - begin, facts))
     return 0 if is_close(found) else 1
 
 
@@ -90,37 +77,20 @@ def steps_to_repeat(original: Original) -> tuple[int, int]:
     if not logged:
         raise DataError(f"{original.name} has no log record after step {begin} to compare with.")
     end = min(begin + STEPS, logged[-1])
-    if not any(begin < step <= end for step in (*logged, *step_losses(original.records))):
-        end = logged[0]
-    if end > begin + MOST_STEPS:
-        raise DataError(
-            f"{original.name} logged nothing between step {begin} and step {end}: more than "
-            f"{MOST_STEPS} steps would have to be repeated to compare one record."
-        )
-    return begin, end
+    told = (*logged, *step_losses(original.records))
+    return begin, end if any(begin < step <= end for step in told) else logged[0]
 
 
-# ---- then and here
-
-
-def _facts_here(world: World) -> dict[str, Any]:
-    here = describe_session(world.device_name) | {
+def _facts(original: Original, step: int, trainer: Trainer) -> list[Fact]:
+    """Returns what the run computed with, and what the repetition does; the data first."""
+    here = describe_session(trainer.world.device_name) | {
         "processes": 1,
-        "cuda": cuda_versions(world.device),
+        "cuda": cuda_versions(trainer.world.device),
+        "threads": torch.get_num_threads(),
     }
-    return session_facts({**here, "threads": torch.get_num_threads()}, 1)
-
-
-def _take_threads(wanted: int | None) -> list[str]:
-    """Has torch compute with the run's number of threads, which decides in which order sums are
-    added on a CPU; returns a line where that is another one than here."""
-    here = torch.get_num_threads()
-    if wanted is None or wanted == here:
-        return []
-    if not 0 < wanted <= _MOST_THREADS * (os.cpu_count() or 1):
-        return [f"{wanted} threads are too many for this machine: {here} are taken"]
-    torch.set_num_threads(wanted)
-    return [f"{wanted} threads are taken, as then; without that it were {here}"]
+    fingerprint = str(trainer.data.identity()["data"]["fingerprint"])
+    then, now = session_facts(original.environment, step), session_facts(here, 1)
+    return [Fact("data", original.fingerprint, fingerprint), *compare_facts(then, now)]
 
 
 # ---- the verdict

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from compare.parting import WEIGHTS, log_records
-from compare.reading.json_values import as_count, as_dict, as_str
+from compare.reading.json_values import as_count
 from compare.reading.run import Run
 from config import CheckpointError
 from engine.checkpoint.load import load_checkpoint
+from engine.replay.start import checkpoints_of
 from engine.run_directory.environment_file import sessions_of
-from engine.run_directory.fork import PARENT
-from engine.run_directory.manifest import data_path, steps_in
+from engine.run_directory.fork import parent_step
 from engine.setup.check_resume import state_difference
 from engine.weights_hash import weights_hash
 
@@ -45,7 +44,7 @@ def compare_saved(runs: Sequence[Run], names: Sequence[str], before: int | None)
     not part.
     """
     found = SavedWeights()
-    paths = [_checkpoints(run) for run in runs]
+    paths = [checkpoints_of(run.path) for run in runs]
     for step in sorted({*paths[0], *paths[1]}):
         if before is not None and step >= before:
             break
@@ -76,21 +75,10 @@ def compare_saved(runs: Sequence[Run], names: Sequence[str], before: int | None)
     return found
 
 
-def _checkpoints(run: Run) -> dict[int, Path]:
-    """Returns step -> checkpoint, of a fork also the one that it began with."""
-    found = {step: data_path(run.path, step) for step in steps_in(run.path)}
-    parent = as_dict(run.environment.get(PARENT))
-    step = as_count(parent.get("step"))
-    if step is not None:
-        path = data_path(Path(as_str(parent.get("path"))), step)
-        found |= {step: path} if path.exists() else {}
-    return found
-
-
 def _resumed_at(run: Run) -> set[int]:
     """Returns the steps of the checkpoints that the run went on from."""
-    sessions = [*sessions_of(run.environment), as_dict(run.environment.get(PARENT))]
-    return {session["step"] for session in sessions if as_count(session.get("step"))}
+    sessions = sessions_of(run.environment)
+    return {parent_step(run.environment), *(as_count(each.get("step")) or 0 for each in sessions)}
 
 
 def _difference(states: Sequence[Mapping[str, Any]]) -> str:

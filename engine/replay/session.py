@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from compare.reading.json_values import as_dict, as_str
 from engine.run_directory.environment_file import session_of_step
@@ -80,14 +77,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return "" if value is None else as_str(str(value))
-
-
-@contextmanager
-def threads_of(wanted: int | None) -> Iterator[None]:
-    """Has torch compute with a number of threads in this block; None: with as many as it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

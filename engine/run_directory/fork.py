@@ -22,6 +22,14 @@ PARENT = "parent"
 """Key of environment.json: where a fork comes from, and what it changed."""
 
 
+def parent_step(environment: Mapping[str, Any]) -> int:
+    """Returns the steps of its parent that a fork goes on from, by its environment.json; 0 for a
+    run that is none."""
+    parent = environment.get(PARENT)
+    step = parent.get("step") if isinstance(parent, dict) else None
+    return step if type(step) is int and step > 0 else 0
+
+
 @dataclass(frozen=True)
 class Fork:
     """What the directory of a fork begins with."""

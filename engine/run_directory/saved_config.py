@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from config import CheckpointError, Config
+from config import CheckpointError, Config, DataError
 from engine.run_directory.environment_file import read_environment
 from engine.run_directory.manifest import CONFIG, ENVIRONMENT, MAX_BYTES
 from files.regular import read_regular
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> tuple[Config, str]:
 
 def config_of_step(folder: Path, step: int) -> Config:
     """Returns the config that a step, counted from 1, was trained with: a resume that changed
-    options kept the one before as `config.before_<step>.yaml`. Raises OSError and ConfigError."""
+    options kept the one before as `config.before_<step>.yaml`. Raises DataError and ConfigError."""
     found = [(path, _BEFORE.fullmatch(path.name)) for path in folder.glob("config.before_*.yaml")]
     kept = [(path.stat().st_mtime_ns, path, int(match[1])) for path, match in found if match]
     kept.sort()
@@ -47,7 +47,10 @@ def config_of_step(folder: Path, step: int) -> Config:
     # counts is the last resume before `step`, in time. What came after it kept that one's config.
     last = max((i for i, (_, _, resumed) in enumerate(kept) if resumed < step), default=-1)
     later = kept[last + 1 :]
-    return Config.from_yaml(later[0][1]) if later else read_config(folder)[0]
+    try:
+        return Config.from_yaml(later[0][1]) if later else read_config(folder)[0]
+    except OSError as error:
+        raise DataError(f"{folder}: its config cannot be read: {error.strerror}.") from error
 
 
 def check_config(folder: Path) -> None:

@@ -110,11 +110,9 @@ def test_a_run_of_two_goes_on_with_one_and_equals_the_uninterrupted(
     for mine, theirs in zip(straight, numbers(run, *LOSSES), strict=True):
         assert theirs == pytest.approx(mine, abs=1e-5)
     assert numbers(run, "train/batch_hash") == hashes
-    start, alone = find_start(run, 9), World(0, 1, torch.device("cpu"))
-    assert start.session["processes"] == 1
-    before = find_start(run, 4)
-    assert before.session["processes"] == 2 and before.checkpoint is None
-    with open_replay(before.config, None, alone, StopRequest(), train) as replay:
+    start = find_start(run, 4)  # of two processes, unlike those after it
+    assert start.config.training.tokens_per_step and start.checkpoint is None
+    with open_replay(start, StopRequest(), train) as replay:
         replay.advance_to(4)
     records = {r["step"]: r for r in metrics(run) if "train/loss" in r}
     for record in replay.logged_after(records.keys()):
