@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.curves import AXES
-from compare.groups import Group, find_group, group_labels, group_runs, list_of, option_keys
+from compare.groups import find_group, group_labels, group_runs, list_of, option_keys
 from compare.labels import names
 from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, path_of, read_run
@@ -85,27 +85,23 @@ def _add_comparisons(commands: Any) -> None:
     add(_SORT, metavar="KEY", help="a column, option or metric; -KEY: descending")
     add("--filter", **_FILTER)
     add("--over", **_OVER)
-    add("--json", action="store_true", help="everything known of each run, as JSON")
     add = _add_command(
         commands, "diff", show_differences, "settings, results, machine and data that differ"
     )
     add("runs", nargs="+", metavar="RUN", help="all with the first; a fork alone: with its parent")
     add("--over", **_OVER)
-    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(commands, "plot", show_plot, "curves as a picture")
     add("runs", nargs="+", metavar="RUN")
     add("--metric", action="append", default=[], metavar="KEY", help="default: the losses")
     add("--x", choices=tuple(AXES), default="step", help="default: step")
     add("--over", **_OVER)
     add("-o", "--output", type=Path, default=Path("runs.png"), metavar="FILE", help=".png or .svg")
-    add("--json", action="store_true", help="the curves that were drawn, as JSON")
     add = _add_command(
         commands, "report", show_report, "one page with curves, settings and results"
     )
     add("runs", nargs="+", metavar="RUN")
     add("--over", **_OVER | {"help": "what runs of a group differ in; default: seed"})
     add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
-    add("--json", action="store_true", help="what the page would hold, as JSON")
     add = _add_command(
         commands, "test", show_test, "whether B is better than A, for other seeds or other text"
     )
@@ -116,32 +112,27 @@ def _add_comparisons(commands: Any) -> None:
     add("--filter", **_FILTER)
     add("--goal", metavar="EXPR", help="'eval/val_loss<=1.30': the first step that reaches it")
     add("-p", type=_probability, metavar="P", help="with which --goal is tested; default: 0.01")
-    add("--json", action="store_true", help="the same as JSON")
 
 
 def _add_single_runs(commands: Any) -> None:
     """Adds the commands about where runs come from and what is in them."""
     add = _add_command(commands, "tree", show_tree, "forks below the runs they go on from")
     add("runs", nargs="*", metavar="RUN", help=f"whose families; default: all in {FOLDER}")
-    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(commands, "batch", show_batch, "the documents that a step was trained on")
     add("word", metavar="RUN")
     add("step", type=int, metavar="STEP", help="counted from 1")
     add("--no-loss", action="store_true", help="without each sequence's loss, which needs a replay")
     add("--worst", type=int, metavar="N", help="only the N sequences of the highest loss")
     add("--full", action="store_true", help="whole texts")
-    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(commands, "seen", show_seen, "at which steps a run read a text")
     add("word", metavar="RUN")
     add("text", metavar="TEXT")
     add("--full", action="store_true", help="every time, not only the first ones")
-    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(
         commands, "bisect", show_bisect, "where two runs that should agree part, and why"
     )
     add("runs", nargs=2, metavar="RUN", help="exit code 1 if they part, 0 if they agree")
     add("--steps", type=int, default=500, metavar="N", help="replayed at most; default: 500")
-    add("--json", action="store_true", help="the same as JSON")
     add = _add_command(
         commands, "export", show_export, "all records with their configs, as a table"
     )
@@ -149,7 +140,6 @@ def _add_single_runs(commands: Any) -> None:
     what = ".csv, .parquet or .jsonl"
     add("-o", "--output", type=Path, default=Path("runs.csv"), metavar="FILE", help=what)
     add("--metric", action="append", default=[], metavar="KEY", help="default: all")
-    add("--json", action="store_true", help="what was written, as JSON")
 
 
 def _add_command(
@@ -158,6 +148,7 @@ def _add_command(
     """Adds a command that calls `run`; returns the function that adds an argument to it."""
     command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="plain values, with all their digits")
     return command.add_argument
 
 
@@ -218,29 +209,19 @@ def show_list(arguments: argparse.Namespace) -> None:
     runs = open_runs(arguments.runs, with_records=False)
     for condition in arguments.filter:
         runs = filter_runs(runs, condition)
-    if arguments.over:
-        _show_groups(group_runs(runs, option_keys(arguments.over)), arguments)
-        return
-    if arguments.sort:
-        runs = sort_runs(runs, arguments.sort)
-    if arguments.json:
-        _print_json([summary(run) for run in runs])
-    elif runs:
-        print("\n".join(list_lines(runs, (arguments.sort or "").removeprefix("-"))))
-    else:
+    sorted_by = (arguments.sort or "").removeprefix("-")
+    if not runs:
+        _print(arguments, list, list)
         print(_NONE, file=sys.stderr)
-
-
-def _show_groups(groups: list[Group], arguments: argparse.Namespace) -> None:
-    if arguments.sort and groups:
-        groups = sort_groups(groups, arguments.sort)
-    if arguments.json:
-        labels = group_labels(groups)
-        _print_json([group_summary(*each) for each in zip(groups, labels, strict=True)])
-    elif groups:
-        print("\n".join(group_lines(groups, (arguments.sort or "").removeprefix("-"))))
+    elif arguments.over:
+        groups = group_runs(runs, option_keys(arguments.over))
+        groups = sort_groups(groups, arguments.sort) if arguments.sort else groups
+        labelled = list(zip(groups, group_labels(groups), strict=True))
+        values = [group_summary(*each) for each in labelled] if arguments.json else []
+        _print(arguments, lambda: values, lambda: group_lines(groups, sorted_by))
     else:
-        print(_NONE, file=sys.stderr)
+        runs = sort_runs(runs, arguments.sort) if arguments.sort else runs
+        _print(arguments, lambda: [*map(summary, runs)], lambda: list_lines(runs, sorted_by))
 
 
 def show_differences(arguments: argparse.Namespace) -> None:
@@ -254,29 +235,27 @@ def show_differences(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"diff compares two runs or more, got {shown_names([run.path for run in runs])}."
         )
-    groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []
+    if not arguments.over:
+        _print(arguments, lambda: diff_values(runs), lambda: diff_lines(runs))
+        return
+    groups = group_runs(runs, option_keys(arguments.over))
     if len(groups) == 1:
         raise ConfigError(
             f"diff compares two groups or more; all these runs differ in "
             f"{list_of(groups[0].over)} alone."
         )
-    if arguments.json:
-        _print_json(group_diff_values(groups) if groups else diff_values(runs))
-    else:
-        print(printable("\n".join(group_diff_lines(groups) if groups else diff_lines(runs))))
+    _print(arguments, lambda: group_diff_values(groups), lambda: group_diff_lines(groups))
 
 
 def show_plot(arguments: argparse.Namespace) -> None:
     """Writes a picture of curves."""
     from compare.figure import draw
 
-    runs = open_runs(arguments.runs)
+    runs, output = open_runs(arguments.runs), arguments.output
     groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []
-    curves = draw(runs, arguments.output, arguments.metric, arguments.x, groups)
-    if arguments.json:
-        _print_json({"output": str(arguments.output), "x": arguments.x, "curves": curves})
-    else:
-        print(printable(f"Wrote {arguments.output}"))
+    curves = draw(runs, output, arguments.metric, arguments.x, groups)
+    values = {"output": str(output), "x": arguments.x, "curves": curves}
+    _print(arguments, lambda: values, lambda: [f"Wrote {output}"])
 
 
 def show_report(arguments: argparse.Namespace) -> None:
@@ -285,18 +264,17 @@ def show_report(arguments: argparse.Namespace) -> None:
     from compare.report.page import write_report
 
     over, runs = option_keys(arguments.over), open_runs(arguments.runs)
-    if arguments.json:
-        _print_json(report(runs, over))
-    else:
+    if not arguments.json:
         write_report(runs, arguments.output, over)
-        print(printable(f"Wrote {arguments.output}: open it in a browser"))
+    wrote = f"Wrote {arguments.output}: open it in a browser"
+    _print(arguments, lambda: report(runs, over), lambda: [wrote])
 
 
 def show_test(arguments: argparse.Namespace) -> None:
     """Prints whether one experiment is better than another, or when one has reached a goal."""
-    from compare.statistics.answer import answer_lines, answer_values, goal_lines, goal_values
-    from compare.statistics.goal import parse_goal
-    from compare.statistics.seeds import METRIC
+    from compare.statistics.answer import answer_lines, answer_values
+    from compare.statistics.comparison import METRIC
+    from compare.statistics.goal import goal_lines, goal_values, parse_goal
 
     words, over = arguments.runs, option_keys(arguments.over or ["seed"])
     if arguments.goal is None and (len(words) != 2 or arguments.p is not None):
@@ -312,27 +290,17 @@ def show_test(arguments: argparse.Namespace) -> None:
         _print_problems(group.runs)
     if arguments.goal is not None:
         asked = groups, parse_goal(arguments.goal), arguments.p or 0.01
-        if arguments.json:
-            _print_json(goal_values(*asked))
-        else:
-            print(printable("\n".join(goal_lines(*asked))))
+        _print(arguments, lambda: goal_values(*asked), lambda: goal_lines(*asked))
     else:
-        a, b = groups
-        metric = arguments.metric or METRIC
-        if arguments.json:
-            _print_json(answer_values(a, b, metric))
-        else:
-            print(printable("\n".join(answer_lines(a, b, metric))))
+        (a, b), metric = groups, arguments.metric or METRIC
+        _print(arguments, lambda: answer_values(a, b, metric), lambda: answer_lines(a, b, metric))
 
 
 def show_tree(arguments: argparse.Namespace) -> None:
     """Prints families of runs, or JSON."""
     named = open_runs(arguments.runs, with_records=False)
     roots = trees(family(named) if arguments.runs else named, named)
-    if arguments.json:
-        _print_json(tree_values(roots))
-    else:
-        print("\n".join(tree_lines(roots)))
+    _print(arguments, lambda: tree_values(roots), lambda: tree_lines(roots))
 
 
 def show_batch(arguments: argparse.Namespace) -> None:
@@ -353,10 +321,7 @@ def show_batch(arguments: argparse.Namespace) -> None:
         report = with_losses(report, run.path, train)
     if arguments.worst is not None:
         report = report.worst(arguments.worst)
-    if arguments.json:
-        _print_json(report.to_json())
-    else:
-        print("\n".join(map(printable, report.lines(arguments.full))))
+    _print(arguments, report.to_json, lambda: report.lines(arguments.full))
 
 
 def show_seen(arguments: argparse.Namespace) -> None:
@@ -365,10 +330,7 @@ def show_seen(arguments: argparse.Namespace) -> None:
     from engine.replay.seen import seen
 
     found = seen(run.path, arguments.text, run.step)
-    if arguments.json:
-        _print_json(found.to_json())
-    else:
-        print("\n".join(map(printable, found.lines(arguments.full))))
+    _print(arguments, found.to_json, lambda: found.lines(arguments.full))
 
 
 def show_bisect(arguments: argparse.Namespace) -> None:
@@ -380,10 +342,7 @@ def show_bisect(arguments: argparse.Namespace) -> None:
     from train import train
 
     found = bisect(runs[0], runs[1], arguments.steps, train)
-    if arguments.json:
-        _print_json(found.values())
-    else:
-        print(printable("\n".join([*found.evidence, found.conclusion])))
+    _print(arguments, found.values, lambda: [*found.evidence, found.conclusion])
     if not found.agree:
         raise SystemExit(1)
 
@@ -392,17 +351,23 @@ def show_export(arguments: argparse.Namespace) -> None:
     """Writes the records of runs as a table."""
     from compare.export import export
 
-    runs = open_runs(arguments.runs)
-    rows = export(runs, arguments.output, arguments.metric)
+    runs, output = open_runs(arguments.runs), arguments.output
+    rows = export(runs, output, arguments.metric)
+    values = {"output": str(output), "rows": rows, "runs": [str(run.path) for run in runs]}
+    _print(
+        arguments, lambda: values, lambda: [f"Wrote {output}: {rows:,} rows of {len(runs)} runs"]
+    )
+
+
+def _print(
+    arguments: argparse.Namespace, values: Callable[[], Any], lines: Callable[[], Sequence[str]]
+) -> None:
+    """Prints an answer as JSON or as lines, whichever is asked for; the other is not computed."""
     if arguments.json:
-        paths = [str(run.path) for run in runs]
-        _print_json({"output": str(arguments.output), "rows": rows, "runs": paths})
+        print(json.dumps(finite(values()), indent=2))
     else:
-        print(printable(f"Wrote {arguments.output}: {rows:,} rows of {len(runs)} runs"))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(finite(value), indent=2))
+        for line in lines():
+            print(printable(line))
 
 
 def main(words: Sequence[str]) -> int:

@@ -18,9 +18,9 @@ from compare.differences import (
 from compare.groups import Group, group_labels
 from compare.labels import labels, names, shared_start, short_names
 from compare.reading.run import Run
-from compare.statistics.answer import difference_cells, difference_values
-from compare.statistics.paired import At, PairedDifference, compare_runs
-from compare.statistics.seeds import METRIC, compare_groups
+from compare.statistics.comparison import METRIC, Comparison, comparison_values
+from compare.statistics.paired import At, compare_runs
+from compare.statistics.seeds import compare_groups
 from compare.table import (
     COLUMNS,
     aligned,
@@ -76,7 +76,7 @@ def diff_values(runs: Sequence[Run]) -> dict[str, Any]:
         "equal_options": equal_options(runs),
         "environment": by_run(differing_environment(runs)),
         "data": by_run(differing_data(runs)),
-        "against_first": [difference_values(pair) for pair in pairs],
+        "against_first": [comparison_values(pair) for pair in pairs],
     }
 
 
@@ -142,10 +142,10 @@ def _paired_lines(runs: Sequence[Run]) -> list[str]:
     rows, reasons = list[list[str]](), list[str]()
     for run, label in zip(runs[1:], others, strict=True):
         for at, pair in _pairs(runs[0], run):
-            if isinstance(pair, PairedDifference):
-                rows.append([f"  {label}", *_paired_cells(pair, at)])
+            if isinstance(pair, Comparison):
+                rows.append([f"  {label}", *_cells(pair, at)])
                 own = pair.sources.items()
-                rows += [[f"    on {name}", *_paired_cells(each, at)] for name, each in own]
+                rows += [[f"    on {name}", *_cells(each, at)] for name, each in own]
             else:
                 reasons.append(f"  {label} is not compared: {pair}.")
     lines = ["", f"Held-out loss less that of {first}, nats per token, with its 95 % interval:"]
@@ -155,11 +155,11 @@ def _paired_lines(runs: Sequence[Run]) -> list[str]:
     return lines + reasons
 
 
-def _pairs(first: Run, run: Run) -> list[tuple[At, PairedDifference | str]]:
+def _pairs(first: Run, run: Run) -> list[tuple[At, Comparison | str]]:
     """Returns the comparison of the newest evaluations and, if they were made at different steps,
     those at a shared step and of the best evaluations."""
     newest = compare_runs(first, run)
-    pairs: list[tuple[At, PairedDifference | str]] = [("newest", newest)]
+    pairs: list[tuple[At, Comparison | str]] = [("newest", newest)]
     if isinstance(newest, str) or newest.step_a == newest.step_b:
         return pairs
     # The run with more steps is usually better at its newest: only these two tell whether it also
@@ -167,19 +167,14 @@ def _pairs(first: Run, run: Run) -> list[tuple[At, PairedDifference | str]]:
     others: tuple[At, ...] = ("same step", "best")
     for at in others:
         pair = compare_runs(first, run, at)
-        if isinstance(pair, PairedDifference) and pair != newest:
+        if isinstance(pair, Comparison) and pair != newest:
             pairs.append((at, pair))
     return pairs
 
 
-def _paired_cells(pair: PairedDifference, at: At) -> list[str]:
-    steps = f"{pair.step_b:,}" + (f" vs {pair.step_a:,}" if pair.step_a != pair.step_b else "")
-    return [
-        f"{pair.difference:+.4f}",
-        f"{pair.low:+.4f} to {pair.high:+.4f}",
-        pair.verdict,
-        f"({at}: step {steps}, {pair.batches} batches)",
-    ]
+def _cells(found: Comparison, at: At | None = None) -> list[str]:
+    basis = f"({f'{at}: ' if at else ''}{found.basis})"
+    return [found.difference_text, found.interval_text, found.verdict, basis]
 
 
 # ---- groups of runs
@@ -213,7 +208,7 @@ def group_diff_values(groups: Sequence[Group]) -> dict[str, Any]:
         "groups": [group_summary(group, label) for group, label in labelled],
         **by_group,
         "against_first": [
-            difference_values(compare_groups(groups[0], group)) for group in groups[1:]
+            comparison_values(compare_groups(groups[0], group)) for group in groups[1:]
         ],
     }
 
@@ -267,7 +262,7 @@ def _seed_lines(groups: Sequence[Group], headings: Sequence[str]) -> list[str]:
         if isinstance(found, str):
             reasons.append(f"  {label} is not compared: {found}.")
         else:
-            rows.append([f"  {label}", *difference_cells(found)])
+            rows.append([f"  {label}", *_cells(found)])
     title = f"{METRIC} less that of {headings[0]}, with its 95 % interval over the runs:"
     table = aligned(rows, [True] * len(rows[0])) if rows else []
     return ["", title, *table, *reasons]

@@ -82,6 +82,10 @@ class Spread:
             return show(self.mean)
         return f"{show(self.mean)} \u00b1 {(show_deviation or show)(self.deviation)}"
 
+    def values(self) -> dict[str, float]:
+        """Returns the spread as plain values, for JSON."""
+        return {"n": self.count, "mean": self.mean, "sd": self.deviation}
+
 
 def option_keys(words: Collection[str]) -> tuple[str, ...]:
     """Returns the options that words such as `seed` or `seed,dropout` mean; raises ConfigError."""

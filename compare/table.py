@@ -143,13 +143,8 @@ def group_summary(group: Group, label: str) -> dict[str, Any]:
         "not_counted": [str(run.path) for run in group.repeats],
         "n": len(group.runs),
         "states": [run.state for run in group.runs],
-        **{name: spread_values(spread) for name, spread in known.items() if spread},
+        **{name: spread.values() for name, spread in known.items() if spread},
     }
-
-
-def spread_values(spread: Spread) -> dict[str, Any]:
-    """Returns a spread as plain values, for JSON."""
-    return {"n": spread.count, "mean": spread.mean, "sd": spread.deviation}
 
 
 def _metric_column(runs: Sequence[Run], key: str) -> list[Column]:

@@ -28,13 +28,8 @@ from compare.report.tables import (
     spread_of,
 )
 from compare.report.text import progress_text, utf8_text
-from compare.report.verdicts import (
-    Comparison,
-    comparison,
-    comparison_values,
-    comparisons_note,
-    lead_sentence,
-)
+from compare.report.verdicts import comparison, comparisons_note, lead_sentence, pair_content
+from compare.statistics.comparison import Comparison
 from settings.formatting import format_plural
 
 _MAX_NAMED = 6  # options named in the answer
@@ -82,7 +77,7 @@ def report(runs: Sequence[Run], over: Sequence[str] = ()) -> dict[str, Any]:
         "columns": columns,
         "run_columns": columns_of(single) if len(single) > len(groups) else [],
         "parallel": parallel(settings_of(groups), result) if several and result else None,
-        "pairs": [comparison_values(pair) | {"group": n} for n, pair in enumerate(pairs, 1)],
+        "pairs": [pair_content(pair) | {"group": n} for n, pair in enumerate(pairs, 1)],
         "pairs_note": comparisons_note(groups, titles[0]),
         "contexts": contexts_of(runs) if len(runs) > 1 else [],
     }

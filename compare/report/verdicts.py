@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from compare.groups import Group
 from compare.report.text import utf8_text
-from compare.statistics.paired import PairedDifference, compare_runs
-from compare.statistics.seeds import SeedDifference, compare_groups
-
-OTHER_SEEDS, OTHER_TEXT = "for other seeds, on this text", "for other text, with this seed"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The held-out loss of a group minus that of the best one, with its 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-    verdict: str
-    """Whether the group is better or worse."""
-    question: str
-    """For what the verdict holds."""
-    sample: str
-    """What the interval was computed from."""
-    details: tuple[str, ...]
-    """Sentences for the reader who wants to know more."""
+from compare.statistics.comparison import Comparison, p_text
+from compare.statistics.paired import compare_runs
+from compare.statistics.seeds import compare_groups
 
 
 def comparison(first: Group, group: Group) -> Comparison | str:
@@ -37,71 +18,43 @@ def comparison(first: Group, group: Group) -> Comparison | str:
     losses of their runs.
     """
     if len(first.runs) == len(group.runs) == 1:
-        pair = compare_runs(first.runs[0], group.runs[0], "best")
-        return pair if isinstance(pair, str) else _over_text(pair)
-    mean = compare_groups(first, group)
-    return mean if isinstance(mean, str) else _over_seeds(mean)
-
-
-def _over_text(pair: PairedDifference) -> Comparison:
-    steps = f"steps {pair.step_a:,} and {pair.step_b:,}"
-    sources = [
-        f"On {utf8_text(name)} {own.difference:+.4f} ({own.low:+.4f} to {own.high:+.4f}): "
-        f"{own.verdict}"
-        for name, own in pair.sources.items()
-    ]
-    return Comparison(
-        pair.difference,
-        pair.low,
-        pair.high,
-        pair.verdict,
-        OTHER_TEXT,
-        f"over {pair.batches} batches",
-        (f"{pair.batches} batches, {steps}", *sources),
-    )
-
-
-def _over_seeds(mean: SeedDifference) -> Comparison:
-    low, high = mean.mean.interval
-    test = "paired by seed" if mean.paired else "Welch's test"
-    runs = f"{mean.a.count} and {mean.b.count} runs"
-    return Comparison(
-        mean.mean.difference,
-        low,
-        high,
-        mean.verdict,
-        OTHER_SEEDS,
-        f"for other seeds: {runs} at step {mean.step:,}, {test}",
-        (f"{runs} at step {mean.step:,}, {test}, p = {mean.mean.p:.2g}", *mean.notes),
-    )
+        return compare_runs(first.runs[0], group.runs[0], "best")
+    return compare_groups(first, group)
 
 
 def lead_sentence(found: Comparison | str, second: str, its_loss: str, lead: float) -> str:
     """Returns by how much the best group leads the second, and whether that is noise."""
     if isinstance(found, str):
         return f"{lead:.4f} below {second} ({its_loss}); no interval: {found}."
-    interval = f"95 % interval {found.low:.4f} to {found.high:.4f}, {found.sample}"
-    if found.low > 0:
-        return f"{found.difference:.4f} below {second} ({interval})."
-    if found.high < 0:  # groups are ranked by their best losses, and compared at one step
-        lower = f"{-found.difference:.4f} lower"
-        return f"But {second} is {lower} at the newest step of all ({interval})."
-    side = f"{abs(found.difference):.4f} {'higher' if found.difference >= 0 else 'lower'}"
-    return f"Not told apart from {second}: its loss is {side} ({interval})."
+    low, high = found.mean.interval
+    off = f"{abs(found.mean.difference):.4f}"
+    interval = f"95 % interval {low:.4f} to {high:.4f}, {found.question}; {found.basis}"
+    if low > 0:
+        return f"{off} below {second} ({interval})."
+    if high < 0:  # groups are ranked by their best losses, and compared at one step
+        return f"But {second} is {off} lower at the newest step of all ({interval})."
+    side = "higher" if found.mean.difference >= 0 else "lower"
+    return f"Not told apart from {second}: its loss is {off} {side} ({interval})."
 
 
-def comparison_values(found: Comparison | str) -> dict[str, object]:
+def pair_content(found: Comparison | str) -> dict[str, object]:
     """Returns a comparison as the page shows it; `low` is None if there is none."""
     if isinstance(found, str):
         return {"low": None, "verdict": utf8_text(found)}
+    low, high = found.mean.interval
+    sources = [
+        f"On {name} {own.difference_text} ({own.interval_text}): {own.verdict}"
+        for name, own in found.sources.items()
+    ]
+    details = (found.question, f"{found.basis}, {p_text(found.mean.p)}", *found.notes, *sources)
     return {
-        "difference": found.difference,
-        "low": found.low,
-        "high": found.high,
-        "text": f"{found.difference:+.4f}",
-        "interval": f"{found.low:+.4f} to {found.high:+.4f}",
+        "difference": found.mean.difference,
+        "low": low,
+        "high": high,
+        "text": found.difference_text,
+        "interval": found.interval_text,
         "verdict": found.verdict,
-        "details": [utf8_text(text) for text in (found.question, *found.details)],
+        "details": [utf8_text(text) for text in details],
     }
 
 

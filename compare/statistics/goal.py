@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from compare.curves import by_step, shared_steps
-from compare.groups import Spread
+from compare.groups import Group, Spread, group_labels
 from compare.reading.run import Run
+from compare.statistics.comparison import number_format, p_text
 from compare.statistics.student import upper_p
+from compare.table import width
 from config import ConfigError
 from settings.values import one_line
 
@@ -107,3 +111,52 @@ def _p(goal: Goal, spread: Spread, count: int) -> float:
 def _enough(goal: Goal, spread: Spread, level: float) -> int | None:
     counts = range(spread.count, _MAX_RUNS + 1)
     return next((count for count in counts if _p(goal, spread, count) < level), None)
+
+
+def goal_lines(groups: Sequence[Group], goal: Goal, level: float) -> list[str]:
+    """Returns for each group whether and at which step it has reached a goal."""
+    lines, labels = list[str](), group_labels(groups)
+    for group, label in zip(groups, labels, strict=True):
+        found = progress_to(goal, group.runs, level)
+        text = (
+            f"is not tested: {found}"
+            if isinstance(found, str)
+            else _progress_text(goal, found, level)
+        )
+        lines += textwrap.wrap(f"{label} ({group.size}): {goal} {text}.", width())
+    return lines
+
+
+def _progress_text(goal: Goal, found: Progress, level: float) -> str:
+    show = number_format(goal.metric)
+    at = f"{found.spread.text(show)} (n = {found.spread.count}), {p_text(found.p)}"
+    if found.passed:
+        return (
+            f"is reached at step {found.step:,}: {at}, below {level:g}; the first of "
+            f"{found.looked_at} steps that passes, so test it with new seeds before claiming it"
+        )
+    gap = goal.direction * (found.spread.mean - goal.bound)
+    if gap >= 0:
+        side = "above" if goal.direction > 0 else "below"
+        missed = f"the mean is {show(gap)} {side} at its best, step {found.step:,}"
+        return f"is not reached: {missed}: {at}"
+    more = (
+        f"with this mean and deviation it takes {found.enough} runs"
+        if found.enough
+        else "no thousand runs with this mean and deviation would do"
+    )
+    return f"is not shown with p < {level:g}: nearest at step {found.step:,}, {at}; {more}"
+
+
+def goal_values(groups: Sequence[Group], goal: Goal, level: float) -> list[dict[str, Any]]:
+    """Returns the progress of each group as plain values, for JSON."""
+    values = []
+    for group, label in zip(groups, group_labels(groups), strict=True):
+        found = progress_to(goal, group.runs, level)
+        own = {"not_tested": found} if isinstance(found, str) else asdict(found)
+        if isinstance(found, Progress):
+            own |= {"spread": found.spread.values()}
+        values.append(
+            {"label": label, "runs": [str(run.path) for run in group.runs], "goal": str(goal)} | own
+        )
+    return values

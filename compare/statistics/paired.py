@@ -11,94 +11,62 @@ with its seed can only be seen from several runs (`compare.statistics.seeds`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from dataclasses import replace
 from typing import Any, Literal
 
 from compare.differences import differing_options, has_effect
+from compare.groups import Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
-from compare.statistics.student import t_quantile, two_sided_p
+from compare.statistics.comparison import METRIC, Comparison, paired
 from config import schema
 
 MIN_BATCHES = 5
-CONFIDENCE = 0.95
 _SOURCE = "eval/val_loss/"  # before the name of a source, in a record
 At = Literal["newest", "same step", "best"]
 """Which evaluations are compared: each run's newest; those at the newest step that both runs have;
 each run's best."""
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """The held-out loss of run b minus that of run a, in nats per token, with its 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-    batches: int
-    step_a: int
-    step_b: int
-    sources: dict[str, PairedDifference] = field(default_factory=dict)
-    """Of each source of a mixture; empty without one, and with too few batches of each."""
-
-    @property
-    def p(self) -> float:
-        """The probability of a difference at least this large if there is none (two-sided)."""
-        error = (self.high - self.low) / 2 / t_quantile(CONFIDENCE, self.batches - 1)
-        if error == 0:
-            return 1.0 if self.difference == 0 else 0.0
-        return two_sided_p(self.difference / error, self.batches - 1)
-
-    @property
-    def verdict(self) -> str:
-        """Whether b is better than a, in words."""
-        if self.low <= 0 <= self.high:
-            return "no difference shown" if self.low < self.high else "equal"
-        return "better" if self.high < 0 else "worse"
-
-
-def compare_runs(a: Run, b: Run, at: At = "newest") -> PairedDifference | str:
+def compare_runs(a: Run, b: Run, at: At = "newest") -> Comparison | str:
     """Compares two evaluations; returns the reason as text if they cannot be compared."""
     chosen = _evaluations(a, b, at)
     if isinstance(chosen, str):
         return chosen
-    record_a, record_b = chosen
-    if reason := _why_not_paired(a, b, record_a, record_b):
+    if reason := _why_not_paired(a, b, *chosen):
         return reason
+    whole = _compared(*chosen, METRIC, slice(None))
+    return replace(whole, sources=_by_source(*chosen))
+
+
+def _compared(a: dict[str, Any], b: dict[str, Any], metric: str, batches: slice) -> Comparison:
+    """Returns the comparison of two evaluations over some of their batches."""
     # Pairs, not two means: most of the variance between batches is in both runs and cancels here.
-    losses = zip(record_a["eval/val_losses"], record_b["eval/val_losses"], strict=True)
-    differences = [loss_b - loss_a for loss_a, loss_b in losses]
-    steps = record_a["step"], record_b["step"]
-    return PairedDifference(
-        *_interval(differences), *steps, _by_source(differences, record_a, record_b)
+    losses = [record["eval/val_losses"][batches] for record in (a, b)]
+    of_a, of_b = (Spread(1, _loss(record, metric), math.nan) for record in (a, b))
+    return Comparison(
+        metric,
+        paired(*losses),
+        of_a,
+        of_b,
+        step_a=a["step"],
+        step_b=b["step"],
+        speaks_for="other text",
+        test="paired",
+        batches=len(losses[0]),
     )
 
 
-def _interval(differences: Sequence[float]) -> tuple[float, float, float, int]:
-    """Returns their mean, its 95 % interval, and how many they are."""
-    count, mean = len(differences), fmean(differences)
-    margin = t_quantile(CONFIDENCE, count - 1) * stdev(differences) / math.sqrt(count)
-    return mean, mean - margin, mean + margin, count
-
-
-def _by_source(
-    differences: Sequence[float], record_a: dict[str, Any], record_b: dict[str, Any]
-) -> dict[str, PairedDifference]:
+def _by_source(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Comparison]:
     """Returns the comparison on each source of a mixture. Each has equally many batches, one source
     after the other, in the order in which the record names them."""
-    names, others = (
-        [key.removeprefix(_SOURCE) for key in record if key.startswith(_SOURCE)]
-        for record in (record_a, record_b)
-    )
-    each = len(differences) // max(1, len(names))
-    if names != others or each < MIN_BATCHES:
+    metrics, others = ([key for key in record if key.startswith(_SOURCE)] for record in (a, b))
+    each = len(a["eval/val_losses"]) // max(1, len(metrics))
+    if metrics != others or each < MIN_BATCHES:
         return {}
-    steps = record_a["step"], record_b["step"]
     return {
-        name: PairedDifference(*_interval(differences[place * each :][:each]), *steps)
-        for place, name in enumerate(names)
+        metric.removeprefix(_SOURCE): _compared(a, b, metric, slice(at * each, (at + 1) * each))
+        for at, metric in enumerate(metrics)
     }
 
 
@@ -123,11 +91,12 @@ def _evaluations(a: Run, b: Run, at: At) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _best(evaluations: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    def loss(record: dict[str, Any]) -> float:
-        value = as_float(record["eval/val_loss"])
-        return math.inf if value is None else value
+    return min(evaluations.values(), key=_loss)
 
-    return min(evaluations.values(), key=loss)
+
+def _loss(record: dict[str, Any], metric: str = METRIC) -> float:
+    value = as_float(record[metric])
+    return math.inf if value is None else value
 
 
 def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str, Any]) -> str:

@@ -13,87 +13,18 @@ Welch's is an approximation: 2.3 % with 2 seeds on each side, 3.7 % with 3, 4.7 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev, variance
 
 from compare.curves import by_step, shared_steps
 from compare.differences import differing_environment, texts_differ
 from compare.groups import Group, Spread, list_of
 from compare.reading.run import Run
-from compare.statistics.student import t_quantile, two_sided_p
+from compare.statistics.comparison import METRIC, Comparison, paired, welch
 
-CONFIDENCE = 0.95
-METRIC = "eval/val_loss"
 _MACHINE = ("git", "torch", "device")  # differences inside a group that the reader is told of
 
 
-@dataclass(frozen=True)
-class MeanDifference:
-    """A difference of means, its standard error, and the degrees of freedom of its t-test."""
-
-    difference: float
-    error: float
-    freedom: float
-
-    @property
-    def p(self) -> float:
-        """The probability of a difference at least this large if there is none (two-sided)."""
-        if self.error == 0:  # all values of a side are equal: the limit of ever smaller deviations
-            return 1.0 if self.difference == 0 else 0.0
-        return two_sided_p(self.difference / self.error, self.freedom)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
-        margin = t_quantile(CONFIDENCE, self.freedom) * self.error
-        return self.difference - margin, self.difference + margin
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
-    """Returns the mean of b minus that of a, for samples of two or more with unequal variances."""
-    of_a, of_b = variance(a) / len(a), variance(b) / len(b)
-    # Degrees of freedom after Welch and Satterthwaite: between those of the smaller sample and
-    # those of both together. Samples without any variance have no such number; any will do.
-    parts = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
-    freedom = (of_a + of_b) ** 2 / parts if parts else len(a) + len(b) - 2.0
-    return MeanDifference(fmean(b) - fmean(a), math.sqrt(of_a + of_b), freedom)
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
-    """Returns the mean of b minus a, value by value, for two pairs or more."""
-    differences = [of_b - of_a for of_a, of_b in zip(a, b, strict=True)]
-    error = stdev(differences) / math.sqrt(len(differences))
-    return MeanDifference(fmean(differences), error, len(differences) - 1)
-
-
-@dataclass(frozen=True)
-class SeedDifference:
-    """The metric of group b minus that of group a, at one step of all their runs."""
-
-    metric: str
-    step: int
-    a: Spread
-    b: Spread
-    mean: MeanDifference
-    paired: bool
-    others: str
-    """For what it speaks: `other seeds`."""
-    notes: tuple[str, ...]
-    """What a reader has to know of the runs that were compared, a sentence each."""
-
-    @property
-    def verdict(self) -> str:
-        """Whether b is better than a; of a metric that is no loss, whether it is lower."""
-        low, high = self.mean.interval
-        if low <= 0 <= high:
-            return "no difference shown" if low < high else "equal"
-        below, above = ("better", "worse") if is_loss(self.metric) else ("lower", "higher")
-        return below if high < 0 else above
-
-
-def compare_groups(a: Group, b: Group, metric: str = METRIC) -> SeedDifference | str:
+def compare_groups(a: Group, b: Group, metric: str = METRIC) -> Comparison | str:
     """Compares two groups of two or more runs at the newest step at which all of them have the
     metric; returns the reason as text if they cannot be compared."""
     runs = [*a.runs, *b.runs]
@@ -119,14 +50,17 @@ def compare_groups(a: Group, b: Group, metric: str = METRIC) -> SeedDifference |
         notes.append(f"{shared}; with the same on both sides the test is paired.")
     if not is_paired and max(len(of_a), len(of_b)) > 2 * min(len(of_a), len(of_b)):
         notes.append("So unequal numbers of runs find differences that are none too often.")
-    return SeedDifference(
-        metric, steps[-1], spread_a, spread_b, test, is_paired, a.others, tuple(notes)
+    return Comparison(
+        metric,
+        test,
+        spread_a,
+        spread_b,
+        step_a=steps[-1],
+        step_b=steps[-1],
+        speaks_for=a.others,
+        test="paired" if is_paired else "Welch",
+        notes=tuple(notes),
     )
-
-
-def is_loss(metric: str) -> bool:
-    """Returns whether lower values of a metric are better."""
-    return "loss" in metric or "bits_per_byte" in metric
 
 
 def _why_not_comparable(a: Group, b: Group, metric: str) -> str:

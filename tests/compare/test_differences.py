@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from compare.differences import (
     texts_differ,
 )
 from compare.reading.run import Run, read_run
-from compare.statistics.paired import PairedDifference, compare_runs
+from compare.statistics.comparison import Comparison
+from compare.statistics.paired import compare_runs
 from engine.run_directory.manifest import Manifest, render
 from tests.compare.run_directories import (
     add_checkpoint,
@@ -98,14 +98,13 @@ def test_the_interval_is_that_of_a_textbook() -> None:
     margin = 2.776445 * math.sqrt(0.5)
     for first, second, sign, verdict in ((a, b, 1, "worse"), (b, a, -1, "better")):
         pair = compare_runs(first, second)
-        assert isinstance(pair, PairedDifference)
-        assert pair.difference == pytest.approx(3.0 * sign)
-        assert (pair.low, pair.high) == pytest.approx((3 * sign - margin, 3 * sign + margin))
+        assert isinstance(pair, Comparison)
+        assert pair.mean.difference == pytest.approx(3.0 * sign)
+        assert pair.mean.interval == pytest.approx((3 * sign - margin, 3 * sign + margin))
         assert (pair.batches, pair.step_a, pair.step_b, pair.verdict) == (5, 100, 100, verdict)
     same = compare_runs(a, a)
-    assert isinstance(same, PairedDifference)
-    assert asdict(same) == asdict(PairedDifference(0.0, 0.0, 0.0, 5, 100, 100))
-    assert same.verdict == "equal"
+    assert isinstance(same, Comparison)
+    assert (same.mean.interval, same.batches, same.verdict) == ((0.0, 0.0), 5, "equal")
 
 
 def test_noise_alone_shows_a_difference_one_time_in_twenty() -> None:
@@ -116,7 +115,7 @@ def test_noise_alone_shows_a_difference_one_time_in_twenty() -> None:
         for run in (a, b):
             run.records[-1]["eval/val_losses"] = [loss + draw.gauss(0, 0.1) for loss in hard]
         pair = compare_runs(a, b)
-        assert isinstance(pair, PairedDifference)
+        assert isinstance(pair, Comparison)
         shown += pair.verdict != "no difference shown"
     assert 30 <= shown <= 72
 
@@ -124,7 +123,7 @@ def test_noise_alone_shows_a_difference_one_time_in_twenty() -> None:
 def test_runs_compare_at_their_newest_at_a_shared_and_at_their_best_evaluations() -> None:
     a, b = make("run_a", losses=(4.0, 2.0, 3.0)), make("run_b", losses=(4.0, 2.5))
     pairs = [compare_runs(a, b, at) for at in ("newest", "same step", "best")]
-    steps = [(pair.step_a, pair.step_b) for pair in pairs if isinstance(pair, PairedDifference)]
+    steps = [(pair.step_a, pair.step_b) for pair in pairs if isinstance(pair, Comparison)]
     assert steps == [(300, 200), (200, 200), (200, 200)]
     other = make("run_c", every=64)
     assert compare_runs(a, other, "same step") == "there is no step at which both were evaluated"

@@ -84,7 +84,7 @@ def test_diff_over_seeds_compares_groups(capsys: Captured) -> None:
     assert rows["best_loss"][:3] == ["3.0200", "\u00b1", "0.0100"]
     (line,) = [line for line in text.splitlines() if line.startswith("  lr 0.1")]
     assert line.split()[2:5] == ["-0.5167", "-0.5884", "to"]
-    assert line.endswith("better  (paired, 3 vs 3 runs at step 200)")
+    assert line.endswith("better  (paired, 3 and 3 runs, step 200)")
     found = json.loads(output(capsys, "diff", "checkpoints", "--over", "seed", "--json"))
     assert [row["training.learning_rate"] for row in found["settings"]] == [0.001, 0.1]
     assert found["against_first"][0]["test"] == "paired"
@@ -151,12 +151,14 @@ def test_a_run_of_each_side_stands_for_its_seeds(capsys: Captured) -> None:
     make_seeds("b", "learning_rate=0.1", shift=-0.5)
     make_run("c", "n_layer=2")
     text = output(capsys, "test", "a2", "b1")
-    assert text.startswith("For other seeds: B is better than A.\n")
+    assert text.startswith("For other seeds, on this text: B is better than A.\n")
     assert "A  lr 0.001  3     1, 2, 3  3.0200 \u00b1 0.0100\n" in text
     assert "B - A: -0.5167, 95 % interval -0.5884 to -0.4450, p = 0.0010\n" in text
-    assert "Paired t-test over 3 differences, one for each seed.\n" in text
+    assert "t-test: paired, 3 and 3 runs, step 200.\n" in text
     assert text.endswith("A: a1, a2, a3\nB: b1, b2, b3\n")
-    assert output(capsys, "test", "b1", "a1").startswith("For other seeds: B is worse than A.")
+    assert output(capsys, "test", "b1", "a1").startswith(
+        "For other seeds, on this text: B is worse than A."
+    )
     found = json.loads(output(capsys, "test", "a2", "b1", "--json"))
     assert found["a"]["runs"] == [f"checkpoints/a{seed}" for seed in (1, 2, 3)]
     assert (found["difference"]["speaks_for"], found["difference"]["test"]) == (
@@ -164,7 +166,7 @@ def test_a_run_of_each_side_stands_for_its_seeds(capsys: Captured) -> None:
         "paired",
     )
     welch = output(capsys, "test", "a1", "b1", "--filter", "name!=b2")
-    assert "Welch's t-test of the two means." in welch
+    assert "t-test: Welch, 3 and 2 runs, step 200." in welch
     assert "They share some values of training.seed" in welch
     speed = output(capsys, "test", "a1", "b1", "--metric", "tokens")
     assert speed.startswith("For other seeds: A and B are equal.\n")
@@ -175,7 +177,9 @@ def test_folders_are_sides_even_if_their_configs_are_equal(capsys: Captured) -> 
         for seed in (1, 2):
             losses = (3 + seed / 100 + shift,)
             make_run(f"run_{seed}", f"seed={seed}", folder=Path(side), losses=losses)
-    assert output(capsys, "test", "old", "new").startswith("For other seeds: B is worse than A.")
+    assert output(capsys, "test", "old", "new").startswith(
+        "For other seeds, on this text: B is worse than A."
+    )
     # A run inside a folder stands for those of the same folder.
     assert "2     1, 2" in output(capsys, "test", "old/run_1", "new/run_2")
 
@@ -189,7 +193,7 @@ def test_one_run_on_each_side_answers_for_other_text_and_says_what_to_train(
     assert text.startswith("For other text, with these two runs: B is better than A.\n")
     assert "eval/val_loss at step 200\n" in text  # which both have
     assert "B - A: -0.1000, 95 % interval" in text
-    assert "Paired t-test over 8 batches of held-out text.\n" in text
+    assert "t-test: 8 batches, step 200.\n" in text
     *_, why, first, second = text.splitlines()
     assert why == "It says nothing of other seeds. To ask that, train both again:"
     assert shlex.split(first)[:2] == ["python", "train.py"]

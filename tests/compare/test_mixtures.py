@@ -85,7 +85,7 @@ def test_runs_are_compared_on_each_source() -> None:
     printed = [line.split()[:3] for line in diff_lines(mixed)[-3:-1]]
     assert printed == [["on", "web", "+0.1400"], ["on", "code", "-0.1400"]]
     assert diff_values(mixed)["against_first"][0]["sources"]["code"]["verdict"] == "better"
-    assert report(mixed)["pairs"][0]["sources"][1].startswith("On code -0.1400 (")
+    assert report(mixed)["pairs"][0]["details"][-1].startswith("On code -0.1400 (")
 
 
 def test_a_source_with_too_few_batches_is_not_compared_alone() -> None:

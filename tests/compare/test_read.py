@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from compare.differences import differing_data, differing_environment, differing_options
 from compare.labels import names
 from compare.reading.run import Run, find_runs, read_run, restart_command
-from compare.statistics.paired import PairedDifference, compare_runs
+from compare.statistics.comparison import Comparison
+from compare.statistics.paired import compare_runs
 from compare.table import list_lines
 from config import Config, DataError
 from engine.run_directory.metrics_file import protected
@@ -413,7 +414,7 @@ def assert_readable(path: Path, whole: Path) -> None:
     assert restart_command(run).startswith("python ") or "torchrun" in restart_command(run)
     assert isinstance(run.records, list)
     for pair in ((run, other), (other, run)):
-        assert isinstance(compare_runs(*pair), (PairedDifference, str))
+        assert isinstance(compare_runs(*pair), (Comparison, str))
         for table in (differing_options, differing_environment, differing_data):
             assert all(len(row) == 2 for row in table(pair).values())
 

@@ -365,7 +365,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_deviation() ->
     assert content["overline"] == "Report of 6 runs in 2 groups"
     assert content["headline"] == "Best: lr 0.001, with held-out loss 2.1000 ± 0.1000 over 3 seeds"
     assert content["answer"][0].startswith("0.5000 below lr 0.0003 (95 % interval ")
-    assert "for other seeds: 3 and 3 runs at step 200, paired by seed" in content["answer"][0]
+    assert "for other seeds, on this text; paired, 3 and 3 runs, step 200" in content["answer"][0]
     assert "Groups differ in learning_rate, and runs of a group in seed." in content["answer"]
     assert column(content, "Held-out loss, best")["texts"] == [
         "2.1000 ± 0.1000",
@@ -389,7 +389,7 @@ def test_groups_with_other_seeds_are_compared_by_welch_and_a_lone_run_is_not() -
     assert content["pairs"][0]["low"] is None
     assert "run_b1 is one run and shows nothing of other seeds" in content["pairs"][0]["verdict"]
     (pair,) = report([*three, *two])["pairs"]
-    assert "3 and 2 runs at step 200, Welch's test, p = " in pair["details"][1]
+    assert "Welch, 3 and 2 runs, step 200, p = " in pair["details"][1]
 
 
 def test_a_seed_that_was_trained_twice_makes_no_group_and_another_option_can() -> None:

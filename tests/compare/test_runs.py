@@ -318,11 +318,11 @@ def test_diff_prints_which_run_is_better(capsys: Captured) -> None:
     words = line.split()[1:]
     assert words[1] == "-0.1000"
     assert float(words[2]) < -0.1 < float(words[4]) < 0
-    assert line.endswith("better  (newest: step 200, 8 batches)")
+    assert line.endswith("better  (newest: 8 batches, step 200)")
     assert "it says nothing of other seeds" in text
     assert "  n_layer 4 is not compared: they were evaluated on different held-out text." in text
-    assert "better  (newest: step 300 vs 200, 8 batches)" in text
-    assert "worse   (same step: step 200, 8 batches)" in text
+    assert "better  (newest: 8 batches, step 300 vs 200)" in text
+    assert "worse   (same step: 8 batches, step 200)" in text
 
 
 def test_many_runs_are_printed_in_parts_that_fit(capsys: Captured) -> None:

@@ -12,8 +12,9 @@ import scipy.stats
 
 from compare.groups import group_runs, option_keys
 from compare.reading.run import Run, read_run
-from compare.statistics.paired import PairedDifference, compare_runs
-from compare.statistics.seeds import SeedDifference, compare_groups, paired, welch
+from compare.statistics.comparison import Comparison, paired, welch
+from compare.statistics.paired import compare_runs
+from compare.statistics.seeds import compare_groups
 from tests.compare.run_directories import make, make_run
 
 SIMULATIONS = int(os.environ.get("SIMULATIONS", "1500"))
@@ -28,15 +29,15 @@ def seeds(
     return [make(f"{name}_{n}", f"seed={n}", *words.split(), losses=own) for n, own in made]
 
 
-def compare(a: Sequence[Run], b: Sequence[Run], metric: str = "eval/val_loss") -> SeedDifference:
+def compare(a: Sequence[Run], b: Sequence[Run], metric: str = "eval/val_loss") -> Comparison:
     found = reason_or_difference(a, b, metric)
-    assert isinstance(found, SeedDifference), found
+    assert isinstance(found, Comparison), found
     return found
 
 
 def reason_or_difference(
     a: Sequence[Run], b: Sequence[Run], metric: str = "eval/val_loss"
-) -> SeedDifference | str:
+) -> Comparison | str:
     (of_a,), (of_b,) = (group_runs(runs, option_keys(["seed"])) for runs in (a, b))
     return compare_groups(of_a, of_b, metric)
 
@@ -74,11 +75,11 @@ def test_paired_agrees_with_scipy() -> None:
 def test_the_p_over_held_out_batches_agrees_with_scipy() -> None:
     a, b = make("run_a", losses=(3.0,), seed=1), make("run_b", losses=(2.999,), seed=2)
     pair = compare_runs(a, b)
-    assert isinstance(pair, PairedDifference)
+    assert isinstance(pair, Comparison)
     losses = (run.records[-2]["eval/val_losses"] for run in (b, a))
-    assert pair.p == pytest.approx(scipy.stats.ttest_rel(*losses).pvalue, rel=1e-9)
+    assert pair.mean.p == pytest.approx(scipy.stats.ttest_rel(*losses).pvalue, rel=1e-9)
     same = compare_runs(a, a)
-    assert isinstance(same, PairedDifference) and same.p == 1.0
+    assert isinstance(same, Comparison) and same.mean.p == 1.0
 
 
 def test_values_without_deviation_are_equal_or_surely_different() -> None:
@@ -136,7 +137,7 @@ def test_groups_with_the_same_seeds_are_compared_seed_by_seed() -> None:
     a = seeds("a", [(4.0, 3.0), (4.0, 3.2), (4.0, 3.5)])
     b = seeds("b", [(4.0, 2.9), (4.0, 3.1), (4.0, 3.3)], words="learning_rate=0.1")
     found = compare(a, b[::-1])  # in any order
-    assert (found.paired, found.step, found.notes) == (True, 200, ())
+    assert (found.test, found.step_a, found.notes) == ("paired", 200, ())
     expected = scipy.stats.ttest_rel([2.9, 3.1, 3.3], [3.0, 3.2, 3.5])
     assert found.mean.p == pytest.approx(expected.pvalue, rel=1e-9)
     assert found.verdict == "no difference shown"
@@ -147,7 +148,7 @@ def test_groups_with_other_seeds_are_compared_by_welchs_test() -> None:
     a = seeds("a", [(3.0,), (3.01,), (3.02,)])
     b = seeds("b", [(2.0,), (2.01,), (2.02,)], first=3, words="learning_rate=0.1")
     found = compare(a, b)
-    assert not found.paired
+    assert found.test == "Welch"
     assert found.verdict == "better"
     assert found.mean == welch([3.0, 3.01, 3.02], [2.0, 2.01, 2.02])
     assert "They share some values" in found.notes[0]
@@ -162,7 +163,7 @@ def test_groups_are_compared_at_the_newest_step_that_all_have() -> None:
     a = seeds("a", [(4.0, 3.0, 2.0), (4.0, 3.1)], words="max_iters=300")
     b = seeds("b", [(4.0, 2.8, 1.9), (4.0, 2.7, 1.8)], words="max_iters=300 n_layer=2")
     found = compare(a, b)
-    assert (found.step, found.a.mean) == (200, 3.05)
+    assert (found.step_a, found.a.mean) == (200, 3.05)
     (note,) = found.notes
     assert (
         note == "Step 200 is the newest that all have; a_1 to 300, b_1 to 300, b_2 to 300 went on."
@@ -191,7 +192,7 @@ def test_the_reason_why_groups_cannot_be_compared_is_given() -> None:
     one = seeds("e", [(3.0,)], words="learning_rate=0.1")
     assert reason_or_difference(a, one) == "e_1 is one run and shows nothing of other seeds"
     assert "tokenizers differ" in str(reason_or_difference(a, tokens))
-    assert compare(a, tokens, "eval/bits_per_byte").step == 100
+    assert compare(a, tokens, "eval/bits_per_byte").step_a == 100
     assert "different held-out text" in str(reason_or_difference(a, text))
     assert "no step at which all" in str(reason_or_difference(a, late))
     assert reason_or_difference(a, a, "no") == "a_1 has no no"
