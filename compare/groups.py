@@ -16,10 +16,13 @@ from typing import Any
 
 from compare.differences import MISSING, data_fingerprint
 from compare.labels import LONGEST, labels, names, short_names
+from compare.reading.json_values import as_count, as_dict
 from compare.reading.run import Run, find_runs, read_run
 from config import ConfigError, schema
 from engine.run_directory.experiment import experiment_id
 from engine.run_directory.find_runs import runs_in
+from engine.run_directory.fork import ANCESTORS
+from engine.run_directory.fork import OPTION as FORK_FROM
 from settings.names import resolve
 from settings.values import RefusedError, to_text
 
@@ -107,12 +110,28 @@ def group_runs(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
     Runs of one group have read the same text, by its fingerprint. A run whose config cannot be read
     is a group of its own.
     """
-    groups = dict[tuple[str, ...], list[Run]]()
+    groups = dict[tuple[Any, ...], list[Run]]()
     for run in runs:
         alone = (str(run.path),)
-        key = (experiment_id(run.config, over), data_fingerprint(run)) if run.config else alone
+        key = (*_experiment(run, over), data_fingerprint(run)) if run.config else alone
         groups.setdefault(key, []).append(run)
     return [_without_repeats(own, tuple(over)) for own in groups.values()]
+
+
+def _experiment(run: Run, over: Sequence[str]) -> list[Any]:
+    """Returns what runs of one group have equal: their experiment; of forks, also the step and the
+    experiment of each run that they go on from, because each seed has another checkpoint."""
+    if not run.parent or FORK_FROM in over:
+        return [experiment_id(run.config, over)]
+    config = {**run.config, FORK_FROM: None}
+    found: list[Any] = [experiment_id(config, over)]
+    ancestors = run.parent.get(ANCESTORS)
+    for each in (run.parent, *(ancestors if isinstance(ancestors, list) else [])):
+        parent = as_dict(each)
+        pairs = as_dict(parent.get("changed"))  # option -> value in the parent, value in the fork
+        config |= {key: pair[0] for key, pair in pairs.items() if isinstance(pair, list) and pair}
+        found += [as_count(parent.get("step")), experiment_id(config, over)]
+    return found
 
 
 def _without_repeats(runs: Sequence[Run], over: tuple[str, ...]) -> Group:

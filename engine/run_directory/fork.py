@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import schema
+from engine.run_directory.environment_file import read_environment
 from engine.run_directory.find_checkpoint import Resume
 from engine.run_directory.find_runs import find_by_name
 from engine.run_directory.rewind import rewind_metrics
@@ -20,6 +21,8 @@ from engine.run_directory.rewind import rewind_metrics
 OPTION = "training.fork_from_checkpoint"
 PARENT = "parent"
 """Key of environment.json: where a fork comes from, and what it changed."""
+ANCESTORS = "ancestors"
+"""Key of that: `step` and `changed` of the runs that the parent goes on from, the nearest first."""
 
 
 def parent_step(environment: Mapping[str, Any]) -> int:
@@ -59,10 +62,19 @@ def read_fork(checkpoint: Resume, changed: Mapping[str, tuple[Any, Any]], elapse
         "sha256": checkpoint.manifest.sha256,
         "changed": {key: list(pair) for key, pair in changed.items() if key not in silent},
         "changed_without_effect": {key: list(changed[key]) for key in sorted(silent)},
+        ANCESTORS: _ancestors(folder),
     }
     # As at a resume: no later record, and no evaluation that the fork will make again.
     records = rewind_metrics(folder, checkpoint.manifest, {}).after
     return Fork(parent, records, elapsed_s)
+
+
+def _ancestors(folder: Path) -> list[dict[str, Any]]:
+    try:
+        parent = read_environment(folder)[PARENT]
+        return [{"step": parent["step"], "changed": parent["changed"]}, *parent.get(ANCESTORS, [])]
+    except (OSError, ValueError, KeyError, TypeError):  # the parent is no fork, or cannot be read
+        return []
 
 
 def means_parent(word: str | None, saved: str | None, folder: Path) -> bool:

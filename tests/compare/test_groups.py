@@ -51,6 +51,30 @@ def test_runs_on_other_text_or_without_a_config_are_groups_of_their_own() -> Non
     assert named(group_runs(runs, SEED)) == [["a_1"], ["b"], ["c"], ["d"]]
 
 
+def test_forks_of_trunks_that_differ_in_their_seed_are_a_group() -> None:
+    def fork(name: str, trunk: str, step: int, *options: str, then: float = 1e-3) -> Run:
+        first = {"step": step, "changed": {"training.learning_rate": [then, 5e-4]}}
+        second = {"step": 200, "changed": {"model.dropout": [0.2, 0.1]}, "ancestors": [first]}
+        word = f"fork_from_checkpoint={trunk}.pt"
+        return make(name, word, "lr=5e-4", *options, environment={"parent": second})
+
+    runs = [
+        fork("a1", "x", 100, "seed=1"),
+        fork("a2", "y", 100, "seed=2"),
+        fork("later", "z", 150, "seed=3"),
+        fork("other_trunk", "z", 100, "seed=4", then=2e-3),
+        fork("other_fork", "z", 100, "seed=5", "max_iters=400"),
+    ]
+    assert named(group_runs(runs, SEED)) == [
+        ["a1", "a2"],
+        ["later"],
+        ["other_trunk"],
+        ["other_fork"],
+    ]
+    over = option_keys(["seed", "fork_from_checkpoint"])
+    assert named(group_runs(runs, over))[0] == ["a1", "a2", "later", "other_trunk"]
+
+
 def test_a_seed_that_was_trained_twice_counts_once() -> None:
     stopped = make("a", "seed=1", state="stopped", losses=(4.0, 3.0, 2.0, 1.0), every=50)
     runs = [stopped, make("b", "seed=2", every=50, losses=(4.0,) * 4)]

@@ -126,7 +126,9 @@ def test_a_fork_of_a_fork_is_whole_without_them(
     shutil.rmtree(first)
     assert run_here([*second, "max_iters=30"]) == 0  # goes on, by the name of a run that is gone
     run = only_run(tmp_path / "second")
-    assert environment(run)["parent"]["run"] == first.name
+    parent = environment(run)["parent"]
+    assert parent["run"] == first.name
+    assert parent["ancestors"] == [{"step": 8, "changed": {"training.max_iters": [30, 16]}}]
     assert {row["step"] for row in metrics(run)} == {*straight, 16}  # where `first` ended
     ids = [run.options["id"] for run in tracked.runs]
     assert len(ids) == 3 and ids[0] != ids[1] == ids[2]
