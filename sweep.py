@@ -102,12 +102,8 @@ def plan_line(cells: Sequence[Cell], index: RunIndex, path: Path, jobs: int) -> 
     if not any(counts[state] for state in OPEN):
         return f"{what}: {done}; nothing to do"
     todo = f"{counts[State.INTERRUPTED]} to go on with, {counts[State.WAITING]} to start"
-    elsewhere = counts[State.RUNNING]
-    parts = [
-        done or "none finished",
-        todo,
-        *([f"{elsewhere} running elsewhere"] if elsewhere else []),
-    ]
+    parts = [done or "none finished", todo]
+    parts += [f"{counts[State.RUNNING]} running elsewhere"] if counts[State.RUNNING] else []
     return f"{what}: {', '.join(parts)}; {jobs} at once"
 
 

@@ -75,23 +75,17 @@ def start_process(
         stderr=output,
         env=environment,
         start_new_session=True,  # Ctrl-C on the terminal reaches sweep.py alone
-        preexec_fn=partial(end_with, os.getpid(), linux_prctl()),
+        preexec_fn=partial(end_with, os.getpid()),
     )
 
 
-def linux_prctl() -> Callable[..., int] | None:
-    """Returns Linux's prctl; None elsewhere."""
-    return ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
-
-
-def end_with(parent: int, prctl: Callable[..., int] | None) -> None:
-    """Asks for SIGTERM when the parent dies, also by kill -9. Without prctl the run goes on then,
-    and its locked log keeps others from starting it a second time."""
-    if prctl is None:
-        return
-    prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != parent:  # it died before
-        os._exit(1)
+def end_with(parent: int) -> None:
+    """Asks for SIGTERM when the parent dies, also by kill -9. Elsewhere than on Linux the run goes
+    on then, and its locked log keeps others from starting it a second time."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
 
 
 def start_job(

@@ -21,7 +21,7 @@ from sweeps.cells import Cell
 from sweeps.display import Display
 from sweeps.processes import Job, Start, last_lines, log_path, start_job
 from sweeps.state import OPEN, RunIndex, State
-from sweeps.stopping import CurveReader, Member, hopeless
+from sweeps.stopping import Member, hopeless, read_curve
 from sweeps.sweep_file import StopRule
 
 ATTEMPTS = 2
@@ -64,17 +64,15 @@ class Scheduler:
         self._groups = defaultdict[str, list[Cell]](list)
         for cell in cells if rule else ():
             self._groups[cell.group].append(cell)
-        self._curves = CurveReader()
         self._next_look = 0.0
 
     def run(self, stop: StopRequest) -> None:
         """Returns once nothing is left to do, or all runs have ended after a signal."""
         told = False
-        while True:
+        while self._jobs or self._left():
             self._end_jobs(stop)
             if stop.signal is None:
-                if self._look():
-                    return
+                self._look()
             elif not self._jobs:
                 return
             elif not told:
@@ -87,24 +85,25 @@ class Scheduler:
 
     # ---- starting
 
-    def _look(self) -> bool:
-        """Reads the run directories, stops hopeless runs, and starts others; returns whether
-        nothing is left to do."""
+    def _look(self) -> None:
+        """Reads the run directories, stops hopeless runs, and starts others in their place."""
         if time.monotonic() < self._next_look:
-            return False
+            return
         began = time.monotonic()
         self._index.refresh()
         self._next_look = began + max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - began))
         if self._rule is not None:
             self._stop_hopeless(self._rule)
-        left = [c for c in self._cells if c.number not in self.failed | self._jobs.keys()]
-        left = [cell for cell in left if self._index.state_of(cell) in OPEN]
-        # Left out once that run has ended.
-        hopeless_groups = {job.cell.group for job in self._jobs.values() if job.why_stopped}
-        for cell in left:
-            if self._free and not (hopeless_groups and cell.group in hopeless_groups):
+        # Other seeds of a run that is being stopped are left out once it has ended.
+        stopping = [job.cell.group for job in self._jobs.values() if job.why_stopped]
+        for cell in self._left():
+            if self._free and (not stopping or cell.group not in stopping):
                 self._begin(cell)
-        return not left and not self._jobs
+
+    def _left(self) -> list[Cell]:
+        taken = self.failed | self._jobs.keys()
+        open_cells = (cell for cell in self._cells if self._index.state_of(cell) in OPEN)
+        return [cell for cell in open_cells if cell.number not in taken]
 
     def _begin(self, cell: Cell) -> None:
         """Starts a cell's run or goes on with it, unless it runs elsewhere."""
@@ -187,8 +186,9 @@ class Scheduler:
             job, run = self._jobs.get(cell.number), self._index.run_of(cell)
             if run is not None:
                 planned = run.planned_steps or cell.config.training.max_iters
-                running = job is not None and not job.why_stopped
-                found.append(Member(self._curves.curve(run.path), planned, running))
+                # One that is only starting would not note the signal, and end without saving.
+                running = job is not None and run.state == "running" and not job.why_stopped
+                found.append(Member(read_curve(run.path), planned, running))
         return found
 
     # ---- saying

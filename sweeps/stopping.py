@@ -12,6 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median
 
@@ -39,31 +40,24 @@ class Curve:
         return self.best[place - 1] if place and self.last >= step else None
 
 
-class CurveReader:
-    """Reads curves of the held-out loss; a file that did not change is not read again."""
+def read_curve(run: Path) -> Curve:
+    """Returns the curve of a run directory; a file that did not change is not read again."""
+    try:
+        status = os.stat(run / METRICS)
+    except OSError:
+        return Curve()
+    return _read_curve(run, status.st_size, status.st_mtime_ns)
 
-    def __init__(self) -> None:
-        self._read = dict[Path, tuple[tuple[int, int], Curve]]()
 
-    def curve(self, run: Path) -> Curve:
-        """Returns the curve of a run directory."""
-        try:
-            status = os.stat(run / METRICS)
-        except OSError:
-            return Curve()
-        version = status.st_size, status.st_mtime_ns
-        if run not in self._read or self._read[run][0] != version:
-            self._read[run] = version, self._new_curve(run)
-        return self._read[run][1]
-
-    def _new_curve(self, run: Path) -> Curve:
-        steps, best = list[int](), list[float]()
-        for record in read_records(run)[0]:
-            step, value = as_count(record.get("step")), as_float(record.get("eval/val_loss"))
-            if step is not None and value is not None:
-                steps.append(step)
-                best.append(min(value, best[-1]) if best else value)
-        return Curve(tuple(steps), tuple(best))
+@lru_cache(1 << 12)
+def _read_curve(run: Path, _size: int, _mtime_ns: int) -> Curve:
+    steps, best = list[int](), list[float]()
+    for record in read_records(run)[0]:
+        step, value = as_count(record.get("step")), as_float(record.get("eval/val_loss"))
+        if step is not None and value is not None:
+            steps.append(step)
+            best.append(min(value, best[-1]) if best else value)
+    return Curve(tuple(steps), tuple(best))
 
 
 @dataclass(frozen=True)
@@ -85,14 +79,14 @@ def hopeless(rule: StopRule, groups: Mapping[str, Sequence[Member]]) -> dict[str
         step = min((member.curve.last for member in running), default=0)
         if running and step >= rule.after * running[0].planned:
             judge = _by_median if rule.rule == "median" else _by_halving
-            found[name] = judge(rule, groups, name, step)
-    return {name: why for name, why in found.items() if why}
+            why = judge(rule, groups, name, step)
+            found |= {name: why} if why else {}
+    return found
 
 
 def _by_median(rule: StopRule, groups: Mapping[str, Sequence[Member]], name: str, step: int) -> str:
-    means = {other: _mean([m.curve.at(step) for m in group]) for other, group in groups.items()}
-    own = means.pop(name)
-    others = [value for value in means.values() if value is not None]
+    means = _means({key: [m.curve.at(step) for m in group] for key, group in groups.items()})
+    own, others = means.get(name), [value for key, value in means.items() if key != name]
     if own is None or len(others) < rule.min_cells or own <= (middle := median(others)):
         return ""
     return f"median at step {step}: {own:.4f} above {middle:.4f} of {len(others)} others"
@@ -104,22 +98,19 @@ def _by_halving(
     """Judges at the last rung that was reached: `after` of a run, twice that, and so on. Groups
     that get there later may still push it out."""
     planned = groups[name][0].planned
-    rung = rule.after * 2 ** math.floor(math.log2(step / planned / rule.after) + 1e-9)
-    if rung >= 1:
+    part = rule.after * 2 ** math.floor(math.log2(step / planned / rule.after) + 1e-9)
+    if part >= 1:
         return ""
-    means = {
-        other: _mean([member.curve.at(rung * member.planned) for member in group])
-        for other, group in groups.items()
-    }
-    own = means[name]
-    reached = [value for value in means.values() if value is not None]
-    kept = math.ceil(len(reached) / 2)
-    if own is None or (place := 1 + sum(value < own for value in reached)) <= kept:
+    at_rung = {key: [m.curve.at(part * m.planned) for m in own] for key, own in groups.items()}
+    means = _means(at_rung)
+    kept, own = math.ceil(len(means) / 2), means.get(name)
+    if own is None or (place := 1 + sum(value < own for value in means.values())) <= kept:
         return ""
-    step = round(rung * planned)
-    return f"halving at step {step}: {own:.4f} is place {place} of {len(reached)}, {kept} go on"
+    rung = round(part * planned)
+    return f"halving at step {rung}: {own:.4f} is place {place} of {len(means)}, {kept} go on"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _means(values: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """Returns the mean of each group that has a value."""
+    known = {key: [each for each in own if each is not None] for key, own in values.items()}
+    return {key: fmean(own) for key, own in known.items() if own}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import sweep
-from sweeps.processes import end_with, linux_prctl
+from sweeps.processes import end_with
 from tests.runs import run_here
 
 MOST_S = 60
@@ -70,10 +70,10 @@ def _become(work: Callable[[], int], output: int) -> NoReturn:
 
 def start_fork(words: Sequence[str], output: int, environment: Mapping[str, str]) -> Fork:
     """Stands for `sweeps.processes.start_process`: the same program, parent's death included."""
-    parent, prctl = os.getpid(), linux_prctl()
+    parent = os.getpid()
 
     def work() -> int:
-        end_with(parent, prctl)
+        end_with(parent)
         os.environ |= environment
         sys.argv = ["train.py", *words]
         return run_here(words)

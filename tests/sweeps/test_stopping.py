@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.stopping import Curve, CurveReader, Member, hopeless
+from sweeps.stopping import Curve, Member, hopeless, read_curve
 from sweeps.sweep_file import StopRule
 from tests.compare.run_directories import make_run
 
@@ -65,11 +65,11 @@ def test_a_curve_is_the_best_so_far_and_is_read_again_when_it_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run, reader = make_run(losses=(4.0, 2.0, 3.0)), CurveReader()
-    curve = reader.curve(run)
+    run = make_run(losses=(4.0, 2.0, 3.0))
+    curve = read_curve(run)
     assert curve == Curve((100, 200, 300), (4.0, 2.0, 2.0))
     assert (curve.at(99), curve.at(250), curve.at(301)) == (None, 2.0, None)
     longer = make_run("longer", losses=(4.0, 2.0, 3.0, 1.0))
     (run / "metrics.jsonl").write_bytes((longer / "metrics.jsonl").read_bytes())
-    assert reader.curve(run).last == 400
-    assert reader.curve(tmp_path / "none") == Curve()
+    assert read_curve(run).last == 400
+    assert read_curve(tmp_path / "none") == Curve()
