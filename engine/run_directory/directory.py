@@ -99,6 +99,7 @@ class RunDirectory:
             return cls(config, origin, facts)
         run = cls(config, origin, {**(facts or {}), PARENT: fork.parent})
         run._metrics.copy(fork.records)
+        run.notes += fork.notes
         run._next_attempt_s += fork.elapsed_s
         return run
 
@@ -308,4 +309,4 @@ def directory_lines(directory: RunDirectory, resume: Resume | None) -> list[str]
     if not directory.will_save:
         return ["Run directory: none (nothing will be saved)"]
     when = "made with the first checkpoint, or after a minute"
-    return [f"Run directory: {directory.future_path} ({when})"]
+    return [f"Run directory: {directory.future_path} ({when})", *directory.notes]

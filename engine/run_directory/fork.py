@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import schema
+from config import CheckpointError, schema
 from engine.run_directory.environment_file import read_environment
 from engine.run_directory.find_checkpoint import Resume
 from engine.run_directory.find_runs import find_by_name
+from engine.run_directory.manifest import METRICS
 from engine.run_directory.rewind import rewind_metrics
 
 OPTION = "training.fork_from_checkpoint"
@@ -43,14 +45,18 @@ class Fork:
     """Lines of metrics.jsonl up to the step of the fork."""
     elapsed_s: float
     """Training time of the parent until then."""
+    notes: list[str]
+    """What is missing from `records`, for the user."""
 
 
 def read_fork(checkpoint: Resume, changed: Mapping[str, tuple[Any, Any]], elapsed_s: float) -> Fork:
     """Reads from the parent's directory what a fork at `checkpoint` keeps of it.
 
-    changed: option -> its value in the parent and in the fork.
+    changed: option -> its value in the parent and in the fork. Raises CheckpointError.
     """
-    folder, options = checkpoint.run_dir, schema()
+    folder, options, environment = checkpoint.run_dir, schema(), dict[str, Any]()
+    with suppress(OSError, ValueError):  # missing or damaged
+        environment = read_environment(folder)
     started_from = (OPTION, "training.resume_from_checkpoint")
     changed = {key: pair for key, pair in changed.items() if key not in started_from}
     known = {key: options.find(key) for key in changed}
@@ -62,18 +68,21 @@ def read_fork(checkpoint: Resume, changed: Mapping[str, tuple[Any, Any]], elapse
         "sha256": checkpoint.manifest.sha256,
         "changed": {key: list(pair) for key, pair in changed.items() if key not in silent},
         "changed_without_effect": {key: list(changed[key]) for key in sorted(silent)},
-        ANCESTORS: _ancestors(folder),
+        ANCESTORS: _ancestors(environment),
     }
-    # As at a resume: no later record, and no evaluation that the fork will make again.
-    records = rewind_metrics(folder, checkpoint.manifest, {}).after
-    return Fork(parent, records, elapsed_s)
+    try:  # as at a resume: no later record, and no evaluation that the fork will make again
+        metrics = rewind_metrics(folder, checkpoint.manifest, environment)
+    except OSError as error:
+        raise CheckpointError(f"{folder / METRICS} cannot be read: {error.strerror}.") from error
+    notes = [f"{folder}: {note}" for note in metrics.notes]
+    return Fork(parent, metrics.after, elapsed_s, notes)
 
 
-def _ancestors(folder: Path) -> list[dict[str, Any]]:
+def _ancestors(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
-        parent = read_environment(folder)[PARENT]
+        parent = environment[PARENT]
         return [{"step": parent["step"], "changed": parent["changed"]}, *parent.get(ANCESTORS, [])]
-    except (OSError, ValueError, KeyError, TypeError):  # the parent is no fork, or cannot be read
+    except (KeyError, TypeError):  # the parent is no fork
         return []
 
 

@@ -142,5 +142,6 @@ def check_own_config(files: Sequence[str], resume: Resume) -> None:
     """Raises CheckpointError where one of `files` is the config.yaml of the resumed run and was
     changed since the run saved it: an edit there would pass for what the run was."""
     own = resume.run_dir / CONFIG
-    if any(os.path.exists(file) and os.path.samefile(file, own) for file in files):
+    known = [file for file in files if os.path.exists(file)] if own.exists() else []
+    if any(os.path.samefile(file, own) for file in known):
         check_config(resume.run_dir)

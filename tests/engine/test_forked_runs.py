@@ -205,6 +205,24 @@ def test_a_dry_run_of_a_fork_tells_of_it_and_creates_nothing(
     assert [*trunk.parent.iterdir()] == [trunk]
 
 
+def test_a_fork_goes_on_without_its_parents_config_and_tells_of_records_that_are_lost(
+    words: list[str], trunk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, into(trunk.parent), fork_from(trunk / "checkpoint_24.pt"), "max_iters=25"]
+    records = trunk / "metrics.jsonl"
+    (trunk / "config.yaml").unlink()
+    first, damaged, *rest = records.read_bytes().splitlines(keepends=True)
+    records.write_bytes(b"".join([first, damaged[:-9] + b"\n", *rest]))
+    assert run_here(words) == 0
+    (fork,) = set(trunk.parent.iterdir()) - {trunk}
+    assert len(metrics(fork)) > 1
+    assert f"{trunk}: metrics.jsonl: left out 1 damaged line (2)" in capsys.readouterr().out
+    records.unlink()
+    records.mkdir()
+    assert run_here(words) == 3
+    assert f"{records} cannot be read: Is a directory." in capsys.readouterr().err
+
+
 def test_a_word_means_the_parent_that_a_fork_saved(tmp_path: Path, trunk: Path) -> None:
     folder, saved = trunk.parent, str(trunk / "checkpoint_8.pt")
     for word in (saved, str(trunk), str(folder), "143022", "143022/checkpoint_8.pt"):
