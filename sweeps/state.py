@@ -75,12 +75,9 @@ class RunIndex:
                     run = read_run(path)
                 except DataError:  # removed since it was listed
                     continue
-                old = known.get(path)
-                if old is not None and old[1].config == run.config:
-                    ids = old[2]
-                else:
-                    ids = {each: experiment_id(run.config, each) for each in self._left_open}
-                known[path] = _state_of_run(run), run, ids if run.config else {}
+                left_open = self._left_open if run.config else ()
+                ids = {each: experiment_id(run.config, each) for each in left_open}
+                known[path] = _state_of_run(run), run, ids
             state, run, ids = self._runs[path] = known[path]
             for key in ids.items():
                 of_cells[key].append((state, run))

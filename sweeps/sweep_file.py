@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from config import schema
+from config import ConfigError, schema
 from settings.entries import describe, read_options, read_value
 from settings.errors import Origin, Problem, raise_problems
 from settings.names import nearest, resolve
@@ -92,6 +92,8 @@ class Sweep:
 
 def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     """Returns the sweep of a file; raises ConfigError with all that is wrong, by line."""
+    if not os.path.exists(path):
+        raise ConfigError(f"{path}: not found. configs/sweeps/learning-rate.yaml is an example.")
     entries, wrong = read_file(path, _LAYER)
     parts = dict[str, Entry]()
     for entry in entries:
