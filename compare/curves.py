@@ -7,14 +7,16 @@ of one step in ten thousand is still drawn, and so does the first gap (a loss of
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from compare.groups import Spread
-from compare.reading.json_values import as_float
+from compare.reading.json_values import as_float, as_str
 from compare.reading.run import Run
+from engine.run_directory.fork import parent_step
 
 COLOURS = ["#0067B8", "#E06A00", "#009E73", "#A3195B", "#3E9BD6", "#6B4A00", "#4B1F8F", "#24282D"]
 """Of runs on white: a contrast of 3:1, and distinct for colour-blind readers too."""
@@ -111,7 +113,7 @@ class Band:
 def band(runs: Sequence[Run], metric: str, x: str = "step", limit: int = MAX_POINTS) -> Band:
     """Returns the mean of the metric over `x` (see `place_of`) in at most `limit` points."""
     by_run = [by_step(run, metric) for run in runs]
-    steps = shared_steps(by_run)
+    steps = shared_steps(runs, by_run)
     spreads = [spread for step in steps if (spread := Spread.of([known[step] for known in by_run]))]
     kept = thinned([spread.mean for spread in spreads], limit)
     steps, spreads = [steps[index] for index in kept], [spreads[index] for index in kept]
@@ -143,9 +145,18 @@ def place_of(run: Run, record: Mapping[str, Any], x: str) -> float | None:
     return None if tokens is None or per_token is None else tokens * per_token
 
 
-def shared_steps(by_run: Sequence[Mapping[int, float]]) -> list[int]:
-    """Returns the steps that all runs have, ascending."""
-    return sorted(set.intersection(*(set(known) for known in by_run))) if by_run else []
+def shared_steps(runs: Sequence[Run], by_run: Sequence[Mapping[int, float]]) -> list[int]:
+    """Returns the steps that all runs have and that each has trained by itself, ascending."""
+    steps = set.intersection(*(set(known) for known in by_run)) if by_run else set()
+    return sorted(step for step in steps if step > forked_at(runs))
+
+
+def forked_at(runs: Sequence[Run]) -> int:
+    """Returns up to which step two of the runs hold copies of one record, as forks of the same
+    checkpoint do: these are one observation and not two. 0 without such forks."""
+    checkpoints = Counter(as_str(run.parent.get("sha256")) for run in runs if run.parent)
+    forks = [run for run in runs if checkpoints[as_str(run.parent.get("sha256"))] > 1]
+    return max((parent_step(run.environment) for run in forks), default=0)
 
 
 def value_of(entry: Any) -> float | None:

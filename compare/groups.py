@@ -107,15 +107,16 @@ def option_keys(words: Collection[str]) -> tuple[str, ...]:
 def group_runs(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
     """Returns the runs in groups, in the order of their first runs.
 
-    Runs of one group have read the same text, by its fingerprint. A run whose config cannot be read
-    is a group of its own.
+    Runs of one group have read the same text, by its fingerprint, in steps of equal size. A run
+    whose config cannot be read is a group of its own.
     """
     groups = dict[tuple[Any, ...], list[Run]]()
     for run in runs:
         alone = (str(run.path),)
-        key = (*_experiment(run, over), data_fingerprint(run)) if run.config else alone
+        own = (*_experiment(run, over), data_fingerprint(run), run.step_factor)
+        key = own if run.config else alone
         groups.setdefault(key, []).append(run)
-    return [_without_repeats(own, tuple(over)) for own in groups.values()]
+    return [_without_repeats(members, tuple(over)) for members in groups.values()]
 
 
 def _experiment(run: Run, over: Sequence[str]) -> list[Any]:

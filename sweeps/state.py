@@ -75,7 +75,8 @@ class RunIndex:
                     run = read_run(path)
                 except DataError:  # removed since it was listed
                     continue
-                left_open = self._left_open if run.config else ()
+                # A cell trains in one process, and more of them take larger steps.
+                left_open = self._left_open if run.config and run.step_factor == 1 else ()
                 ids = {each: experiment_id(run.config, each) for each in left_open}
                 known[path] = _state_of_run(run), run, ids
             state, run, ids = self._runs[path] = known[path]

@@ -105,6 +105,14 @@ class Run:
         return as_dict(self.environment.get(PARENT))
 
     @property
+    def step_factor(self) -> int:
+        """How many times as long a step is as the config makes it with one process: a config that
+        does not set its tokens leaves that to the number of processes."""
+        if self.config.get("training.tokens_per_step") is not None:
+            return 1
+        return as_count(self.size.get("processes")) or 1
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         """All of metrics.jsonl in order, read once, without damaged lines."""
         return self._read_once[0]

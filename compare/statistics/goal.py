@@ -19,6 +19,7 @@ from compare.curves import by_step, shared_steps
 from compare.groups import Group, Spread, group_labels
 from compare.reading.run import Run
 from compare.statistics.comparison import number_format, p_text
+from compare.statistics.seeds import why_no_step
 from compare.statistics.student import upper_p
 from compare.table import width
 from config import ConfigError
@@ -83,9 +84,9 @@ def progress_to(goal: Goal, runs: Sequence[Run], level: float) -> Progress | str
     if len(runs) < 2:
         return "one run proves nothing about other seeds: train it with another seed"
     by_run = [by_step(run, goal.metric) for run in runs]
-    steps = shared_steps(by_run)
-    if not steps:
-        return f"there is no step at which all runs have {goal.metric}"
+    steps = shared_steps(runs, by_run)
+    if reason := why_no_step(runs, goal.metric, by_run, steps):
+        return reason
     found = list[Progress]()
     for step in steps:
         spread = Spread.of([known[step] for known in by_run])

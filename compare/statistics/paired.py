@@ -11,6 +11,7 @@ with its seed can only be seen from several runs (`compare.statistics.seeds`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str
         counts.append(len(losses))
     # A fingerprint of the evaluated tokens, their order and targets: equal only for equal batches.
     if record_a["eval/rows"] != record_b["eval/rows"]:
-        return _different_text(a, b)
+        return different_text([a, b])
     if counts[0] != counts[1]:
         return f"they were evaluated in {counts[0]} and {counts[1]} batches"
     if counts[0] < MIN_BATCHES:
@@ -122,15 +123,16 @@ def _why_not_paired(a: Run, b: Run, record_a: dict[str, Any], record_b: dict[str
     return ""
 
 
-def _different_text(a: Run, b: Run) -> str:
-    """Returns the reason, with the options that explain it; between tokenizers, bits per byte."""
-    found = [key for key in differing_options([a, b]) if has_effect(key, "text", "eval_rows")]
+def different_text(runs: Sequence[Run]) -> str:
+    """Returns that runs were evaluated on different rows, with the options that explain it; between
+    tokenizers, the bits per byte."""
+    found = [key for key in differing_options(runs) if has_effect(key, "text", "eval_rows")]
     lists = [schema().list_of(key) for key in found]
     named = (key if of is None else of.key for key, of in zip(found, lists, strict=True))
     keys = list(dict.fromkeys(named))  # sources as dataset.mixture
     why = f": they differ in {', '.join(keys)}" if keys else ""
     reason = f"they were evaluated on different held-out text{why}"
-    bits = [run.bits_per_byte for run in (a, b)]
+    bits = [run.bits_per_byte for run in runs]
     if any(key.startswith("tokenizer.") for key in keys) and None not in bits:
         shown = " and ".join(f"{value:.4f}" for value in bits)
         reason += f". Over tokenizers bits per byte compare: {shown}"

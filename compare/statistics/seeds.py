@@ -13,15 +13,20 @@ Welch's is an approximation: 2.3 % with 2 seeds on each side, 3.7 % with 3, 4.7 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from compare.curves import by_step, shared_steps
+from compare.curves import by_step, forked_at, shared_steps
 from compare.differences import differing_environment, texts_differ
 from compare.groups import Group, Spread, list_of
+from compare.reading.json_values import as_str
 from compare.reading.run import Run
-from compare.statistics.comparison import METRIC, Comparison, paired, welch
+from compare.statistics.comparison import METRIC, Comparison, is_loss, paired, welch
+from compare.statistics.paired import different_text
 
-_MACHINE = ("git", "torch", "device")  # differences inside a group that the reader is told of
+_HELD_OUT = ("eval/", "final/")  # how metrics of evaluations begin
+# Differences inside a group that the reader is told of.
+_MACHINE = ("git", "torch", "device", "processes")
 
 
 def compare_groups(a: Group, b: Group, metric: str = METRIC) -> Comparison | str:
@@ -31,11 +36,9 @@ def compare_groups(a: Group, b: Group, metric: str = METRIC) -> Comparison | str
     if reason := _why_not_comparable(a, b, metric):
         return reason
     by_run = [by_step(run, metric) for run in runs]
-    steps = shared_steps(by_run)
-    if not steps:
-        without = [run.name for run, known in zip(runs, by_run, strict=True) if not known]
-        nowhere = f"there is no step at which all runs have {metric}"
-        return f"{without[0]} has no {metric}" if without else nowhere
+    steps = shared_steps(runs, by_run)
+    if reason := why_no_step(runs, metric, by_run, steps) or _rows_differ(runs, metric, steps[-1]):
+        return reason
     values = [known[steps[-1]] for known in by_run]
     of_a, of_b = values[: len(a.runs)], values[len(a.runs) :]
     spread_a, spread_b = Spread.of(of_a), Spread.of(of_b)
@@ -69,14 +72,46 @@ def _why_not_comparable(a: Group, b: Group, metric: str) -> str:
         if len(group.runs) < 2:
             return f"{group.runs[0].name} is one run and shows nothing of other seeds"
     runs = [*a.runs, *b.runs]
-    if not metric.startswith(("eval/", "final/")):
-        return ""
-    if texts_differ(runs):
-        return "they were evaluated on different held-out text"
-    tokenizers = {run.config.get("tokenizer.name") for run in runs}
-    if len(tokenizers) > 1 and "loss" in metric:
+    held_out = metric.startswith(_HELD_OUT)
+    if (held_out or is_loss(metric)) and texts_differ(runs):
+        done = "evaluated on different held-out" if held_out else "trained on different"
+        return f"they were {done} text"
+    if len(_tokenizers(runs)) > 1 and "loss" in metric:
         return "their tokenizers differ: eval/bits_per_byte compares, losses per token do not"
     return ""
+
+
+def why_no_step(
+    runs: Sequence[Run], metric: str, by_run: Sequence[Mapping[int, float]], steps: Sequence[int]
+) -> str:
+    """Returns why the runs cannot be compared at any of `steps`, those that they share; '' if they
+    can."""
+    for run, known in zip(runs, by_run, strict=True):
+        if not known:
+            return f"{run.name} has no {metric}"
+        # Without this a run that diverged would be judged by its last good evaluation.
+        for record in run.records if steps else ():
+            if record["step"] > steps[-1] and metric in record and record["step"] not in known:
+                return f"{metric} of {run.name} is no finite number at step {record['step']:,}"
+    if steps:
+        return ""
+    nowhere = f"there is no step at which all runs have {metric}"
+    last = forked_at(runs)
+    return f"{nowhere} after {last:,}, which forks of one checkpoint share" if last else nowhere
+
+
+def _rows_differ(runs: Sequence[Run], metric: str, step: int) -> str:
+    """Returns that the runs were evaluated on different rows at a step, '' if not or if unknown:
+    rows of different tokenizers always differ, and their bits per byte compare all the same."""
+    if not metric.startswith(_HELD_OUT) or len(_tokenizers(runs)) > 1:
+        return ""
+    at_step = (record for run in runs for record in run.records if record["step"] == step)
+    rows = {as_str(record.get("eval/rows")) for record in at_step} - {""}
+    return different_text(runs) if len(rows) > 1 else ""
+
+
+def _tokenizers(runs: Sequence[Run]) -> set[Any]:
+    return {run.config.get("tokenizer.name") for run in runs}
 
 
 def _run_notes(runs: Sequence[Run], newest: Sequence[int], step: int) -> Iterator[str]:
@@ -97,6 +132,8 @@ def _group_notes(group: Group) -> Iterator[str]:
     if differing := [key for key in _MACHINE if key in rows]:
         named = ", ".join(run.name for run in group.runs)
         yield f"Beside {list_of(group.over)}, {named} differ in {list_of(differing)}."
+    if last := forked_at(group.runs):
+        yield f"Forks of one checkpoint: they share {last:,} steps, and differ by what came after."
     if group.repeats:
         left_out = ", ".join(run.name for run in group.repeats)
         yield f"Not counted, since another run has the same {list_of(group.over)}: {left_out}."

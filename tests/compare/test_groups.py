@@ -75,6 +75,14 @@ def test_forks_of_trunks_that_differ_in_their_seed_are_a_group() -> None:
     assert named(group_runs(runs, over))[0] == ["a1", "a2", "later", "other_trunk"]
 
 
+def test_runs_whose_steps_have_other_sizes_are_no_repeats_of_each_other() -> None:
+    two = {"run": {"processes": 2, "tokens_per_step": 8192}}
+    for words, groups in (((), 2), (("batch_size=1", "tokens_per_step=8192"), 1)):
+        name = "_".join(words)
+        runs = [make(f"a{name}", *words), make(f"b{name}", "seed=2", *words, environment=two)]
+        assert len(group_runs(runs, SEED)) == groups
+
+
 def test_a_seed_that_was_trained_twice_counts_once() -> None:
     stopped = make("a", "seed=1", state="stopped", losses=(4.0, 3.0, 2.0, 1.0), every=50)
     runs = [stopped, make("b", "seed=2", every=50, losses=(4.0,) * 4)]

@@ -203,6 +203,8 @@ def test_a_cell_has_the_runs_of_its_config_wherever_they_are(base: str) -> None:
     make_cell_run(not_finite, "run_nan", (4.0,), state="failed")
     lock = make_cell_run(running, "run_now", (4.0,), state="") / ".lock"
     make_run("run_other", "learning_rate=0.5")
+    larger_steps = make_cell_run(missing, "run_of_two_processes")
+    change_environment(larger_steps, run={"processes": 2})
     with locked_by_another_process(lock):
         index = RunIndex(CHECKPOINTS, cells, stops=False)
         assert [index.state_of(cell) for cell in cells] == [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import scipy.stats
 
+from compare.curves import band
 from compare.reading.run import Run
 from compare.statistics.goal import Progress, parse_goal, progress_to
 from config import ConfigError
@@ -71,7 +72,7 @@ def test_what_cannot_be_tested_is_said() -> None:
     goal = parse_goal("eval/val_loss<=3")
     never = runs((None,), (2.0,))
     assert "nothing about other seeds" in str(progress_to(goal, never[:1], 0.01))
-    assert "no step at which all runs have eval/val_loss" in str(progress_to(goal, never, 0.01))
+    assert progress_to(goal, never, 0.01) == "run_0 has no eval/val_loss"
 
 
 @pytest.mark.parametrize("text", ["", "eval/val_loss", "loss=1", "loss<=x", "loss<=1e999", "<1"])
@@ -82,3 +83,24 @@ def test_a_goal_that_is_none_is_refused(text: str) -> None:
 
 def test_a_goal_reads_back_as_it_was_written() -> None:
     assert str(parse_goal(" eval/val_loss <= 1.30 ")) == "eval/val_loss<=1.3"
+
+
+def test_what_forks_of_one_checkpoint_share_is_no_observation_of_each() -> None:
+    parent = {"parent": {"run": "trunk", "path": "/trunk", "step": 200, "sha256": "ab"}}
+    curves = enumerate([(4.0, 2.0, 3.3), (4.0, 2.0, 3.2), (4.0, 2.0, 3.1)], 1)
+    forks = [make(f"f{n}", f"seed={n}", losses=own, environment=parent) for n, own in curves]
+    found = progress("eval/val_loss<=3", forks)
+    assert (found.passed, found.step, found.looked_at) == (False, 300, 1)
+    assert band(forks, "eval/val_loss").steps == [300]
+    young = [make(f"y{n}", f"seed={n}", losses=(4.0, 2.0), environment=parent) for n in (1, 2)]
+    assert progress_to(parse_goal("eval/val_loss<=3"), young, 0.01) == (
+        "there is no step at which all runs have eval/val_loss after 200, which forks of one "
+        "checkpoint share"
+    )
+
+
+def test_a_run_that_diverged_after_the_goal_is_told() -> None:
+    made = runs((2.0, 1.9), (2.0, None))
+    assert progress_to(parse_goal("eval/val_loss<=3"), made, 0.01) == (
+        "eval/val_loss of run_1 is no finite number at step 200"
+    )

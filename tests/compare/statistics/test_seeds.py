@@ -22,7 +22,7 @@ SIMULATIONS = int(os.environ.get("SIMULATIONS", "1500"))
 
 
 def seeds(
-    name: str, losses: Sequence[Sequence[float]], first: int = 1, words: str = ""
+    name: str, losses: Sequence[Sequence[float | None]], first: int = 1, words: str = ""
 ) -> list[Run]:
     """Makes a run per seed with the given held-out losses."""
     made = enumerate(losses, first)
@@ -194,5 +194,16 @@ def test_the_reason_why_groups_cannot_be_compared_is_given() -> None:
     assert "tokenizers differ" in str(reason_or_difference(a, tokens))
     assert compare(a, tokens, "eval/bits_per_byte").step_a == 100
     assert "different held-out text" in str(reason_or_difference(a, text))
+    assert "tokenizers differ" in str(reason_or_difference(a, tokens, "train/loss"))
+    assert reason_or_difference(a, text, "train/loss") == "they were trained on different text"
+    rows = [
+        make(f"r_{n}", f"seed={n}", "eval_iters=4", "n_layer=2", losses=(3.0,), rows="other")
+        for n in (1, 2)
+    ]
+    assert str(reason_or_difference(a, rows)).endswith("text: they differ in training.eval_iters")
+    assert compare(a, rows, "train/loss").step_a == 100
     assert "no step at which all" in str(reason_or_difference(a, late))
     assert reason_or_difference(a, a, "no") == "a_1 has no no"
+    diverged = seeds("f", [(4.0, 3.0), (4.0, None)], words="learning_rate=1")
+    found = reason_or_difference(a, diverged)
+    assert found == "eval/val_loss of f_2 is no finite number at step 200"
