@@ -112,6 +112,7 @@ def _rows(run: Run, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
             if metric in record and metric not in _STAMP:
                 value = as_float(record[metric])
                 text = None if value is not None else _text(record[metric])
+                value = None if value is None else float(value)  # pyarrow takes no int over 2^53
                 yield stamp | {"metric": utf8_text(metric), "value": value, "text": text}
 
 

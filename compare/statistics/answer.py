@@ -61,7 +61,9 @@ def _again(one: Group, other: Group) -> str:
     if one.over != (SEED,):
         return f"{restart_command(run)} (with another {list_of(one.over)})"
     (own,) = one.values[0]
-    new = [value for (value,) in other.values if value != own]
+    if type(own) is not int:
+        return f"(the command for {run.name} is not known: its seed cannot be read)"
+    new = [value for (value,) in other.values if type(value) is int and value != own]
     return f"{restart_command(run)} {SEED}={new[0] if new else own + 1}"
 
 

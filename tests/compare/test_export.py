@@ -94,7 +94,7 @@ def test_metrics_can_be_chosen(capsys: Captured) -> None:
 
 def test_names_that_are_no_text_and_values_that_json_has_not_are_written(capsys: Captured) -> None:
     path = make_run("run_\udcff", losses=(4.0,))
-    append(path, stamp(100) | {"odd\nkey": 1, "deep": {"a": [None]}, "flag": True})
+    append(path, stamp(100) | {"odd\nkey": 2**60 + 1, "deep": {"a": [None]}, "flag": True})
     copy = json.loads((path / "environment.json").read_text())["config"]
     copy["values"]["training"]["learning_rate"] = math.inf
     change_environment(path, config=copy)
@@ -105,6 +105,7 @@ def test_names_that_are_no_text_and_values_that_json_has_not_are_written(capsys:
     ]
     by_metric = {line["metric"]: line for line in lines}
     assert by_metric["odd\nkey"]["run"] == "run_?"
+    assert by_metric["odd\nkey"]["value"] == float(2**60 + 1)
     assert (by_metric["deep"]["text"], by_metric["flag"]["text"]) == ('{"a": [null]}', "true")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import runs
 from tests.compare.run_directories import make_run
 from tests.compare.test_runs import Captured, output, refused
 
@@ -201,6 +202,16 @@ def test_one_run_on_each_side_answers_for_other_text_and_says_what_to_train(
     found = json.loads(output(capsys, "test", "a", "b", "--json"))["difference"]
     assert (found["speaks_for"], found["batches"]) == ("other text", 8)
     assert 0 < found["p"] < 1e-4
+
+
+def test_a_run_without_a_readable_seed_gets_no_command(capsys: Captured) -> None:
+    make_run("a", "seed=1", seed=1)
+    make_run("b", seed=2, environment={"config": {}})
+    Path("checkpoints/b/config.yaml").write_text("")
+    assert runs.main(("test", "a", "b")) == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("training.seed=2")
+    assert second == "  (the command for b is not known: its seed cannot be read)"
 
 
 def test_one_run_against_several_cannot_be_answered(capsys: Captured) -> None:
