@@ -42,8 +42,9 @@ LAYOUTS = """() => [...document.querySelectorAll(".js-plotly-plot")].map(plot =>
     const {xaxis, yaxis} = plot._fullLayout;
     return {x: xaxis.type, y: yaxis.type, range: xaxis.range, title: xaxis.title.text};
 })"""
-DRAWN = """() => document.querySelectorAll(".js-plotly-plot .scatterlayer .trace").length &&
-    document.querySelectorAll(".plot:not(.js-plotly-plot)").length == 0"""
+DRAWN = """() => document.querySelector(".main .plot .scatterlayer .trace")"""
+PRINTED = """() => { dispatchEvent(new Event("beforeprint"));
+    return document.querySelectorAll(".plot:not(.js-plotly-plot)").length; }"""
 ORIGIN = """() => { const area = document.querySelector(".main .nsewdrag").getBoundingClientRect();
     return [area.left, area.top, area.width, area.height]; }"""
 
@@ -81,13 +82,19 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, page: Path, **options: Any) -> Iterator[Watched]:
-    """Opens a page in a browser of its own, and checks it at the end."""
+def opened(browser: Any, page: Path, without: str = "", **options: Any) -> Iterator[Watched]:
+    """Opens a page in a browser of its own, and checks it at the end.
+
+    without: what this browser lacks; then no curve is waited for.
+    """
     context = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | options))
     context.set_default_timeout(20_000)
     watched = Watched(context.new_page())
+    if without:
+        watched.page.add_init_script(f"delete window.{without}")
     watched.page.goto(page.as_uri())
-    watched.page.wait_for_function(DRAWN)
+    if not without:
+        watched.page.wait_for_function(DRAWN)
     watched.requests.remove(page.as_uri())
     try:
         yield watched
@@ -128,6 +135,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(browser: Any, three: Path) -> Iterator[Watched]:
     rights = ["clipboard-read", "clipboard-write"]
     with opened(browser, three, permissions=rights) as watched:
+        drawn = watched.page.locator(".js-plotly-plot").count()
+        assert drawn < watched.page.locator(".plot").count()  # the others when they are seen
+        assert watched.page.evaluate(PRINTED) == 0
         yield watched
 
 
@@ -256,17 +266,23 @@ def roughness(values: list[float]) -> float:
     return sum(abs(a - 2 * b + c) for a, b, c in triples)
 
 
+def zoom(page: Any, first: float, last: float) -> None:
+    """Drags from a step to another over the panel of losses."""
+    x, y = over(page, first)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(over(page, last)[0], y, steps=4)
+    page.mouse.up()
+    page.wait_for_function("() => view.zoom.range")
+
+
 def test_a_zoom_is_that_of_all_panels_until_a_double_click(page: Any) -> None:
     whole = page.evaluate(LAYOUTS)
     all_panels = """() => [...document.querySelectorAll(".js-plotly-plot")].every(plot => {
         const [low, high] = plot._fullLayout.xaxis.range; return %s; })"""
-    x, y = over(page, 300)
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(over(page, 600)[0], y, steps=4)
-    page.mouse.up()
+    zoom(page, 300, 600)
     page.wait_for_function(all_panels % "Math.abs(low - 300) < 5 && Math.abs(high - 600) < 5")
-    page.mouse.dblclick(x, y)
+    page.mouse.dblclick(*over(page, 450))
     page.wait_for_function(all_panels % "high > 900")
     for before, after in zip(whole, page.evaluate(LAYOUTS), strict=True):
         assert after["range"] == pytest.approx(before["range"])
@@ -378,7 +394,11 @@ def test_the_keyboard_reaches_the_curves_and_their_runs(browser: Any, three: Pat
 
 # ---- many runs, small screens
 
-PHONE = {"viewport": {"width": 375, "height": 740}, "has_touch": True, "is_mobile": True}
+PHONE: dict[str, Any] = {
+    "viewport": {"width": 375, "height": 740},
+    "has_touch": True,
+    "is_mobile": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -441,64 +461,65 @@ def thirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_thirty_runs_fit_on_a_page_and_are_sorted_by_headings(browser: Any, thirty: Path) -> None:
+@pytest.fixture(scope="module")
+def wide(browser: Any, thirty: Path) -> Iterator[Any]:
     with opened(browser, thirty) as watched:
-        page = watched.page
-        assert page.evaluate(HEIGHT) < 6500
-        assert page.locator("#runs .command").first.is_hidden()
-        page.locator("#runs summary").first.click()
-        assert page.locator("#runs .command").first.is_visible()
-        pairs = page.locator("#paired tbody tr:visible")
-        assert pairs.count() == 10
-        page.click("#paired .all")
-        assert pairs.count() == 29
-        for table in ("#results", "#paired"):
-            first, head = page.locator(f"{table} tbody th").first, page.locator(f"{table} thead th")
-            before = first.inner_text()
-            loss = head.filter(has_text="Held-out loss").first.locator("button")
-            loss.click()
-            assert first.inner_text() == before
-            loss.click()
-            assert first.inner_text().startswith("lr 0.0039")
+        yield watched.page
 
 
-def test_the_readout_of_thirty_runs_is_whole_and_shows_those_at_the_pointer(
-    browser: Any, thirty: Path
-) -> None:
-    with opened(browser, thirty) as watched:
-        page = watched.page
-        x, y = over(page, 200)
-        script = "y => document.querySelector('.main .plot')._fullLayout.yaxis.d2p(y)"
-        top = y - page.evaluate(ORIGIN)[3] / 2
-        for loss, label, more in ((4.0, "lr 0.001", "above"), (6.9, "lr 0.0039", "below")):
-            page.mouse.move(x - 2, top + page.evaluate(script, loss), steps=3)
-            page.locator(".readout .nearest .name", has_text=re.compile(f"^{label}$")).wait_for()
-            assert len(readout(page)) == 13  # with the heading
-            assert page.inner_text(".readout p") == f"18 more {more}"
-
-
-def test_a_phone_shows_verdicts_and_the_values_under_a_tap(
-    browser: Any, three: Path, thirty: Path
-) -> None:
-    with opened(browser, three, **PHONE) as watched:
-        for verdict in watched.page.locator("#paired td.verdict").all():
-            box = verdict.bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= 375
-    ranges = "() => document.querySelector('.main .plot')._fullLayout.yaxis.range"
+@pytest.fixture(scope="module")
+def phone(browser: Any, thirty: Path) -> Iterator[Any]:
     with opened(browser, thirty, **PHONE) as watched:
-        page = watched.page
-        assert page.inner_text("#zooming").startswith("Tap a panel for its values.")
-        assert page.evaluate(HEIGHT) < 9000
-        x, y = over(page, 150)
-        before = page.evaluate(ranges)
-        assert before[1] < 9  # without the start
-        for _ in range(2):
-            page.touchscreen.tap(x, y)
-            page.wait_for_timeout(400)  # longer than a double click
-            assert page.evaluate(ranges) == before
-            assert len(readout(page)) == 13
-        page.locator("h2:visible", has_text="Curves").tap()
-        assert page.locator(".readout").is_hidden()
+        yield watched.page
+
+
+def test_thirty_runs_fit_on_a_page_and_are_sorted_by_headings(wide: Any) -> None:
+    assert wide.evaluate(HEIGHT) < 6500
+    assert wide.locator("#runs .command").first.is_hidden()
+    wide.locator("#runs summary").first.click()
+    assert wide.locator("#runs .command").first.is_visible()
+    pairs = wide.locator("#paired tbody tr:visible")
+    assert pairs.count() == 10
+    wide.click("#paired .all")
+    assert pairs.count() == 29
+    for table in ("#results", "#paired"):
+        first, head = wide.locator(f"{table} tbody th").first, wide.locator(f"{table} thead th")
+        before = first.inner_text()
+        loss = head.filter(has_text="Held-out loss").first.locator("button")
+        loss.click()
+        assert first.inner_text() == before
+        loss.click()
+        assert first.inner_text().startswith("lr 0.0039")
+
+
+def test_the_readout_of_thirty_runs_is_whole_and_shows_those_at_the_pointer(wide: Any) -> None:
+    x, y = over(wide, 200)
+    script = "y => document.querySelector('.main .plot')._fullLayout.yaxis.d2p(y)"
+    top = y - wide.evaluate(ORIGIN)[3] / 2
+    for loss, label, more in ((4.0, "lr 0.001", "above"), (6.9, "lr 0.0039", "below")):
+        wide.mouse.move(x - 2, top + wide.evaluate(script, loss), steps=3)
+        wide.locator(".readout .nearest .name", has_text=re.compile(f"^{label}$")).wait_for()
+        assert len(readout(wide)) == 13  # with the heading
+        assert wide.inner_text(".readout p") == f"18 more {more}"
+
+
+def test_a_phone_shows_verdicts_and_the_values_under_a_tap(phone: Any) -> None:
+    for verdict in phone.locator("#paired td.verdict:visible").all():
+        box = verdict.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 375
+    ranges = "() => document.querySelector('.main .plot')._fullLayout.yaxis.range"
+    assert phone.inner_text("#zooming").startswith("Tap a panel for its values.")
+    assert phone.evaluate(HEIGHT) < 9000
+    x, y = over(phone, 150)
+    before = phone.evaluate(ranges)
+    assert before[1] < 9  # without the start
+    for _ in range(2):
+        phone.touchscreen.tap(x, y)
+        phone.wait_for_timeout(400)  # longer than a double click
+        assert phone.evaluate(ranges) == before
+        assert len(readout(phone)) == 13
+    phone.locator("h2:visible", has_text="Curves").tap()
+    assert phone.locator(".readout").is_hidden()
 
 
 def test_one_run_is_shown_in_cards_and_no_foreign_script_runs(browser: Any) -> None:
@@ -507,7 +528,11 @@ def test_one_run_is_shown_in_cards_and_no_foreign_script_runs(browser: Any) -> N
         assert "2.5000" in page.inner_text("#results .cards")
         assert page.locator("#results table").count() == 0
         assert page.locator("#legend").is_hidden()
+        zoom(page, 100, 200)
+        assert page.evaluate(PRINTED) == 0  # the panels that are drawn now have the zoom, too
         assert len(traces(page)) == 8
+        for layout in page.evaluate(LAYOUTS):
+            assert layout["range"] == pytest.approx([100, 200], abs=5)
         watched.check()
         with page.expect_console_message():
             page.evaluate(
@@ -568,34 +593,27 @@ def test_a_group_is_a_mean_with_a_band_and_its_runs_on_request(browser: Any, see
         assert {layout["title"] for layout in page.evaluate(LAYOUTS)} == {"Training TFLOPs"}
 
 
-def test_a_line_over_the_settings_is_chosen_by_key_and_by_tap(browser: Any, thirty: Path) -> None:
+def test_a_line_over_the_settings_is_chosen_by_key_and_by_tap(phone: Any) -> None:
     fits = "() => document.documentElement.scrollWidth <= innerWidth"
-    with opened(browser, thirty, **PHONE) as watched:
-        page = watched.page
-        area, caption = page.locator("#parallel .area"), page.locator("#parallel p.chosen")
-        area.scroll_into_view_if_needed()
-        assert caption.inner_text().startswith("lr 0.001")
-        assert page.locator("#parallel .area path").count() == 30
-        page.locator("#parallel-line").press("End")
-        assert caption.inner_text().startswith("lr 0.0039")
-        assert (
-            page.locator("#parallel-line").get_attribute("aria-valuetext").startswith("30 of 30:")
-        )
-        box = area.bounding_box()
-        page.touchscreen.tap(box["x"] + 2, box["y"] + box["height"] - 2)
-        assert caption.inner_text().startswith("lr 0.001")
-        assert page.evaluate(fits)
+    area, caption = phone.locator("#parallel .area"), phone.locator("#parallel p.chosen")
+    area.scroll_into_view_if_needed()
+    assert caption.inner_text().startswith("lr 0.001")
+    assert phone.locator("#parallel .area path").count() == 30
+    phone.locator("#parallel-line").press("End")
+    assert caption.inner_text().startswith("lr 0.0039")
+    assert phone.locator("#parallel-line").get_attribute("aria-valuetext").startswith("30 of 30:")
+    box = area.bounding_box()
+    phone.touchscreen.tap(box["x"] + 2, box["y"] + box["height"] - 2)
+    assert caption.inner_text().startswith("lr 0.001")
+    assert phone.evaluate(fits)
 
 
 def test_a_browser_that_cannot_inflate_the_library_shows_the_rest(
     browser: Any, three: Path
 ) -> None:
-    with opened(browser, three, offline=True) as watched:
+    with opened(browser, three, without="DecompressionStream") as watched:
         page = watched.page
-        page.add_init_script("delete window.DecompressionStream")
-        page.reload()
         page.locator("#panels .notice").wait_for()
         assert "cannot inflate" in page.inner_text("#panels .notice")
         assert page.locator("#results td").count() > 10
         page.click("#theme")
-        watched.requests.clear()

@@ -140,13 +140,16 @@ function layoutOf(panel, traces, style) {
     font: {family: style.font, size: 12, color: style.ink}, showlegend: false, hovermode: false,
     dragmode: isTouch() ? false : "zoom",
     shapes: forkLines(),
-    uirevision: JSON.stringify([view.x, view.logX, view.logY, view.crop, view.zooms]),
+    uirevision: frameKey(),
     xaxis: {...axis, type: view.logX ? "log" : "linear", title: {text: xUnit()[1], font: {size: 12, color: style.soft}, standoff: 8},
-      showline: true, nticks: 8},
+      showline: true, nticks: 8, ...(view.zoom.key === frameKey() ? {range: [...view.zoom.range], autorange: false} : {autorange: true})},
     yaxis: {...axis, type: logarithmic ? "log" : "linear", nticks: 7, ...(range ? {range, autorange: false} : {autorange: true}),
       ...(panel.zero ? {rangemode: "tozero"} : {})},
   };
 }
+
+// A zoom lasts until one of these changes.
+const frameKey = () => JSON.stringify([view.x, view.logX, view.logY, view.crop, view.zooms]);
 
 // Plotly does not resolve CSS variables or light-dark(): it gets the colours that the browser computes.
 function styleNow() {
@@ -163,14 +166,21 @@ function styleNow() {
 
 const CONFIG = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: false, scrollZoom: false};
 
-// The panel of losses is drawn first, the others each in a task of its own, so that the page answers.
-async function drawFirst() {
-  for (const panel of panels) {
-    draw(panel, styleNow());
-    panel.plot.on("plotly_relayout", change => follow(panel, change));
-    panel.plot.on("plotly_doubleclick", showWhole);
-    await new Promise(done => setTimeout(done));
-  }
+// The losses are drawn at once, other panels when they are about to be seen, or printed.
+function drawWhenSeen() {
+  const seen = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting)
+    .forEach(({target}) => drawFirst(panels.find(panel => panel.plot === target))), {rootMargin: "300px"});
+  const [losses, ...others] = panels;
+  drawFirst(losses);
+  others.forEach(panel => seen.observe(panel.plot));
+  addEventListener("beforeprint", () => others.forEach(drawFirst));
+}
+
+function drawFirst(panel) {
+  if (panel.plot.data) return;
+  draw(panel, styleNow());
+  panel.plot.on("plotly_relayout", follow);
+  panel.plot.on("plotly_doubleclick", showWhole);
 }
 
 function draw(panel, style) {
@@ -192,14 +202,11 @@ function showWhole() {
   redraw();
 }
 
-// Zooms all panels along x when one is zoomed. `following` stops the others from answering.
-let following = false;
-async function follow(panel, change) {
-  if (following || !("xaxis.range[0]" in change)) return;
-  following = true;
-  const update = {"xaxis.range": [change["xaxis.range[0]"], change["xaxis.range[1]"]]};
-  await Promise.all(panels.filter(other => other !== panel && other.plot.data).map(other => Plotly.relayout(other.plot, {...update})));
-  following = false;
+// Zooms all panels along x when one is zoomed, also those that are drawn later.
+function follow(change) {
+  if (!("xaxis.range[0]" in change)) return;
+  view.zoom = {key: frameKey(), range: [change["xaxis.range[0]"], change["xaxis.range[1]"]]};
+  redraw();
 }
 
 // ---- the values under the pointer or a tap
@@ -224,6 +231,7 @@ addEventListener("scroll", hideReadout, {passive: true});
 addEventListener("pointerdown", event => { if (!event.target.closest(".plot")) hideReadout(); });
 
 function read(panel, event) {
+  if (!panel.plot.data) return;
   const {xaxis, yaxis} = panel.plot._fullLayout, box = panel.plot.getBoundingClientRect();
   const at = event.clientX - box.left - xaxis._offset, height = event.clientY - box.top - yaxis._offset;
   const found = valuesAt(panel, at, xaxis, yaxis);

@@ -11,7 +11,7 @@ const groups = data.groups.map(group => ({...runs[group.runs[0]], ...group}));
 const groupOf = runs.map((_, run) => Math.max(0, groups.findIndex(group => group.runs.includes(run))));
 const isFolded = groups.length < runs.length;
 const form = document.getElementById("controls");
-const view = {x: "step", logX: false, logY: false, crop: true, single: false, smooth: 0, hidden: new Set(), zooms: 0};
+const view = {x: "step", logX: false, logY: false, crop: true, single: false, smooth: 0, hidden: new Set(), zooms: 0, zoom: {}};
 const DASHES = ["solid", "dash", "dot"];
 const SHAPES = { // Plotly's symbols, as paths in an 18 x 10 picture for the legend
   circle: "M12.5 5a3.5 3.5 0 1 1-7 0a3.5 3.5 0 1 1 7 0Z", square: "M6 2h6v6h-6Z",

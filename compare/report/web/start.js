@@ -20,7 +20,7 @@ async function inflatePlotly() {
 async function drawCurves(source) {
   await new Promise(painted => requestAnimationFrame(() => setTimeout(painted)));
   document.head.append(make("script", {}, await source));
-  await drawFirst();
+  drawWhenSeen();
 }
 
 byId("theme").addEventListener("click", () => {
