@@ -126,15 +126,14 @@ class _Search:
             compared = f"{found.records} records ({found.evidence})"
             count = len(saved.equal)
             return "none", f"{both} agree in all {compared} and in {count} checkpoints."
-        self.lines.append(
+        self.lines += [
             f"{found.records} records are equal, the last at step {found.last_equal}"
             if found.records
-            else "No record is equal"
-        )
-        self.lines.append(f"They part at {found.parting}")
-        if saved.equal:
-            self.lines.append(f"Equal checkpoints: {', '.join(map(str, saved.equal))}")
-        self.lines += saved.lines
+            else "No record is equal",
+            f"They part at {found.parting}",
+            f"Equal checkpoints: {', '.join(map(str, saved.equal)) or 'none'}",
+            *saved.lines,
+        ]
         if saved.culprit:
             return "weights", f"{saved.culprit}."
         options = differing_options(self.runs)
@@ -148,12 +147,10 @@ class _Search:
             self.lines.append("The fingerprints of the data differ")
             differing.append("the data")
         try:
-            proven = self._replay(most_steps, options)
+            if proven := self._replay(most_steps, options):
+                return proven
         except UserError as error:
             self.lines.append(f"Not replayed to the end: {error}")
-            proven = None
-        if proven is not None:
-            return proven
         if not differing:
             return "unknown", "The cause is unknown: options, machine, versions and data are equal."
         return "unknown", f"Not proven; what differs is {', '.join(differing)}."

@@ -54,7 +54,8 @@ def compare_saved(runs: Sequence[Run], names: Sequence[str], before: int | None)
                 try:
                     state = load_checkpoint(own[step], mmap=True)
                 except CheckpointError as error:
-                    found.lines.append(f"{name}: {error}")
+                    # A run that is training meanwhile removes its older ones.
+                    found.lines += [f"{name}: {error}"] if own[step].exists() else []
                     continue
                 states.append(state)
                 logged = log_records(run.records).get(step, {}).get(WEIGHTS)

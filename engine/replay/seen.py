@@ -143,8 +143,8 @@ def _steps_to_follow(run: Path, last: int) -> _Steps:
         with suppress(CheckpointError):
             return _Steps(done, config, load_checkpoint(saved[done], mmap=True)["cursor"])
     raise DataError(
-        f"{run}: no step of it can be followed: the checkpoints that say where its steps began to "
-        "read are gone."
+        f"{run}: no step of it can be followed: the checkpoint that says where they began to read "
+        "is gone."
     )
 
 

@@ -154,3 +154,5 @@ def test_a_text_is_seen_where_batches_hold_it_also_after_a_resume_with_other_ste
     first.rename(tmp_path / "gone")
     with pytest.raises(DataError, match="a fork that begins after step 10"):
         find_start(child, 5)
+    lost = run_main(lambda: runs.main(["seen", str(child), text]))
+    assert lost.returncode == 3 and "no step of it can be followed" in lost.stderr
