@@ -30,14 +30,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare.curves import AXES
 from compare.groups import find_group, group_labels, group_runs, list_of, option_keys
 from compare.labels import names
+from compare.plot.curves import AXES
 from compare.reading.json_values import finite
 from compare.reading.run import Run, find_runs, path_of, read_run
-from compare.reading.select import filter_runs, sort_groups, sort_runs
-from compare.table import group_lines, group_summary, list_lines, summary
-from compare.tree import family, parent_path, tree_lines, tree_values, trees
+from compare.tables.select import filter_runs, sort_groups, sort_runs
+from compare.tables.table import group_lines, group_summary, list_lines, summary
+from compare.tables.tree import family, parent_path, tree_lines, tree_values, trees
 from config import ConfigError, DataError
 from engine.run_directory.find_runs import FOLDER, shown_names
 from settings.cli import exit_on_signals, run_command
@@ -226,7 +226,7 @@ def show_list(arguments: argparse.Namespace) -> None:
 
 def show_differences(arguments: argparse.Namespace) -> None:
     """Prints tables of what differs and of the results, or JSON."""
-    from compare.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
+    from compare.tables.diff import diff_lines, diff_values, group_diff_lines, group_diff_values
 
     runs = open_runs(arguments.runs)
     if len(runs) == 1 and (parent := parent_path(runs[0])) is not None:
@@ -249,7 +249,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 def show_plot(arguments: argparse.Namespace) -> None:
     """Writes a picture of curves."""
-    from compare.figure import draw
+    from compare.plot.figure import draw
 
     runs, output = open_runs(arguments.runs), arguments.output
     groups = group_runs(runs, option_keys(arguments.over)) if arguments.over else []

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from compare.groups import Spread
 from compare.report.page import write_report
-from compare.table import aligned
+from compare.tables.table import aligned
 from config import UserError
 from engine.signals import StopRequest
 from settings.cli import exit_on_signals, number_type, run_command

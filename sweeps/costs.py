@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from compare.table import aligned
+from compare.tables.table import aligned
 from config import Request
 from engine.hardware.distributed import enter_world
 from engine.monitor import console

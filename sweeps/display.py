@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from compare.table import aligned
+from compare.tables.table import aligned
 from settings.terminal import printable
 
 _REFRESH_S = 0.5

@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from compare import differences
-from compare.curves import AXES, COLOURS, DARK_COLOURS
-from compare.groups import SEED, Group, group_labels, group_runs, group_values
+from compare.groups import SEED, Group, group_labels, group_runs, group_values, list_of
 from compare.labels import labels, names, short_names
+from compare.plot.curves import AXES, COLOURS, DARK_COLOURS
 from compare.reading.run import Run
 from compare.report.parallel import parallel
 from compare.report.run_content import group_curves, panels, run_content
@@ -214,7 +214,7 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
     options = [option_title(k) for k in differences.differing_options(runs) if k not in over]
     if len(options) > _MAX_NAMED:
         options[_MAX_NAMED:] = [f"{len(options) - _MAX_NAMED} more"]
-    listed = " and ".join(filter(None, (", ".join(options[:-1]), *options[-1:])))
+    listed = list_of(options)
     inside = (
         f", and runs of a group in {', '.join(map(option_title, sorted(over)))}" if over else ""
     )

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from compare.curves import AXES, Band, band, curve, described, metrics_of, place_of
-from compare.reading.json_values import as_count, as_dict, as_str, finite
+from compare.plot.curves import AXES, Band, band, curve, described, metrics_of, place_of
+from compare.reading.json_values import as_count, as_str, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
+from compare.tables.tree import changed_options
 from config import ConfigError, DataError
 from engine.run_directory.fork import parent_step
 from engine.run_directory.saved_config import config_of_step
@@ -92,7 +93,7 @@ def run_content(run: Run, name: str) -> dict[str, Any]:
         "command": utf8_text(restart_command(run)),
         "settings": [(key, value_text(value)) for key, value in run.config.items()],
         "environment": _environment(run.environment),
-        "parent": _parent(run.parent) if run.parent else None,
+        "parent": _parent(run) if run.parent else None,
         "reproduce": _reproduce(run, name),
         "axes": {axis: [place_of(run, run.records[row], axis) for row in rows] for axis in AXES},
         "curves": {
@@ -148,15 +149,12 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _parent(parent: Mapping[str, Any]) -> dict[str, Any]:
+def _parent(run: Run) -> dict[str, Any]:
     """Returns where a fork comes from and what it changed."""
-    step, changed = as_count(parent.get("step")) or 0, as_dict(parent.get("changed"))
-    pairs = {
-        key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2
-    }
+    step, pairs = as_count(run.parent.get("step")) or 0, changed_options(run)
     return {
         "step": step,
-        "text": f"Fork of {as_str(parent.get('run'))} at step {step:,}"
+        "text": f"Fork of {as_str(run.parent.get('run'))} at step {step:,}"
         + ("; it changed" if pairs else ""),
         "changed": [
             (key, f"{value_text(then)} \u2192 {value_text(now)}")

@@ -16,7 +16,7 @@ from compare.reading.run import restart_command
 from compare.statistics.comparison import METRIC, Comparison, number_format, p_text
 from compare.statistics.paired import compare_runs
 from compare.statistics.seeds import compare_groups
-from compare.table import aligned, width
+from compare.tables.table import aligned, width
 from config import ConfigError
 
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compare.curves import by_step, shared_steps
 from compare.groups import Group, Spread, group_labels
+from compare.plot.curves import by_step, shared_steps
 from compare.reading.run import Run
 from compare.statistics.comparison import number_format, p_text
 from compare.statistics.seeds import why_no_step
 from compare.statistics.student import upper_p
-from compare.table import width
+from compare.tables.table import width
 from config import ConfigError
 from settings.values import one_line
 

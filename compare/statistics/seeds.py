@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compare.curves import by_step, forked_at, shared_steps
 from compare.differences import differing_environment, texts_differ
 from compare.groups import Group, Spread, list_of
+from compare.plot.curves import by_step, forked_at, shared_steps
 from compare.reading.json_values import as_str
 from compare.reading.run import Run
 from compare.statistics.comparison import METRIC, Comparison, is_loss, paired, welch

@@ -26,7 +26,7 @@ How to add a format
     3. Nothing in the trainer: training, evaluation (also with rounded weights, by their `metric`
        and `label`), checkpoints, memory and the lines at the start go through `Precision`.
     4. Where it is shown: the precision of a run in `compare/read.py`, the metric's title in
-       `compare/curves.py`.
+       `compare/plot/curves.py`.
     5. `_covering` in `engine/setup/check_resume.py`, if the format starts late in a run: it makes
        `--check-resume` start 4-bit weights early enough to be checked, and knows no other format.
     6. Only for files in that format: `export.py --format`, from `packed_tensors`.

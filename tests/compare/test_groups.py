@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from compare.curves import band, place_of
 from compare.groups import Group, Spread, group_labels, group_runs, group_values, option_keys
+from compare.plot.curves import band, place_of
 from compare.reading.run import Run
 from config import ConfigError
 from tests.compare.run_directories import make

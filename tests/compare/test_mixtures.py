@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 import runs
-from compare.curves import described, metrics_of
-from compare.diff import diff_lines, diff_values
 from compare.differences import MISSING, differing_options, texts_differ
 from compare.labels import descriptions
+from compare.plot.curves import described, metrics_of
 from compare.reading.run import Run, read_run
 from compare.report.content import report
 from compare.statistics.paired import compare_runs
+from compare.tables.diff import diff_lines, diff_values
 from config import Config, SourceConfig
 from tests.compare.run_directories import (
     append,

@@ -25,7 +25,7 @@ from compare.labels import names
 from compare.reading.run import Run, find_runs, read_run, restart_command
 from compare.statistics.comparison import Comparison
 from compare.statistics.paired import compare_runs
-from compare.table import list_lines
+from compare.tables.table import list_lines
 from config import Config, DataError
 from engine.run_directory.metrics_file import protected
 from settings.entries import flat_options

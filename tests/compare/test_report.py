@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs as command_line
-from compare.curves import MAX_POINTS, METRICS, curve, metrics_of, thinned
+from compare.plot.curves import MAX_POINTS, METRICS, curve, metrics_of, thinned
 from compare.reading.run import Run, read_run
 from compare.report.content import report
 from compare.report.page import data_text, page

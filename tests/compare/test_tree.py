@@ -12,7 +12,7 @@ import pytest
 import runs
 from compare.labels import labels
 from compare.reading.run import Run, read_run
-from compare.tree import family, trees
+from compare.tables.tree import family, trees
 from tests.compare.run_directories import make
 
 Captured = pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import scipy.stats
 
-from compare.curves import band
+from compare.plot.curves import band
 from compare.reading.run import Run
 from compare.statistics.goal import Progress, parse_goal, progress_to
 from config import ConfigError

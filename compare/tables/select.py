@@ -15,7 +15,7 @@ from compare.differences import MISSING
 from compare.groups import Group, Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
-from compare.table import COLUMN_BY_NAME, COLUMNS
+from compare.tables.table import COLUMN_BY_NAME, COLUMNS
 from config import ConfigError, schema
 from settings.names import resolve
 from settings.values import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, RefusedError, one_line

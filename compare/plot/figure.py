@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compare.curves import AXES, COLOURS, Curve, band, curve, described, metrics_of
 from compare.groups import Group, Spread, group_labels
 from compare.labels import labels, short_names
 from compare.output import check_folder, write
+from compare.plot.curves import AXES, COLOURS, Curve, band, curve, described, metrics_of
 from compare.reading.run import Run
 from config import ConfigError
 
@@ -107,12 +107,9 @@ def _panels(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, ...]
 
 
 def _unknown(metric: str, known: Sequence[str]) -> str:
-    by_tail: dict[str, list[str]] = {}  # `loss` may mean `train/loss`
-    for name in known:
-        by_tail.setdefault(name.partition("/")[2], []).append(name)
-    near = difflib.get_close_matches(metric, [*known, *by_tail], n=2, cutoff=0.5)
-    close = by_tail.get(metric) or [name for one in near for name in by_tail.get(one, [one])]
-    guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    by_tail = [name for name in known if name.partition("/")[2] == metric]  # `loss`
+    close = by_tail or difflib.get_close_matches(metric, known, n=2, cutoff=0.5)
+    guess = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"{metric}: no run has this metric.{guess} There is: {', '.join(known)}."
 
 

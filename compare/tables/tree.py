@@ -11,7 +11,7 @@ from typing import Any
 from compare.labels import names
 from compare.reading.json_values import as_count, as_dict, as_str
 from compare.reading.run import Run, read_run
-from compare.table import COLUMN_BY_NAME, aligned, cell, summary, value_text
+from compare.tables.table import COLUMN_BY_NAME, aligned, cell, summary, value_text
 from config import DataError
 from engine.run_directory.find_runs import is_run, runs_in
 
@@ -110,7 +110,7 @@ def _rows(node: Node, first: str, rest: str) -> Iterator[list[str]]:
 
 
 def _changes(run: Run) -> str:
-    changed = {key: pair for key, pair in changed_options(run).items() if len(pair) == 2}
+    changed = changed_options(run)
     shown = [
         f"{key.partition('.')[2] or key} {value_text(then)} -> {value_text(now)}"
         for key, (then, now) in list(changed.items())[:_CHANGES_SHOWN]
@@ -123,7 +123,7 @@ def changed_options(run: Run) -> dict[str, list[Any]]:
     """Returns option -> [then, now] of the options by which a fork differs from its parent and that
     affect results."""
     pairs = as_dict(run.parent.get("changed"))
-    return {key: pair for key, pair in pairs.items() if isinstance(pair, list)}
+    return {k: pair for k, pair in pairs.items() if isinstance(pair, list) and len(pair) == 2}
 
 
 def tree_values(roots: Sequence[Node]) -> list[dict[str, Any]]:

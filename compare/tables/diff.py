@@ -21,7 +21,7 @@ from compare.reading.run import Run
 from compare.statistics.comparison import METRIC, Comparison, comparison_values
 from compare.statistics.paired import At, compare_runs
 from compare.statistics.seeds import compare_groups
-from compare.table import (
+from compare.tables.table import (
     COLUMNS,
     aligned,
     cell,

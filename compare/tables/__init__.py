@@ -1,0 +1,1 @@
+"""The tables that `runs.py list`, `diff` and `tree` print."""
