@@ -299,8 +299,8 @@ def show_test(arguments: argparse.Namespace) -> None:
 def show_tree(arguments: argparse.Namespace) -> None:
     """Prints families of runs, or JSON."""
     named = open_runs(arguments.runs, with_records=False)
-    roots = trees(family(named) if arguments.runs else named, named)
-    _print(arguments, lambda: tree_values(roots), lambda: tree_lines(roots))
+    nodes = trees(family(named), named)
+    _print(arguments, lambda: tree_values(nodes), lambda: tree_lines(nodes))
 
 
 def show_batch(arguments: argparse.Namespace) -> None:

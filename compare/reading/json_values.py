@@ -27,6 +27,11 @@ def as_str(value: Any) -> str:
     return line if line.isprintable() else ""
 
 
+def as_path(value: Any) -> str:
+    """Returns a string as it is if it can be the path or name of a file, else ''."""
+    return value if isinstance(value, str) and "\0" not in value else ""
+
+
 def as_dict(value: Any) -> Mapping[str, Any]:
     """Returns a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}

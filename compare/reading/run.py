@@ -193,7 +193,7 @@ def find_runs(paths: Sequence[Path] = ()) -> list[Path]:
 def path_of(word: str) -> Path:
     """Returns the word as a path if it exists, else the run that it names; raises DataError."""
     path = find_by_name(word)
-    if path.exists():
+    if os.path.exists(path):
         return path
     runs = runs_in(FOLDER)
     there = f"{FOLDER} holds {shown_names(runs)}" if runs else f"{FOLDER.resolve()} holds no runs"

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from compare.plot.curves import AXES, Band, band, curve, described, metrics_of, place_of
-from compare.reading.json_values import as_count, as_str, finite
+from compare.reading.json_values import as_count, as_path, finite
 from compare.reading.run import Run, restart_command
 from compare.report.text import progress_text, utf8_text, value_text
 from compare.tables.tree import changed_options
@@ -154,7 +154,7 @@ def _parent(run: Run) -> dict[str, Any]:
     step, pairs = as_count(run.parent.get("step")) or 0, changed_options(run)
     return {
         "step": step,
-        "text": f"Fork of {as_str(run.parent.get('run'))} at step {step:,}"
+        "text": f"Fork of {as_path(run.parent.get('run'))} at step {step:,}"
         + ("; it changed" if pairs else ""),
         "changed": [
             (key, f"{value_text(then)} \u2192 {value_text(now)}")

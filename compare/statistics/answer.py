@@ -12,12 +12,16 @@ from typing import Any
 
 from compare.groups import SEED, Group, group_labels, group_values, list_of
 from compare.labels import names
-from compare.reading.run import restart_command
+from compare.reading.json_values import as_count, as_path
+from compare.reading.run import read_run, restart_command
 from compare.statistics.comparison import METRIC, Comparison, number_format, p_text
 from compare.statistics.paired import compare_runs
 from compare.statistics.seeds import compare_groups
 from compare.tables.table import aligned, width
+from compare.tables.tree import parent_path
 from config import ConfigError
+from engine.run_directory.find_runs import is_run
+from engine.run_directory.fork import OPTION as FORK_FROM
 
 
 def answer(a: Group, b: Group, metric: str) -> Comparison:
@@ -64,7 +68,19 @@ def _again(one: Group, other: Group) -> str:
     if type(own) is not int:
         return f"(the command for {run.name} is not known: its seed cannot be read)"
     new = [value for (value,) in other.values if type(value) is int and value != own]
-    return f"{restart_command(run)} {SEED}={new[0] if new else own + 1}"
+    seed = f"{SEED}={new[0] if new else own + 1}"
+    again = f"{restart_command(run)} {seed}"
+    if not run.parent:
+        return again
+    # A fork has its parent's seed, so the parent is trained first.
+    path = parent_path(run)
+    parent = read_run(path) if path is not None and is_run(path) else None
+    if parent is None or parent.parent:
+        first = f"(first a run like {as_path(run.parent.get('run'))} with {seed})"
+    else:
+        first = f"{restart_command(parent)} {seed}"
+    checkpoint = f"RUN/checkpoint_{as_count(run.parent.get('step'))}.pt"
+    return f"{first}\n  {again} {FORK_FROM}={checkpoint}  # RUN: the one before"
 
 
 def answer_lines(a: Group, b: Group, metric: str) -> list[str]:

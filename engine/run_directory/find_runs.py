@@ -43,7 +43,7 @@ def find_by_name(word: str | Path, folder: Path = FOLDER) -> Path:
     word that names no run comes back as it is. Raises DataError if several runs match.
     """
     path = Path(word)
-    if path.exists() or not path.name:
+    if os.path.exists(path) or not path.name:  # Path.exists raises OSError for a name too long
         return path
     if path.suffix in (".pt", ".json"):
         return find_by_name(path.parent, folder) / path.name if path.parent.name else path

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import runs
+from compare.reading.run import read_run, restart_command
 from tests.compare.run_directories import make_run
 from tests.compare.test_runs import Captured, output, refused
 
@@ -212,6 +214,25 @@ def test_a_run_without_a_readable_seed_gets_no_command(capsys: Captured) -> None
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("training.seed=2")
     assert second == "  (the command for b is not known: its seed cannot be read)"
+
+
+def test_the_seed_of_a_fork_is_that_of_its_parent_which_is_trained_first(capsys: Captured) -> None:
+    trunk = make_run("trunk", "seed=1")
+    for name, rate in (("a", "1e-3"), ("b", "1e-2")):
+        parent = {"run": "trunk", "path": str(trunk.resolve()), "step": 100, "changed": {}}
+        words = (
+            f"learning_rate={rate}",
+            "seed=1",
+            f"fork_from_checkpoint={trunk}/checkpoint_100.pt",
+        )
+        make_run(name, *words, environment={"parent": parent})
+    *_, first, second, _, _ = output(capsys, "test", "a", "b").splitlines()
+    again = restart_command(read_run(trunk))
+    assert first == f"  {again} training.seed=2"
+    fork = "training.seed=2 training.fork_from_checkpoint=RUN/checkpoint_100.pt"
+    assert second == f"  {again} {fork}  # RUN: the one before"
+    shutil.rmtree(trunk)
+    assert "  (first a run like trunk with training.seed=2)\n" in output(capsys, "test", "a", "b")
 
 
 def test_one_run_against_several_cannot_be_answered(capsys: Captured) -> None:

@@ -13,7 +13,8 @@ import runs
 from compare.labels import labels
 from compare.reading.run import Run, read_run
 from compare.tables.tree import family, trees
-from tests.compare.run_directories import make
+from engine.run_directory.environment_file import environment_text
+from tests.compare.run_directories import change_environment, make
 
 Captured = pytest.CaptureFixture[str]
 
@@ -52,11 +53,10 @@ def test_a_named_run_shows_its_whole_family_and_no_other(capsys: Captured, named
     make_family()
     make("run_d")
     assert runs.main(["tree", named, "--json"]) == 0
-    (root,) = json.loads(capsys.readouterr().out)
-    assert root["name"] == "run_a" and root["parent"] is None
-    (fork,) = root["forks"]
-    assert (fork["name"], fork["parent"]["step"], fork["best_loss"]) == ("run_b", 100, 2.0)
-    assert [(each["name"], each["forks"]) for each in fork["forks"]] == [("run_c", [])]
+    root, *forks = json.loads(capsys.readouterr().out)
+    assert (root["name"], root["depth"], root["parent"]) == ("run_a", 0, None)
+    assert [(each["name"], each["depth"]) for each in forks] == [("run_b", 1), ("run_c", 2)]
+    assert (forks[0]["parent"]["step"], forks[0]["best_loss"]) == (100, 2.0)
 
 
 def test_a_parent_that_is_gone_is_shown_and_its_forks_stay_together(capsys: Captured) -> None:
@@ -80,10 +80,49 @@ def test_a_family_is_found_in_other_folders_and_after_it_was_moved() -> None:
     moved = read_run(Path("elsewhere"))
     found = family([moved])
     assert [run.path.name for run in found] == ["run_a", "run_b", "elsewhere"]
-    assert [root.name for root in trees(found, [moved])] == [trunk.name]
+    nodes = trees(found, [moved])
+    assert [node.name for node in nodes] == [trunk.name, "run_b", "elsewhere"]
     shutil.move("checkpoints", "archive")
-    (root,) = trees(family([read_run(Path("archive/run_b"))]))
-    assert root.run is not None and [node.name for node in root.forks] == ["run_b"]
+    root, fork = trees(family([read_run(Path("archive/run_b"))]))
+    assert root.run is not None and fork.name == "run_b"
+
+
+def test_a_parent_in_another_folder_and_of_any_name_is_found(capsys: Captured) -> None:
+    trunk = make("two  spaces", folder=Path("elsewhere"))
+    fork_of(trunk, "run_b", 100)
+    assert runs.main(["tree"]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("two  spaces  done") and second.startswith("└─ run_b")
+
+
+def test_no_run_is_lost_in_a_circle_and_none_is_its_own_parent(capsys: Captured) -> None:
+    first = make("run_a")
+    second = fork_of(first, "run_b", 100)
+    change_environment(first.path, parent={"run": "run_b", "path": str(second.path.resolve())})
+    shutil.move(fork_of(make("run_c"), "run_d", 100).path, "moved")
+    shutil.rmtree("checkpoints/run_c")
+    shutil.move("moved", "checkpoints/run_c")
+    assert runs.main(["tree"]) == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["run_c", "done"], ["run_a", "done"], ["└─", "run_b"]]
+    assert runs.main(["diff", "run_c"]) == 2
+    assert "diff compares two runs or more, got run_c." in capsys.readouterr().err
+
+
+def test_a_thousand_forks_of_forks_are_drawn(capsys: Captured) -> None:
+    for number in range(1100):
+        path = Path(f"checkpoints/run_{number:04}")
+        path.mkdir(parents=True)
+        parent = {"run": f"run_{number - 1:04}", "path": "/" + "y" * 5000, "step": 1}
+        text = environment_text({"parent": parent} if number else {})
+        (path / "environment.json").write_text(text)
+    assert runs.main(["tree"]) == 0
+    assert "   └─ run_1099" in capsys.readouterr().out
+    assert runs.main(["tree", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[-1]["depth"] == 1099
+    shutil.rmtree("checkpoints/run_0003")
+    assert runs.main(["diff", "run_0004"]) == 3
+    assert "yyy: no such run" in capsys.readouterr().err
 
 
 def test_a_fork_alone_is_compared_with_its_parent(capsys: Captured) -> None:
