@@ -184,9 +184,12 @@ class _Search:
         differences.pop(FORK_FROM, None)
         if first.threads != second.threads and second.threads is not None:
             differences[THREADS] = second.threads
-        for key, value in list(differences.items())[:MOST_TRIALS]:
-            if self._explains(first, key, value, steps[1]):
-                return self._explained(key, value, what, end)
+        trials = [{key: value} for key, value in list(differences.items())[:MOST_TRIALS]]
+        if len(differences) > 1:
+            trials.append(differences)  # none is enough alone
+        for trial in trials:
+            if self._explains(first, trial, steps[1]):
+                return self._explained(trial, what, end)
         return ("text", f"Other text: {what}.") if other_rows and not differences else None
 
     def _wrong_checkpoint(self, start: ReplayStart) -> tuple[str, str] | None:
@@ -224,31 +227,38 @@ class _Search:
             yield replay
 
     def _explains(
-        self, start: ReplayStart, key: str, value: Any, wanted: Sequence[Mapping[str, Any]]
+        self, start: ReplayStart, trial: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]]
     ) -> bool:
-        """Returns whether the first run, with one difference, computes what the second one does."""
+        """Returns whether the first run, with these values, computes what the second one does."""
+        values = ", ".join(f"{key} {_shown(value)}" for key, value in trial.items())
         try:
-            steps = self._steps(_with_difference(start, key, value), wanted[-1]["step"])
+            for key, value in trial.items():
+                start = _with_difference(start, key, value)
+            steps = self._steps(start, wanted[-1]["step"])
         except UserError as error:  # one difference alone may be no valid config
-            self.lines.append(f"{key} {_shown(value)} in {self.names[0]}: {error}")
+            self.lines.append(f"{values} in {self.names[0]}: {error}")
             return False
         found = compare_records(steps, wanted, after=start.step)
         # A GPU does not compute the same twice.
         same = found.parting is None or (not self.on_cpu and is_close(found))
-        result = "the same as" if same else f"still another than, from step {_parts(found)},"
+        one, other = self.names
         self.lines.append(
-            f"{self.names[0]} with {key} {_shown(value)} computes {result} {self.names[1]}"
+            f"{one} with {values} computes the same as {other}"
+            if found.parting is None or same
+            else f"{one} with {values} parts from {other} at step {found.parting.step}"
         )
         return same
 
-    def _explained(self, key: str, value: Any, what: str, end: int) -> tuple[str, str]:
+    def _explained(self, trial: Mapping[str, Any], what: str, end: int) -> tuple[str, str]:
         one, other = self.names
-        if is_text_path(key):
+        if any(map(is_text_path, trial)):
             return "text", f"Other text: {what}."
+        explain = "explains" if len(trial) == 1 else "explain"
+        values = " and ".join(map(_shown, trial.values()))
         return (
-            "threads" if key == THREADS else "option",
-            f"{key} explains it: with {_shown(value)}, {one} computes the same as {other} up to "
-            f"step {end}.",
+            "threads" if [*trial] == [THREADS] else "option",
+            f"{' and '.join(trial)} {explain} it: with {values}, {one} computes the same as "
+            f"{other} up to step {end}.",
         )
 
     # ---- the first thing that differs
@@ -285,10 +295,6 @@ class _Search:
         except RuntimeError as error:
             found = str(error)
         return f"after step {step}, {found or 'weights and optimizer are equal'}"
-
-
-def _parts(found: Agreement) -> int:
-    return found.parting.step if found.parting else 0
 
 
 def _shown(value: Any) -> str:

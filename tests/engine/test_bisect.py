@@ -77,6 +77,10 @@ def test_the_option_is_found_among_several_that_differ(train_run: Train) -> None
         "step 1."
     )
     assert found["parting"]["step"] == 1  # whose loss is equal, and the weights after it are not
+    several = bisected(one, train_run("c", "weight_decay=0.3", "learning_rate=0.002"))
+    assert several["conclusion"].startswith(
+        "training.learning_rate and training.weight_decay explain it: with 2e-3 and 0.3, run_a"
+    )
     assert any("after step " in line and "differs in" in line for line in found["evidence"])
 
 
