@@ -351,8 +351,11 @@ def show_export(arguments: argparse.Namespace) -> None:
     """Writes the records of runs as a table."""
     from compare.export import export
 
-    runs, output = open_runs(arguments.runs), arguments.output
-    rows = export(runs, output, arguments.metric)
+    runs, output = open_runs(arguments.runs, with_records=False), arguments.output
+    problems = list[str]()
+    rows = export(runs, output, problems, arguments.metric)
+    for problem in problems:
+        print(printable(problem), file=sys.stderr)
     values = {"output": str(output), "rows": rows, "runs": [str(run.path) for run in runs]}
     _print(
         arguments, lambda: values, lambda: [f"Wrote {output}: {rows:,} rows of {len(runs)} runs"]

@@ -15,21 +15,34 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compare.labels import names
-from compare.output import check_folder, write
+from compare.output import check_folder, write_by
 from compare.reading.json_values import as_count, as_float, finite
+from compare.reading.records import read_records
 from compare.reading.run import Run, find_runs, path_of, read_run
 from compare.report.text import utf8_text
 from config import ConfigError, schema
+from files.atomic import HashedFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 _STAMP = ("step", "time", "tokens")
+_OF_ROW = {
+    "step": "int64",
+    "time": "float64",
+    "tokens": "int64",
+    "metric": "string",
+    "value": "float64",
+    "text": "string",
+}
+"""Columns whose value is another one in each row, and their types; the others are of a run."""
+_BATCH_ROWS = 1 << 16
 
 
 def table(paths: Sequence[str | os.PathLike[str]] = ()) -> pa.Table:
@@ -48,61 +61,123 @@ def to_table(runs: Sequence[Run], metrics: Sequence[str] = ()) -> pa.Table:
     """
     import pyarrow as pa  # 0.2 s, which `runs.py list` does not wait for
 
-    by_run = [list(_rows(run, metrics)) for run in runs]
-    known = {row["metric"] for rows in by_run for row in rows}
-    if unknown := [metric for metric in metrics if metric not in known]:
-        raise ConfigError(f"{', '.join(unknown)}: no run has this metric.")
-    of_row = {
-        "step": pa.int64(),
-        "time": pa.float64(),
-        "tokens": pa.int64(),
-        "metric": pa.string(),
-        "value": pa.float64(),
-        "text": pa.string(),
-    }
-    # What is of a whole run is written once for each run, and then taken for each of its rows.
-    owner = pa.array([place for place, rows in enumerate(by_run) for _ in rows], pa.int32())
-    columns = {"run": pa.array([*map(utf8_text, names(runs))], pa.string()).take(owner)}
-    columns["path"] = pa.array([utf8_text(str(run.path)) for run in runs], pa.string()).take(owner)
-    for name, kind in of_row.items():
-        columns[name] = pa.array([row.get(name) for rows in by_run for row in rows], kind)
-    for key in _options(runs):
-        columns[f"config.{key}"] = _option_column(key, runs).take(owner)
-    return pa.table(columns)
+    columns = _columns(runs)
+    return pa.Table.from_batches(_batches(runs, columns, metrics, []), columns)
 
 
-def export(runs: Sequence[Run], output: Path, metrics: Sequence[str] = ()) -> int:
+def export(
+    runs: Sequence[Run], output: Path, problems: list[str], metrics: Sequence[str] = ()
+) -> int:
     """Writes the table of runs as CSV, parquet or lines of JSON, by the file's suffix; returns how
-    many rows it has. Raises WriteError, and ConfigError for an unknown suffix or metric."""
+    many rows it has. Raises WriteError, and ConfigError for an unknown suffix or metric.
+
+    problems: gets a line for what could not be read of a run's records.
+    """
     if output.suffix not in SUFFIXES:
         raise ConfigError(f"{output}: a table ends in .csv, .parquet or .jsonl.")
     check_folder(output)
-    found = to_table(runs, metrics)
-    write(output, _encoded(found, output.suffix))
-    return int(found.num_rows)
+    columns, rows = _columns(runs), 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal rows
+        for batch in _batches(runs, columns, metrics, problems):
+            rows += batch.num_rows
+            yield batch
+
+    def fill(file: HashedFile) -> None:
+        if output.suffix == ".jsonl":
+            _write_lines(file, counted())
+        else:
+            _write_columns(_Sink(file), output.suffix, columns, counted())
+
+    write_by(output, fill)
+    return rows
 
 
-def _encoded(found: pa.Table, suffix: str) -> bytes:
-    if suffix == ".jsonl":
-        lines = (
-            json.dumps(finite(row)) for batch in found.to_batches() for row in batch.to_pylist()
-        )
-        return "".join(f"{line}\n" for line in lines).encode()
-    file = io.BytesIO()
-    if suffix == ".csv":
-        from pyarrow import csv
+class _Sink(io.RawIOBase):
+    """The file as pyarrow wants one."""
 
-        csv.write_csv(found, file)
-    else:
-        from pyarrow import parquet
+    def __init__(self, file: HashedFile) -> None:
+        self._file = file
 
-        parquet.write_table(found, file, compression="zstd")
-    return file.getvalue()
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._file.write(memoryview(data))
 
 
-def _rows(run: Run, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _write_columns(
+    sink: _Sink, suffix: str, columns: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    with (
+        csv.CSVWriter(sink, columns)
+        if suffix == ".csv"
+        else parquet.ParquetWriter(sink, columns, compression="zstd")
+    ) as writer:
+        # Each piece is a row group of a parquet file: of a thousand short runs they would be tiny.
+        held = list[pa.RecordBatch]()
+        for batch in batches:
+            held.append(batch)
+            if sum(each.num_rows for each in held) >= _BATCH_ROWS:
+                writer.write(pa.Table.from_batches(held))
+                held = []
+        if held:
+            writer.write(pa.Table.from_batches(held))
+
+
+def _write_lines(file: HashedFile, batches: Iterator[pa.RecordBatch]) -> None:
+    for batch in batches:
+        # What is of the run is the same in all rows of a batch, and most of a line.
+        (of_run,) = batch.slice(0, 1).drop_columns(list(_OF_ROW)).to_pylist()
+        end = json.dumps(finite(of_run))[1:]
+        rows = (json.dumps(row)[:-1] for row in batch.select(list(_OF_ROW)).to_pylist())
+        while lines := "".join(f"{row}, {end}\n" for row in islice(rows, 1000)):
+            file.write(lines.encode())
+
+
+def _columns(runs: Sequence[Run]) -> pa.Schema:
+    """Returns the names and types of all columns."""
+    import pyarrow as pa
+
+    options = [(f"config.{key}", _option_type(key, runs)) for key in _options(runs)]
+    return pa.schema([("run", pa.string()), ("path", pa.string()), *_OF_ROW.items(), *options])
+
+
+def _batches(
+    runs: Sequence[Run], columns: pa.Schema, metrics: Sequence[str], problems: list[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of one run after the other, in batches, so that the records of one run alone
+    are in memory. Raises ConfigError at the end for a metric that no run has."""
+    import pyarrow as pa
+
+    missing = dict.fromkeys(metrics)
+    for run, name in zip(runs, names(runs), strict=True):
+        records, lost = read_records(run.path)  # `run.records` would stay in memory
+        problems += [f"{name}: {line}" for line in lost if line not in run.problems]
+        of_run = {"run": utf8_text(name), "path": utf8_text(str(run.path))}
+        of_run |= {f"config.{key}": value for key, value in run.config.items()}
+        rows = _rows(records, metrics)
+        while part := list(islice(rows, _BATCH_ROWS)):
+            for row in part if missing else ():
+                missing.pop(row["metric"], None)
+            arrays = [
+                pa.array([row[column.name] for row in part], column.type)
+                if column.name in _OF_ROW
+                else pa.repeat(_scalar(of_run.get(column.name), column.type), len(part))
+                for column in columns
+            ]
+            yield pa.record_batch(arrays, schema=columns)
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: no run has this metric.")
+
+
+def _rows(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields a dict per metric of each record."""
-    for record in run.records:
+    for record in records:
         stamp = {
             "step": record["step"],
             "time": as_float(record.get("time")),
@@ -110,10 +185,14 @@ def _rows(run: Run, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
         }
         for metric in metrics or record:
             if metric in record and metric not in _STAMP:
-                value = as_float(record[metric])
+                value = _number(record[metric])
                 text = None if value is not None else _text(record[metric])
-                value = None if value is None else float(value)  # pyarrow takes no int over 2^53
                 yield stamp | {"metric": utf8_text(metric), "value": value, "text": text}
+
+
+def _number(value: Any) -> float | None:
+    number = as_float(value)
+    return None if number is None else float(number)  # pyarrow makes no float of an int over 2^53
 
 
 def _text(value: Any) -> str | None:
@@ -131,18 +210,25 @@ def _options(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _option_column(key: str, runs: Sequence[Run]) -> pa.Array:
-    """Returns an option's value in each run: of the type that this version declares or, if a run
-    has something else, such as `auto`, as text."""
+def _option_type(key: str, runs: Sequence[Run]) -> pa.DataType:
+    """Returns the type of an option's column: that which this version declares or, if a run has
+    something else, such as `auto`, that of text."""
     import pyarrow as pa
 
     option, values = schema().find(key), [run.config.get(key) for run in runs]
     known = {type(value) for value in values if value is not None}
     kind = option.kind if option else None
     if kind is bool and known <= {bool}:
-        return pa.array(values, pa.bool_())
+        return pa.bool_()
     if kind is int and known <= {int} and all(abs(value or 0) < 2**63 for value in values):
-        return pa.array(values, pa.int64())
-    if kind is float and known <= {float, int}:
-        return pa.array([as_float(value) for value in values], pa.float64())
-    return pa.array([_text(value) for value in values], pa.string())
+        return pa.int64()
+    return pa.float64() if kind is float and known <= {float, int} else pa.string()
+
+
+def _scalar(value: Any, kind: pa.DataType) -> pa.Scalar:
+    """Returns a value of a whole run in the type of its column."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind):
+        return pa.scalar(_text(value), kind)
+    return pa.scalar(_number(value) if pa.types.is_floating(kind) else value, kind)

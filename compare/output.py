@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from config import WriteError
-from files.atomic import atomic_write
+from files.atomic import HashedFile, atomic_write
 
 
 def check_folder(output: Path) -> None:
@@ -22,7 +23,12 @@ def check_folder(output: Path) -> None:
 
 def write(output: Path, data: bytes) -> None:
     """Creates or replaces a file; raises WriteError, and then the old file is unchanged."""
+    write_by(output, lambda out: out.write(data))
+
+
+def write_by(output: Path, fill: Callable[[HashedFile], object]) -> None:
+    """Does so with what `fill` writes into the file that it is given."""
     try:
-        atomic_write(output, lambda out: out.write(data))
+        atomic_write(output, fill)
     except OSError as error:
         raise WriteError(f"cannot write {output}: {error.strerror}.") from error

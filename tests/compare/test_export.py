@@ -12,6 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+import runs
 from compare.export import table
 from compare.reading.run import read_run
 from tests.compare.run_directories import append, change_environment, make_run, stamp
@@ -77,6 +78,31 @@ def test_the_three_forms_of_file_hold_the_table(capsys: Captured) -> None:
     )
     read = pa.csv.read_csv("runs.csv", parse_options=parse, convert_options=convert)
     assert read.to_pylist() == found.to_pylist()
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.parquet", "runs.jsonl"])
+def test_a_table_is_written_in_pieces_of_any_size(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    paths = [make_run(f"run_{n}", losses=losses) for n, losses in enumerate([(4.0,), (), (3.0,)])]
+    output(capsys, "export", "checkpoints", "-o", name)
+    whole = Path(name).read_bytes()
+    monkeypatch.setattr("compare.export._BATCH_ROWS", 7)
+    output(capsys, "export", "checkpoints", "-o", name)
+    pieces = Path(name).read_bytes()
+    if name == "runs.parquet":
+        assert pa.parquet.ParquetFile(name).num_row_groups > 1
+        assert pa.parquet.read_table(name).equals(table())
+    else:
+        assert pieces == whole
+    # Lost records are told, and a metric that no run has leaves the file as it was.
+    lines = (paths[0] / "metrics.jsonl").read_bytes()
+    (paths[0] / "metrics.jsonl").write_bytes(lines.replace(b'"step"', b'"stop"', 1))
+    assert runs.main(("export", "checkpoints", "-o", name)) == 0
+    assert "run_0: metrics.jsonl: " in capsys.readouterr().err
+    before = Path(name).read_bytes()
+    assert runs.main(("export", "checkpoints", "-o", name, "--metric", "no")) == 2
+    assert Path(name).read_bytes() == before
 
 
 def test_metrics_can_be_chosen(capsys: Captured) -> None:
