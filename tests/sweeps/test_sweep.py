@@ -171,7 +171,7 @@ def test_a_hopeless_run_is_stopped_said_and_recorded(base: str) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_predicts_each_shape_once_and_creates_nothing(base: str) -> None:
-    path = write_sweep(base, "grid: {n_layer: [1, 2]}\nzip: {lr: [1e-3, 1e-2], wd: [0.1, 0.2]}\n")
+    path = write_sweep(base, "grid: {n_embd: [32, 512]}\nzip: {lr: [1e-3, 1e-2], wd: [0.1, 0.2]}\n")
     cells = cells_of(path)
     states = [State.FINISHED, State.WAITING, State.INTERRUPTED, State.WAITING]
     heading, *lines, total = cost_lines(cells, states, jobs=2, measuring_s=0.2)
