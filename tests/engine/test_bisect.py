@@ -20,7 +20,7 @@ import runs
 from engine.run_directory.manifest import data_path, manifest_path, read_manifest, render
 from tests.compare.run_directories import make_run, write_records
 from tests.compare.test_parting import logged, without
-from tests.runs import only_run, run_here, run_main
+from tests.runs import metrics, only_run, run_here, run_main
 
 Train = Callable[..., Path]
 pytestmark = pytest.mark.slow
@@ -107,6 +107,8 @@ def test_another_number_of_threads_is_found(train_run: Train) -> None:
     torch.set_num_threads(2)
     other = train_run("b", *options)
     torch.set_num_threads(1)
+    if metrics(one) == metrics(other):
+        pytest.skip("on this processor two threads round as one does")
     found = bisected(one, other)
     assert found["cause"] == "threads"
     assert found["conclusion"] == (
