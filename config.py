@@ -657,11 +657,7 @@ def _build(merged: Merged) -> Config:
     sections = _sections(merged)
     broken = check_rules(kept, sections, merged.origins, merged.refused)
     raise_problems([*merged.problems, *broken])
-    # All of it has been checked: `Config(...)` would do that again, for a thousand cells of a sweep
-    # in a second.
-    config = object.__new__(Config)
-    vars(config).update(vars(sections))
-    return config
+    return Config(**vars(sections))
 
 
 def _sections(merged: Merged) -> SimpleNamespace:

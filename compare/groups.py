@@ -31,7 +31,7 @@ _SHOWN = 4  # experiments in a message
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that are equal in all options that affect results, but for those in `over`."""
 
     runs: tuple[Run, ...]
@@ -104,7 +104,7 @@ def option_keys(words: Collection[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def group_runs(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
+def group_runs(runs: Sequence[Run], over: Sequence[str]) -> list[RunGroup]:
     """Returns the runs in groups, in the order of their first runs.
 
     Runs of one group have read the same text, by its fingerprint, in steps of equal size. A run
@@ -135,7 +135,7 @@ def _experiment(run: Run, over: Sequence[str]) -> list[Any]:
     return found
 
 
-def _without_repeats(runs: Sequence[Run], over: tuple[str, ...]) -> Group:
+def _without_repeats(runs: Sequence[Run], over: tuple[str, ...]) -> RunGroup:
     """Returns a group in which one run counts of those with equal values: that which got furthest,
     a finished one first."""
     chosen = dict[tuple[Any, ...], Run]()
@@ -144,14 +144,14 @@ def _without_repeats(runs: Sequence[Run], over: tuple[str, ...]) -> Group:
         if (run.state == "done", run.step) > (other.state == "done", other.step):
             chosen[_values(run, over)] = run
     kept = tuple(chosen.values())
-    return Group(kept, over, tuple(run for run in runs if run not in kept))
+    return RunGroup(kept, over, tuple(run for run in runs if run not in kept))
 
 
 def _values(run: Run, over: Sequence[str]) -> tuple[Any, ...]:
     return tuple(run.config.get(key, MISSING) for key in over)
 
 
-def group_labels(groups: Sequence[Group], longest: int = LONGEST) -> list[str]:
+def group_labels(groups: Sequence[RunGroup], longest: int = LONGEST) -> list[str]:
     """Returns a unique label for each group: the options in which the groups differ, else the name
     of its first run and how many others there are."""
     firsts = [group.runs[0] for group in groups]
@@ -162,7 +162,7 @@ def group_labels(groups: Sequence[Group], longest: int = LONGEST) -> list[str]:
     return [name + (f" and {more} more" if more else "") for name in names(firsts)]
 
 
-def find_group(path: Path, over: Sequence[str]) -> Group:
+def find_group(path: Path, over: Sequence[str]) -> RunGroup:
     """Returns the group that a path means: a run and those beside it, in the same folder, that are
     its repeats over `over`; or all runs of a folder.
 
@@ -187,7 +187,7 @@ def find_group(path: Path, over: Sequence[str]) -> Group:
     return groups[0]
 
 
-def group_values(group: Group) -> str:
+def group_values(group: RunGroup) -> str:
     """Returns what tells the runs of a group apart: `1, 2, 3` over seeds."""
     plain = [[value for value in own if value is not MISSING] for own in group.values]
     if len(group.over) > 1 or not any(plain):

@@ -158,24 +158,16 @@ def _gpt2_weights_are_of_a_gpt(c: Any) -> str | None:
     return "{0} loads GPT-2 weights, but {1}; set model.name to gpt"
 
 
-@rule(
-    *("training.init_from", "training.resume_from_checkpoint"),
-    gives_way=("training.init_from", "training.resume_from_checkpoint"),
-)
-def _one_checkpoint_to_resume(c: Any) -> str | None:
-    if c.training.init_from != "resume" or c.training.resume_from_checkpoint is None:
-        return None
-    return "{0} and {1} exclude each other; set one"
+def _excludes_init_from_resume(key: str) -> None:
+    @rule("training.init_from", key, gives_way=("training.init_from", key))
+    def complain(c: Any) -> str | None:
+        if c.training.init_from != "resume" or getattr(c.training, key.split(".")[1]) is None:
+            return None
+        return "{0} and {1} exclude each other; set one"
 
 
-@rule(
-    *("training.init_from", "training.fork_from_checkpoint"),
-    gives_way=("training.init_from", "training.fork_from_checkpoint"),
-)
-def _a_run_is_continued_or_forked(c: Any) -> str | None:
-    if c.training.init_from != "resume" or c.training.fork_from_checkpoint is None:
-        return None
-    return "{0} and {1} exclude each other; set one"
+for _key in ("training.resume_from_checkpoint", "training.fork_from_checkpoint"):
+    _excludes_init_from_resume(_key)
 
 
 def _is_a_good_address(key: str) -> None:

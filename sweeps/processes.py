@@ -47,7 +47,7 @@ Start = Callable[[Sequence[str], int, Mapping[str, str]], Process]
 
 
 @dataclass
-class Job:
+class CellJob:
     """A run that was started here."""
 
     cell: Cell
@@ -90,7 +90,7 @@ def end_with(parent: int) -> None:
 
 def start_job(
     cell: Cell, resume: Sequence[str], share: Mapping[str, str], start: Start
-) -> Job | None:
+) -> CellJob | None:
     """Starts a cell's run with the words of the cell and of `resume`; returns None if another
     process has started it already. Raises WriteError."""
     log, words = log_path(cell), [*cell.words, *resume]
@@ -109,7 +109,7 @@ def start_job(
         process = start(words, descriptor, {**os.environ, **share})
     finally:
         os.close(descriptor)  # the run has its own, and the lock with it
-    return Job(cell, process, share, time.monotonic())
+    return CellJob(cell, process, share, time.monotonic())
 
 
 def log_path(cell: Cell) -> Path:

@@ -19,7 +19,7 @@ from files.write_errors import as_write_error
 from settings.formatting import format_duration, format_plural
 from sweeps.cells import Cell
 from sweeps.display import Display
-from sweeps.processes import Job, Start, last_lines, log_path, start_job
+from sweeps.processes import CellJob, Start, last_lines, log_path, start_job
 from sweeps.state import OPEN, RunIndex, State
 from sweeps.stopping import Member, hopeless, read_curve
 from sweeps.sweep_file import StopRule
@@ -59,7 +59,7 @@ class Scheduler:
         self.failed = set[int]()
         """Numbers of cells that are given up."""
         self._failures = Counter[int]()
-        self._jobs = dict[int, Job]()
+        self._jobs = dict[int, CellJob]()
         self._elsewhere = set[int]()  # cells of which was said that they run elsewhere
         self._groups = defaultdict[str, list[Cell]](list)
         for cell in cells if rule else ():
@@ -138,7 +138,7 @@ class Scheduler:
             self._settle(job, stop.signal is not None)
         self._next_look = 0.0
 
-    def _settle(self, job: Job, stopping: bool) -> None:
+    def _settle(self, job: CellJob, stopping: bool) -> None:
         cell = job.cell
         state, run = self._index.state_of(cell), self._index.run_of(cell)
         where = f" ({run.path})" if run else ""
@@ -156,7 +156,7 @@ class Scheduler:
         else:
             self._count_failure(job)
 
-    def _count_failure(self, job: Job) -> None:
+    def _count_failure(self, job: CellJob) -> None:
         cell, code = job.cell, job.process.returncode
         self._failures[cell.number] += 1
         # A run that ended well, but is not that of its cell, would do so again.

@@ -23,7 +23,7 @@ from sweeps.sweep_file import StopRule
 
 
 @dataclass(frozen=True)
-class Curve:
+class BestLosses:
     """The best held-out loss so far, at each step at which it was measured."""
 
     steps: tuple[int, ...] = ()
@@ -40,31 +40,31 @@ class Curve:
         return self.best[place - 1] if place and self.last >= step else None
 
 
-def read_curve(run: Path) -> Curve:
+def read_curve(run: Path) -> BestLosses:
     """Returns the curve of a run directory; a file that did not change is not read again."""
     try:
         status = os.stat(run / METRICS)
     except OSError:
-        return Curve()
+        return BestLosses()
     return _read_curve(run, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(1 << 12)
-def _read_curve(run: Path, _size: int, _mtime_ns: int) -> Curve:
+def _read_curve(run: Path, _size: int, _mtime_ns: int) -> BestLosses:
     steps, best = list[int](), list[float]()
     for record in read_records(run)[0]:
         step, value = as_count(record.get("step")), as_float(record.get("eval/val_loss"))
         if step is not None and value is not None:
             steps.append(step)
             best.append(min(value, best[-1]) if best else value)
-    return Curve(tuple(steps), tuple(best))
+    return BestLosses(tuple(steps), tuple(best))
 
 
 @dataclass(frozen=True)
 class Member:
     """A run of a group, as far as it is."""
 
-    curve: Curve
+    curve: BestLosses
     planned: int
     """Steps of the whole run."""
     running: bool

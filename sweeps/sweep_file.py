@@ -60,14 +60,14 @@ class StopRule(Section, section="stop", on_resume="free", effect="none"):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws(Section, section="random", on_resume="free", effect="none"):
-    """How often is drawn; every other key of `random` is an option with a `Range`."""
+    """How often is drawn; every other key of `random` is an option with a `DrawRange`."""
 
     draws: int = option(REQUIRED, "settings to draw", ge=1, le=MAX_CELLS)
     seed: int = option(0, "another seed draws others", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range(Section, section="range", on_resume="free", effect="none"):
+class DrawRange(Section, section="range", on_resume="free", effect="none"):
     """Numbers to draw from."""
 
     low: float = option(REQUIRED, "smallest value")
@@ -229,8 +229,8 @@ def _read_random(part: Entry) -> list[Setting]:
     ]
 
 
-def _range(entry: Entry) -> Range:
-    found: Range = _made(Range, f"random: {entry.key}", entry.value, entry.origin)
+def _range(entry: Entry) -> DrawRange:
+    found: DrawRange = _made(DrawRange, f"random: {entry.key}", entry.value, entry.origin)
     if found.low >= found.high or (found.scale == "log" and found.low <= 0):
         least = "0 < low < high" if found.scale == "log" else "low < high"
         text = f"random: {entry.key}: expected {least}, got {found.low:g} and {found.high:g}"
@@ -267,7 +267,7 @@ def _made(section: Any, name: str, value: Value, at: Origin) -> Any:
     return section(**values)
 
 
-def _draw(drawn: Option, span: Range, seed: int, number: int) -> float:
+def _draw(drawn: Option, span: DrawRange, seed: int, number: int) -> float:
     """Returns draw `number` of an option: the same however many others are drawn."""
     share = random.Random(f"{seed} {number} {drawn.key}").random()
     if span.scale == "log":

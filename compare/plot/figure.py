@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compare.groups import Group, Spread, group_labels
+from compare.groups import RunGroup, Spread, group_labels
 from compare.labels import labels, short_names
 from compare.output import check_folder, write
 from compare.plot.curves import AXES, COLOURS, Curve, band, curve, described, metrics_of
@@ -57,7 +57,7 @@ def draw(
     output: Path,
     metrics: Sequence[str] = (),
     x: str = "step",
-    groups: Sequence[Group] = (),
+    groups: Sequence[RunGroup] = (),
 ) -> list[dict[str, Any]]:
     """Writes curves over `x`: both losses in one panel, or each of `metrics` in its own.
 
@@ -142,7 +142,9 @@ def _draw_panel(
     return values
 
 
-def _draw_groups(axes: Axes, groups: Sequence[Group], metric: str, x: str) -> list[dict[str, Any]]:
+def _draw_groups(
+    axes: Axes, groups: Sequence[RunGroup], metric: str, x: str
+) -> list[dict[str, Any]]:
     """Draws the mean of each group, a band of one standard deviation, and the runs behind it."""
     shown, scale = described(metric), described(metric).scale
     legend, values = list[tuple[float, Any, str]](), list[dict[str, Any]]()

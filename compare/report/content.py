@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from compare import differences
-from compare.groups import SEED, Group, group_labels, group_runs, group_values, list_of
+from compare.groups import SEED, RunGroup, group_labels, group_runs, group_values, list_of
 from compare.labels import labels, names, short_names
 from compare.plot.curves import AXES, COLOURS, DARK_COLOURS
 from compare.reading.run import Run
@@ -61,7 +61,7 @@ def report(runs: Sequence[Run], over: Sequence[str] = ()) -> dict[str, Any]:
     several, columns = len(groups) > 1, columns_of(groups)
     pairs = [comparison(groups[0], group) for group in groups[1:]]
     headline, answer = _answer(groups, titles, measure, pairs)
-    single = [Group((run,), ()) for run in runs]
+    single = [RunGroup((run,), ()) for run in runs]
     result = next((column for column in columns if column["title"] == measure.column), None)
     return {
         "overline": f"Report of {_count(groups)}",
@@ -83,7 +83,7 @@ def report(runs: Sequence[Run], over: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def folded(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
+def folded(runs: Sequence[Run], over: Sequence[str]) -> list[RunGroup]:
     """Returns the groups of the page.
 
     By default a seed that was trained several times makes no group: these runs say nothing of other
@@ -98,13 +98,13 @@ def folded(runs: Sequence[Run], over: Sequence[str]) -> list[Group]:
         for own in (
             [group]
             if len(group.runs) > 1
-            else [Group((run,), ()) for run in runs if run in (*group.runs, *group.repeats)]
+            else [RunGroup((run,), ()) for run in runs if run in (*group.runs, *group.repeats)]
         )
     ]
 
 
 def _groups(
-    groups: Sequence[Group], titles: Sequence[str], runs: Sequence[Run]
+    groups: Sequence[RunGroup], titles: Sequence[str], runs: Sequence[Run]
 ) -> list[dict[str, Any]]:
     """Returns name, runs (their places in `runs`) and, of several runs, the mean curves."""
     rest = dict(zip(runs, short_names(runs), strict=True))
@@ -121,7 +121,7 @@ def _groups(
     ]
 
 
-def _runs(groups: Sequence[Group], titles: Sequence[str]) -> list[dict[str, Any]]:
+def _runs(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[dict[str, Any]]:
     runs = [run for group in groups for run in (*group.runs, *group.repeats)]
     # Of runs in a group the label says what tells them apart: `lr 0.001, seed 1`.
     inside = [labels(own) for group in groups if (own := [*group.runs, *group.repeats])]
@@ -142,7 +142,7 @@ def _runs(groups: Sequence[Group], titles: Sequence[str]) -> list[dict[str, Any]
 # ---- the answer
 
 
-def ranked(groups: Sequence[Group]) -> tuple[list[Group], Measure]:
+def ranked(groups: Sequence[RunGroup]) -> tuple[list[RunGroup], Measure]:
     """Returns the groups, the lowest mean first, and the measure that ranks them.
 
     Losses per token compare only between runs with one tokenizer, bits per byte between all runs
@@ -154,7 +154,7 @@ def ranked(groups: Sequence[Group]) -> tuple[list[Group], Measure]:
     bits_known = all(run.bits_per_byte is not None for run in runs)
     measure = BITS if several_tokenizers(groups) and bits_known else LOSS
 
-    def sort_key(group: Group) -> tuple[bool, float]:
+    def sort_key(group: RunGroup) -> tuple[bool, float]:
         spread = spread_of(group, measure.value)
         return (True, 0.0) if spread is None else (False, spread.mean)
 
@@ -162,7 +162,7 @@ def ranked(groups: Sequence[Group]) -> tuple[list[Group], Measure]:
 
 
 def _answer(
-    groups: Sequence[Group],
+    groups: Sequence[RunGroup],
     titles: Sequence[str],
     measure: Measure,
     pairs: Sequence[Comparison | str],
@@ -205,7 +205,7 @@ def _answer(
     return f"Best: {titles[0]}, with {best}", [sentence]
 
 
-def _comparison(groups: Sequence[Group]) -> list[str]:
+def _comparison(groups: Sequence[RunGroup]) -> list[str]:
     """Returns the sentences about the differences of several runs."""
     runs = [run for group in groups for run in group.runs]
     if len(runs) == 1:
@@ -231,7 +231,7 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _count(groups: Sequence[Group]) -> str:
+def _count(groups: Sequence[RunGroup]) -> str:
     runs = sum(len(group.runs) + len(group.repeats) for group in groups)
     counted = f"{runs} runs" if runs > 1 else "1 run"
     return counted if runs == len(groups) else f"{counted} in {format_plural(len(groups), 'group')}"

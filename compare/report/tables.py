@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from compare import differences
-from compare.groups import Group, Spread
+from compare.groups import RunGroup, Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
 from compare.report.text import progress_text, utf8_text, value_text
@@ -21,7 +21,7 @@ Column = dict[str, Any]
 BEST_LOSS, BITS_PER_BYTE = "Held-out loss, best", "Bits per byte"
 
 
-def columns_of(groups: Sequence[Group]) -> list[Column]:
+def columns_of(groups: Sequence[RunGroup]) -> list[Column]:
     """Returns the best loss and the state, then the settings that differ, then other results."""
     results, settings = _results(groups), settings_of(groups)
     # The newest losses repeat the best ones if all runs ended at their best.
@@ -32,7 +32,7 @@ def columns_of(groups: Sequence[Group]) -> list[Column]:
     return [results[1], results[0], *settings, *results[2:]]
 
 
-def spread_of(group: Group, value: Callable[[Run], float | None]) -> Spread | None:
+def spread_of(group: RunGroup, value: Callable[[Run], float | None]) -> Spread | None:
     """Returns the mean and deviation over the runs that have the value."""
     return Spread.of([known for run in group.runs if (known := value(run)) is not None])
 
@@ -43,12 +43,12 @@ def option_title(key: str) -> str:
     return section if name == "name" else name
 
 
-def several_tokenizers(groups: Sequence[Group]) -> bool:
+def several_tokenizers(groups: Sequence[RunGroup]) -> bool:
     """Returns whether losses per token do not compare, for tokens differ."""
     return len({run.config.get("tokenizer.name") for group in groups for run in group.runs}) > 1
 
 
-def settings_of(groups: Sequence[Group]) -> list[Column]:
+def settings_of(groups: Sequence[RunGroup]) -> list[Column]:
     """Returns the options in which groups differ, each marked where it is not as in the first."""
     over = {key for group in groups for key in group.over}
     columns = []
@@ -73,7 +73,7 @@ def contexts_of(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, [value_text(value) for value in row]) for key, row in rows.items()]
 
 
-def _results(groups: Sequence[Group]) -> list[Column]:
+def _results(groups: Sequence[RunGroup]) -> list[Column]:
     other_text = differences.texts_differ([run for group in groups for run in group.runs])
     lowest_loss = None if other_text or several_tokenizers(groups) else min
     states = [{run.state for run in group.runs} for group in groups]
@@ -104,7 +104,7 @@ def _results(groups: Sequence[Group]) -> list[Column]:
     ]
 
 
-def _state(group: Group) -> str:
+def _state(group: RunGroup) -> str:
     progress = {progress_text(run) for run in group.runs}
     if len(progress) == 1:
         return progress.pop()
@@ -112,7 +112,7 @@ def _state(group: Group) -> str:
     return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
-def _best_steps(group: Group) -> str:
+def _best_steps(group: RunGroup) -> str:
     """Returns at which steps the runs were best, and whether all have an evaluation."""
     steps = [run.best_step for run in group.runs if run.best_step is not None]
     if not steps:
@@ -123,7 +123,7 @@ def _best_steps(group: Group) -> str:
     return text if known == len(group.runs) else f"of {known} of {group.size}, {text}"
 
 
-def _joined(group: Group, value: Callable[[Run], str]) -> str:
+def _joined(group: RunGroup, value: Callable[[Run], str]) -> str:
     return ", ".join(dict.fromkeys(value(run) for run in group.runs))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compare.groups import Group
+from compare.groups import RunGroup
 from compare.report.text import utf8_text
 from compare.statistics.comparison import Comparison, p_text
 from compare.statistics.paired import compare_runs
 from compare.statistics.seeds import compare_groups
 
 
-def comparison(first: Group, group: Group) -> Comparison | str:
+def comparison(first: RunGroup, group: RunGroup) -> Comparison | str:
     """Compares a group with the first; returns the reason as text if they cannot be compared.
 
     Runs that stand alone are compared batch by batch of the held-out text, groups of several by the
@@ -58,7 +58,7 @@ def pair_content(found: Comparison | str) -> dict[str, object]:
     }
 
 
-def comparisons_note(groups: Sequence[Group], first: str) -> str:
+def comparisons_note(groups: Sequence[RunGroup], first: str) -> str:
     """Returns what the intervals are, and what they do not say."""
     end = (
         "with the 95 % interval of the mean. An interval that touches the dotted line shows no "

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 from typing import Any
 
-from compare.groups import SEED, Group, group_labels, group_values, list_of
+from compare.groups import SEED, RunGroup, group_labels, group_values, list_of
 from compare.labels import names
 from compare.reading.json_values import as_count, as_path
 from compare.reading.run import read_run, restart_command
@@ -24,7 +24,7 @@ from engine.run_directory.find_runs import is_run
 from engine.run_directory.fork import OPTION as FORK_FROM
 
 
-def answer(a: Group, b: Group, metric: str) -> Comparison:
+def answer(a: RunGroup, b: RunGroup, metric: str) -> Comparison:
     """Returns the comparison that the numbers of runs allow; raises ConfigError if none is."""
     if {run.path.resolve() for run in a.runs} & {run.path.resolve() for run in b.runs}:
         alone = f"differ in {list_of(a.over)} alone" if len(a.runs) > 1 else "is both"
@@ -48,7 +48,7 @@ def answer(a: Group, b: Group, metric: str) -> Comparison:
     return found
 
 
-def _one_against_several(a: Group, b: Group) -> str:
+def _one_against_several(a: RunGroup, b: RunGroup) -> str:
     one, several = (a, b) if len(a.runs) == 1 else (b, a)
     both = shlex.join(str(group.runs[0].path) for group in (a, b))
     return (
@@ -59,7 +59,7 @@ def _one_against_several(a: Group, b: Group) -> str:
     )
 
 
-def _again(one: Group, other: Group) -> str:
+def _again(one: RunGroup, other: RunGroup) -> str:
     """Returns the command that trains the run of one group with a seed of the other group."""
     run = one.runs[0]
     if one.over != (SEED,):
@@ -83,7 +83,7 @@ def _again(one: Group, other: Group) -> str:
     return f"{first}\n  {again} {FORK_FROM}={checkpoint}  # RUN: the one before"
 
 
-def answer_lines(a: Group, b: Group, metric: str) -> list[str]:
+def answer_lines(a: RunGroup, b: RunGroup, metric: str) -> list[str]:
     """Returns the answer as lines; raises ConfigError if there is none."""
     found = answer(a, b, metric)
     alone, what = found.batches > 0, list_of([key.rpartition(".")[2] for key in a.over])
@@ -106,12 +106,12 @@ def answer_lines(a: Group, b: Group, metric: str) -> list[str]:
     ]
 
 
-def _more_seeds(a: Group, b: Group) -> list[str]:
+def _more_seeds(a: RunGroup, b: RunGroup) -> list[str]:
     why = f"It says nothing of {a.others}. To ask that, train both again:"
     return [why, f"  {_again(a, b)}", f"  {_again(b, a)}"]
 
 
-def _listed(group: Group) -> str:
+def _listed(group: RunGroup) -> str:
     return ", ".join(names(group.runs))
 
 
@@ -122,7 +122,7 @@ def _sentence(verdict: str) -> str:
     }.get(verdict, f"B is {verdict} than A")
 
 
-def answer_values(a: Group, b: Group, metric: str) -> dict[str, Any]:
+def answer_values(a: RunGroup, b: RunGroup, metric: str) -> dict[str, Any]:
     """Returns the answer as plain values, for JSON; raises ConfigError if there is none."""
     sides = zip("ab", group_labels([a, b]), (a, b), strict=True)
     runs = {

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compare.groups import Group, Spread, group_labels
+from compare.groups import RunGroup, Spread, group_labels
 from compare.plot.curves import by_step, shared_steps
 from compare.reading.run import Run
 from compare.statistics.comparison import number_format, p_text
@@ -62,7 +62,7 @@ def parse_goal(text: str) -> Goal:
 
 
 @dataclass(frozen=True)
-class Progress:
+class GoalProgress:
     """How near runs came to a goal."""
 
     passed: bool
@@ -78,7 +78,7 @@ class Progress:
     """The number of runs with which this mean and deviation would pass; None if none would."""
 
 
-def progress_to(goal: Goal, runs: Sequence[Run], level: float) -> Progress | str:
+def progress_to(goal: Goal, runs: Sequence[Run], level: float) -> GoalProgress | str:
     """Returns the first step at which the mean of the runs has reached the goal with p < `level`,
     or the one that came nearest; the reason as text if that cannot be tested."""
     if len(runs) < 2:
@@ -87,12 +87,12 @@ def progress_to(goal: Goal, runs: Sequence[Run], level: float) -> Progress | str
     steps = shared_steps(runs, by_run)
     if reason := why_no_step(runs, goal.metric, by_run, steps):
         return reason
-    found = list[Progress]()
+    found = list[GoalProgress]()
     for step in steps:
         spread = Spread.of([known[step] for known in by_run])
         assert spread
         p = _p(goal, spread, spread.count)
-        found.append(Progress(p < level, step, spread, p, len(steps), None))
+        found.append(GoalProgress(p < level, step, spread, p, len(steps), None))
         if p < level:
             return found[-1]
     nearest = min(found, key=lambda each: each.p)
@@ -114,7 +114,7 @@ def _enough(goal: Goal, spread: Spread, level: float) -> int | None:
     return next((count for count in counts if _p(goal, spread, count) < level), None)
 
 
-def goal_lines(groups: Sequence[Group], goal: Goal, level: float) -> list[str]:
+def goal_lines(groups: Sequence[RunGroup], goal: Goal, level: float) -> list[str]:
     """Returns for each group whether and at which step it has reached a goal."""
     lines, labels = list[str](), group_labels(groups)
     for group, label in zip(groups, labels, strict=True):
@@ -128,7 +128,7 @@ def goal_lines(groups: Sequence[Group], goal: Goal, level: float) -> list[str]:
     return lines
 
 
-def _progress_text(goal: Goal, found: Progress, level: float) -> str:
+def _progress_text(goal: Goal, found: GoalProgress, level: float) -> str:
     show = number_format(goal.metric)
     at = f"{found.spread.text(show)} (n = {found.spread.count}), {p_text(found.p)}"
     if found.passed:
@@ -149,13 +149,13 @@ def _progress_text(goal: Goal, found: Progress, level: float) -> str:
     return f"is not shown with p < {level:g}: nearest at step {found.step:,}, {at}; {more}"
 
 
-def goal_values(groups: Sequence[Group], goal: Goal, level: float) -> list[dict[str, Any]]:
+def goal_values(groups: Sequence[RunGroup], goal: Goal, level: float) -> list[dict[str, Any]]:
     """Returns the progress of each group as plain values, for JSON."""
     values = []
     for group, label in zip(groups, group_labels(groups), strict=True):
         found = progress_to(goal, group.runs, level)
         own = {"not_tested": found} if isinstance(found, str) else asdict(found)
-        if isinstance(found, Progress):
+        if isinstance(found, GoalProgress):
             own |= {"spread": found.spread.values()}
         values.append(
             {"label": label, "runs": [str(run.path) for run in group.runs], "goal": str(goal)} | own

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compare.differences import differing_environment, texts_differ
-from compare.groups import Group, Spread, list_of
+from compare.groups import RunGroup, Spread, list_of
 from compare.plot.curves import by_step, forked_at, shared_steps
 from compare.reading.json_values import as_str
 from compare.reading.run import Run
@@ -29,7 +29,7 @@ _HELD_OUT = ("eval/", "final/")  # how metrics of evaluations begin
 _MACHINE = ("git", "torch", "device", "processes")
 
 
-def compare_groups(a: Group, b: Group, metric: str = METRIC) -> Comparison | str:
+def compare_groups(a: RunGroup, b: RunGroup, metric: str = METRIC) -> Comparison | str:
     """Compares two groups of two or more runs at the newest step at which all of them have the
     metric; returns the reason as text if they cannot be compared."""
     runs = [*a.runs, *b.runs]
@@ -66,7 +66,7 @@ def compare_groups(a: Group, b: Group, metric: str = METRIC) -> Comparison | str
     )
 
 
-def _why_not_comparable(a: Group, b: Group, metric: str) -> str:
+def _why_not_comparable(a: RunGroup, b: RunGroup, metric: str) -> str:
     """Returns why values of the metric do not compare between the groups; '' if they do."""
     for group in (a, b):
         if len(group.runs) < 2:
@@ -126,7 +126,7 @@ def _run_notes(runs: Sequence[Run], newest: Sequence[int], step: int) -> Iterato
         yield f"Not finished: {', '.join(unfinished)}."
 
 
-def _group_notes(group: Group) -> Iterator[str]:
+def _group_notes(group: RunGroup) -> Iterator[str]:
     """Yields what else differs between the runs of a group, and which runs do not count."""
     rows = differing_environment(group.runs)
     if differing := [key for key in _MACHINE if key in rows]:

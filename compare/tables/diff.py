@@ -15,7 +15,7 @@ from compare.differences import (
     differing_without_effect,
     equal_options,
 )
-from compare.groups import Group, group_labels
+from compare.groups import RunGroup, group_labels
 from compare.labels import labels, names, shared_start, short_names
 from compare.reading.run import Run
 from compare.statistics.comparison import METRIC, Comparison, comparison_values
@@ -180,7 +180,7 @@ def _cells(found: Comparison, at: At | None = None) -> list[str]:
 # ---- groups of runs
 
 
-def group_diff_lines(groups: Sequence[Group]) -> list[str]:
+def group_diff_lines(groups: Sequence[RunGroup]) -> list[str]:
     """Returns the lines of all tables with a column per group: means and deviations."""
     headings, tables = group_labels(groups), _tables_by_group(groups)
     own = (", ".join(names(group.runs)) for group in groups)
@@ -196,7 +196,7 @@ def group_diff_lines(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def group_diff_values(groups: Sequence[Group]) -> dict[str, Any]:
+def group_diff_values(groups: Sequence[RunGroup]) -> dict[str, Any]:
     """Returns the content of all tables over groups as plain values."""
     tables = _tables_by_group(groups)
     by_group = {
@@ -213,7 +213,7 @@ def group_diff_values(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _tables_by_group(groups: Sequence[Group]) -> dict[str, dict[str, list[Any]]]:
+def _tables_by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, list[Any]]]:
     """Returns what differs between groups: title of a table -> key -> the value of each group."""
     runs = [run for group in groups for run in group.runs]
     over = {key for group in groups for key in group.over}
@@ -228,7 +228,7 @@ def _tables_by_group(groups: Sequence[Group]) -> dict[str, dict[str, list[Any]]]
     }
 
 
-def _by_group(groups: Sequence[Group], row: Sequence[Any]) -> list[Any]:
+def _by_group(groups: Sequence[RunGroup], row: Sequence[Any]) -> list[Any]:
     """Returns the value of each group; if its runs have several, all of them as one text."""
     left = iter(row)
     by_group = []
@@ -239,7 +239,7 @@ def _by_group(groups: Sequence[Group], row: Sequence[Any]) -> list[Any]:
     return by_group
 
 
-def _group_results(groups: Sequence[Group]) -> dict[str, list[str]]:
+def _group_results(groups: Sequence[RunGroup]) -> dict[str, list[str]]:
     rows = {
         "runs": [group.size for group in groups],
         "state": [*map(states, groups)],
@@ -254,7 +254,7 @@ def _group_results(groups: Sequence[Group]) -> dict[str, list[str]]:
     return rows
 
 
-def _seed_lines(groups: Sequence[Group], headings: Sequence[str]) -> list[str]:
+def _seed_lines(groups: Sequence[RunGroup], headings: Sequence[str]) -> list[str]:
     """Returns the comparison of each group with the first, or why there is none."""
     rows, reasons = list[list[str]](), list[str]()
     for group, label in zip(groups[1:], headings[1:], strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from compare.differences import MISSING
-from compare.groups import Group, Spread
+from compare.groups import RunGroup, Spread
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
 from compare.tables.table import COLUMN_BY_NAME, COLUMNS
@@ -44,12 +44,12 @@ def sort_runs(runs: Sequence[Run], key: str) -> list[Run]:
     return _sorted(runs, value_getter(runs, key.removeprefix("-")), key.startswith("-"))
 
 
-def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
+def sort_groups(groups: Sequence[RunGroup], key: str) -> list[RunGroup]:
     """Returns the groups sorted as `sort_runs` sorts runs, by the mean of the runs' values."""
     every = [run for group in groups for run in group.runs]
     value_of = value_getter(every, key.removeprefix("-"))
 
-    def mean_of(group: Group) -> Any:
+    def mean_of(group: RunGroup) -> Any:
         values = [value_of(run) for run in group.runs]
         spread = Spread.of([number for each in values if (number := as_float(each)) is not None])
         return spread.mean if spread else values[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compare.differences import MISSING
-from compare.groups import Group, Spread
+from compare.groups import RunGroup, Spread
 from compare.labels import LONGEST, descriptions, short_names
 from compare.reading.json_values import as_float
 from compare.reading.run import Run
@@ -78,7 +78,7 @@ def list_lines(runs: Sequence[Run], sorted_by: str = "") -> list[str]:
     return _with_differences(rows, runs)
 
 
-def group_lines(groups: Sequence[Group], sorted_by: str = "") -> list[str]:
+def group_lines(groups: Sequence[RunGroup], sorted_by: str = "") -> list[str]:
     """Returns the lines of the table of groups: the mean and deviation of their runs' values."""
     firsts = [group.runs[0] for group in groups]
     more = _metric_column([run for group in groups for run in group.runs], sorted_by)
@@ -104,19 +104,19 @@ def _with_differences(
     return aligned(rows, [heading in _LEFT_ALIGNED for heading in rows[0]])
 
 
-def states(group: Group) -> str:
+def states(group: RunGroup) -> str:
     """Returns `done`, or `2 done, 1 crashed`."""
     counts = Counter(run.state for run in group.runs)
     return ", ".join(f"{n} {state}" if len(counts) > 1 else state for state, n in counts.items())
 
 
-def steps(group: Group) -> str:
+def steps(group: RunGroup) -> str:
     """Returns the steps taken, from the fewest to the most."""
     ends = sorted({run.step for run in group.runs})
     return f"{ends[0]}-{ends[-1]}" if len(ends) > 1 else str(ends[0])
 
 
-def group_cell(column: Column, group: Group) -> str:
+def group_cell(column: Column, group: RunGroup) -> str:
     """Returns the mean and deviation of a column as text; `-` if no run has a value, and how many
     have one if not all do."""
     spread = column_spread(column, group)
@@ -127,13 +127,13 @@ def group_cell(column: Column, group: Group) -> str:
     return (column.show(spread.mean) if is_count else spread.text(column.show)) + lacking
 
 
-def column_spread(column: Column, group: Group) -> Spread | None:
+def column_spread(column: Column, group: RunGroup) -> Spread | None:
     """Returns the spread of a column's numbers over the runs of a group."""
     values = [as_float(column.value(run)) for run in group.runs]
     return Spread.of([value for value in values if value is not None])
 
 
-def group_summary(group: Group, label: str) -> dict[str, Any]:
+def group_summary(group: RunGroup, label: str) -> dict[str, Any]:
     """Returns all that is known of a group as plain values, for JSON."""
     known = {column.name: column_spread(column, group) for column in COLUMNS}
     return {

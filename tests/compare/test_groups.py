@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compare.groups import Group, Spread, group_labels, group_runs, group_values, option_keys
+from compare.groups import RunGroup, Spread, group_labels, group_runs, group_values, option_keys
 from compare.plot.curves import band, place_of
 from compare.reading.run import Run
 from config import ConfigError
@@ -22,7 +22,7 @@ def seeds(name: str, *options: str, count: int = 3, **more: Any) -> list[Run]:
     return [make(f"{name}_{n}", f"seed={n}", *options, seed=n, **more) for n in made]
 
 
-def named(groups: list[Group]) -> list[list[str]]:
+def named(groups: list[RunGroup]) -> list[list[str]]:
     return [[run.name for run in group.runs] for group in groups]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.stopping import Curve, Member, hopeless, read_curve
+from sweeps.stopping import BestLosses, Member, hopeless, read_curve
 from sweeps.sweep_file import StopRule
 from tests.compare.run_directories import make_run
 
@@ -19,7 +19,7 @@ def member(losses: Sequence[float], running: bool = True, planned: int = 100) ->
     """A run with an evaluation every 10 steps."""
     steps = range(10, 10 * len(losses) + 1, 10)
     best = [min(losses[: n + 1]) for n in range(len(losses))]
-    return Member(Curve(tuple(steps), tuple(best)), planned, running)
+    return Member(BestLosses(tuple(steps), tuple(best)), planned, running)
 
 
 def test_a_run_above_the_median_at_its_step_is_stopped() -> None:
@@ -67,9 +67,9 @@ def test_a_curve_is_the_best_so_far_and_is_read_again_when_it_grows(
     monkeypatch.chdir(tmp_path)
     run = make_run(losses=(4.0, 2.0, 3.0))
     curve = read_curve(run)
-    assert curve == Curve((100, 200, 300), (4.0, 2.0, 2.0))
+    assert curve == BestLosses((100, 200, 300), (4.0, 2.0, 2.0))
     assert (curve.at(99), curve.at(250), curve.at(301)) == (None, 2.0, None)
     longer = make_run("longer", losses=(4.0, 2.0, 3.0, 1.0))
     (run / "metrics.jsonl").write_bytes((longer / "metrics.jsonl").read_bytes())
     assert read_curve(run).last == 400
-    assert read_curve(tmp_path / "none") == Curve()
+    assert read_curve(tmp_path / "none") == BestLosses()

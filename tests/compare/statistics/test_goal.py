@@ -10,7 +10,7 @@ import scipy.stats
 
 from compare.plot.curves import band
 from compare.reading.run import Run
-from compare.statistics.goal import Progress, parse_goal, progress_to
+from compare.statistics.goal import GoalProgress, parse_goal, progress_to
 from config import ConfigError
 from tests.compare.run_directories import make
 
@@ -19,9 +19,9 @@ def runs(*losses: Sequence[float | None]) -> list[Run]:
     return [make(f"run_{seed}", f"seed={seed}", losses=own) for seed, own in enumerate(losses)]
 
 
-def progress(goal: str, made: Sequence[Run], level: float = 0.01) -> Progress:
+def progress(goal: str, made: Sequence[Run], level: float = 0.01) -> GoalProgress:
     found = progress_to(parse_goal(goal), made, level)
-    assert isinstance(found, Progress), found
+    assert isinstance(found, GoalProgress), found
     return found
 
 
